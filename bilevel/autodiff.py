@@ -1,0 +1,128 @@
+"""The few things that PyTorch's two differentiation systems do differently.
+
+Outside `torch.func`, a retained graph and `torch.autograd.grad` make the cheapest products, and user code with
+in-place buffers or custom autograd functions works. Inside a `torch.func` transform only `torch.func` nests. Every
+derivative that the library takes goes through `pullback` and `gradient`, which pick the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pullback = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def transforms_active() -> bool:
+    """Whether a `torch.func` transform (grad, vmap, jacrev, ...) is running."""
+    # Private, but it is the test that autograd.Function.apply itself makes; there is no public one.
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Pullback]:
+    r"""The value of a function, and the map from `v` to `v^T d function / d primal` for each primal.
+
+    The graph is built once and kept, so that each product costs one backward pass. The products can be
+    differentiated themselves when they are taken with grad enabled.
+    """
+    if transforms_active():
+        value, vjp = torch.func.vjp(function, *primals)
+        return value, vjp
+
+    # Aliases: partial derivatives stop here even when one primal depends on another through its own graph.
+    with torch.enable_grad():
+        aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
+        value = function(*aliases)
+
+    def products(vector: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            value,
+            aliases,
+            vector,
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            materialize_grads=True,
+        )
+
+    return value, products
+
+
+def gradient(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient of a scalar function; differentiable again when grad is enabled."""
+    if transforms_active():
+        slope, value = torch.func.grad_and_value(function)(point)
+        return value, slope
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        alias = point.view_as(point) if point.requires_grad else point.detach().requires_grad_()
+        value = function(alias)
+        (slope,) = torch.autograd.grad(value, alias, create_graph=create_graph, materialize_grads=True)
+    return (value if create_graph else value.detach()), slope
+
+
+class _Box:
+    """Carries a number out of an autograd function; not a pytree, so that vmap hands over this very object."""
+
+    value: float
+
+
+class _Concrete(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, box: _Box) -> Tensor:
+        box.value = float(tensor.max())
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, tensor: Tensor, box: _Box) -> tuple[Tensor, None]:
+        return _Concrete.apply(tensor, box), None
+
+
+def concrete(tensor: Tensor) -> float:
+    """The number in a 0-d tensor, also under `torch.func`: under vmap the largest over the batch.
+
+    `Tensor.item()` raises inside vmap, and a solver that cannot see its residual can neither stop nor warn.
+    """
+    box = _Box()
+    _Concrete.apply(tensor.detach(), box)
+    return box.value
+
+
+def captured_tensor(outputs: Sequence[Tensor], passed: Iterable[Tensor]) -> Tensor | None:
+    """A leaf that requires grad, was not passed, and yet reaches `outputs`; None when there is none.
+
+    Walks the graph behind `outputs`, which must have been built from `passed`, fresh leaves of their own.
+    """
+    own = {id(tensor) for tensor in passed}
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have it: the leaves of the graph
+        if leaf is not None and id(leaf) not in own:
+            return leaf  # type: ignore[no-any-return]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return None
+
+
+def tracked_at_any_level(tensor: Tensor) -> bool:
+    """Whether a tensor requires grad under plain autograd or under any of the running `torch.func` levels."""
+    functorch = torch._C._functorch
+    while not tensor.requires_grad:
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return True

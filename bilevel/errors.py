@@ -1,0 +1,50 @@
+"""What goes wrong while a game is played, as exceptions and warnings that carry numbers.
+
+Bad input is refused by plain `ValueError` and `TypeError`. These are for what only running can show.
+"""
+
+from __future__ import annotations
+
+
+class BilevelError(RuntimeError):
+    """Base of every error that bilevel raises while running."""
+
+
+class ConvergenceError(BilevelError):
+    """An iteration did not reach the tolerance that it was asked to reach, or diverged."""
+
+
+class IndefiniteSystemError(BilevelError):
+    """A solver for positive-definite systems met a direction of negative or zero curvature."""
+
+
+class NotSymmetricError(BilevelError):
+    """A solver for symmetric systems was handed an operator that is not symmetric."""
+
+
+class CapturedTensorError(BilevelError):
+    """A function captured a tensor that requires grad; its derivative would be lost in silence."""
+
+
+class ExhaustedDataError(BilevelError):
+    """A player's data gave batches once and then no more."""
+
+
+class CheckpointError(BilevelError):
+    """A checkpoint cannot be read, or belongs to another game."""
+
+
+class NonFiniteError(BilevelError):
+    """A loss, a gradient or a solution became NaN or infinite while running."""
+
+
+class BilevelWarning(UserWarning):
+    """Base of every warning of bilevel."""
+
+
+class NonConvergenceWarning(BilevelWarning):
+    """A linear or inner solver stopped short of its tolerance; the message says by how much."""
+
+
+class UnreliableResponseWarning(BilevelWarning):
+    """A response is known to give wrong derivatives as it is configured; the message says why."""

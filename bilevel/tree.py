@@ -1,0 +1,83 @@
+"""Pytrees of tensors, and the flat vector that the solvers see.
+
+A player's variables are a tensor or any nest of dicts, lists and tuples of tensors. Solvers work on one vector of
+all entries; users never see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # the pytrees that torch.func itself understands
+
+Variables = Any
+"""A tensor, or a nest of dicts, lists and tuples of tensors."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a pytree is laid out in a flat vector: its treespec and the shapes of its leaves."""
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def size(self) -> int:
+        """How many scalars the flat vector has."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The leaves, as views of `vector: [n]`."""
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def unflatten(self, vector: Tensor) -> Variables:
+        """The pytree whose leaves are views of `vector: [n]`."""
+        return self.build(self.split(vector))
+
+    def build(self, leaves: Sequence[Tensor]) -> Variables:
+        """The pytree with these leaves."""
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+def structure_of(tree: Variables) -> Structure:
+    """The layout of a pytree."""
+    values, spec = pytree.tree_flatten(tree)
+    return Structure(spec, tuple(leaf.shape for leaf in values))
+
+
+def leaves(tree: Variables) -> list[Any]:
+    """The leaves of a pytree, in its order."""
+    return list(pytree.tree_leaves(tree))
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat vector `[n]` of all tensors, each in row-major order."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def flatten(tree: Variables) -> Tensor:
+    """One flat vector `[n]` of all the leaves of a pytree."""
+    return join(leaves(tree))
+
+
+def map_leaves(function: Callable[..., Any], tree: Variables, *others: Variables) -> Variables:
+    """The pytree of `function(leaf, ...)`."""
+    return pytree.tree_map(function, tree, *others)
+
+
+def detached(tree: Variables) -> Variables:
+    """The same values, outside any graph, sharing no memory."""
+    return map_leaves(lambda leaf: leaf.detach().clone(), tree)
+
+
+def named_leaves(tree: Variables) -> list[tuple[str, Any]]:
+    """Each leaf with its path as a user would write it: `['bias']`, `[0]`; an empty path for a bare tensor."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return [(pytree.keystr(path), leaf) for path, leaf in pairs]
