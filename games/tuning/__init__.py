@@ -1,0 +1,1 @@
+"""Hyperparameters of a network, tuned by gradients of its validation loss."""
