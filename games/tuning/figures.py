@@ -61,8 +61,8 @@ def losses_figure(
 
     `runs[method]` are records with `work` (in gradient equivalents, not decreasing), `leader_loss` and
     `follower_loss` (nats an example). `test[method]` is the test loss in nats, drawn as a diamond where the run ends,
-    and the test accuracy from 0 to 1, written in the legend. Work is on a log scale, linear below its least positive
-    value, so that methods of different cost and a record at work 0 have room on one axis.
+    and the test accuracy from 0 to 1, written in the legend. Work that spans a decade or more is on a log scale,
+    linear below its least positive value, so that methods of different cost and a record at work 0 share one axis.
 
     Raises `ValueError` for no runs or more than seven, an empty run, a missing key, a value that is not finite, work
     that is negative or decreases, and a test result of a method without a run; `MissingExtraError` without matplotlib.
@@ -163,8 +163,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _work_axis(axes: Axes, work: Sequence[float]) -> None:
     positive = [amount for amount in work if amount > 0]
-    if not positive:
-        return
+    if not positive or max(positive) < 10 * min(positive):
+        return  # within a decade a linear axis has the rounder ticks
     if len(positive) == len(work):
         axes.set_xscale("log")
     else:

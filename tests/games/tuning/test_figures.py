@@ -67,9 +67,10 @@ def test_test_results_are_marked_at_the_end_and_written_out() -> None:
 
 
 def test_work_is_logarithmic_and_zero_keeps_its_place() -> None:
-    assert losses_figure({"a": run()}).axes[0].get_xscale() == "log"
+    assert losses_figure({"a": run(10)}).axes[0].get_xscale() == "log"
+    assert losses_figure({"a": run(9)}).axes[0].get_xscale() == "linear"  # less than a decade
     start = {"work": 0.0, "leader_loss": 1.0, "follower_loss": 0.0}
-    assert losses_figure({"a": [start, *run()]}).axes[0].get_xscale() == "symlog"
+    assert losses_figure({"a": [start, *run(10)]}).axes[0].get_xscale() == "symlog"
     assert losses_figure({"a": [start]}).axes[0].get_xscale() == "linear"
 
 
