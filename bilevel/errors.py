@@ -22,6 +22,10 @@ class NotSymmetricError(BilevelError):
     """A solver for symmetric systems was handed an operator that is not symmetric."""
 
 
+class SingularSystemError(BilevelError):
+    """A linear system has no unique solution."""
+
+
 class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,15 +12,19 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
 
 
 @dataclass(frozen=True)
 class LinearOperator:
     """A square matrix A `[n, n]` known only through its products.
 
-    `matvec` maps `v: [n]` to `A v: [n]`. `symmetric` is a promise of the caller that A equals its transpose; solvers
-    that need it refuse an operator without it.
+    `matvec` maps `v: [n]` to `A v: [n]` and leaves `v` alone. `symmetric` is a promise of the caller that A equals its
+    transpose; solvers that need it refuse an operator without it.
+
+    >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> LinearOperator(matrix.mv, symmetric=True).damped(0.5).matvec(torch.tensor([1.0, 0.0]))
+    tensor([2.5000, 1.0000])
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -37,7 +42,8 @@ class LinearSolution:
     """What a solver found for (A + damping I) u = b.
 
     `solution`: u `[n]`. `residual_norm`: |b - (A + damping I) u|, a 0-d tensor, computed from u itself. `products`:
-    how many products with A it took. `converged`: whether the residual meets the tolerance that was asked for.
+    how many products with A it took. `converged`: whether the residual meets the tolerance that was asked for. Inside
+    `torch.func.vmap` the first two are one per system; the last two are plain numbers that speak for the whole batch.
     """
 
     solution: Tensor
@@ -54,12 +60,21 @@ class LinearSolver(ABC):
     answer is what the method's definition makes it, its residual is reported, and nothing warns. A solver that
     stops short of its tolerance issues a `NonConvergenceWarning` with the residual and the wanted tolerance, or
     raises `ConvergenceError` when `strict`.
+
+    A small residual is not a small error: |u - u*| <= |residual| / (smallest singular value of A + damping I).
     """
 
     rtol: float | None = 1e-6
     atol: float = 0.0
     damping: float = 0.0
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no system can meet."""
+        wanted = "a finite number >= 0"
+        self._require("rtol", self.rtol is None or 0.0 <= self.rtol < math.inf, f"{wanted}, or None for no accuracy")
+        self._require("atol", 0.0 <= self.atol < math.inf, wanted)
+        self._require("damping", 0.0 <= self.damping < math.inf, f"{wanted}; it is added to the diagonal")
 
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
@@ -68,7 +83,11 @@ class LinearSolver(ABC):
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
         relative = 0.0 if self.rtol is None else self.rtol
-        return torch.clamp(relative * torch.linalg.vector_norm(rhs), min=self.atol)
+        return torch.clamp(relative * norm(rhs), min=self.atol)
+
+    def _require(self, name: str, fulfilled: bool, wanted: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{type(self).__name__} was given {name}={getattr(self, name)!r}; it wants {wanted}.")
 
     def _require_symmetric(self, operator: LinearOperator) -> None:
         if not operator.symmetric:
@@ -77,19 +96,70 @@ class LinearSolver(ABC):
                 "or Dense() for a few hundred unknowns."
             )
 
-    def _conclude(self, solution: Tensor, residual: Tensor, rhs: Tensor, products: int) -> LinearSolution:
+    def _vanishes(self, rhs: Tensor, initial: Tensor | None) -> bool:
+        """Refuse a system that cannot be solved, and say whether its solution is 0 because `rhs` is."""
+        name = type(self).__name__
+        if rhs.dim() != 1 or rhs.numel() == 0 or not rhs.is_floating_point():
+            raise ValueError(
+                f"{name} was given a right-hand side {list(rhs.shape)} of {rhs.dtype}; it wants one floating-point "
+                "vector [n], n >= 1. Flatten what you have, and use torch.func.vmap for several systems."
+            )
+        largest = concrete(rhs.abs().amax())
+        if not math.isfinite(largest):
+            raise NonFiniteError(
+                f"{name} was given a right-hand side [{rhs.numel()}] with NaN or infinite entries. It is usually the "
+                "gradient of an objective: look for what made that non-finite."
+            )
+        if initial is not None:
+            if initial.shape != rhs.shape or initial.dtype != rhs.dtype:
+                raise ValueError(
+                    f"{name} was given an initial {list(initial.shape)} of {initial.dtype}; the right-hand side is "
+                    f"{list(rhs.shape)} of {rhs.dtype}. Give one like it, or None to start from 0."
+                )
+            if not math.isfinite(concrete(initial.abs().amax())):
+                raise NonFiniteError(f"{name} was given an initial with NaN or infinite entries. Start from None.")
+        return largest == 0.0
+
+    def _conclude(
+        self, solution: Tensor, residual: Tensor, rhs: Tensor, products: int, *, remedy: str = "more max_steps"
+    ) -> LinearSolution:
         """Judge `residual: [n]` = rhs - (A + damping I) solution: warn or raise when it misses the tolerance."""
-        norm = torch.linalg.vector_norm(residual)
-        excess = concrete(norm - self.tolerance(rhs))
-        converged = self.rtol is not None and excess <= 0.0
+        residual_norm = norm(residual)
+        worst = concrete(residual_norm)
+        if not math.isfinite(worst):
+            raise NonFiniteError(
+                f"{type(self).__name__} met NaN or infinite numbers within {products} products. Either the products "
+                "with A are not finite, or the system is so close to singular that its solution overflows: add damping."
+            )
+        converged = self.rtol is not None and concrete(residual_norm - self.tolerance(rhs)) <= 0.0
         if self.rtol is not None and not converged:
-            size = concrete(torch.linalg.vector_norm(rhs))
             message = (
-                f"{type(self).__name__} stopped after {products} products at a residual of {concrete(norm):.3g} "
-                f"(|b| = {size:.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it more max_steps, some "
-                "damping, a better start, or accept a larger rtol."
+                f"{type(self).__name__} stopped after {products} products at a residual of {worst:.3g} "
+                f"(|b| = {concrete(norm(rhs)):.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it "
+                f"{remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {rhs.dtype} "
+                f"resolves {torch.finfo(rhs.dtype).eps:.1g}."
             )
             if self.strict:
                 raise ConvergenceError(message)
             warnings.warn(message, NonConvergenceWarning, stacklevel=3)
-        return LinearSolution(solution, norm, products, converged)
+        return LinearSolution(solution, residual_norm, products, converged)
+
+
+def norm(vector: Tensor) -> Tensor:
+    """|vector|, a 0-d tensor that is 0 only for the zero vector."""
+    # The squares of a float32 gradient of 1e-23 underflow, and a residual of 0 would be a lie.
+    largest = vector.abs().amax()
+    scale = torch.where(largest > 0.0, largest, 1.0)
+    size: Tensor = scale * torch.linalg.vector_norm(vector / scale)
+    return size
+
+
+def asymmetry_tolerance(dtype: torch.dtype) -> float:
+    """How far p'(A q) and q'(A p) may lie apart, relative to max(|p| |A q|, |q| |A p|), before A is not symmetric.
+
+    Products carry an error of c eps |A| |p| with c around 1 to 10, so what rounding does is small against |A| |p| |q|,
+    but a warm start lies where A is small: |A p| = s |A| |p|, s << 1. Conjugate gradients then take a step of 1/(s |A|)
+    along p, which turns the rounding of A p into a share eps/s of the next q. So max(s, eps/s) >= sqrt(eps) bounds the
+    scale from below, and c eps / sqrt(eps) the effect of rounding: 1.5e-7 in float64, 3.5e-3 in float32.
+    """
+    return 10.0 * math.sqrt(torch.finfo(dtype).eps)
