@@ -1,0 +1,116 @@
+"""GMRES: for systems that are not symmetric, or not definite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
+from bilevel.linear.refinement import default_steps, refine
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GMRES(LinearSolver):
+    """Solves any non-singular system by the smallest residual over a Krylov space, restarted to bound memory.
+
+    u = argmin |b - (A + damping I)(u0 + e)| over e in span{r, A r, ..., A^(k-1) r}; after `restart` steps the search
+    starts anew from the true residual. Exact within n steps in exact arithmetic when restart >= n.
+
+    `max_steps`: steps over all restarts; None is min(max(2n, 20), 1000). `initial` is used.
+
+    Raises `ConvergenceError` only when `strict`. With restart < n it can stagnate for good, as on a cyclic shift;
+    it then stops, and warns. On a singular system it warns, unless the right-hand side lies in its range.
+
+    Costs one product a step and one more a restart to measure the true residual; memory for restart + 3 vectors, and
+    restart^2 n work a restart for orthogonalisation.
+
+    Source: Saad & Schultz 1986; Gram-Schmidt twice, Giraud, Langou & Rozloznik 2005.
+
+    >>> matrix = torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
+    >>> found = GMRES(rtol=1e-5).solve(LinearOperator(matrix.mv), torch.tensor([5.0, 0.0]))
+    >>> found.solution.round(decimals=4), found.products
+    (tensor([1., 2.]), 3)
+    """
+
+    restart: int = 30
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        self._require("restart", self.restart >= 1, "at least 1, the number of vectors kept")
+        self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")
+
+    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
+        """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
+        if self._vanishes(rhs, initial):
+            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        matvec = operator.damped(self.damping).matvec
+
+        def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
+            return _correction(matvec, residual, target, min(most, self.restart))
+
+        limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
+        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit)
+        return self._conclude(solution, residual, rhs, products, remedy="a larger restart, more max_steps")
+
+
+def _correction(matvec: Callable[[Tensor], Tensor], residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
+    """The e `[n]` that minimises |residual - A e| over the Krylov space, and the steps taken.
+
+    A V_k = V_(k+1) H_k with orthonormal rows in `basis: [k+1, n]`; Givens rotations, gathered in `rotations`, make H_k
+    the triangular R_k as it grows, and the last entry of the rotated right-hand side is the residual.
+    """
+    rounding = 10.0 * torch.finfo(residual.dtype).eps
+    size = norm(residual)
+    # Systems that are done go on with v = 0, which adds a zero column, and so nothing, to what they have found.
+    searching = size > target
+    basis = torch.where(searching, residual / torch.where(searching, size, 1.0), 0.0).unsqueeze(0)
+    rotations = torch.ones_like(basis[:, :1])
+    columns: list[Tensor] = []
+    rotated: list[Tensor] = []
+    steps = 0
+    while True:
+        w = matvec(basis[-1])
+        steps += 1
+        before = norm(w)
+        # Classical Gram-Schmidt twice: as orthogonal as the modified one with re-orthogonalisation, in four products
+        # with a matrix where that takes 4k with vectors.
+        h = basis @ w
+        w = w - h @ basis
+        again = basis @ w
+        w = w - again @ basis
+        h = h + again
+        length = norm(w)
+        # A happy breakdown: what is left is rounding, the space holds the solution.
+        length = torch.where(length <= rounding * before, 0.0, length)
+        h = rotations @ h
+        diagonal = torch.hypot(h[-1], length)
+        # A singular A: this direction contributes nothing, and the residual stays.
+        flat = diagonal <= rounding * before
+        diagonal = torch.where(flat, 1.0, diagonal)
+        cosine = torch.where(flat, 0.0, h[-1] / diagonal)
+        sine = torch.where(flat, 1.0, length / diagonal)
+        columns.append(torch.cat([h[:-1], diagonal.unsqueeze(0)]))
+        rotated.append(cosine * size)
+        size = -sine * size
+        searching = searching & (size.abs() > target) & (length > 0.0)
+        if steps == most or not concrete(searching):
+            break
+        v = torch.where(searching, w / torch.where(searching, length, 1.0), 0.0)
+        basis = torch.cat([basis, v.unsqueeze(0)])
+        last = rotations[-1:]
+        corner = torch.stack([sine, cosine]).unsqueeze(1)
+        kept = torch.cat([rotations[:-1], torch.zeros_like(rotations[:-1, :1])], dim=1)
+        turned = torch.cat([torch.cat([cosine * last, -sine * last]), corner], dim=1)
+        rotations = torch.cat([kept, turned])
+    padded = [torch.cat([column, column.new_zeros(steps - len(column))]) for column in columns]
+    triangle = torch.stack(padded, dim=1)
+    coefficients = torch.linalg.solve_triangular(triangle, torch.stack(rotated).unsqueeze(1), upper=True)
+    return coefficients.squeeze(1) @ basis, steps

@@ -1,0 +1,59 @@
+"""Restarts from the true residual: what the Krylov solvers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete
+from bilevel.linear.base import norm
+
+# From a residual [n], the norm to bring it to and the most steps to take: a correction [n] and the steps it took.
+Correction = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
+
+
+def default_steps(unknowns: int) -> int:
+    """Twice the n steps of exact arithmetic, for rounding; at least 20, and 1000 as a guard on the bill."""
+    return min(max(2 * unknowns, 20), 1000)
+
+
+def refine(  # noqa: PLR0913, PLR0917 - the system, the start, the method, the stop
+    matvec: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    initial: Tensor | None,
+    correct: Correction,
+    tolerance: Tensor,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Correct until the residual, computed anew from the solution, is within `tolerance`.
+
+    Returns the solution `[n]`, its residual `[n]`, and how many products were taken. Ends early when correcting no
+    longer helps: a tolerance below what the dtype can resolve costs one correction in vain, not `max_steps`.
+    """
+    # A recurrence goes on shrinking below what rounding lets the true residual reach.
+    target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
+    solution = torch.zeros_like(rhs) if initial is None else initial
+    residual = rhs if initial is None else rhs - matvec(initial)
+    products = 0 if initial is None else 1
+    size = norm(residual)
+    steps = 0
+    while steps < max_steps and concrete(size > target):
+        correction, taken = correct(residual, target, max_steps - steps)
+        candidate = solution + correction
+        remaining = rhs - matvec(candidate)
+        products += taken + 1
+        remaining_size = norm(remaining)
+        # The first is the method's own answer, whatever its residual; a later one must improve on it.
+        accepted = (size > target) & ((remaining_size < size) if steps else torch.ones_like(size, dtype=torch.bool))
+        # Written so that a NaN is accepted, and reported by whoever judges the residual.
+        accepted = accepted | ~torch.isfinite(remaining_size)
+        helped = concrete((size > target) & (remaining_size < 0.999 * size))
+        solution = torch.where(accepted, candidate, solution)
+        residual = torch.where(accepted, remaining, residual)
+        size = torch.where(accepted, remaining_size, size)
+        steps += taken
+        if not helped:
+            break
+    return solution, residual, products
