@@ -1,0 +1,21 @@
+"""Solvers for u = (A + damping I)^-1 b from products with A: the inner half of an implicit derivative."""
+
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.conjugate_gradient import ConjugateGradient
+from bilevel.linear.dense import Dense
+from bilevel.linear.gmres import GMRES
+from bilevel.linear.identity import Identity
+from bilevel.linear.neumann import Neumann
+from bilevel.linear.nystrom import Nystrom
+
+__all__ = [
+    "GMRES",
+    "ConjugateGradient",
+    "Dense",
+    "Identity",
+    "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
+    "Neumann",
+    "Nystrom",
+]

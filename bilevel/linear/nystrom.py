@@ -1,0 +1,110 @@
+"""The Nystroem approximation: a low-rank inverse from a fixed number of products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete
+from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
+from bilevel.linear.gaussian import gaussian
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Nystrom(LinearSolver):
+    """Inverts a rank-`rank` approximation of A plus damping, by a fixed number of products that do not depend on b.
+
+    u = (N + damping I)^-1 b with N = (A O)(O'A O)^+ (A O)', O `[n, rank]` orthonormal from a Gaussian sketch of `seed`;
+    N <= A, and N = A when rank >= rank(A). `damping` > 0 is required: N alone is singular. `initial` is not used.
+
+    Raises `NotSymmetricError` when the operator does not promise symmetry or O'AO shows that it lied;
+    `IndefiniteSystemError` when O'AO has a negative eigenvalue beyond rounding.
+
+    Costs min(rank, n) products and one for the residual, n rank memory, n rank^2 work. `rtol` is None: give one to be
+    warned. Misleads when A has many eigenvalues above `damping` that the rank leaves out: their share of b is divided
+    by the damping alone, and u is far too long.
+
+    Source: Frangella, Tropp & Udell, arXiv 2110.02820; for hypergradients Hataya & Yamada, arXiv 2302.09726.
+
+    >>> curvature = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
+    >>> Nystrom(rank=2, damping=1.0).solve(operator, torch.ones_like(curvature)).solution
+    tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
+    """
+
+    rank: int
+    # No default: a subclass's annotation alone would inherit 0.
+    damping: float = field()
+    rtol: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        self._require("rank", self.rank >= 1, "at least 1, the number of products to spend")
+        self._require("damping", self.damping > 0.0, "a positive number: the low-rank part alone has no inverse")
+
+    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
+        """u `[n]` with (N + damping I) u = rhs."""
+        self._require_symmetric(operator)
+        if self._vanishes(rhs, initial):
+            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        vectors, values = self._eigenpairs(operator, rhs)
+        inside = vectors.mT @ rhs
+        solution = vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping
+        residual = rhs - operator.damped(self.damping).matvec(solution)
+        return self._conclude(solution, residual, rhs, len(values) + 1, remedy="a larger rank")
+
+    def preconditioner(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """r `[n]` to M^-1 r, M as close to A + damping I as the rank allows; `like: [n]` gives n, dtype and device.
+
+        M^-1 = (l + damping) U (L + damping I)^-1 U' + I - U U', U L U' the approximation, l its smallest eigenvalue.
+        For a `ConjugateGradient` of the same damping. Costs min(rank, n) products, once.
+        """
+        self._require_symmetric(operator)
+        vectors, values = self._eigenpairs(operator, like)
+        inside = (values[-1] + self.damping) / (values + self.damping) - 1.0
+        return lambda r: r + vectors @ (inside * (vectors.mT @ r))
+
+    def _eigenpairs(self, operator: LinearOperator, like: Tensor) -> tuple[Tensor, Tensor]:
+        """U `[n, rank]` and L `[rank]`, descending, with N = U diag(L) U'."""
+        n = like.numel()
+        rank = min(self.rank, n)
+        sketch = torch.linalg.qr(gaussian((n, rank), like, self.seed)).Q
+        image = torch.stack([operator.matvec(column) for column in sketch.mT], dim=1)
+        size = norm(image.flatten())
+        if not math.isfinite(concrete(size)):
+            raise NonFiniteError(f"Nystrom met NaN or infinite entries in {rank} products with A.")
+        core = sketch.mT @ image
+        _refuse_asymmetric(core, size)
+        # Of A + shift I instead, so that rounding cannot make the core indefinite; taken off again at the end. The
+        # smallest normal number is for A = 0.
+        limits = torch.finfo(like.dtype)
+        shift = 10.0 * math.sqrt(n) * limits.eps * size + limits.tiny
+        core_values, core_vectors = torch.linalg.eigh(0.5 * (core + core.mT))
+        lowest = -concrete(-(core_values[0] + shift))
+        if lowest <= 0.0:
+            raise IndefiniteSystemError(
+                f"Nystrom met a negative eigenvalue of O'AO, {lowest:.3g}; it needs a positive semidefinite A. The "
+                "follower is not at a minimum: solve its problem further, or use GMRES(). Damping does not help here: "
+                "the approximation is of A alone."
+            )
+        half = (image + shift * sketch) @ (core_vectors / torch.sqrt(core_values + shift))
+        vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
+        return vectors, torch.clamp(roots.square() - shift, min=0.0)
+
+
+def _refuse_asymmetric(core: Tensor, size: Tensor) -> None:
+    apart = concrete(norm((core - core.mT).flatten()) / torch.where(size > 0.0, size, 1.0))
+    if apart > asymmetry_tolerance(core.dtype):
+        raise NotSymmetricError(
+            f"Nystrom was promised symmetric=True, but O'AO and its transpose differ by {apart:.2g} of |AO|. Use "
+            "GMRES(), or Dense() for a few hundred unknowns, and give the operator symmetric=False."
+        )
