@@ -61,7 +61,8 @@ class ConjugateGradient(LinearSolver):
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
             return self._correct(matvec, residual, target, most, first=most == limit)
 
-        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit)
+        # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
+        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.5)
         return self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
 
     def _correct(

@@ -57,7 +57,8 @@ class GMRES(LinearSolver):
             return _correction(matvec, residual, target, min(most, self.restart))
 
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
-        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit)
+        # Slow is not stalled; a restart that gains nothing will gain nothing again.
+        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.999)
         return self._conclude(solution, residual, rhs, products, remedy="a larger restart, more max_steps")
 
 

@@ -26,11 +26,13 @@ def refine(  # noqa: PLR0913, PLR0917 - the system, the start, the method, the s
     correct: Correction,
     tolerance: Tensor,
     max_steps: int,
+    stalled: float,
 ) -> tuple[Tensor, Tensor, int]:
     """Correct until the residual, computed anew from the solution, is within `tolerance`.
 
-    Returns the solution `[n]`, its residual `[n]`, and how many products were taken. Ends early when correcting no
-    longer helps: a tolerance below what the dtype can resolve costs one correction in vain, not `max_steps`.
+    Returns the solution `[n]`, its residual `[n]`, and how many products were taken. Ends early when a correction
+    leaves more than `stalled` of the residual: a tolerance below what the dtype can resolve costs one or two of them in
+    vain, not `max_steps`.
     """
     # A recurrence goes on shrinking below what rounding lets the true residual reach.
     target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
@@ -49,7 +51,7 @@ def refine(  # noqa: PLR0913, PLR0917 - the system, the start, the method, the s
         accepted = (size > target) & ((remaining_size < size) if steps else torch.ones_like(size, dtype=torch.bool))
         # Written so that a NaN is accepted, and reported by whoever judges the residual.
         accepted = accepted | ~torch.isfinite(remaining_size)
-        helped = concrete((size > target) & (remaining_size < 0.999 * size))
+        helped = concrete((size > target) & (remaining_size < stalled * size))
         solution = torch.where(accepted, candidate, solution)
         residual = torch.where(accepted, remaining, residual)
         size = torch.where(accepted, remaining_size, size)
