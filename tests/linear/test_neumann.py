@@ -1,0 +1,135 @@
+"""The Neumann series against the sum written out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel.errors import ConvergenceError
+from bilevel.linear import LinearOperator, Neumann
+
+
+def _series(matrix, b, step_size, terms):
+    term, total = b, torch.zeros_like(b)
+    for _ in range(terms + 1):
+        total = total + step_size * term
+        term = term - step_size * (matrix @ term)
+    return total
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 8), terms=st.integers(0, 30), step_size=st.floats(0.01, 1.9))
+@settings(max_examples=40, deadline=None)
+def test_is_the_series(spd, normal, seed, n, terms, step_size):
+    matrix, b = spd(seed, n, 10.0), normal(seed + 1, n)
+    found = Neumann(max_steps=terms, step_size=step_size, rtol=None).solve(LinearOperator(matrix.mv, symmetric=True), b)
+    # Contractions of norm < 1, so rounding adds up to at most terms * eps * |u|, |u| <= 10 |b|: 1e-13.
+    assert torch.allclose(found.solution, _series(matrix, b, step_size, terms), rtol=0.0, atol=1e-12)
+
+
+def test_no_terms_is_the_scaled_right_hand_side(spd, normal, counted):
+    system, b = counted(spd(1, 4, 10.0), symmetric=True), normal(2, 4)
+    found = Neumann(max_steps=0, step_size=0.3, rtol=None, power_steps=0).solve(system.operator, b)
+    assert torch.equal(found.solution, 0.3 * b)
+    assert system.calls == found.products == 1
+
+
+def test_products_are_terms_checks_and_one_for_the_residual(spd, normal, counted):
+    b = normal(2, 4)
+    for symmetric, settings_, expected in (
+        (True, {"step_size": 0.3, "power_steps": 0}, 7 + 1),
+        (True, {"step_size": 0.3}, 7 + 1 + 10),
+        (True, {}, 7 + 1 + 10),
+        (False, {"step_size": 0.3}, 7 + 1),  # there is no bound to check
+    ):
+        system = counted(spd(1, 4, 10.0), symmetric)
+        found = Neumann(max_steps=7, rtol=None, **settings_).solve(system.operator, b)
+        assert system.calls == found.products == expected
+
+
+def test_is_k_plus_one_gradient_steps_unrolled(spd, normal):
+    # Of 1/2 u'Au - b'u, from 0.
+    matrix, b = spd(3, 5, 10.0), normal(4, 5)
+    u = torch.zeros_like(b)
+    for _ in range(8):
+        u = u - 0.5 * (matrix @ u - b)
+    found = Neumann(max_steps=7, step_size=0.5, rtol=None).solve(LinearOperator(matrix.mv, symmetric=True), b)
+    assert torch.allclose(found.solution, u, rtol=0.0, atol=1e-14)
+
+
+def test_error_falls_with_every_term(spd, normal):
+    matrix, b = spd(5, 10, 50.0), normal(6, 10)
+    exact = torch.linalg.solve(matrix, b)
+    operator = LinearOperator(matrix.mv, symmetric=True)
+    errors = [
+        float((Neumann(max_steps=k, rtol=None).solve(operator, b).solution - exact).norm())
+        for k in (0, 1, 2, 5, 10, 50, 200)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    # |I - aA|^(K+1) <= (1 - 1/50)^201 of what it was.
+    assert errors[-1] <= (1 - 1 / 50) ** 201 * float(exact.norm()) * 1.001
+
+
+def test_a_start_continues_the_series(spd, normal):
+    matrix, b = spd(5, 6, 20.0), normal(6, 6)
+    operator = LinearOperator(matrix.mv, symmetric=True)
+    half = Neumann(max_steps=4, step_size=0.5, rtol=None).solve(operator, b)
+    whole = Neumann(max_steps=4, step_size=0.5, rtol=None).solve(operator, b, half.solution)
+    assert torch.allclose(whole.solution, _series(matrix, b, 0.5, 9), rtol=0.0, atol=1e-13)
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 8))
+@settings(max_examples=20, deadline=None)
+def test_converges_for_an_operator_that_is_not_symmetric(general, normal, seed, n):
+    # |I - A| <= 0.7: the residual falls below 1e-10 in 65 terms; |A^-1| <= 1/0.3.
+    matrix, b = torch.eye(n, dtype=torch.float64) + 0.7 * general(seed, n, 2.0), normal(seed + 2, n)
+    found = Neumann(step_size=1.0, rtol=1e-10).solve(LinearOperator(matrix.mv), b)
+    assert found.converged
+    assert torch.allclose(found.solution, torch.linalg.solve(matrix, b), rtol=0.0, atol=4e-10 * float(b.norm()))
+
+
+def test_growth_in_passing_is_not_divergence():
+    # Defective: (I - A)^j b grows to 30 |b| before it vanishes at the second term.
+    matrix = torch.tensor([[1.0, 30.0], [0.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = Neumann(step_size=1.0).solve(LinearOperator(matrix.mv), b)
+    assert torch.equal(found.solution, torch.tensor([-30.0, 1.0], dtype=torch.float64))
+
+
+def test_a_step_size_beyond_the_bound_is_refused(spd, normal, counted):
+    system, b = counted(4.0 * spd(1, 6, 3.0), symmetric=True), normal(2, 6)
+    with pytest.raises(ConvergenceError, match=r"step_size=0.7\) diverges: .* bounds it by 0\.5"):
+        Neumann(step_size=0.7).solve(system.operator, b)
+    assert system.calls == 10
+
+
+@pytest.mark.parametrize(
+    ("matrix", "symmetric"),
+    [
+        ([[3.0, 0.0], [0.0, 1.0]], True),
+        ([[3.0, 0.0], [0.0, 1.0]], False),
+        ([[-0.5, 0.0], [0.0, 1.0]], True),
+        ([[0.0, 3.0], [-3.0, 0.0]], False),
+    ],
+)
+def test_divergence_underway_raises(matrix, symmetric):
+    matrix = torch.tensor(matrix, dtype=torch.float64)
+    solver = Neumann(step_size=1.0, power_steps=0, rtol=None)
+    with pytest.raises(ConvergenceError, match="Neumann diverges"):
+        solver.solve(LinearOperator(matrix.mv, symmetric), torch.ones(2, dtype=torch.float64))
+
+
+def test_the_zero_operator_has_no_step_size():
+    operator = LinearOperator(torch.zeros_like, symmetric=True)
+    with pytest.raises(ConvergenceError, match="vanish"):
+        Neumann().solve(operator, torch.ones(3))
+    assert Neumann(damping=2.0).solve(operator, torch.ones(3)).converged
+
+
+def test_the_seed_fixes_the_estimate_and_the_global_state_is_left_alone(spd, normal):
+    operator, b = LinearOperator(spd(1, 6, 5.0).mv, symmetric=True), normal(2, 6)
+    state = torch.get_rng_state()
+    first, again = (Neumann(max_steps=3, rtol=None, seed=4).solve(operator, b).solution for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = Neumann(max_steps=3, rtol=None, seed=5, power_steps=2).solve(operator, b).solution
+    assert not torch.equal(first, other)
