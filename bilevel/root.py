@@ -1,0 +1,207 @@
+"""The one primitive for implicit derivatives: a solution of F(y, x) = 0 that knows how it moves with x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import captured_tensor, concrete, pullback, tracked_at_any_level, transforms_active
+from bilevel.errors import CapturedTensorError, NonFiniteError
+from bilevel.linear import GMRES, LinearOperator, LinearSolver
+from bilevel.tree import Variables, flatten, leaves, structure_of
+
+FlatResidual = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a backward solve leaves behind, written in place when backward runs.
+
+    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` and `wanted`
+    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts.
+    """
+
+    adjoint: Tensor
+    residual: Tensor
+    products: Tensor
+
+    @staticmethod
+    def blank(like: Tensor) -> Receipt:
+        """A receipt for `like: [n]` unknowns before any backward solve."""
+        return Receipt(torch.zeros_like(like), torch.full_like(like[0], torch.nan), torch.zeros((), dtype=torch.int64))
+
+
+def root(
+    residual: Callable[[Variables, Variables], Variables],
+    solution: Variables,
+    inputs: Variables,
+    *,
+    linear_solver: LinearSolver | None = None,
+    symmetric: bool = False,
+    receipt: Receipt | None = None,
+) -> Variables:
+    r"""A solution y of F(y, x) = 0 with its derivatives in x attached, by the implicit-function theorem.
+
+        dy/dx = -(dF/dy)^-1 dF/dx
+
+    `residual(y, x)` is F: any stationarity residual, shaped like y; `solution` is y, found by any means (it is
+    detached here); `inputs` is x, a pytree of tensors. Returns y with the same values. Backward solves
+    (dF/dy)^T u = v by `linear_solver` (default `GMRES(rtol=1e-10)` in float64, `1e-5` in float32) and returns
+    -(dF/dx)^T u. That solve is itself a `root`, so that derivatives of any order are right, and `torch.func.grad`,
+    `jacrev` and `vmap` compose. There is no forward mode. `symmetric=True` promises that dF/dy is symmetric, as the
+    Hessian of a loss is, and admits ConjugateGradient.
+
+    The derivative is as good as F(y, x) is small and the linear solve converged: an error of y moves it to first
+    order, and an unconverged solve warns.
+
+    Costs one evaluation of F here (the check for captures), one graph of F and the solver's products in backward.
+    Raises `CapturedTensorError` when F uses a tensor that requires grad and is not in `inputs`: it would get no
+    gradient, in silence. Raises `ValueError` when F(y, x) has not y's form.
+    Source: Blondel et al. 2022 (arXiv 2105.15183).
+
+    >>> x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> y = root(lambda y, x: y ** 2 - x, x.sqrt(), x)
+    >>> torch.autograd.grad(y, x)[0].item()  # 1 / (2 sqrt 2)
+    0.353553...
+    """
+    form, input_form = structure_of(solution), structure_of(inputs)
+    flat, xs = flatten(solution).detach(), leaves(inputs)
+
+    def flat_residual(y: Tensor, *x: Tensor) -> Tensor:
+        value = residual(form.unflatten(y), input_form.build(x))
+        found = structure_of(value)
+        if found.shapes != form.shapes:
+            raise ValueError(
+                f"root: the residual F(y, x) has leaves of shapes {[tuple(s) for s in found.shapes]}; expected those "
+                f"of the solution, {[tuple(s) for s in form.shapes]}."
+            )
+        return flatten(value)
+
+    if linear_solver is None:
+        linear_solver = GMRES(rtol=1e-10 if flat.dtype == torch.float64 else 1e-5)
+    refuse_captures(flat_residual, flat, xs)
+    attached = attach(flat_residual, flat, xs, linear_solver=linear_solver, symmetric=symmetric, receipt=receipt)
+    return form.unflatten(attached)
+
+
+def refuse_captures(residual: FlatResidual, y: Tensor, xs: list[Tensor]) -> None:
+    """Raise `CapturedTensorError` when F reaches a tensor that requires grad and was not passed."""
+    if transforms_active():
+        # Nothing that is passed is tracked, so whatever is tracked in the value came in by another way.
+        value = residual(y.detach(), *(x.detach() for x in xs))
+        captured: Tensor | None = value if tracked_at_any_level(value) else None
+    else:
+        passed = [tensor.detach().clone().requires_grad_() for tensor in (y, *xs)]
+        with torch.enable_grad():
+            value = residual(*passed)
+        captured = captured_tensor([value], passed)
+    if captured is not None:
+        shape = "" if captured is value else f" of shape {tuple(captured.shape)}"
+        raise CapturedTensorError(
+            f"The residual captures a tensor{shape} that requires grad, so that its derivative would be lost in "
+            "silence. Pass it among the inputs (as a player's variables), or detach it."
+        )
+
+
+def attach(
+    residual: FlatResidual,
+    y: Tensor,
+    xs: list[Tensor],
+    *,
+    linear_solver: LinearSolver,
+    symmetric: bool,
+    receipt: Receipt | None = None,
+) -> Tensor:
+    """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing."""
+    attached = _Root.apply(_System(residual, linear_solver, symmetric, receipt), y.detach(), *xs)
+    return attached  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _System:
+    """The part of a root that is no tensor; a class of its own, so that vmap hands it over untouched."""
+
+    residual: FlatResidual
+    solver: LinearSolver
+    symmetric: bool
+    receipt: Receipt | None
+
+
+class _Root(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(system: _System, y: Tensor, *xs: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.system, _, *xs = inputs
+        # The output, not the input: it depends on x, and so the second derivative sees y move.
+        ctx.save_for_backward(output, *xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangent,) = grads
+        y, *xs = ctx.saved_tensors
+        system: _System = ctx.system
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+        def partial(y: Tensor, *some: Tensor) -> Tensor:
+            every = list(xs)
+            for index, x in zip(wanted, some, strict=True):
+                every[index] = x
+            return system.residual(y, *every)
+
+        given = [xs[index] for index in wanted]
+        again = torch.is_grad_enabled() or transforms_active()
+        if again:
+            adjoint = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
+            adjoint = _attach_adjoint(system, adjoint, cotangent, y, xs)
+            _, products = pullback(lambda *some: partial(y, *some), *given)
+            derivatives = products(adjoint)
+        else:
+            # One graph serves the whole solve and the mixed product after it.
+            _, products = pullback(partial, y, *given)
+            adjoint = _solve(system, products, cotangent)
+            derivatives = products(adjoint)[1:]
+        result: list[Tensor | None] = [None] * len(xs)
+        for index, derivative in zip(wanted, derivatives, strict=True):
+            result[index] = -derivative
+        return (None, None, *result)
+
+
+def _solve(system: _System, products: Callable[[Tensor], tuple[Tensor, ...]], rhs: Tensor) -> Tensor:
+    operator = LinearOperator(lambda v: products(v)[0], system.symmetric)
+    receipt = system.receipt
+    # A receipt is plain memory: under a transform it neither warms the solve nor is written.
+    plain = receipt is not None and not transforms_active()
+    with torch.no_grad():
+        start = receipt.adjoint if plain and receipt is not None and bool(receipt.adjoint.any()) else None
+        found = system.solver.solve(operator, rhs.detach() if plain else rhs, start)
+        if plain and receipt is not None:
+            size = torch.linalg.vector_norm(rhs)
+            receipt.adjoint.copy_(found.solution)
+            receipt.residual.copy_(found.residual_norm / size if concrete(size) > 0 else found.residual_norm)
+            receipt.products.add_(found.products)
+    if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
+        raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
+    return found.solution
+
+
+def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:
+    """The adjoint u as the root of G(u; v, y, x) = (dF/dy)^T u - v, differentiable in v, y and x."""
+    # The solver adds its own damping to dG/du, as it did for u; G itself leaves it out.
+    def residual(u: Tensor, v: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            _, products = pullback(lambda y: system.residual(y, *xs), y)
+            return products(u)[0] - v
+
+    return attach(residual, adjoint, [cotangent, y, *xs], linear_solver=system.solver, symmetric=system.symmetric)
+
+
+__all__ = ["Receipt", "attach", "refuse_captures", "root"]
