@@ -1,0 +1,35 @@
+"""Nested optimisation and differentiable games in PyTorch: one game, interchangeable responses.
+
+A solution concept is what each player assumes about the others while it differentiates. A `Game` holds the players,
+a response is a differentiable map from the others' variables to a follower's own, and `solve` plays.
+"""
+
+from bilevel.errors import (
+    BilevelError,
+    BilevelWarning,
+    CapturedTensorError,
+    CheckpointError,
+    ConvergenceError,
+    ExhaustedDataError,
+    IndefiniteSystemError,
+    NonConvergenceWarning,
+    NonFiniteError,
+    NotSymmetricError,
+    SingularSystemError,
+    UnreliableResponseWarning,
+)
+from bilevel.game import Game, Player
+from bilevel.inner import ClosedForm, InnerSolver, Scipy
+from bilevel.linear import (
+    GMRES,
+    ConjugateGradient,
+    Dense,
+    Identity,
+    LinearOperator,
+    LinearSolution,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+)
+from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
+from bilevel.root import root

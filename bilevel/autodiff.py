@@ -50,17 +50,17 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     return value, products
 
 
-def gradient(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient of a scalar function; differentiable again when grad is enabled."""
+def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Value and gradients of a scalar function of tensors; differentiable again when grad is enabled."""
     if transforms_active():
-        slope, value = torch.func.grad_and_value(function)(point)
-        return value, slope
-    create_graph = torch.is_grad_enabled()
+        slopes, value = torch.func.grad_and_value(function, argnums=tuple(range(len(points))))(*points)
+        return value, slopes
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        alias = point.view_as(point) if point.requires_grad else point.detach().requires_grad_()
-        value = function(alias)
-        (slope,) = torch.autograd.grad(value, alias, create_graph=create_graph, materialize_grads=True)
-    return (value if create_graph else value.detach()), slope
+        aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points]
+        value = function(*aliases)
+        slopes = torch.autograd.grad(value, aliases, create_graph=again, materialize_grads=True)
+    return (value if again else value.detach()), slopes
 
 
 class _Box:

@@ -130,6 +130,11 @@ class Game:
         """The players' names, in order of play."""
         return tuple(self._players)
 
+    @property
+    def anticipated(self) -> frozenset[str]:
+        """The players whose variables are functions of those who move before them."""
+        return frozenset(self._anticipated)
+
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
         return detached(self._initial[player])

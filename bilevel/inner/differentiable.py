@@ -1,0 +1,145 @@
+"""Steps of unmodified torch.optim optimisers that autograd can differentiate.
+
+The optimiser's own code runs. Before each step it is handed fresh clones of parameters and state, so that its
+in-place updates write to tensors of this step alone, and the graph of all steps stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from bilevel.inner.torch_optim import Memory, OptimizerFactory, build
+from bilevel.tree import Variables
+
+Seed = Callable[[Tensor, Tensor, Mapping[str, Any]], dict[str, Any]]
+
+
+def _step(parameter: Tensor) -> Tensor:
+    # torch makes it float32, in which 1 - beta ** step is off by 1e-8: the trajectory then differs from torch's own.
+    return torch.zeros((), dtype=torch.float64)
+
+
+def _sgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    if group["momentum"] == 0:
+        return {}
+    if group["dampening"] == 0:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    # torch fills the first buffer with the undamped gradient, and detaches it. Start from what gives the same number:
+    # momentum * buffer + (1 - dampening) * g = g.
+    slope = -slope if group["maximize"] else slope
+    first = slope + group["weight_decay"] * parameter
+    return {"momentum_buffer": first * group["dampening"] / group["momentum"]}
+
+
+def _adam(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    state = {"step": _step(parameter)}
+    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
+    return state | {name: torch.zeros_like(parameter) for name in names}
+
+
+def _rmsprop(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    names = ["square_avg", *(["momentum_buffer"] if group["momentum"] > 0 else []), *(["grad_avg"] * group["centered"])]
+    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in names}
+
+
+def _adagrad(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": _step(parameter), "sum": torch.full_like(parameter, group["initial_accumulator_value"])}
+
+
+def _nadam(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    return _adam(parameter, slope, group) | {"mu_product": torch.ones((), dtype=torch.float64)}
+
+
+def _adamax(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_inf")}
+
+
+def _adadelta(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in ("square_avg", "acc_delta")}
+
+
+def _asgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    lr = torch.as_tensor(group["lr"], dtype=torch.float64).clone()
+    return {"step": _step(parameter), "eta": lr, "mu": torch.ones((), dtype=torch.float64), "ax": torch.zeros_like(parameter)}
+
+
+SEEDS: dict[type[optim.Optimizer], Seed] = {
+    optim.SGD: _sgd,
+    optim.Adam: _adam,
+    optim.AdamW: _adam,
+    optim.RMSprop: _rmsprop,
+    optim.Adagrad: _adagrad,
+    optim.NAdam: _nadam,
+    optim.RAdam: _adam,
+    optim.Adamax: _adamax,
+    optim.Adadelta: _adadelta,
+    optim.ASGD: _asgd,
+}
+
+_WHY_NOT: dict[type[optim.Optimizer], str] = {
+    optim.LBFGS: "its line search and its history are not differentiable in torch",
+    optim.Adafactor: "it has no differentiable mode in torch",
+    optim.Rprop: "it uses only the gradient's signs, so that its hypergradient is zero almost everywhere",
+    optim.SparseAdam: "it has no differentiable mode in torch",
+}
+
+
+class DifferentiableOptimizer:
+    """One optimiser over the leaves of a follower, stepped functionally: tensors in, tensors out."""
+
+    def __init__(
+        self, factory: OptimizerFactory, leaves: Sequence[Tensor], players: Mapping[str, Variables], memory: Memory | None
+    ) -> None:
+        placeholders = [leaf.detach().clone() for leaf in leaves]
+        self._optimizer = build(factory, placeholders, players)
+        refuse_undifferentiable(self._optimizer)
+        self._optimizer.defaults["differentiable"] = True
+        places = {id(p): index for index, p in enumerate(placeholders)}
+        self._groups: list[list[int]] = []
+        for group in self._optimizer.param_groups:
+            group["differentiable"] = True
+            group["foreach"] = False
+            if "fused" in group:
+                group["fused"] = False
+            self._groups.append([places[id(p)] for p in group["params"]])
+        self.memory: Memory | None = memory
+
+    def step(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves after one step along the gradients `slopes`; differentiable in both and in the memory."""
+        optimizer = self._optimizer
+        if self.memory is None:
+            self.memory = [{} for _ in leaves]
+            for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
+                for index in indices:
+                    self.memory[index] = SEEDS[type(optimizer)](leaves[index], slopes[index], group)
+        fresh = [leaf.clone() for leaf in leaves]
+        optimizer.state.clear()
+        for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [fresh[index] for index in indices]
+        for parameter, slope, remembered in zip(fresh, slopes, self.memory, strict=True):
+            # The slope too: some optimisers (weight decay, maximize) would otherwise write to the user's graph.
+            parameter.grad = slope.clone()
+            optimizer.state[parameter] = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in remembered.items()
+            }
+        optimizer.step()
+        self.memory = [dict(optimizer.state[parameter]) for parameter in fresh]
+        for parameter in fresh:
+            parameter.grad = None
+        return fresh
+
+
+def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:
+    """Raise `TypeError` for an optimiser whose steps cannot be differentiated, and say which can."""
+    kind = type(optimizer)
+    if kind not in SEEDS:
+        why = _WHY_NOT.get(kind, "it is not known to have a differentiable mode")
+        can = ", ".join(known.__name__ for known in SEEDS)
+        raise TypeError(
+            f"Unrolled cannot differentiate through {kind.__name__}: {why}. Use one of {can}, or Implicit, which "
+            "takes any optimiser."
+        )

@@ -1,0 +1,53 @@
+"""Any gradient-based method of scipy.optimize.minimize as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.inner.base import InnerSolver, Problem
+from bilevel.tree import join
+
+
+@dataclass(frozen=True)
+class Scipy(InnerSolver):
+    """Follower's optimum by `scipy.optimize.minimize(method=...)`, on one held batch, in float64 on the CPU.
+
+    `method` is SciPy's name of a method that uses gradients ("L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP", ...);
+    `options` go to SciPy as they are, and win over the response's `steps` and tolerance where they name
+    `maxiter` or `gtol`. Nothing is remembered between calls but the solution itself.
+
+    >>> Scipy("L-BFGS-B", options={"ftol": 0.0})
+    Scipy(method='L-BFGS-B', options={'ftol': 0.0})
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def minimise(
+        self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
+    ) -> tuple[list[Tensor], Any]:
+        """SciPy's answer after at most `steps` iterations."""
+        import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
+        from scipy.optimize import minimize  # noqa: PLC0415
+
+        form, like = problem.form, y[0]
+
+        def tensors(point: Any) -> list[Tensor]:
+            return form.split(torch.as_tensor(point, dtype=torch.float64).to(like))
+
+        def value_and_gradient(point: Any) -> tuple[float, Any]:
+            loss, slopes = problem.gradients(tensors(point))
+            return float(loss), np.asarray(join(slopes).detach().to("cpu", torch.float64))
+
+        # The largest entry is at most the norm: this stops no later than |gradient| <= threshold asks.
+        gtol = threshold / form.size**0.5
+        tight = {"L-BFGS-B": {"gtol": gtol, "ftol": 0.0}, "BFGS": {"gtol": gtol}, "CG": {"gtol": gtol}}
+        options = {"maxiter": steps, **tight.get(self.method, {}), **self.options}
+        start = np.asarray(join(y).detach().to("cpu", torch.float64))
+        found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options)
+        return [t.clone() for t in tensors(found.x)], None

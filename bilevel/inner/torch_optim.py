@@ -1,0 +1,108 @@
+"""torch.optim optimisers as inner solvers, with their memory as plain data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.inner.base import InnerSolver, Problem
+from bilevel.tree import Variables, join, map_leaves
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+"""A callable from a list of tensors to a torch.optim optimiser, such as partial(torch.optim.SGD, lr=0.1).
+
+Further parameters of its own that are named after players receive those players' variables.
+"""
+
+Memory = list[dict[str, Any]]
+"""What an optimiser remembers of each parameter, in their order."""
+
+
+def build(
+    factory: OptimizerFactory, parameters: Sequence[Tensor], players: Mapping[str, Variables] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser over these parameters; refuses what is no optimiser or leaves a parameter out."""
+    if not callable(factory):
+        raise TypeError(
+            f"optimizer is {factory!r}; expected a callable from parameters to a torch.optim optimiser, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1), or an inner solver such as bilevel.Scipy('L-BFGS-B')."
+        )
+    named = {name: (players or {})[name] for name in player_parameters(factory, players or {})}
+    optimizer = factory(list(parameters), **named)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer(parameters) returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer. Pass "
+            "functools.partial(torch.optim.Adam, lr=1e-3), or wrap a closed form as bilevel.ClosedForm(function)."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [index for index, p in enumerate(parameters) if id(p) not in held]
+    if left_out:
+        raise ValueError(
+            f"optimizer(parameters) leaves out parameters {left_out} of {len(parameters)}; they would never move. "
+            "Put every parameter in one of its groups."
+        )
+    return optimizer
+
+
+def player_parameters(factory: OptimizerFactory, players: Mapping[str, Any]) -> list[str]:
+    """The parameters of a factory that are named after players and not bound already."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # a builtin without a signature takes no players
+        return []
+    bound = getattr(factory, "keywords", {})  # functools.partial
+    return [name for name in list(signature.parameters)[1:] if name in players and name not in bound]
+
+
+def remember(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Memory:
+    """A copy of what the optimiser remembers of each parameter."""
+    return [_copied(dict(optimizer.state.get(p, {}))) for p in parameters]
+
+
+def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None) -> None:
+    """Give the optimiser a copy of what it remembered; nothing when it is new."""
+    for parameter, remembered in zip(parameters, memory or (), strict=False):
+        if remembered:
+            optimizer.state[parameter] = _copied(remembered)
+
+
+def _copied(tree: Any) -> Any:
+    return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@dataclass(frozen=True)
+class TorchOptimizer(InnerSolver):
+    """A torch.optim optimiser, one step a batch; LBFGS included. Its memory carries over from call to call."""
+
+    factory: OptimizerFactory
+
+    def minimise(
+        self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
+    ) -> tuple[list[Tensor], Any]:
+        """The leaves after at most `steps` steps; a copy of the optimiser's memory."""
+        parameters = [leaf.detach().clone() for leaf in y]
+        optimizer = build(self.factory, parameters)
+        recall(optimizer, parameters, memory)
+
+        def closure() -> float:
+            loss, slopes = problem.gradients(parameters)
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.grad = slope
+            return float(loss)
+
+        searches = isinstance(optimizer, torch.optim.LBFGS)  # it evaluates along a line, on one batch
+        for step in range(steps):
+            if step:
+                problem.advance()
+            closure()
+            slope = join([p.grad for p in parameters if p.grad is not None])
+            if float(torch.linalg.vector_norm(slope)) <= threshold:
+                break
+            optimizer.step(closure if searches else None)  # type: ignore[arg-type]
+        remembered = remember(optimizer, parameters)
+        return [p.detach() for p in parameters], remembered

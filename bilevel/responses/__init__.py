@@ -1,0 +1,9 @@
+"""What a leader assumes about its follower while it differentiates: one file a strategy."""
+
+from bilevel.responses.base import Response, State
+from bilevel.responses.hypernetwork import Hypernetwork
+from bilevel.responses.implicit import Implicit
+from bilevel.responses.networks import MLP, Elementwise, Linear, LowRank
+from bilevel.responses.unrolled import Unrolled
+
+__all__ = ["MLP", "Elementwise", "Hypernetwork", "Implicit", "Linear", "LowRank", "Response", "State", "Unrolled"]

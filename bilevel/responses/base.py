@@ -1,0 +1,187 @@
+"""The library's one noun: a response, a differentiable map from the others' variables to a follower's own."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete, gradient
+from bilevel.data import Batch
+from bilevel.errors import NonFiniteError
+from bilevel.game import Buffers, Game
+from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
+from bilevel.tree import Structure, Variables, flatten, leaves, structure_of
+
+State = dict[str, Any]
+"""A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
+
+
+class Response(ABC):
+    """How a follower answers, as configuration; its state is an argument and a return value.
+
+        state = response.init(game)
+        weights, state = response(game, {"decay": decay}, state, batch)
+
+    The variables returned are differentiable in the others' variables: a loss of them, and plain autograd, give the
+    leader's hypergradient. Nothing that is passed is changed. Inside a `torch.func` transform a response is a pure
+    function of the others' variables at the given state, and returns that state as it came.
+    """
+
+    @abstractmethod
+    def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
+        """The state before the first call, for the named follower (default: the last player in order of play)."""
+
+    @abstractmethod
+    def __call__(
+        self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
+    ) -> tuple[Variables, State]:
+        """The follower's variables in answer to `others`, and the next state.
+
+        `batch` is used for every step when it is given; else batches are drawn from the player's data, from the
+        place that the state remembers.
+        """
+
+
+class Follower:
+    """One follower during one call: its loss as a function of its leaves, its batches, its module's buffers.
+
+    Lives as long as the call; what should outlast it goes into the state that `save` returns.
+    """
+
+    def __init__(self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch) -> None:
+        self.game, self.name = game, str(state["follower"])
+        for name in others:
+            if name not in game.names or name == self.name:
+                raise ValueError(
+                    f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
+                    f"other players, {[n for n in game.names if n != self.name]}."
+                )
+            game.check(name, others[name])
+        missing = [n for n in game.arguments(self.name) if n != self.name and n not in others]
+        missing = [n for n in missing if n not in game.anticipated]
+        if missing:
+            raise ValueError(
+                f"The response of player {self.name!r} needs the variables of {missing}; given are {sorted(others)}."
+            )
+        self.inputs = dict(others)
+        self.input_form = structure_of(self.inputs)
+        self.form: Structure = game.structure(self.name)
+        self.position = state["data"]
+        self.buffers: Buffers = {self.name: state["buffers"]} if state["buffers"] else {}
+        self.gradient_count = 0
+        self._fixed = batch is not None
+        self.batch = batch
+        if batch is None:
+            self.advance()
+
+    @property
+    def xs(self) -> list[Tensor]:
+        """The leaves of the others' variables."""
+        return leaves(self.inputs)
+
+    @property
+    def others(self) -> dict[str, Variables]:
+        """The other players' variables, detached."""
+        return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
+
+    def advance(self) -> None:
+        """Move on to the next batch, unless one batch was given for the whole call."""
+        if not self._fixed:
+            self.batch, self.position = self.game.draw(self.name, self.position)
+
+    def loss(self, y: Variables, others: Mapping[str, Variables], *, advance_buffers: bool = False) -> Tensor:
+        """The follower's loss on the present batch."""
+        variables = {**others, self.name: y}
+        loss, buffers = self.game.evaluate(self.name, variables, self.batch, self.buffers)
+        if advance_buffers and self.buffers:
+            self.buffers = {self.name: buffers[self.name]}
+        return loss
+
+    def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of the follower's leaves on the present batch; its module's buffers advance."""
+        given = self.others if others is None else others
+        loss, slopes = gradient(
+            lambda *leaves: self.loss(self.form.build(leaves), given, advance_buffers=True), *y
+        )
+        self.gradient_count += 1
+        return loss, list(slopes)
+
+    def held_residual(self) -> Callable[..., Tensor]:
+        """F(y, *xs), the loss's gradient as a flat function, for ever on the present batch, buffers and random numbers."""
+        batch, buffers, random = self.batch, self.buffers, torch.random.get_rng_state()
+
+        def residual(y: Tensor, *xs: Tensor) -> Tensor:
+            def loss(y: Tensor) -> Tensor:
+                variables = {**self.input_form.build(xs), self.name: self.form.unflatten(y)}
+                return self.game.loss(self.name, variables, batch, buffers)
+
+            # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
+            with torch.random.fork_rng():
+                torch.random.set_rng_state(random)
+                return gradient(loss, y)[1][0]
+
+        return residual
+
+    def relative(self, slopes_norm: float, state: State) -> float:
+        """A gradient's norm in units of the one at the start of the game."""
+        return slopes_norm / float(state["reference"])
+
+    def require_finite(self, y: list[Tensor], advice: str) -> None:
+        """Raise `NonFiniteError` when a solution holds NaN or infinity."""
+        if not math.isfinite(sum(concrete(torch.linalg.vector_norm(leaf)) for leaf in y)):
+            raise NonFiniteError(
+                f"Player {self.name!r}: its variables became NaN or infinite in its inner steps. {advice}"
+            )
+
+
+def fresh_state(game: Game, follower: str | None, seed: int) -> State:
+    """What every response's state holds before its first call."""
+    name = game.names[-1] if follower is None else follower
+    if name not in game.names:
+        raise ValueError(f"There is no player {name!r} to respond; players are {list(game.names)}.")
+    if game.names.index(name) == 0:
+        raise ValueError(
+            f"Player {name!r} moves first and has nobody to respond to. A follower is declared after its leader in "
+            f"Game(...); players in order of play: {list(game.names)}."
+        )
+    state: State = {
+        "follower": name,
+        "variables": game.initial(name),
+        "data": game.start(name, seed),
+        "buffers": game.buffers()[name],
+        "gradients": 0,
+        "products": 0,
+        "stationarity": math.nan,
+        "reference": 1.0,
+    }
+    start = Follower(game, {n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state, None)
+    with torch.random.fork_rng(), torch.no_grad():
+        _, slopes = start.gradients(leaves(state["variables"]))
+    norm = float(torch.linalg.vector_norm(flatten(slopes)))
+    # Stationarity is told in units of the gradient at the start, so that a loss's scale does not matter.
+    return state | {"reference": norm if norm > 0.0 else 1.0}
+
+
+def refuse_optimizer_hyper(response: object, game: Game, follower: str, factory: OptimizerFactory | None) -> None:
+    """Raise `TypeError` when the inner optimiser itself depends on a leader.
+
+    A follower's optimum does not depend on how it is found: the hypergradient would be zero, in silence.
+    """
+    name = type(response).__name__
+    way_out = "A follower's optimum does not depend on its optimiser; only Unrolled differentiates through the steps."
+    declared = [other for other, player in game.players.items() if player.optimizer_hyper]
+    used = [] if factory is None or not callable(factory) else player_parameters(factory, dict.fromkeys(game.names))
+    if declared or used:
+        raise TypeError(f"{name} cannot tune {(declared or used)[0]!r}, a hyperparameter of the inner optimiser. {way_out}")
+    if factory is None:
+        return
+    optimizer = build(factory, [leaf.detach().clone() for leaf in leaves(game.initial(follower))])
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise TypeError(f"{name} was given an optimiser whose {key} is a tensor that requires grad. {way_out}")

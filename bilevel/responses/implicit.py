@@ -1,0 +1,175 @@
+"""The follower stays at its optimum, and the leader differentiates that by the implicit-function theorem."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import transforms_active
+from bilevel.data import Batch
+from bilevel.errors import ConvergenceError, NonConvergenceWarning
+from bilevel.game import Game
+from bilevel.inner import InnerSolver, TorchOptimizer
+from bilevel.inner.torch_optim import OptimizerFactory
+from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_optimizer_hyper
+from bilevel.root import Receipt, attach, refuse_captures
+from bilevel.tree import Variables, flatten, join, leaves
+
+
+@final
+@dataclass(frozen=True)
+class Implicit(Response):
+    r"""The follower's optimum, with the derivatives that the implicit-function theorem gives it.
+
+        dy*/dx = -(grad_yy f)^-1 grad_yx f
+
+    `optimizer` finds the optimum: a callable from tensors to any torch.optim optimiser, LBFGS included, or an inner
+    solver: `Scipy("L-BFGS-B")`, `ClosedForm(function)`. It takes up to `steps` steps from the last call's variables
+    (`warm_start`) or from `init`, and stops once |grad_y f| falls below `tolerance` times its value at the start of
+    the game. `linear_solver` solves with the Hessian in backward; the last batch, the buffers and the random numbers
+    are held through that solve, and it starts from the last call's solution.
+
+    The hypergradient's error is first order in what `tolerance` and the linear residual leave: a solve that misses
+    `tolerance` issues a `NonConvergenceWarning` with both numbers (`ConvergenceError` when `strict`);
+    `tolerance=None` asks for no accuracy. With minibatches, the held batch stands for the whole data.
+    Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph.
+    Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
+
+    >>> from functools import partial
+    >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).linear_solver.rtol
+    1e-06
+    """
+
+    optimizer: OptimizerFactory | InnerSolver
+    steps: int = 100
+    tolerance: float | None = 1e-3
+    linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
+    warm_start: bool = True
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
+        if self.tolerance is not None and not self.tolerance >= 0.0:
+            raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
+        if not callable(self.optimizer) and not isinstance(self.optimizer, InnerSolver):
+            raise TypeError(
+                f"Implicit: optimizer is {self.optimizer!r}; expected a callable from parameters to a torch.optim "
+                "optimiser, or an inner solver: bilevel.Scipy('L-BFGS-B'), bilevel.ClosedForm(function)."
+            )
+
+    def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
+        """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
+        state = fresh_state(game, follower, seed)
+        factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
+        refuse_optimizer_hyper(self, game, state["follower"], factory)
+        others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
+        start = Follower(game, others, state, None)
+        y = flatten(state["variables"])
+        refuse_captures(start.held_residual(), y, start.xs)
+        return state | {"optimizer": None, "linear": vars(Receipt.blank(y)).copy()}
+
+    def __call__(
+        self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
+    ) -> tuple[Variables, State]:
+        """The follower's optimum, differentiable in `others` to any order, and the state to continue from.
+
+        The returned state's "linear" entry is filled in when backward runs: save it after that.
+        """
+        follower = Follower(game, others, state, batch)
+        if transforms_active():
+            solver = _Solve(self, game, follower, state, batch)
+            y: Tensor = _Detached.apply(solver, *follower.xs)
+            after, receipt = state, None
+            follower.batch = solver.held(follower)
+        else:
+            y, after = self._solve(game, follower, state)
+            receipt = Receipt(**{key: value.clone() for key, value in state["linear"].items()})
+            receipt.residual.fill_(torch.nan)
+            after["products"] += int(receipt.products)
+            receipt.products.zero_()
+            after["linear"] = vars(receipt).copy()
+        attached = attach(
+            follower.held_residual(), y, follower.xs, linear_solver=self.linear_solver, symmetric=True, receipt=receipt
+        )
+        return follower.form.unflatten(attached), after
+
+    def _solve(self, game: Game, follower: Follower, state: State) -> tuple[Tensor, State]:
+        """The optimum `[n]` found by plain steps, and the state after them."""
+        start = state["variables"] if self.warm_start else game.initial(follower.name)
+        memory = state["optimizer"] if self.warm_start else None
+        solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
+        reference = float(state["reference"])
+        threshold = 0.0 if self.tolerance is None else self.tolerance * reference
+        with torch.no_grad():
+            y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            follower.require_finite(y, "Lower the inner learning rate, or check the loss for an optimum at infinity.")
+            norm = float(torch.linalg.vector_norm(join(follower.gradients(y)[1])))
+        relative = norm / reference
+        if self.tolerance is not None and not norm <= threshold:
+            message = (
+                f"Implicit: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
+                f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased to that order. Give "
+                "it more steps or another optimiser, or accept it by tolerance=."
+            )
+            if self.strict:
+                raise ConvergenceError(message)
+            warnings.warn(message, NonConvergenceWarning, stacklevel=3)
+        after: dict[str, Any] = state | {
+            "variables": follower.form.build([leaf.detach().clone() for leaf in y]),
+            "optimizer": memory,
+            "data": follower.position,
+            "buffers": follower.buffers.get(follower.name, {}),
+            "gradients": state["gradients"] + follower.gradient_count,
+            "stationarity": relative,
+        }
+        return join(y), after
+
+
+class _Solve:
+    """The plain solve, called from inside a torch.func transform; a class of its own, so that no pytree opens it."""
+
+    def __init__(self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch) -> None:
+        self.response, self.game, self.state, self.batch = response, game, state, batch
+        self.form = follower.input_form
+        self.last: Batch = batch
+
+    def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
+        follower = Follower(self.game, self.form.build(xs), self.state, self.batch)
+        y, _ = self.response._solve(self.game, follower, self.state)
+        self.last = follower.batch
+        return y
+
+    def held(self, follower: Follower) -> Batch:
+        """The batch that the solve ended on."""
+        return self.last if self.batch is None else follower.batch
+
+
+class _Detached(torch.autograd.Function):
+    """Runs the plain solve on plain tensors, below all transforms; under vmap once for each element."""
+
+    @staticmethod
+    def forward(solve: _Solve, *xs: Tensor) -> Tensor:
+        return solve(xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise AssertionError("the plain solve is not differentiated; root attaches its derivatives")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, solve: _Solve, *xs: Tensor) -> tuple[Tensor, int]:
+        rows = []
+        for index in range(info.batch_size):
+            row = [x if d is None else x.select(d, index) for x, d in zip(xs, in_dims[1:], strict=True)]
+            rows.append(_Detached.apply(solve, *row))
+        return torch.stack(rows), 0

@@ -1,0 +1,117 @@
+"""The follower takes k optimiser steps, and the leader differentiates through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete, transforms_active
+from bilevel.data import Batch
+from bilevel.game import Game
+from bilevel.inner.differentiable import DifferentiableOptimizer, refuse_undifferentiable
+from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.responses.base import Follower, Response, State, fresh_state
+from bilevel.tree import Variables, flatten, leaves, map_leaves
+
+
+@final
+@dataclass(frozen=True)
+class Unrolled(Response):
+    r"""The follower's variables after `steps` optimiser steps, differentiated through every one of them.
+
+        y_{k+1} = y_k - step(grad_y f(x, y_k)),    dy_K/dx by reverse mode
+
+    `optimizer` is a callable from a list of tensors to an *unmodified* torch.optim optimiser: SGD, Adam, AdamW,
+    RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta or ASGD, with any of their options and parameter groups. The
+    trajectory is torch's own. A tensor `lr` receives its exact gradient; further parameters of the callable named
+    after players receive those players' variables: `Unrolled(lambda params, lr: SGD(params, lr=lr), steps=20)`.
+
+    `backprop_steps` differentiates only the last so many steps (truncated: biased towards short horizons).
+    `warm_start` continues from the last call's variables and optimiser memory; else each call starts at `init`.
+
+    The derivative is exact for `steps` steps from the start, which is what the leader then anticipates; it is the
+    best response's only as the steps converge, with an error like k rho^k. Costs `steps` gradients, as many
+    Hessian-vector products in backward, and the memory of every step's graph.
+    Raises `TypeError` for optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, ...).
+    Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785).
+
+    >>> from functools import partial
+    >>> Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3).steps
+    3
+    """
+
+    optimizer: OptimizerFactory
+    steps: int = 100
+    backprop_steps: int | None = None
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
+        if self.backprop_steps is not None and not 1 <= self.backprop_steps <= self.steps:
+            raise ValueError(f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None.")
+
+    def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
+        """The state before the first call; refuses an optimiser that cannot be differentiated."""
+        state = fresh_state(game, follower, seed)
+        players = {name: game.initial(name) for name in game.names if name != state["follower"]}
+        refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
+        return state | {"optimizer": None}
+
+    def __call__(
+        self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
+    ) -> tuple[Variables, State]:
+        """The variables after `steps` steps, and the state to continue from."""
+        follower = Follower(game, others, state, batch)
+        lift = _lifting(follower.xs) if transforms_active() else torch.clone
+        y = [lift(leaf.detach()) for leaf in leaves(state["variables"] if self.warm_start else game.initial(follower.name))]
+        memory = state["optimizer"] if self.warm_start else None
+        lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
+        players = {name: value for name, value in others.items() if name in game.names}
+        stepper = DifferentiableOptimizer(self.optimizer, y, players, lifted)
+        first = self.steps - (self.steps if self.backprop_steps is None else self.backprop_steps)
+        tracked = torch.is_grad_enabled()
+        slope_norm = math.nan
+        for step in range(self.steps):
+            if step:
+                follower.advance()
+            differentiated = tracked and step >= first
+            with torch.set_grad_enabled(differentiated):
+                if not differentiated:
+                    y = [leaf.detach() for leaf in y]
+                _, slopes = follower.gradients(y, others if differentiated else follower.others)
+            y = stepper.step(y, slopes)
+            if not differentiated:
+                y = [leaf.detach() for leaf in y]
+                stepper.memory = [map_leaves(_only_tensors(Tensor.detach), slot) for slot in stepper.memory or ()]
+            if step == self.steps - 1:
+                slope_norm = concrete(torch.linalg.vector_norm(flatten(slopes)))
+        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).")
+        variables = follower.form.build(y)
+        if transforms_active():
+            return variables, state
+        backward = self.steps - first if any(leaf.requires_grad for leaf in y) else 0
+        return variables, state | {
+            "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
+            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in stepper.memory or ()],
+            "data": follower.position,
+            "buffers": follower.buffers.get(follower.name, {}),
+            "gradients": state["gradients"] + follower.gradient_count,
+            "products": state["products"] + backward,
+            "stationarity": follower.relative(slope_norm, state),
+        }
+
+
+def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _lifting(xs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a tensor a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
+    zero = torch.stack([torch.zeros_like(x).sum() for x in xs]).sum()
+    return lambda tensor: tensor + zero
