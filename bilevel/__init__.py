@@ -33,3 +33,6 @@ from bilevel.linear import (
 )
 from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
 from bilevel.root import root
+from bilevel.dynamics import Dynamics, Simultaneous
+from bilevel.solution import Solution
+from bilevel.solve import solve

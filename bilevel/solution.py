@@ -1,0 +1,63 @@
+"""What solve() found, how much work it took, and how far to trust it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bilevel.tree import Variables
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The end of a run.
+
+    `variables`: player -> its variables, detached. `values`: player -> its loss there, on its last batch. `history`:
+    one record a step, with the loss of each player (by name), "step", "gradient_norm" (the leaders' hypergradient),
+    and "work" (gradients + products so far). `stationarity`: follower -> |gradient of its own loss| in units of that
+    at the start; `residuals`: follower -> relative residual of its last linear solve, where it has one. `gradients`,
+    `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know before trusting
+    it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
+    """
+
+    variables: Mapping[str, Variables]
+    values: Mapping[str, float]
+    history: list[dict[str, float]]
+    stationarity: Mapping[str, float]
+    residuals: Mapping[str, float]
+    gradients: int
+    products: int
+    seconds: float
+    warnings: tuple[str, ...]
+    states: Mapping[str, Any] = field(repr=False)
+    buffers: Mapping[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table of the players, the work, and the warnings."""
+        from rich.console import Console  # noqa: PLC0415 - only where something is printed
+        from rich.table import Table  # noqa: PLC0415
+
+        table = Table(title=f"Solution after {len(self.history)} steps")
+        for column in ("player", "loss at start", "loss", "stationarity", "linear residual"):
+            table.add_column(column, justify="left" if column == "player" else "right")
+        first = self.history[0] if self.history else {}
+        for name, value in self.values.items():
+            table.add_row(
+                name,
+                f"{first[name]:.4g}" if name in first else "",
+                f"{value:.4g}",
+                f"{self.stationarity[name]:.2e}" if name in self.stationarity else "",
+                f"{self.residuals[name]:.2e}" if name in self.residuals else "",
+            )
+        text = io.StringIO()
+        console = Console(file=text, width=100)
+        console.print(table)
+        console.print(
+            f"{self.gradients:,} gradients, {self.products:,} Hessian-vector products, {self.seconds:.1f} s",
+            highlight=False,
+        )
+        for warning in self.warnings:
+            console.print(f"Warning: {warning}", highlight=False, markup=False)
+        return text.getvalue().rstrip()

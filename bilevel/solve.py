@@ -1,0 +1,366 @@
+"""The loop: leaders step along gradients that see their followers' responses."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import checkpoint as checkpoints
+from bilevel.dynamics import Dynamics, Simultaneous
+from bilevel.errors import (
+    BilevelWarning,
+    CheckpointError,
+    NonConvergenceWarning,
+    NonFiniteError,
+    UnreliableResponseWarning,
+)
+from bilevel.game import Buffers, Game
+from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.responses import Response
+from bilevel.solution import Solution
+from bilevel.tree import Variables, flatten, leaves, map_leaves
+
+Record = dict[str, float]
+Callback = Callable[[int, Record, Mapping[str, Variables]], object]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+def solve(
+    game: Game,
+    *,
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    steps: int = 100,
+    scheduler: SchedulerFactory | None = None,
+    clip_norm: float | None = None,
+    dynamics: Dynamics | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+    **responses: Response,
+) -> Solution:
+    """Play a game: every player without a response leads; the others answer by theirs.
+
+    `solve(game, weights=Implicit(...), optimizer=partial(Adam, lr=0.05), steps=200)`. With no response at all it is
+    simultaneous gradient play: everybody assumes that the others stand still. With responses for b and c of players
+    a, b, c in order of play, a anticipates both and b anticipates c.
+
+    `optimizer`: a callable from tensors to a torch.optim optimiser (default Adam, lr 0.01), or one per leader by name.
+    `scheduler`: from that optimiser to a torch learning-rate scheduler, stepped once a step. `clip_norm`: largest
+    norm of a leader's gradient. `dynamics`: how several leaders follow their field (default `Simultaneous()`).
+    `callbacks`: called as `callback(step, record, variables)` after each step. `progress`: show a bar with the losses
+    and the time left. `seed`: of the order of batches and of the responses' randomness.
+
+    `checkpoint`: a file that is written every `checkpoint_every` steps and when the run is interrupted; with `resume`
+    a run that finds it goes on from there, and ends bit for bit where an uninterrupted one ends.
+
+    Warnings of the responses are gathered into the solution; what still holds at the last step is issued, once.
+    Raises `ValueError`/`TypeError` for wrong arguments before any work, `NonFiniteError` when a leader's gradient is
+    NaN or infinite (its variables are then still finite), `CheckpointError` for a file of another game.
+
+    >>> def lead(y): return (y - 3) ** 2
+    >>> def follow(x, y): return (y - 2 * x) ** 2
+    >>> from bilevel.game import Player
+    >>> from bilevel.responses import Unrolled
+    >>> game = Game(x=Player(lead, torch.tensor(0.0)), y=Player(follow, torch.tensor(0.0)))
+    >>> response = Unrolled(partial(torch.optim.SGD, lr=0.25), steps=20)
+    >>> solution = solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.1), steps=50)
+    >>> round(solution.variables["x"].item(), 3)
+    1.5
+    """
+    run = _Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
+    if steps < 1 or checkpoint_every < 1:
+        raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+    if path is not None and resume and path.exists():
+        run.restore(checkpoints.load(path), path)
+    saved = run.step_count
+    try:
+        with _progress_bar(progress, run.step_count, steps) as show:
+            while run.step_count < steps:
+                record = run.step()
+                show(record)
+                for callback in callbacks:
+                    callback(run.step_count, record, run.variables)
+                if path is not None and run.step_count % checkpoint_every == 0:
+                    checkpoints.save(path, run.state())
+                    saved = run.step_count
+    finally:
+        if path is not None and run.step_count > saved:
+            checkpoints.save(path, run.state())
+    return run.solution()
+
+
+class _Run:
+    """One run: everything that a checkpoint holds, and how one step moves it."""
+
+    def __init__(
+        self,
+        game: Game,
+        responses: Mapping[str, Response],
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
+        scheduler: SchedulerFactory | None,
+        dynamics: Dynamics,
+        clip_norm: float | None,
+        seed: int,
+    ) -> None:
+        self.game, self.dynamics, self.clip_norm = game, dynamics, clip_norm
+        for name, response in responses.items():
+            if name not in game.names:
+                raise TypeError(f"solve: {name!r} is neither an option nor a player; players are {list(game.names)}.")
+            if not isinstance(response, Response):
+                raise TypeError(f"solve: {name}={response!r} is no response; expected Unrolled, Implicit, Hypernetwork, ...")
+        self.followers = {name: responses[name] for name in game.names if name in responses}
+        self.leaders = [name for name in game.names if name not in responses]
+        if not self.leaders or game.names[0] in responses:
+            raise ValueError(f"solve: {game.names[0]!r} moves first and leads; it can have no response.")
+        self.states: dict[str, Any] = {}
+        for name, response in reversed(list(self.followers.items())):
+            view = self._nest(self.states)[name]
+            self.states[name] = response.init(view, follower=name, seed=seed)
+        self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in self.leaders}
+        default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
+        if isinstance(optimizer, Mapping) and set(optimizer) != set(self.leaders):
+            raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.leaders}.")
+        factories = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(self.leaders, optimizer or default)
+        self.optimizers = {name: build(factories[name], self.points[name]) for name in self.leaders}
+        self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
+        self.positions = {name: game.start(name, seed) for name in self.leaders}
+        self.batches: dict[str, Any] = {}
+        self.step_count, self.seconds, self.gradients = 0, 0.0, 0
+        self.history: list[Record] = []
+        self.warned: dict[str, list[Any]] = {}
+        # The leaders' own modules advance too when there is no follower to carry them.
+        self.buffers: Buffers = {name: b for name, b in game.buffers().items() if b}
+
+    @property
+    def variables(self) -> dict[str, Variables]:
+        """Everybody's present variables, detached; the followers' as they last answered."""
+        result = {}
+        for name in self.game.names:
+            structure = self.game.structure(name)
+            given = self.states[name]["variables"] if name in self.states else structure.build(self.points[name])
+            result[name] = map_leaves(lambda t: t.detach().clone(), given)
+        return result
+
+    def _nest(self, states: Mapping[str, Any]) -> dict[str, Game]:
+        """The game as each follower sees it: those who move after it answer by their responses, from these states."""
+        views: dict[str, Game] = {}
+        view = self.game
+        for name, response in reversed(list(self.followers.items())):
+            views[name] = view
+            if name in states:
+
+                def answer(
+                    variables: Mapping[str, Variables], name: str = name, response: Response = response, inner: Game = view
+                ) -> Variables:
+                    earlier = self.game.names[: self.game.names.index(name)]
+                    given = {n: v for n, v in variables.items() if n in earlier or n not in self.followers}
+                    return response(inner, given, states[name])[0]
+
+                view = view.anticipate(**{name: answer})
+        return views
+
+    def respond(self, point: Mapping[str, Variables], states: Mapping[str, Any]) -> tuple[dict[str, Variables], dict[str, Any]]:
+        """Everybody's variables when the leaders play `point`, and the followers' next states."""
+        variables, after = dict(point), dict(states)
+        views = self._nest(states)
+        for name, response in self.followers.items():
+            given = {n: v for n, v in variables.items() if n != name}
+            variables[name], after[name] = response(views[name], given, states[name])
+        return variables, after
+
+    def step(self) -> Record:
+        """One step of every leader."""
+        began = time.perf_counter()
+        positions = dict(self.positions)
+        for name in self.leaders:
+            self.batches[name], positions[name] = self.game.draw(name, self.positions[name])
+        found: dict[str, Any] = {}
+
+        def field(point: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            with torch.enable_grad(), self._gathering():
+                trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
+                variables, found["states"] = self.respond(trees, self.states)
+                buffers = self._buffers(found["states"])
+                losses, slopes = {}, {}
+                for index, name in enumerate(self.leaders):
+                    losses[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
+                    self.buffers = {n: b for n, b in after.items() if n in self.leaders and b}
+                    last = index == len(self.leaders) - 1
+                    grads = torch.autograd.grad(
+                        losses[name], point[name], retain_graph=not last, allow_unused=True, materialize_grads=False
+                    )
+                    slopes[name] = self._known(name, point[name], grads)
+                    self.gradients += 1
+            found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
+            found["variables"] = variables
+            return slopes
+
+        directions = self.dynamics.directions(field, self.points)
+        norms = [self._apply(name, directions[name]) for name in self.leaders]
+        self.states, self.positions = found["states"], positions
+        self.step_count += 1
+        self.seconds += time.perf_counter() - began
+        record: Record = {"step": self.step_count, "gradient_norm": math.sqrt(sum(n * n for n in norms)), **found["losses"]}
+        for name in self.followers:
+            record[name] = self._follower_loss(name, found["variables"])
+            record[f"{name}.stationarity"] = self.states[name]["stationarity"]
+        record |= {"gradients": self._gradients(), "products": self._products(), "seconds": self.seconds}
+        record["work"] = record["gradients"] + record["products"]
+        self.history.append(record)
+        return record
+
+    def _known(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+        if all(grad is None for grad in grads):
+            raise NonFiniteError(
+                f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its variables. "
+                "Its loss must use them, or a follower's variables that respond to them."
+            )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
+
+    def _apply(self, name: str, direction: list[Tensor]) -> float:
+        norm = float(torch.linalg.vector_norm(flatten(direction)))
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"Player {name!r}: its gradient at step {self.step_count + 1} has norm {norm}. Lower the learning rates; "
+                "its variables are still those of the step before."
+            )
+        scale = 1.0 if self.clip_norm is None or norm <= self.clip_norm else self.clip_norm / norm
+        for parameter, slope in zip(self.points[name], direction, strict=True):
+            parameter.grad = slope * scale if scale != 1.0 else slope
+        self.optimizers[name].step()
+        if name in self.schedulers:
+            self.schedulers[name].step()
+        return norm
+
+    def _buffers(self, states: Mapping[str, Any]) -> Buffers:
+        return {**self.buffers, **{name: state["buffers"] for name, state in states.items() if state["buffers"]}}
+
+    def _follower_loss(self, name: str, variables: Mapping[str, Variables]) -> float:
+        """A follower's own loss on the batch that comes next: shown, not used."""
+        with torch.no_grad(), torch.random.fork_rng():
+            batch, _ = self.game.draw(name, self.states[name]["data"])
+            detached = map_leaves(Tensor.detach, variables)
+            return float(self.game.loss(name, detached, batch, self._buffers(self.states)))
+
+    def _gradients(self) -> int:
+        return self.gradients + sum(state["gradients"] for state in self.states.values())
+
+    def _products(self) -> int:
+        return sum(
+            state["products"] + int(state["linear"]["products"] if "linear" in state else 0) for state in self.states.values()
+        )
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Keep the responses' warnings, with the step of each; other libraries' pass through."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for entry in caught:
+            if issubclass(entry.category, BilevelWarning):
+                text = str(entry.message)
+                key = f"{entry.category.__name__}: {text.split(':')[0] if ':' in text else text.split(' stopped')[0]}"
+                count = self.warned[key][0] if key in self.warned else 0
+                self.warned[key] = [count + 1, self.step_count + 1, text, entry.category.__name__]
+            else:
+                warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as tensors, numbers and strings."""
+        return {
+            "players": {n: [list(s) for s in self.game.structure(n).shapes] for n in self.game.names},
+            "responses": {name: type(response).__name__ for name, response in self.followers.items()},
+            "step": self.step_count,
+            "points": {name: [t.detach() for t in point] for name, point in self.points.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+            "states": self.states,
+            "positions": self.positions,
+            "buffers": self.buffers,
+            "random": torch.random.get_rng_state(),
+            "history": self.history,
+            "warned": self.warned,
+            "gradients": self.gradients,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Go on from what `state` gave; raises `CheckpointError` when it belongs to another game."""
+        own = self.state()
+        for key in ("players", "responses"):
+            if saved[key] != own[key]:
+                raise CheckpointError(
+                    f"{path} is a checkpoint of another run: its {key} are {saved[key]}, here they are {own[key]}. Pass "
+                    "another checkpoint=, or resume=False to overwrite it."
+                )
+        with torch.no_grad():
+            for name, point in self.points.items():
+                for parameter, value in zip(point, saved["points"][name], strict=True):
+                    parameter.copy_(value)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(saved["schedulers"][name])
+        torch.random.set_rng_state(saved["random"])
+        self.step_count, self.seconds, self.gradients = saved["step"], saved["seconds"], saved["gradients"]
+        self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
+        self.history, self.warned = saved["history"], saved["warned"]
+
+    def solution(self) -> Solution:
+        """The solution at the present point; warns of what still holds."""
+        told = []
+        for count, last, text, kind in self.warned.values():
+            told.append(f"{kind} in {count} of {self.step_count} steps, last in step {last}: {text}")
+            if last == self.step_count:
+                warnings.warn(told[-1], _CATEGORIES.get(kind, BilevelWarning), stacklevel=3)
+        residuals = {n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s}
+        return Solution(
+            variables=self.variables,
+            values={name: self.history[-1][name] for name in self.game.names},
+            history=self.history,
+            stationarity={name: state["stationarity"] for name, state in self.states.items()},
+            residuals=residuals,
+            gradients=self._gradients(),
+            products=self._products(),
+            seconds=self.seconds,
+            warnings=tuple(told),
+            states=self.states,
+            buffers=self._buffers(self.states),
+        )
+
+
+@contextmanager
+def _progress_bar(wanted: bool, done: int, steps: int) -> Iterator[Callable[[Record], None]]:
+    if not wanted:
+        yield lambda record: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("starting", total=steps, completed=done)
+
+        def show(record: Record) -> None:
+            shown = [f"{k} {v:.4g}" for k, v in record.items() if k not in _NOT_SHOWN and "." not in k]
+            bar.update(task, completed=int(record["step"]), description="  ".join(shown))
+
+        yield show
+
+
+_CATEGORIES = {kind.__name__: kind for kind in (NonConvergenceWarning, UnreliableResponseWarning)}
+_NOT_SHOWN = {"step", "gradient_norm", "gradients", "products", "seconds", "work"}
