@@ -1,0 +1,74 @@
+"""Every python block of README.md and the docs runs as it stands, in order, page by page."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+import bilevel as bl
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# README's example is the one in full size: it may not converge, and says so by its warnings.
+SLOW_AND_WARNING = {"README.md"}
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
+# What is shown and not run. Anything else, such as `python notest` or `py`, is refused.
+SHOWN = {"sh", "text"}
+
+
+def _page(path: Path) -> object:
+    name = path.relative_to(ROOT).as_posix()
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW_AND_WARNING else [])
+
+
+def blocks(path: Path) -> list[tuple[str, int, str]]:
+    """Each fenced block as (info string, line of its first row, text without its indent)."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        body = re.sub(f"^{match['indent']}", "", match["body"], flags=re.MULTILINE)
+        found.append((match["info"].strip(), text.count("\n", 0, match.start("body")) + 1, body))
+    return found
+
+
+@pytest.mark.parametrize("path", [_page(path) for path in PAGES])
+def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    monkeypatch.chdir(tmp_path)
+    for info, line, body in blocks(path):
+        assert info == "python" or info in SHOWN, f"{path.name}:{line}: a block marked {info!r} would not be run"
+        if info != "python":
+            continue
+        # Blank lines ahead make a traceback name the page's own line.
+        code = compile("\n" * (line - 1) + body, str(path), "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if path.name in SLOW_AND_WARNING:
+                warnings.simplefilter("always", bl.BilevelWarning)
+            exec(code, namespace)  # noqa: S102 - these are our own pages
+
+
+def test_the_fences_are_all_seen() -> None:
+    for path in PAGES:
+        fences = len(re.findall(r"^ *```", path.read_text(encoding="utf-8"), re.MULTILINE))
+        assert fences == 2 * len(blocks(path)), f"{path.name}: a fence is open, or one that this test cannot read"
+
+
+def test_the_pages_have_something_to_run() -> None:
+    run = {path.name for path in PAGES if any(info == "python" for info, *_ in blocks(path))}
+    assert {"README.md", "index.md", "tutorial.md"} <= run
+
+
+def test_every_exported_name_has_its_place_in_the_reference() -> None:
+    told = {
+        name
+        for path in (ROOT / "docs" / "reference").glob("*.md")
+        for name in re.findall(r"^::: bilevel\.(\w+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    public = {
+        name
+        for name, value in vars(bl).items()
+        if not name.startswith("_") and (isinstance(value, type) or callable(value)) and value is not None
+    }
+    assert public <= told, f"missing in docs/reference: {sorted(public - told)}"
