@@ -4,6 +4,7 @@ A solution concept is what each player assumes about the others while it differe
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays.
 """
 
+from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import (
     BilevelError,
     BilevelWarning,
@@ -33,6 +34,47 @@ from bilevel.linear import (
 )
 from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
 from bilevel.root import root
-from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.solution import Solution
 from bilevel.solve import solve
+
+__all__ = [
+    "GMRES",
+    "MLP",
+    "BilevelError",
+    "BilevelWarning",
+    "CapturedTensorError",
+    "CheckpointError",
+    "ClosedForm",
+    "ConjugateGradient",
+    "ConvergenceError",
+    "Dense",
+    "Dynamics",
+    "Elementwise",
+    "ExhaustedDataError",
+    "Game",
+    "Hypernetwork",
+    "Identity",
+    "Implicit",
+    "IndefiniteSystemError",
+    "InnerSolver",
+    "Linear",
+    "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
+    "LowRank",
+    "Neumann",
+    "NonConvergenceWarning",
+    "NonFiniteError",
+    "NotSymmetricError",
+    "Nystrom",
+    "Player",
+    "Response",
+    "Scipy",
+    "Simultaneous",
+    "SingularSystemError",
+    "Solution",
+    "UnreliableResponseWarning",
+    "Unrolled",
+    "root",
+    "solve",
+]

@@ -29,8 +29,8 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     differentiated themselves when they are taken with grad enabled.
     """
     if transforms_active():
-        value, vjp = torch.func.vjp(function, *primals)
-        return value, vjp
+        value, pulled, *_ = torch.func.vjp(function, *primals)
+        return value, pulled
 
     # Aliases: partial derivatives stop here even when one primal depends on another through its own graph.
     with torch.enable_grad():
@@ -85,7 +85,7 @@ class _Concrete(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, tensor: Tensor, box: _Box) -> tuple[Tensor, None]:
-        return _Concrete.apply(tensor, box), None
+        return _Concrete.apply(tensor, box), None  # type: ignore[no-untyped-call]
 
 
 def concrete(tensor: Tensor) -> float:
@@ -94,7 +94,7 @@ def concrete(tensor: Tensor) -> float:
     `Tensor.item()` raises inside vmap, and a solver that cannot see its residual can neither stop nor warn.
     """
     box = _Box()
-    _Concrete.apply(tensor.detach(), box)
+    _Concrete.apply(tensor.detach(), box)  # type: ignore[no-untyped-call]
     return box.value
 
 

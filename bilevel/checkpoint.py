@@ -25,7 +25,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"Cannot read the checkpoint {path}: {type(error).__name__}. Delete it to start anew.") from error
+        raise CheckpointError(
+            f"Cannot read the checkpoint {path}: {type(error).__name__}. Delete it to start anew."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of bilevel. Delete it to start anew.")
     return content

@@ -20,8 +20,10 @@ Buffers = dict[str, dict[str, Tensor]]
 
 # Words that a call of an objective or of solve() already uses; a player of that name could never be addressed.
 RESERVED = frozenset(
-    "batch game optimizer steps scheduler clip_norm callbacks checkpoint checkpoint_every resume progress seed "
-    "dynamics".split()
+    (
+        *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
+        *("checkpoint_every", "resume", "progress", "seed", "dynamics"),
+    )
 )
 
 
@@ -75,7 +77,9 @@ class Player:
     def names(self) -> tuple[str, ...]:
         """The parameters that the objective must be called with."""
         return tuple(
-            name for name, p in inspect.signature(self.objective).parameters.items() if p.default is inspect.Parameter.empty
+            name
+            for name, p in inspect.signature(self.objective).parameters.items()
+            if p.default is inspect.Parameter.empty
         )
 
     def variables(self) -> Variables:
@@ -222,7 +226,9 @@ class Game:
                     owner._buffers[name] = lift(tensor)
             yield advanced
             for player, path, owner, name, _ in lent:
-                advanced[player][path] = owner._buffers[name].detach()
+                after = owner._buffers[name]
+                if after is not None:
+                    advanced[player][path] = after.detach()
         finally:
             for _, _, owner, name, original in lent:
                 owner._buffers[name] = original
@@ -234,7 +240,9 @@ class Game:
             raise ValueError("Game: no players. Declare them in order of play: Game(leader=Player(...), ...).")
         for name, player in self._players.items():
             if name in RESERVED:
-                raise ValueError(f"Game: {name!r} cannot name a player; solve() and objectives use the word themselves.")
+                raise ValueError(
+                    f"Game: {name!r} cannot name a player; solve() and objectives use the word themselves."
+                )
             if not isinstance(player, Player):
                 raise TypeError(f"Game: {name!r} is {_kind(player)}; expected a Player(objective, init=...).")
         known = (*self._players, "batch")
@@ -295,7 +303,9 @@ class Game:
 
     def _dependence(self, name: str) -> dict[str, set[str]]:
         """The leaves that a player's loss depends on: player -> paths. Refuses losses that nothing can be done with."""
-        trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in self._initial.items()}
+        trial = {
+            other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in self._initial.items()
+        }
         batch, _ = self.draw(name, self.start(name))
         with torch.random.fork_rng(), torch.enable_grad():
             try:

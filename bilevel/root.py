@@ -117,7 +117,8 @@ def attach(
     receipt: Receipt | None = None,
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing."""
-    attached = _Root.apply(_System(residual, linear_solver, symmetric, receipt), y.detach(), *xs)
+    system = _System(residual, linear_solver, symmetric, receipt)
+    attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
 
@@ -195,6 +196,7 @@ def _solve(system: _System, products: Callable[[Tensor], tuple[Tensor, ...]], rh
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:
     """The adjoint u as the root of G(u; v, y, x) = (dF/dy)^T u - v, differentiable in v, y and x."""
+
     # The solver adds its own damping to dG/du, as it did for u; G itself leaves it out.
     def residual(u: Tensor, v: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -122,7 +122,9 @@ class _Run:
             if name not in game.names:
                 raise TypeError(f"solve: {name!r} is neither an option nor a player; players are {list(game.names)}.")
             if not isinstance(response, Response):
-                raise TypeError(f"solve: {name}={response!r} is no response; expected Unrolled, Implicit, Hypernetwork, ...")
+                raise TypeError(
+                    f"solve: {name}={response!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..."
+                )
         self.followers = {name: responses[name] for name in game.names if name in responses}
         self.leaders = [name for name in game.names if name not in responses]
         if not self.leaders or game.names[0] in responses:
@@ -165,7 +167,10 @@ class _Run:
             if name in states:
 
                 def answer(
-                    variables: Mapping[str, Variables], name: str = name, response: Response = response, inner: Game = view
+                    variables: Mapping[str, Variables],
+                    name: str = name,
+                    response: Response = response,
+                    inner: Game = view,
                 ) -> Variables:
                     earlier = self.game.names[: self.game.names.index(name)]
                     given = {n: v for n, v in variables.items() if n in earlier or n not in self.followers}
@@ -174,7 +179,9 @@ class _Run:
                 view = view.anticipate(**{name: answer})
         return views
 
-    def respond(self, point: Mapping[str, Variables], states: Mapping[str, Any]) -> tuple[dict[str, Variables], dict[str, Any]]:
+    def respond(
+        self, point: Mapping[str, Variables], states: Mapping[str, Any]
+    ) -> tuple[dict[str, Variables], dict[str, Any]]:
         """Everybody's variables when the leaders play `point`, and the followers' next states."""
         variables, after = dict(point), dict(states)
         views = self._nest(states)
@@ -215,9 +222,13 @@ class _Run:
         self.states, self.positions = found["states"], positions
         self.step_count += 1
         self.seconds += time.perf_counter() - began
-        record: Record = {"step": self.step_count, "gradient_norm": math.sqrt(sum(n * n for n in norms)), **found["losses"]}
+        record: Record = {
+            "step": self.step_count,
+            "gradient_norm": math.sqrt(sum(n * n for n in norms)),
+            **found["losses"],
+        }
         for name in self.followers:
-            record[name] = self._follower_loss(name, found["variables"])
+            record[name] = self._shown_loss(name, found["variables"], self.states)
             record[f"{name}.stationarity"] = self.states[name]["stationarity"]
         record |= {"gradients": self._gradients(), "products": self._products(), "seconds": self.seconds}
         record["work"] = record["gradients"] + record["products"]
@@ -227,8 +238,8 @@ class _Run:
     def _known(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
         if all(grad is None for grad in grads):
             raise NonFiniteError(
-                f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its variables. "
-                "Its loss must use them, or a follower's variables that respond to them."
+                f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "
+                "variables. Its loss must use them, or a follower's variables that respond to them."
             )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
 
@@ -236,8 +247,8 @@ class _Run:
         norm = float(torch.linalg.vector_norm(flatten(direction)))
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"Player {name!r}: its gradient at step {self.step_count + 1} has norm {norm}. Lower the learning rates; "
-                "its variables are still those of the step before."
+                f"Player {name!r}: its gradient at step {self.step_count + 1} has norm {norm}. Lower the learning "
+                "rates; its variables are still those of the step before."
             )
         scale = 1.0 if self.clip_norm is None or norm <= self.clip_norm else self.clip_norm / norm
         for parameter, slope in zip(self.points[name], direction, strict=True):
@@ -250,19 +261,24 @@ class _Run:
     def _buffers(self, states: Mapping[str, Any]) -> Buffers:
         return {**self.buffers, **{name: state["buffers"] for name, state in states.items() if state["buffers"]}}
 
-    def _follower_loss(self, name: str, variables: Mapping[str, Variables]) -> float:
-        """A follower's own loss on the batch that comes next: shown, not used."""
+    def _shown_loss(self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]) -> float:
+        """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used."""
         with torch.no_grad(), torch.random.fork_rng():
-            batch, _ = self.game.draw(name, self.states[name]["data"])
-            detached = map_leaves(Tensor.detach, variables)
-            return float(self.game.loss(name, detached, batch, self._buffers(self.states)))
+            if name in self.batches:
+                batch = self.batches[name]
+            else:
+                position = states[name]["data"] if name in states else self.positions[name]
+                batch, _ = self.game.draw(name, position)
+            detached = map_leaves(lambda t: t.detach(), dict(variables))
+            return float(self.game.loss(name, detached, batch, self._buffers(states)))
 
     def _gradients(self) -> int:
-        return self.gradients + sum(state["gradients"] for state in self.states.values())
+        return self.gradients + sum(int(state["gradients"]) for state in self.states.values())
 
     def _products(self) -> int:
         return sum(
-            state["products"] + int(state["linear"]["products"] if "linear" in state else 0) for state in self.states.values()
+            int(state["products"]) + int(state["linear"]["products"] if "linear" in state else 0)
+            for state in self.states.values()
         )
 
     @contextmanager
@@ -273,10 +289,11 @@ class _Run:
             yield
         for entry in caught:
             if issubclass(entry.category, BilevelWarning):
-                text = str(entry.message)
-                key = f"{entry.category.__name__}: {text.split(':')[0] if ':' in text else text.split(' stopped')[0]}"
+                kind, text = entry.category.__name__, str(entry.message)
+                # One entry for each solver that speaks, whatever numbers it gives.
+                key = f"{kind} {text.split(maxsplit=1)[0]}"
                 count = self.warned[key][0] if key in self.warned else 0
-                self.warned[key] = [count + 1, self.step_count + 1, text, entry.category.__name__]
+                self.warned[key] = [count + 1, self.step_count + 1, text, kind]
             else:
                 warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 
@@ -305,8 +322,8 @@ class _Run:
         for key in ("players", "responses"):
             if saved[key] != own[key]:
                 raise CheckpointError(
-                    f"{path} is a checkpoint of another run: its {key} are {saved[key]}, here they are {own[key]}. Pass "
-                    "another checkpoint=, or resume=False to overwrite it."
+                    f"{path} is a checkpoint of another run: its {key} are {saved[key]}, here they are {own[key]}. "
+                    "Pass another checkpoint=, or resume=False to overwrite it."
                 )
         with torch.no_grad():
             for name, point in self.points.items():
@@ -322,25 +339,32 @@ class _Run:
         self.history, self.warned = saved["history"], saved["warned"]
 
     def solution(self) -> Solution:
-        """The solution at the present point; warns of what still holds."""
+        """The leaders where they are and the followers' answer to them; warns of what still holds."""
+        point = {name: self.game.structure(name).build(self.points[name]) for name in self.leaders}
+        with torch.no_grad(), torch.random.fork_rng(), self._gathering():
+            variables, states = self.respond(point, self.states)
+        buffers = self._buffers(states)
+        values = {name: self._shown_loss(name, variables, states) for name in self.game.names}
         told = []
         for count, last, text, kind in self.warned.values():
-            told.append(f"{kind} in {count} of {self.step_count} steps, last in step {last}: {text}")
-            if last == self.step_count:
+            told.append(
+                f"{kind} in {count} of {self.step_count} steps, last in step {min(last, self.step_count)}: {text}"
+            )
+            if last >= self.step_count:
                 warnings.warn(told[-1], _CATEGORIES.get(kind, BilevelWarning), stacklevel=3)
-        residuals = {n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s}
         return Solution(
-            variables=self.variables,
-            values={name: self.history[-1][name] for name in self.game.names},
-            history=self.history,
-            stationarity={name: state["stationarity"] for name, state in self.states.items()},
-            residuals=residuals,
-            gradients=self._gradients(),
+            variables=map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
+            values=values,
+            history=list(self.history),
+            stationarity={name: state["stationarity"] for name, state in states.items()},
+            # The last backward solve belongs to the last step; the answer here needs none.
+            residuals={n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s},
+            gradients=self.gradients + sum(state["gradients"] for state in states.values()),
             products=self._products(),
             seconds=self.seconds,
             warnings=tuple(told),
-            states=self.states,
-            buffers=self._buffers(self.states),
+            states=states,
+            buffers=buffers,
         )
 
 

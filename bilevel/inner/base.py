@@ -19,8 +19,11 @@ class Problem(Protocol):
     """
 
     form: Structure
-    others: Mapping[str, Variables]
     batch: Batch
+
+    @property
+    def others(self) -> Mapping[str, Variables]:
+        """The other players' variables, detached."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of each leaf on the present batch; counted as one gradient."""

@@ -64,7 +64,12 @@ def _adadelta(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dic
 
 def _asgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     lr = torch.as_tensor(group["lr"], dtype=torch.float64).clone()
-    return {"step": _step(parameter), "eta": lr, "mu": torch.ones((), dtype=torch.float64), "ax": torch.zeros_like(parameter)}
+    return {
+        "step": _step(parameter),
+        "eta": lr,
+        "mu": torch.ones((), dtype=torch.float64),
+        "ax": torch.zeros_like(parameter),
+    }
 
 
 SEEDS: dict[type[optim.Optimizer], Seed] = {
@@ -92,7 +97,11 @@ class DifferentiableOptimizer:
     """One optimiser over the leaves of a follower, stepped functionally: tensors in, tensors out."""
 
     def __init__(
-        self, factory: OptimizerFactory, leaves: Sequence[Tensor], players: Mapping[str, Variables], memory: Memory | None
+        self,
+        factory: OptimizerFactory,
+        leaves: Sequence[Tensor],
+        players: Mapping[str, Variables],
+        memory: Memory | None,
     ) -> None:
         placeholders = [leaf.detach().clone() for leaf in leaves]
         self._optimizer = build(factory, placeholders, players)

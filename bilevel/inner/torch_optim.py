@@ -103,6 +103,6 @@ class TorchOptimizer(InnerSolver):
             slope = join([p.grad for p in parameters if p.grad is not None])
             if float(torch.linalg.vector_norm(slope)) <= threshold:
                 break
-            optimizer.step(closure if searches else None)  # type: ignore[arg-type]
+            optimizer.step(closure if searches else None)
         remembered = remember(optimizer, parameters)
         return [p.detach() for p in parameters], remembered

@@ -86,7 +86,7 @@ class ConjugateGradient(LinearSolver):
             curvature = torch.dot(p, product)
             if first:
                 _refuse_indefinite(moving, curvature, p)
-                if steps == 2 and before is not None:  # noqa: PLR2004
+                if steps == 2 and before is not None:
                     _refuse_asymmetric(moving, *before, p, product)
             # After a restart the directions are rounding's; one without curvature ends the search, and proves nothing.
             moving = moving & ((curvature > 0.0) | torch.isnan(curvature))

@@ -19,7 +19,7 @@ def default_steps(unknowns: int) -> int:
     return min(max(2 * unknowns, 20), 1000)
 
 
-def refine(  # noqa: PLR0913, PLR0917 - the system, the start, the method, the stop
+def refine(
     matvec: Callable[[Tensor], Tensor],
     rhs: Tensor,
     initial: Tensor | None,

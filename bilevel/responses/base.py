@@ -105,14 +105,12 @@ class Follower:
     def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the follower's leaves on the present batch; its module's buffers advance."""
         given = self.others if others is None else others
-        loss, slopes = gradient(
-            lambda *leaves: self.loss(self.form.build(leaves), given, advance_buffers=True), *y
-        )
+        loss, slopes = gradient(lambda *leaves: self.loss(self.form.build(leaves), given, advance_buffers=True), *y)
         self.gradient_count += 1
         return loss, list(slopes)
 
     def held_residual(self) -> Callable[..., Tensor]:
-        """F(y, *xs), the loss's gradient as a flat function, for ever on the present batch, buffers and random numbers."""
+        """F(y, *xs), the loss's gradient, for ever on the present batch, buffers and random numbers."""
         batch, buffers, random = self.batch, self.buffers, torch.random.get_rng_state()
 
         def residual(y: Tensor, *xs: Tensor) -> Tensor:
@@ -159,7 +157,9 @@ def fresh_state(game: Game, follower: str | None, seed: int) -> State:
         "stationarity": math.nan,
         "reference": 1.0,
     }
-    start = Follower(game, {n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state, None)
+    start = Follower(
+        game, {n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state, None
+    )
     with torch.random.fork_rng(), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
     norm = float(torch.linalg.vector_norm(flatten(slopes)))
@@ -177,7 +177,9 @@ def refuse_optimizer_hyper(response: object, game: Game, follower: str, factory:
     declared = [other for other, player in game.players.items() if player.optimizer_hyper]
     used = [] if factory is None or not callable(factory) else player_parameters(factory, dict.fromkeys(game.names))
     if declared or used:
-        raise TypeError(f"{name} cannot tune {(declared or used)[0]!r}, a hyperparameter of the inner optimiser. {way_out}")
+        raise TypeError(
+            f"{name} cannot tune {(declared or used)[0]!r}, a hyperparameter of the inner optimiser. {way_out}"
+        )
     if factory is None:
         return
     optimizer = build(factory, [leaf.detach().clone() for leaf in leaves(game.initial(follower))])

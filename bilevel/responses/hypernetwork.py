@@ -27,7 +27,8 @@ from bilevel.tree import Variables, flatten, join
 class Hypernetwork(Response):
     r"""A learned best response, centred at the leader's present value and fitted under Gaussian perturbations.
 
-        y(x) = w0 + net((x - x_now) / s) - net(0),    min over w0, net of E f(x_now + scale * eps, y(x_now + scale * eps))
+        y(x) = w0 + net((x - x_now) / s) - net(0)
+        min over w0, net of  E f(x, y(x)),    x = x_now + scale * eps,  eps ~ N(0, I)
 
     `optimizer` is a callable from tensors to any torch.optim optimiser, for w0 and the network's parameters together.
     `scale` is the perturbations' standard deviation, in the leader's own units (.1 to .5 on log or logit scales);
@@ -189,7 +190,7 @@ class Hypernetwork(Response):
         with torch.no_grad():
             fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
             y = follower.form.split(self._map(fitted, x, start))
-            _, slope = follower.gradients(y)
+            _, gradients = follower.gradients(y)
         return state | {
             "centre": start,
             "w0": parameters[0].detach(),
@@ -200,7 +201,7 @@ class Hypernetwork(Response):
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
             "gradients": state["gradients"] + follower.gradient_count + fits * rows,
-            "stationarity": follower.relative(float(torch.linalg.vector_norm(join(slope))), state),
+            "stationarity": follower.relative(float(torch.linalg.vector_norm(join(gradients))), state),
         }
 
     def _losses(self, follower: Follower, points: Tensor, answers: Tensor) -> Tensor:
@@ -218,5 +219,3 @@ class Hypernetwork(Response):
             ]
             return torch.stack(losses)
         return torch.func.vmap(one, randomness="different")(points, answers)
-
-

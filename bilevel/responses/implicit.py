@@ -85,7 +85,7 @@ class Implicit(Response):
         follower = Follower(game, others, state, batch)
         if transforms_active():
             solver = _Solve(self, game, follower, state, batch)
-            y: Tensor = _Detached.apply(solver, *follower.xs)
+            y: Tensor = _Detached.apply(solver, *follower.xs)  # type: ignore[no-untyped-call]
             after, receipt = state, None
             follower.batch = solver.held(follower)
         else:
@@ -171,5 +171,5 @@ class _Detached(torch.autograd.Function):
         rows = []
         for index in range(info.batch_size):
             row = [x if d is None else x.select(d, index) for x, d in zip(xs, in_dims[1:], strict=True)]
-            rows.append(_Detached.apply(solve, *row))
+            rows.append(_Detached.apply(solve, *row))  # type: ignore[no-untyped-call]
         return torch.stack(rows), 0

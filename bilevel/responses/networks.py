@@ -40,7 +40,9 @@ class LowRank:
         """The network."""
         if self.rank < 1:
             raise ValueError(f"LowRank: rank={self.rank}; expected at least 1.")
-        return nn.Sequential(nn.Linear(inputs, self.rank, bias=False), _zeroed(nn.Linear(self.rank, outputs, bias=False)))
+        return nn.Sequential(
+            nn.Linear(inputs, self.rank, bias=False), _zeroed(nn.Linear(self.rank, outputs, bias=False))
+        )
 
 
 @final

@@ -54,7 +54,9 @@ class Unrolled(Response):
         if self.steps < 1:
             raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
         if self.backprop_steps is not None and not 1 <= self.backprop_steps <= self.steps:
-            raise ValueError(f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None.")
+            raise ValueError(
+                f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None."
+            )
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
@@ -69,7 +71,10 @@ class Unrolled(Response):
         """The variables after `steps` steps, and the state to continue from."""
         follower = Follower(game, others, state, batch)
         lift = _lifting(follower.xs) if transforms_active() else torch.clone
-        y = [lift(leaf.detach()) for leaf in leaves(state["variables"] if self.warm_start else game.initial(follower.name))]
+        y = [
+            lift(leaf.detach())
+            for leaf in leaves(state["variables"] if self.warm_start else game.initial(follower.name))
+        ]
         memory = state["optimizer"] if self.warm_start else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
         players = {name: value for name, value in others.items() if name in game.names}
@@ -98,7 +103,9 @@ class Unrolled(Response):
         backward = self.steps - first if any(leaf.requires_grad for leaf in y) else 0
         return variables, state | {
             "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
-            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in stepper.memory or ()],
+            "optimizer": [
+                map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in stepper.memory or ()
+            ],
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
             "gradients": state["gradients"] + follower.gradient_count,
