@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from bilevel.errors import ExhaustedDataError
+from bilevel.randomness import random_kept
 
 Batch = Any
 Position = dict[str, int]
@@ -65,8 +65,7 @@ class Stream:
 
     def _skip_to(self, seed: int, epoch: int, index: int) -> tuple[Iterator[Batch], Batch]:
         order = (seed * 1_000_003 + epoch) % 2**63
-        with torch.random.fork_rng():
-            torch.manual_seed(order)
+        with random_kept(start=order):
             if isinstance(self.data, DataLoader) and self.data.generator is not None:
                 self.data.generator.manual_seed(order)
             iterator = iter(self.data)

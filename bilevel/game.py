@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
 from bilevel.data import Batch, Position, Stream
+from bilevel.randomness import random_kept
 from bilevel.tree import Structure, Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
 Buffers = dict[str, dict[str, Tensor]]
@@ -138,6 +139,11 @@ class Game:
     def anticipated(self) -> frozenset[str]:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._anticipated)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everybody's variables live."""
+        return leaves(self._initial[self.names[0]])[0].device  # type: ignore[no-any-return]
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -307,7 +313,7 @@ class Game:
             other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in self._initial.items()
         }
         batch, _ = self.draw(name, self.start(name))
-        with torch.random.fork_rng(), torch.enable_grad():
+        with random_kept(self.device), torch.enable_grad():
             try:
                 loss = self.loss(name, trial, batch)
             except Exception as error:

@@ -25,6 +25,7 @@ from bilevel.errors import (
 )
 from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response
 from bilevel.solution import Solution
 from bilevel.tree import Variables, flatten, leaves, map_leaves
@@ -72,7 +73,8 @@ def solve(
     >>> def lead(y): return (y - 3) ** 2
     >>> def follow(x, y): return (y - 2 * x) ** 2
     >>> from bilevel.game import Player
-    >>> from bilevel.responses import Unrolled
+    >>> from bilevel.randomness import random_kept, random_state, set_random_state
+    from bilevel.responses import Unrolled
     >>> game = Game(x=Player(lead, torch.tensor(0.0)), y=Player(follow, torch.tensor(0.0)))
     >>> response = Unrolled(partial(torch.optim.SGD, lr=0.25), steps=20)
     >>> solution = solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.1), steps=50)
@@ -263,7 +265,7 @@ class _Run:
 
     def _shown_loss(self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]) -> float:
         """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used."""
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), random_kept(self.game.device):
             if name in self.batches:
                 batch = self.batches[name]
             else:
@@ -309,7 +311,7 @@ class _Run:
             "states": self.states,
             "positions": self.positions,
             "buffers": self.buffers,
-            "random": torch.random.get_rng_state(),
+            "random": random_state(self.game.device),
             "history": self.history,
             "warned": self.warned,
             "gradients": self.gradients,
@@ -333,7 +335,7 @@ class _Run:
             optimizer.load_state_dict(saved["optimizers"][name])
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(saved["schedulers"][name])
-        torch.random.set_rng_state(saved["random"])
+        set_random_state(saved["random"], self.game.device)
         self.step_count, self.seconds, self.gradients = saved["step"], saved["seconds"], saved["gradients"]
         self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
         self.history, self.warned = saved["history"], saved["warned"]
@@ -341,7 +343,7 @@ class _Run:
     def solution(self) -> Solution:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
         point = {name: self.game.structure(name).build(self.points[name]) for name in self.leaders}
-        with torch.no_grad(), torch.random.fork_rng(), self._gathering():
+        with torch.no_grad(), random_kept(self.game.device), self._gathering():
             variables, states = self.respond(point, self.states)
         buffers = self._buffers(states)
         values = {name: self._shown_loss(name, variables, states) for name in self.game.names}

@@ -15,6 +15,7 @@ from bilevel.data import Batch
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
+from bilevel.randomness import random_kept, random_state
 from bilevel.tree import Structure, Variables, flatten, leaves, structure_of
 
 State = dict[str, Any]
@@ -111,7 +112,7 @@ class Follower:
 
     def held_residual(self) -> Callable[..., Tensor]:
         """F(y, *xs), the loss's gradient, for ever on the present batch, buffers and random numbers."""
-        batch, buffers, random = self.batch, self.buffers, torch.random.get_rng_state()
+        batch, buffers, random = self.batch, self.buffers, random_state(self.game.device)
 
         def residual(y: Tensor, *xs: Tensor) -> Tensor:
             def loss(y: Tensor) -> Tensor:
@@ -119,8 +120,7 @@ class Follower:
                 return self.game.loss(self.name, variables, batch, buffers)
 
             # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
-            with torch.random.fork_rng():
-                torch.random.set_rng_state(random)
+            with random_kept(self.game.device, start=random):
                 return gradient(loss, y)[1][0]
 
         return residual
@@ -160,7 +160,7 @@ def fresh_state(game: Game, follower: str | None, seed: int) -> State:
     start = Follower(
         game, {n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state, None
     )
-    with torch.random.fork_rng(), torch.no_grad():
+    with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
     norm = float(torch.linalg.vector_norm(flatten(slopes)))
     # Stationarity is told in units of the gradient at the start, so that a loss's scale does not matter.

@@ -17,6 +17,7 @@ from bilevel.data import Batch
 from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, recall, remember
+from bilevel.randomness import random_kept
 from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_optimizer_hyper
 from bilevel.responses.networks import Linear
 from bilevel.tree import Variables, flatten, join
@@ -94,8 +95,7 @@ class Hypernetwork(Response):
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
         x, w0 = flatten(others), flatten(state["variables"])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with random_kept(start=seed):
             network = self._module(x.numel(), w0.numel()).to(w0)
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         self._skeletons[(x.numel(), w0.numel())] = network.to("meta")
