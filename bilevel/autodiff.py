@@ -93,6 +93,8 @@ def concrete(tensor: Tensor) -> float:
 
     `Tensor.item()` raises inside vmap, and a solver that cannot see its residual can neither stop nor warn.
     """
+    if not transforms_active():
+        return float(tensor.detach())  # the same without a transform, and ten times cheaper
     box = _Box()
     _Concrete.apply(tensor.detach(), box)  # type: ignore[no-untyped-call]
     return box.value

@@ -36,7 +36,7 @@ def random_kept(device: torch.device = _CPU, *, start: Mapping[str, Tensor] | in
     before = random_state(device)
     try:
         if isinstance(start, int):
-            torch.random.default_generator.manual_seed(start)
+            torch.default_generator.manual_seed(start)
         elif start is not None:
             set_random_state(start, device)
         yield

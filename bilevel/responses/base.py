@@ -16,6 +16,7 @@ from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
 from bilevel.randomness import random_kept, random_state
+from bilevel.root import refuse_captures
 from bilevel.tree import Structure, Variables, flatten, leaves, structure_of
 
 State = dict[str, Any]
@@ -165,6 +166,17 @@ def fresh_state(game: Game, follower: str | None, seed: int) -> State:
     norm = float(torch.linalg.vector_norm(flatten(slopes)))
     # Stationarity is told in units of the gradient at the start, so that a loss's scale does not matter.
     return state | {"reference": norm if norm > 0.0 else 1.0}
+
+
+def refuse_captured(game: Game, state: State) -> None:
+    """Raise `CapturedTensorError` when the follower's objective captures a tensor that requires grad.
+
+    Only Unrolled would give it a gradient; everybody else's answer does not see it.
+    """
+    name = state["follower"]
+    others = {n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}
+    start = Follower(game, others, state, None)
+    refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
 
 
 def refuse_optimizer_hyper(response: object, game: Game, follower: str, factory: OptimizerFactory | None) -> None:

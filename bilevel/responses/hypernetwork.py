@@ -18,7 +18,7 @@ from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, recall, remember
 from bilevel.randomness import random_kept
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_optimizer_hyper
+from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.networks import Linear
 from bilevel.tree import Variables, flatten, join
 
@@ -93,6 +93,7 @@ class Hypernetwork(Response):
         """The state before the first call: the follower's init as w0, and the network's own init from `seed`."""
         state = fresh_state(game, follower, seed)
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
+        refuse_captured(game, state)
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
         x, w0 = flatten(others), flatten(state["variables"])
         with random_kept(start=seed):

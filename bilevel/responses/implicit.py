@@ -17,8 +17,8 @@ from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.linear import ConjugateGradient, LinearSolver
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_optimizer_hyper
-from bilevel.root import Receipt, attach, refuse_captures
+from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves
 
 
@@ -69,11 +69,9 @@ class Implicit(Response):
         state = fresh_state(game, follower, seed)
         factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
         refuse_optimizer_hyper(self, game, state["follower"], factory)
-        others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
-        start = Follower(game, others, state, None)
-        y = flatten(state["variables"])
-        refuse_captures(start.held_residual(), y, start.xs)
-        return state | {"optimizer": None, "linear": vars(Receipt.blank(y)).copy()}
+        refuse_captured(game, state)
+        blank = Receipt.blank(flatten(state["variables"]))
+        return state | {"optimizer": None, "linear": vars(blank).copy()}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
