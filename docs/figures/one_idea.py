@@ -1,7 +1,7 @@
 """The picture of the one idea: one follower, one leader, and what the leader assumes. Writes one_idea.svg beside it.
 
 The follower minimises (y - sin 2x)^2 + 0.1 y^4, whose optimum curves. At x = -0.3 each assumption is a line: the
-leader's guess of where the follower would be if the leader moved. The library computes the lines; none is drawn by hand.
+leader's guess of where the follower would be if the leader moved. The library computes the lines.
 """
 
 from functools import partial
