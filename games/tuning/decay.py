@@ -118,7 +118,7 @@ def train(digits: Digits, decay: Weights, *, seed: int = 0, rtol: float = 1e-6, 
     for _ in range(0, max_steps, 50):
         if current <= rtol * first:
             break
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         current = norm()
     return Fit({name: w.detach() for name, w in weights.items()}, current)
 

@@ -155,7 +155,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError(f"Figures need matplotlib ({error}). pip install 'bilevel[figures]'") from error
+        raise MissingExtraError(f"Figures need matplotlib ({error}). pip install 'bilevel[data]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel import checkpoint as checkpoints
 from games.tuning.data import Digits
 from games.tuning.decay import START, Score, decay_game, score, train, uniform
 
@@ -34,16 +35,16 @@ class Method:
 def methods() -> dict[str, Method]:
     """The three responses by name, each with settings that suit a softmax classifier on a few hundred digits."""
     return {
-        "unrolled": Method(bl.Unrolled(partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=50), 0.1),
+        "unrolled": Method(bl.Unrolled(partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=50), 0.05),
         "implicit": Method(
-            bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, linear_solver=bl.ConjugateGradient(rtol=1e-3)), 0.1
+            bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, linear_solver=bl.ConjugateGradient(rtol=1e-3)), 0.05
         ),
         "hypernetwork": Method(
             # Each weight answers its own decay alone: 7,850 slopes instead of 7,850 squared.
             bl.Hypernetwork(
-                partial(torch.optim.Adam, lr=3e-3), scale=0.3, network=bl.Elementwise(), warmup=300, steps=20
+                partial(torch.optim.Adam, lr=3e-3), scale=1.0, network=bl.Elementwise(), warmup=300, steps=20
             ),
-            0.1,
+            0.03,
         ),
     }
 
@@ -99,7 +100,7 @@ def tune(
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1.")
     if checkpoint is not None:
-        identify(checkpoint, identity(digits, method, seed), resume=resume)
+        identify(checkpoint, identity(digits, method, seed), steps=steps, resume=resume)
     solution = bl.solve(
         decay_game(digits, seed=seed),
         weights=method.response,
@@ -110,10 +111,6 @@ def tune(
         resume=resume,
         callbacks=callbacks,
     )
-    if len(solution.history) > steps:
-        raise bl.CheckpointError(
-            f"{checkpoint} is at step {len(solution.history)}, beyond steps={steps}. Ask for as many or more, or start anew."
-        )
     decay = solution.variables["decay"]
     return Tuned(method, solution, decay, trained(digits, decay, seed=seed))
 
@@ -134,8 +131,8 @@ def identity(digits: Digits, method: Method, seed: int) -> dict[str, Any]:
     }
 
 
-def identify(checkpoint: Path, run: Mapping[str, Any], *, resume: bool) -> None:
-    """Write beside a checkpoint what run it is of, or with `resume` refuse one of another run."""
+def identify(checkpoint: Path, run: Mapping[str, Any], *, steps: int, resume: bool) -> None:
+    """Write beside a checkpoint what run it is of, or with `resume` refuse one of another run or beyond `steps`."""
     beside = checkpoint.with_suffix(".json")
     if resume and checkpoint.exists():
         try:
@@ -148,6 +145,11 @@ def identify(checkpoint: Path, run: Mapping[str, Any], *, resume: bool) -> None:
                 f"{key} {saved.get(key)!r}, here {run[key]!r}" for key in differing if isinstance(saved, dict)
             )
             raise bl.CheckpointError(f"{checkpoint} is a checkpoint of another run: {told or 'unknown'}.")
+        done = checkpoints.load(checkpoint)["step"]
+        if done > steps:
+            raise bl.CheckpointError(
+                f"{checkpoint} is at step {done}, beyond steps={steps}. Ask for as many or more, or start anew."
+            )
         return
     checkpoint.unlink(missing_ok=True)
     beside.write_text(json.dumps(run, indent=1) + "\n")
