@@ -25,9 +25,10 @@ def table(digits: Digits, before: Trained, runs: Mapping[str, Tuned]) -> Table:
     shown = Table(
         title=f"One log decay a weight, tuned on {digits.name}",
         caption=(
-            f"Every column but its work is the same classifier trained to convergence (L-BFGS) on the same "
+            f"Above the line, every column is the same classifier trained to convergence (L-BFGS) on the same "
             f"{len(digits.train):,} examples; before: every log decay at {START:g}, after: at the learned decay. "
-            "Differences are the decay's, not those of training time. Losses are cross-entropies in nats."
+            "Differences are the decay's, not those of training time. The decay was chosen on the "
+            "validation examples, so judge it by the test rows. Losses are cross-entropies in nats, without penalty."
         ),
         caption_justify="left",
     )
