@@ -284,7 +284,7 @@ class _Run:
         )
 
     @contextmanager
-    def _gathering(self) -> Iterator[None]:
+    def _gathering(self, *, counted: bool = True) -> Iterator[None]:
         """Keep the responses' warnings, with the step of each; other libraries' pass through."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -294,8 +294,8 @@ class _Run:
                 kind, text = entry.category.__name__, str(entry.message)
                 # One entry for each solver that speaks, whatever numbers it gives.
                 key = f"{kind} {text.split(maxsplit=1)[0]}"
-                count = self.warned[key][0] if key in self.warned else 0
-                self.warned[key] = [count + 1, self.step_count + 1, text, kind]
+                count, *_ = self.warned.get(key, [0])
+                self.warned[key] = [count + counted, self.step_count + 1, text, kind]
             else:
                 warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 
@@ -343,7 +343,7 @@ class _Run:
     def solution(self) -> Solution:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
         point = {name: self.game.structure(name).build(self.points[name]) for name in self.leaders}
-        with torch.no_grad(), random_kept(self.game.device), self._gathering():
+        with torch.no_grad(), random_kept(self.game.device), self._gathering(counted=False):
             variables, states = self.respond(point, self.states)
         buffers = self._buffers(states)
         values = {name: self._shown_loss(name, variables, states) for name in self.game.names}

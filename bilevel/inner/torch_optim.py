@@ -60,8 +60,8 @@ def player_parameters(factory: OptimizerFactory, players: Mapping[str, Any]) -> 
 
 
 def remember(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Memory:
-    """A copy of what the optimiser remembers of each parameter."""
-    return [_copied(dict(optimizer.state.get(p, {}))) for p in parameters]
+    """What the optimiser remembers of each parameter; its own tensors, so do not step it any more."""
+    return [dict(optimizer.state.get(p, {})) for p in parameters]
 
 
 def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None) -> None:
@@ -89,6 +89,7 @@ class TorchOptimizer(InnerSolver):
         optimizer = build(self.factory, parameters)
         recall(optimizer, parameters, memory)
 
+        @torch.no_grad()  # LBFGS calls it with grad enabled, which would build a graph of the gradient in vain
         def closure() -> float:
             loss, slopes = problem.gradients(parameters)
             for parameter, slope in zip(parameters, slopes, strict=True):

@@ -143,9 +143,10 @@ class Hypernetwork(Response):
         unit = (self.scale if self.scale > 0.0 else 1.0) * x.shape[-1] ** 0.5
         if not self.centred:
             return state["w0"] + functional_call(network, state["network"], (x / unit,))  # type: ignore[no-any-return]
-        zero = torch.zeros_like(centre)
-        moved = functional_call(network, state["network"], ((x - centre) / unit,))
-        return state["w0"] + moved - functional_call(network, state["network"], (zero,))  # type: ignore[no-any-return]
+        # The origin rides along as one more row: a second pass would cost a second gradient of every weight.
+        moves = torch.cat([(x - centre).reshape(-1, centre.numel()) / unit, torch.zeros_like(centre)[None]])
+        moved = functional_call(network, state["network"], (moves,))
+        return state["w0"] + (moved[:-1] - moved[-1]).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def _skeleton(self, state: State, inputs: int) -> nn.Module:
         sizes = (inputs, state["w0"].shape[-1])
