@@ -17,7 +17,8 @@ class Solution:
     `variables`: player -> its variables, detached. `values`: player -> its loss there, on its last batch. `history`:
     one record a step, with the loss of each player (by name), "step", "gradient_norm" (the leaders' hypergradient),
     and "work" (gradients + products so far). `stationarity`: follower -> |gradient of its own loss| in units of that
-    at the start; `residuals`: follower -> relative residual of its last linear solve, where it has one. `gradients`,
+    at the start; `residuals`: follower -> relative residual of the equation for its derivative: of its last linear
+    solve, or of the learned slope; Unrolled has none. `gradients`,
     `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know before trusting
     it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
     """
@@ -40,7 +41,7 @@ class Solution:
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title=f"Solution after {len(self.history)} steps")
-        for column in ("player", "loss at start", "loss", "stationarity", "linear residual"):
+        for column in ("player", "loss at start", "loss", "stationarity", "derivative residual"):
             table.add_column(column, justify="left" if column == "player" else "right")
         first = self.history[0] if self.history else {}
         for name, value in self.values.items():

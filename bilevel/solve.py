@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,10 @@ def solve(
         raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
     if path is not None and resume and path.exists():
         run.restore(checkpoints.load(path), path)
+    if run.step_count > steps:
+        raise ValueError(
+            f"solve: steps={steps}, but {path} has already {run.step_count}. Ask for more steps, or pass resume=False."
+        )
     saved = run.step_count
     try:
         with _progress_bar(progress, run.step_count, steps) as show:
@@ -101,7 +106,8 @@ def solve(
                     checkpoints.save(path, run.state())
                     saved = run.step_count
     finally:
-        if path is not None and run.step_count > saved:
+        # Stopped in the middle of a step, the players are of two minds: the file keeps the last whole one.
+        if path is not None and run.whole and run.step_count > saved:
             checkpoints.save(path, run.state())
     return run.solution()
 
@@ -146,6 +152,7 @@ class _Run:
         self.batches: dict[str, Any] = {}
         self.step_count, self.seconds, self.gradients = 0, 0.0, 0
         self.history: list[Record] = []
+        self.whole, self.seed = True, seed
         self.warned: dict[str, list[Any]] = {}
         # The leaders' own modules advance too when there is no follower to carry them.
         self.buffers: Buffers = {name: b for name, b in game.buffers().items() if b}
@@ -220,9 +227,11 @@ class _Run:
             return slopes
 
         directions = self.dynamics.directions(field, self.points)
+        self.whole = False
         norms = [self._apply(name, directions[name]) for name in self.leaders]
         self.states, self.positions = found["states"], positions
         self.step_count += 1
+        self.whole = True
         self.seconds += time.perf_counter() - began
         record: Record = {
             "step": self.step_count,
@@ -303,7 +312,8 @@ class _Run:
         """All of it, as tensors, numbers and strings."""
         return {
             "players": {n: [list(s) for s in self.game.structure(n).shapes] for n in self.game.names},
-            "responses": {name: type(response).__name__ for name, response in self.followers.items()},
+            "responses": {name: _told(response) for name, response in self.followers.items()},
+            "seed": self.seed,
             "step": self.step_count,
             "points": {name: [t.detach() for t in point] for name, point in self.points.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -321,10 +331,10 @@ class _Run:
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from what `state` gave; raises `CheckpointError` when it belongs to another game."""
         own = self.state()
-        for key in ("players", "responses"):
+        for key in ("players", "responses", "seed"):
             if saved[key] != own[key]:
                 raise CheckpointError(
-                    f"{path} is a checkpoint of another run: its {key} are {saved[key]}, here they are {own[key]}. "
+                    f"{path} is a checkpoint of another run: its {key}: {saved[key]}; here: {own[key]}. "
                     "Pass another checkpoint=, or resume=False to overwrite it."
                 )
         with torch.no_grad():
@@ -360,7 +370,10 @@ class _Run:
             history=list(self.history),
             stationarity={name: state["stationarity"] for name, state in states.items()},
             # The last backward solve belongs to the last step; the answer here needs none.
-            residuals={n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s},
+            residuals={
+                **{n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s},
+                **{n: float(s["residual"]) for n, s in states.items() if "residual" in s},
+            },
             gradients=self.gradients + sum(state["gradients"] for state in states.values()),
             products=self._products(),
             seconds=self.seconds,
@@ -368,6 +381,11 @@ class _Run:
             states=states,
             buffers=buffers,
         )
+
+
+def _told(response: Response) -> str:
+    """A response's configuration as text, the same from one process to the next."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(response))
 
 
 @contextmanager

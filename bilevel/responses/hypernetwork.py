@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from torch.func import functional_call
 
 from bilevel.autodiff import transforms_active
 from bilevel.data import Batch
-from bilevel.errors import UnreliableResponseWarning
+from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, recall, remember
 from bilevel.randomness import random_kept
 from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.networks import Linear
-from bilevel.tree import Variables, flatten, join
+from bilevel.tree import Variables, flatten
 
 
 @final
@@ -43,10 +44,12 @@ class Hypernetwork(Response):
     with the leader, locally and linearly (Algorithms 3 and 4). Each step uses `perturbations` draws in one vmapped
     pass, each with both signs when `antithetic`, which takes the gradient at the centre out of the slope's noise.
 
-    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Without centring or
-    without noise the slope is not identified and its sign may be wrong: such settings warn
-    (`UnreliableResponseWarning`). Nothing of the fit's error is known to the linear algebra: compare with `Implicit`.
-    Costs `steps` * `perturbations` (twice that when antithetic) gradients a call and no Hessian-vector product;
+    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it on a
+    fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave standing?
+    0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so (`tolerance=None`
+    asks for no accuracy). Without centring or without noise the slope is not identified and its sign may be wrong:
+    such settings warn (`UnreliableResponseWarning`).
+    Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
     memory of the network and its optimiser.
     Source: Lorraine and Duvenaud 2018 (arXiv 1802.09419); centring: Bae and Grosse 2020 (arXiv 2010.13514).
 
@@ -64,6 +67,7 @@ class Hypernetwork(Response):
     antithetic: bool = True
     centred: bool = True
     around: Mapping[str, Variables] | None = None
+    tolerance: float | None = 0.5
     # The network's form without its numbers, by its sizes: only a memo, the numbers are in the state.
     _skeletons: dict[tuple[int, int], nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -115,6 +119,7 @@ class Hypernetwork(Response):
             "optimizer": None,
             "generator": generator.get_state(),
             "fits": 0,
+            "residual": math.nan,
         }
 
     def __call__(
@@ -189,10 +194,17 @@ class Hypernetwork(Response):
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()
-        with torch.no_grad():
-            fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
-            y = follower.form.split(self._map(fitted, x, start))
-            _, gradients = follower.gradients(y)
+        fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
+        stationarity, residual = self._examine(follower, fitted, x, start, generator)
+        fidelity = f"{residual:.2g} of the change that it should answer"
+        if self.tolerance is not None and residual > self.tolerance:
+            warnings.warn(
+                f"Hypernetwork: the learned slope of player {follower.name!r} leaves {fidelity} after "
+                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. The hypergradient is off by that "
+                "order. Give it warmup=, more steps or perturbations, or a network that suits the game.",
+                NonConvergenceWarning,
+                stacklevel=4,
+            )
         return state | {
             "centre": start,
             "w0": parameters[0].detach(),
@@ -202,9 +214,28 @@ class Hypernetwork(Response):
             "fits": state["fits"] + fits,
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + follower.gradient_count + fits * rows,
-            "stationarity": follower.relative(float(torch.linalg.vector_norm(join(gradients))), state),
+            "gradients": state["gradients"] + 3 + fits * rows,
+            "stationarity": follower.relative(stationarity, state),
+            "residual": residual,
         }
+
+    def _examine(
+        self, follower: Follower, fitted: State, x: Tensor, start: Tensor, generator: torch.Generator
+    ) -> tuple[float, float]:
+        """|grad_y f| at the centre, and how much of the slope's equation H J + f_yx = 0 is left, on a fresh draw.
+
+        When the leader moves by e, the follower's gradient changes by f_yx e; a right slope undoes that change.
+        """
+        gradient = follower.held_residual()
+        step = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * self.scale
+        there = follower.input_form.split(x + step)
+        with torch.no_grad():
+            y = self._map(fitted, x, start)
+            here = gradient(y, *follower.input_form.split(x))
+            unanswered = torch.linalg.vector_norm(gradient(y, *there) - here)
+            answered = torch.linalg.vector_norm(gradient(self._map(fitted, x + step, start), *there) - here)
+        left = float(answered / unanswered) if float(unanswered) > 0.0 else 0.0
+        return float(torch.linalg.vector_norm(here)), left
 
     def _losses(self, follower: Follower, points: Tensor, answers: Tensor) -> Tensor:
         """The follower's loss `[rows]` at each perturbed x `[rows, inputs]` and its y `[rows, outputs]`."""

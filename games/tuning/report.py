@@ -50,7 +50,7 @@ def table(digits: Digits, before: Trained, runs: Mapping[str, Tuned]) -> Table:
     shown.add_row("Hessian-vector products", "", *[f"{s.products:,}" for s in solutions])
     shown.add_row("seconds", "", *[f"{s.seconds:.1f}" for s in solutions])
     shown.add_row("stationarity", "", *[_small(s.stationarity.get("weights")) for s in solutions])
-    shown.add_row("linear residual", "", *[_small(s.residuals.get("weights")) for s in solutions])
+    shown.add_row("derivative residual", "", *[_small(s.residuals.get("weights")) for s in solutions])
     return shown
 
 
