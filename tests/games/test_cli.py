@@ -67,7 +67,7 @@ def whole(folder, tmp_path_factory):
 
 def test_all_three_side_by_side(whole):
     result, out = whole
-    for text in ("unrolled", "implicit", "hypernetwork", "before", "test loss", "test accuracy", "linear residual"):
+    for text in ("unrolled", "implicit", "hypernetwork", "before", "test loss", "test accuracy", "derivative residual"):
         assert text in result.stdout
     for figure in ("losses.png", "decay.png"):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
