@@ -278,8 +278,6 @@ class Game:
                     raise TypeError(f"{where} has dtype {leaf.dtype}; expected a floating dtype: use init.float().")
                 if leaf.numel() == 0:
                     raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
-                if not bool(torch.isfinite(leaf).all()):
-                    raise ValueError(f"{where} holds NaN or infinity; expected finite numbers to start from.")
                 kinds.setdefault((leaf.dtype, leaf.device), where)
         if len(kinds) > 1:
             (first, at), (second, there) = list(kinds.items())[:2]
@@ -287,6 +285,12 @@ class Game:
                 f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
                 "game share one dtype and one device: use .to(dtype, device)."
             )
+        for name, variables in self._initial.items():
+            for path, leaf in named_leaves(variables):
+                if not bool(torch.isfinite(leaf).all()):
+                    raise ValueError(
+                        f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
+                    )
 
     def _check_objectives(self) -> None:
         """Evaluate each objective once and see from the graph what it depends on."""

@@ -74,7 +74,7 @@ def map_leaves(function: Callable[..., Any], tree: Variables, *others: Variables
 
 def detached(tree: Variables) -> Variables:
     """The same values, outside any graph, sharing no memory."""
-    return map_leaves(lambda leaf: leaf.detach().clone(), tree)
+    return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def named_leaves(tree: Variables) -> list[tuple[str, Any]]:

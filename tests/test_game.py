@@ -1,0 +1,156 @@
+"""Everything wrong is refused before any work, by an error that says what to do."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import bilevel as bl
+
+ZERO = torch.zeros(3)
+
+
+def lead(x, y):
+    return (y**2).sum() + (x**2).sum()
+
+
+def follow(x, y):
+    return ((y - x) ** 2).sum()
+
+
+def game(leader=None, follower=None, x=ZERO, y=ZERO, **options):
+    return bl.Game(
+        x=bl.Player(leader or lead, x, options.get("x_data")), y=bl.Player(follower or follow, y, options.get("y_data"))
+    )
+
+
+def generator():
+    yield 1
+
+
+REFUSED = {
+    "unknown name": (lambda: game(follower=lambda x, z: x.sum()), ValueError, "'y'.*parameter 'z', which names no player"),
+    "not scalar": (lambda: game(follower=lambda x, y: y - x), ValueError, r"'y'.*shape \(3,\); expected a scalar"),
+    "not a tensor": (lambda: game(leader=lambda x, y: 1.0), TypeError, "'x'.*returned a float; expected a scalar tensor"),
+    "detached": (lambda: game(leader=lambda x, y: (x * y).sum().detach()), ValueError, "'x'.*not differentiable"),
+    "integer loss": (lambda: game(leader=lambda x, y: (x * y).sum().long()), ValueError, "'x'.*not differentiable"),
+    "infinite loss": (lambda: game(leader=lambda x, y: (x * y).sum().log()), ValueError, "'x'.*loss at init is -inf"),
+    "integers": (lambda: game(x=torch.zeros(3, dtype=torch.long)), TypeError, r"'x': init has dtype torch.int64"),
+    "nested integers": (lambda: game(x={"a": torch.zeros(1, dtype=torch.int32)}), TypeError, r"init\['a'\] has dtype"),
+    "number": (lambda: game(x=1.0), TypeError, "'x': init is a float; expected a tensor"),
+    "empty tensor": (lambda: game(x=torch.zeros(0)), ValueError, r"'x': init is empty, shape \(0,\)"),
+    "empty tree": (lambda: game(x={}), ValueError, "'x': init has no variables"),
+    "nan": (lambda: game(x=torch.tensor([1.0, torch.nan])), ValueError, "'x': init holds NaN"),
+    "dtypes": (lambda: game(x=torch.zeros(3, dtype=torch.float64)), ValueError, "'y'.*float32.*'x'.*float64.*share one"),
+    "devices": (lambda: game(x=torch.zeros(3, device="meta")), ValueError, "on cpu.*on meta.*one device"),
+    "generator": (lambda: game(y_data=generator()), TypeError, "data is a generator.*only once"),
+    "tensor as data": (lambda: game(y_data=torch.zeros(2)), TypeError, r"iterable of batches.*data=\[batch\]"),
+    "empty data": (lambda: game(follower=lambda x, y, batch: follow(x, y), y_data=[]), bl.ExhaustedDataError, "'y' gave no"),
+    "batch, no data": (lambda: game(follower=lambda x, y, batch: follow(x, y)), ValueError, "takes `batch`.*no data="),
+    "data, no batch": (lambda: game(y_data=[1]), ValueError, "'y'.*takes no `batch`"),
+    "raises": (lambda: game(follower=lambda x, y, batch: batch + "", y_data=[1]), ValueError, "'y'.*TypeError on its first"),
+    "reaches nothing": (
+        lambda: game(leader=lambda y: y.square().sum(), follower=lambda y: y.square().sum()),
+        ValueError,
+        "does not depend on 'x'",
+    ),
+    "leader in no loss": (
+        lambda: bl.Game(
+            a=bl.Player(lambda b: (b**2).sum(), ZERO),
+            b=bl.Player(lambda b, c: (b * c).sum(), ZERO + 1),
+            c=bl.Player(lambda b, c: (b * c).sum(), ZERO + 1),
+        ),
+        ValueError,
+        "'b'.*does not depend on 'a'",
+    ),
+    "one leaf reaches nothing": (
+        lambda: game(lambda y: y.sum(), lambda x, y: (x["used"] * y).sum(), {"used": ZERO, "typo": ZERO}),
+        ValueError,
+        r"init\['typo'\] reaches no objective",
+    ),
+    "follower ignores itself": (lambda: game(follower=lambda x, y: x.sum()), ValueError, "'y'.*its own variables"),
+    "star": (lambda: game(follower=lambda *players: 0), TypeError, "cannot be named"),
+    "reserved": (lambda: bl.Game(steps=bl.Player(lambda steps: steps.sum(), ZERO)), ValueError, "'steps' cannot name"),
+    "no players": (bl.Game, ValueError, "no players"),
+    "not a player": (lambda: bl.Game(x=3), TypeError, "'x' is a int; expected a Player"),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), REFUSED.values(), ids=REFUSED)
+def test_refused_before_any_work(make, kind, text):
+    with pytest.raises(kind, match=f"(?s){text}"):
+        make()
+
+
+def test_a_module_that_is_not_called_functionally_is_found():
+    model = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match="'weights'.*does not depend on its own variables"):
+        bl.Game(
+            decay=bl.Player(lambda weights: weights["weight"].sum(), torch.zeros(())),
+            weights=bl.Player(lambda decay, weights: model(torch.ones(3)).sum() * decay.exp(), model),
+        )
+
+
+def test_variables_of_another_form_are_refused():
+    played = game()
+    response = bl.Unrolled(partial(torch.optim.SGD, lr=0.1), steps=1)
+    state = response.init(played)
+    with pytest.raises(ValueError, match=r"'x' are \{'tensor': \(2,\)\}; expected.*\(3,\)"):
+        response(played, {"x": torch.zeros(2)}, state)
+    with pytest.raises(ValueError, match=r"needs the variables of \['x'\]"):
+        response(played, {}, state)
+    with pytest.raises(ValueError, match=r"given variables of 'z'"):
+        response(played, {"x": ZERO, "z": ZERO}, state)
+
+
+def test_what_is_allowed():
+    class Loss:
+        def __call__(self, y, x, scale=2.0):
+            return scale * follow(x, y["a"][0])
+
+    played = game(leader=partial(lambda y, p: (y["a"][0] ** p).sum(), p=2), follower=Loss(), y={"a": [ZERO]})
+    assert played.loss("y", {"x": ZERO + 1, "y": {"a": [ZERO]}}).item() == 6.0
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(3), nn.Linear(3, 1)
+        self.out.bias.requires_grad_(False)
+
+    def forward(self, inputs):
+        return self.out(self.norm(inputs))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        bl.Unrolled(partial(torch.optim.SGD, lr=0.05), steps=3),
+        bl.Implicit(partial(torch.optim.SGD, lr=0.05), steps=3, tolerance=None),
+        bl.Hypernetwork(partial(torch.optim.Adam, lr=0.01), steps=3, tolerance=None),
+    ],
+    ids=lambda r: type(r).__name__,
+)
+def test_buffers_advance_in_the_state_and_the_module_never_changes(response):
+    model = Normed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    inputs = torch.randn(8, 3) + 2
+
+    def train(decay, weights, batch):
+        fit = (functional_call(model, weights, (batch,)) ** 2).mean()
+        return fit + decay.exp() * sum(w.square().sum() for w in weights.values())
+
+    random = torch.random.get_rng_state()
+    played = bl.Game(
+        decay=bl.Player(lambda weights, batch: functional_call(model, weights, (batch,)).square().mean(), ZERO.sum(), [inputs]),
+        weights=bl.Player(train, model, [inputs]),
+    )
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert set(played.initial("weights")) == {"norm.weight", "norm.bias", "out.weight"}
+    solution = bl.solve(played, weights=response, steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert solution.buffers["weights"]["norm.num_batches_tracked"] >= 6
+    assert (solution.buffers["weights"]["norm.running_mean"] > 0.3).all()

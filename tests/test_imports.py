@@ -1,0 +1,60 @@
+"""Imports run downhill only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = {"errors", "tree", "autodiff", "randomness", "data"}
+GAME = BASE | {"game"}
+# A room -> the rooms it may import. A room that is not named here fails the test.
+MAY = {
+    "errors": set(),
+    "tree": set(),
+    "autodiff": {"errors"},
+    "randomness": set(),
+    "data": BASE,
+    "game": BASE,
+    "linear": BASE,
+    "inner": GAME,
+    "root": BASE | {"linear"},
+    "responses": GAME | {"linear", "inner", "root"},
+    "dynamics": BASE,
+    "checkpoint": BASE,
+    "solution": BASE,
+    "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module in ("bilevel", "games"):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bilevel").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downhill(path: Path) -> None:
+    room = path.relative_to(ROOT / "bilevel").parts[0].removesuffix(".py")
+    names = imported(path)
+    assert not [name for name in names if name.split(".")[0] == "games"]
+    if room == "__init__":
+        return
+    assert room in MAY, f"{room} is a new room: say in MAY what it may import"
+    used = {name.split(".")[1] for name in names if name.startswith("bilevel.")}
+    assert used <= MAY[room] | {room}
+
+
+def test_importing_is_light() -> None:
+    heavy = ["matplotlib", "sklearn", "mlxtend", "pandas", "typer", "rich", "scipy"]
+    code = f"import sys, bilevel; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
