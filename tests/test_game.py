@@ -31,9 +31,17 @@ def generator():
 
 
 REFUSED = {
-    "unknown name": (lambda: game(follower=lambda x, z: x.sum()), ValueError, "'y'.*parameter 'z', which names no player"),
+    "unknown name": (
+        lambda: game(follower=lambda x, z: x.sum()),
+        ValueError,
+        "'y'.*parameter 'z', which names no player",
+    ),
     "not scalar": (lambda: game(follower=lambda x, y: y - x), ValueError, r"'y'.*shape \(3,\); expected a scalar"),
-    "not a tensor": (lambda: game(leader=lambda x, y: 1.0), TypeError, "'x'.*returned a float; expected a scalar tensor"),
+    "not a tensor": (
+        lambda: game(leader=lambda x, y: 1.0),
+        TypeError,
+        "'x'.*returned a float; expected a scalar tensor",
+    ),
     "detached": (lambda: game(leader=lambda x, y: (x * y).sum().detach()), ValueError, "'x'.*not differentiable"),
     "integer loss": (lambda: game(leader=lambda x, y: (x * y).sum().long()), ValueError, "'x'.*not differentiable"),
     "infinite loss": (lambda: game(leader=lambda x, y: (x * y).sum().log()), ValueError, "'x'.*loss at init is -inf"),
@@ -43,14 +51,26 @@ REFUSED = {
     "empty tensor": (lambda: game(x=torch.zeros(0)), ValueError, r"'x': init is empty, shape \(0,\)"),
     "empty tree": (lambda: game(x={}), ValueError, "'x': init has no variables"),
     "nan": (lambda: game(x=torch.tensor([1.0, torch.nan])), ValueError, "'x': init holds NaN"),
-    "dtypes": (lambda: game(x=torch.zeros(3, dtype=torch.float64)), ValueError, "'y'.*float32.*'x'.*float64.*share one"),
+    "dtypes": (
+        lambda: game(x=torch.zeros(3, dtype=torch.float64)),
+        ValueError,
+        "'y'.*float32.*'x'.*float64.*share one",
+    ),
     "devices": (lambda: game(x=torch.zeros(3, device="meta")), ValueError, "on cpu.*on meta.*one device"),
     "generator": (lambda: game(y_data=generator()), TypeError, "data is a generator.*only once"),
     "tensor as data": (lambda: game(y_data=torch.zeros(2)), TypeError, r"iterable of batches.*data=\[batch\]"),
-    "empty data": (lambda: game(follower=lambda x, y, batch: follow(x, y), y_data=[]), bl.ExhaustedDataError, "'y' gave no"),
+    "empty data": (
+        lambda: game(follower=lambda x, y, batch: follow(x, y), y_data=[]),
+        bl.ExhaustedDataError,
+        "'y' gave no",
+    ),
     "batch, no data": (lambda: game(follower=lambda x, y, batch: follow(x, y)), ValueError, "takes `batch`.*no data="),
     "data, no batch": (lambda: game(y_data=[1]), ValueError, "'y'.*takes no `batch`"),
-    "raises": (lambda: game(follower=lambda x, y, batch: batch + "", y_data=[1]), ValueError, "'y'.*TypeError on its first"),
+    "raises": (
+        lambda: game(follower=lambda x, y, batch: batch + "", y_data=[1]),
+        ValueError,
+        "'y'.*TypeError on its first",
+    ),
     "reaches nothing": (
         lambda: game(leader=lambda y: y.square().sum(), follower=lambda y: y.square().sum()),
         ValueError,
@@ -145,7 +165,9 @@ def test_buffers_advance_in_the_state_and_the_module_never_changes(response):
 
     random = torch.random.get_rng_state()
     played = bl.Game(
-        decay=bl.Player(lambda weights, batch: functional_call(model, weights, (batch,)).square().mean(), ZERO.sum(), [inputs]),
+        decay=bl.Player(
+            lambda weights, batch: functional_call(model, weights, (batch,)).square().mean(), ZERO.sum(), [inputs]
+        ),
         weights=bl.Player(train, model, [inputs]),
     )
     assert torch.equal(random, torch.random.get_rng_state())

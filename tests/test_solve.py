@@ -28,7 +28,9 @@ def noisy_game():
         return ((dropout(batch[0], 0.2) @ weights - batch[1]) ** 2).mean() + (decay.exp() * weights**2).sum()
 
     return bl.Game(
-        decay=bl.Player(lambda weights, batch: ((batch[0] @ weights - batch[1]) ** 2).mean(), torch.zeros(4, dtype=D), loader),
+        decay=bl.Player(
+            lambda weights, batch: ((batch[0] @ weights - batch[1]) ** 2).mean(), torch.zeros(4, dtype=D), loader
+        ),
         weights=bl.Player(train, torch.zeros(4, dtype=D), loader),
     )
 
@@ -93,7 +95,12 @@ def test_a_step_that_is_cut_in_two_is_not_saved(tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         bl.solve(
-            noisy_game(), steps=9, checkpoint=path, checkpoint_every=2, optimizer=partial(Cut, lr=0.1), **RESPONSES["unrolled"]
+            noisy_game(),
+            steps=9,
+            checkpoint=path,
+            checkpoint_every=2,
+            optimizer=partial(Cut, lr=0.1),
+            **RESPONSES["unrolled"],
         )
     assert torch.load(path, weights_only=True)["step"] == 2
 
@@ -144,7 +151,8 @@ def test_cournot_without_a_response_and_stackelberg_with_one():
     nash = bl.solve(cournot(), optimizer=partial(SGD, lr=0.3), steps=100)
     assert nash.variables["leader"].item() == pytest.approx((a - 2 * c1 + c2) / (3 * b), abs=1e-8)
     assert nash.variables["follower"].item() == pytest.approx((a - 2 * c2 + c1) / (3 * b), abs=1e-8)
-    response = bl.Implicit(partial(SGD, lr=0.5), steps=10, tolerance=1e-12)
+    exact = bl.ConjugateGradient(rtol=1e-12)
+    response = bl.Implicit(partial(SGD, lr=0.5), steps=10, tolerance=1e-12, linear_solver=exact)
     lead = bl.solve(cournot(), follower=response, optimizer=partial(SGD, lr=0.5), steps=60)
     assert lead.variables["leader"].item() == pytest.approx((a - 2 * c1 + c2) / (2 * b), abs=1e-8)
     assert lead.variables["follower"].item() == pytest.approx((a + 2 * c1 - 3 * c2) / (4 * b), abs=1e-8)

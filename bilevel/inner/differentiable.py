@@ -63,11 +63,13 @@ def _adadelta(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dic
 
 
 def _asgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    lr = torch.as_tensor(group["lr"], dtype=torch.float64).clone()
+    # torch's own rounding: it keeps ASGD's rate in a tensor of this dtype, and reads it from there.
+    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    lr = torch.as_tensor(group["lr"], dtype=scalar).clone()
     return {
         "step": _step(parameter),
         "eta": lr,
-        "mu": torch.ones((), dtype=torch.float64),
+        "mu": torch.ones((), dtype=scalar),
         "ax": torch.zeros_like(parameter),
     }
 
@@ -135,11 +137,22 @@ class DifferentiableOptimizer:
             optimizer.state[parameter] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in remembered.items()
             }
+        if isinstance(optimizer, optim.NAdam) and torch.get_default_dtype() != torch.float64:
+            self._round_as_nadam(fresh)
         optimizer.step()
         self.memory = [dict(optimizer.state[parameter]) for parameter in fresh]
         for parameter in fresh:
             parameter.grad = None
         return fresh
+
+    def _round_as_nadam(self, fresh: Sequence[Tensor]) -> None:
+        """Make NAdam's running product come out as torch rounds it, in float32, and its use exact in float64."""
+        for group, indices in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for index in indices:
+                state = self._optimizer.state[fresh[index]]
+                decay = 0.96 ** ((float(state["step"]) + 1.0) * group["momentum_decay"])
+                mu = group["betas"][0] * (1.0 - 0.5 * decay)
+                state["mu_product"] = (state["mu_product"].float() * mu).double() / mu
 
 
 def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:

