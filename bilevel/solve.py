@@ -74,8 +74,7 @@ def solve(
     >>> def lead(y): return (y - 3) ** 2
     >>> def follow(x, y): return (y - 2 * x) ** 2
     >>> from bilevel.game import Player
-    >>> from bilevel.randomness import random_kept, random_state, set_random_state
-    from bilevel.responses import Unrolled
+    >>> from bilevel.responses import Unrolled
     >>> game = Game(x=Player(lead, torch.tensor(0.0)), y=Player(follow, torch.tensor(0.0)))
     >>> response = Unrolled(partial(torch.optim.SGD, lr=0.25), steps=20)
     >>> solution = solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.1), steps=50)

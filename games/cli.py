@@ -74,7 +74,7 @@ def _run(
     resume: bool,
     interrupted: Callable[[], bool],
 ) -> None:
-    from rich.console import Console  # noqa: PLC0415 - with its bar, only where something is run
+    from rich.console import Console
 
     console = Console()
     files = {name: output / f"{name}.pt" for name in chosen}
@@ -112,8 +112,8 @@ _Show = Callable[[int, Mapping[str, float]], None]
 @contextmanager
 def _bar(name: str, steps: int) -> Iterator[_Show]:
     """A bar on stderr with both losses and the time left."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description:<12}"),

@@ -48,8 +48,8 @@ class Hypernetwork(Response):
     fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave standing?
     0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so (`tolerance=None`
     asks for no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it
-    is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and its sign may be wrong:
-    such settings warn (`UnreliableResponseWarning`).
+    is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and
+    its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
     Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
     memory of the network and its optimiser.
     Source: Lorraine and Duvenaud 2018 (arXiv 1802.09419); centring: Bae and Grosse 2020 (arXiv 2010.13514).
@@ -198,12 +198,12 @@ class Hypernetwork(Response):
         fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
         stationarity, residual = self._examine(follower, fitted, x, start, generator)
         fidelity = f"{residual:.2g} of the change that it should answer"
-        if self.tolerance is not None and residual > self.tolerance:
+        if self.tolerance is not None and self.scale > 0.0 and not residual <= self.tolerance:
             warnings.warn(
                 f"Hypernetwork: the learned slope of player {follower.name!r} leaves {fidelity} after "
-                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. The hypergradient is not to be trusted "
-                "on the slope's word. Give it warmup=, more steps or perturbations, or a network that suits the game; an "
-                "error in stiff directions alone may be harmless: compare with Implicit, and accept it by tolerance=None.",
+                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. Do not trust the hypergradient on "
+                "its word. Give it warmup=, a lower learning rate, more steps or perturbations, or a network that suits "
+                "the game; compare with Implicit, and accept the slope by tolerance=None.",
                 NonConvergenceWarning,
                 stacklevel=4,
             )
@@ -236,7 +236,7 @@ class Hypernetwork(Response):
             here = gradient(y, *follower.input_form.split(x))
             unanswered = torch.linalg.vector_norm(gradient(y, *there) - here)
             answered = torch.linalg.vector_norm(gradient(self._map(fitted, x + step, start), *there) - here)
-        left = float(answered / unanswered) if float(unanswered) > 0.0 else 0.0
+        left = float(answered / unanswered) if float(unanswered) > 0.0 else math.nan if self.scale == 0.0 else 0.0
         return float(torch.linalg.vector_norm(here)), left
 
     def _losses(self, follower: Follower, points: Tensor, answers: Tensor) -> Tensor:

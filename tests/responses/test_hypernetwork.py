@@ -54,7 +54,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_a_quadratic_game_is_learned(network):
     response = bl.Hypernetwork(partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500, perturbations=2)
-    found, y, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
+    found, _, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
     assert cosine(found, JACOBIAN) >= (0.98 if isinstance(network, bl.MLP) else 0.999)
     assert state["residual"] < 0.3 and state["gradients"] == 2501 * 4 + 3
 
@@ -182,10 +182,18 @@ def learned(response):
 @pytest.mark.parametrize("scale", [0.1, 0.5])
 def test_centred_and_with_noise_it_is_right(truth, scale):
     jacobian, hypergradient = truth
-    found, slope, _ = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-3), scale=scale, warmup=4000, tolerance=None))
+    found, slope, _ = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-4), scale=scale, warmup=5000))
     assert cosine(found, jacobian) >= 0.95
     assert 0.8 <= (found.norm() / jacobian.norm()).item() <= 1.25
     assert slope == pytest.approx(hypergradient, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_slope_that_is_not_fitted_yet_says_so(truth):
+    # A rate of 1e-3 keeps the weights jittering: the cosine stays near .2, and the residual tells.
+    with pytest.warns(bl.NonConvergenceWarning, match=r"leaves \d\S* of the change"):
+        found, _, state = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-3), scale=0.1, warmup=2000))
+    assert cosine(found, truth[0]) < 0.95 and state["residual"] > 1
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_figures_have_their_own_canvas_and_leave_pyplot_alone() -> None:
 
 def test_missing_matplotlib_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'bilevel\[figures\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'bilevel\[data\]'"):
         losses_figure({"a": run()})
-    with pytest.raises(MissingExtraError, match=r"pip install 'bilevel\[figures\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'bilevel\[data\]'"):
         decay_figure({"a": decay()}, classes=DIGITS, centre=-6.0)
