@@ -201,9 +201,9 @@ class Hypernetwork(Response):
         if self.tolerance is not None and self.scale > 0.0 and not residual <= self.tolerance:
             warnings.warn(
                 f"Hypernetwork: the learned slope of player {follower.name!r} leaves {fidelity} after "
-                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. Do not trust the hypergradient on "
-                "its word. Give it warmup=, a lower learning rate, more steps or perturbations, or a network that suits "
-                "the game; compare with Implicit, and accept the slope by tolerance=None.",
+                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. Do not trust the hypergradient "
+                "on its word. Give it warmup=, a lower learning rate, more steps or perturbations, or a network that "
+                "suits the game; compare with Implicit, and accept the slope by tolerance=None.",
                 NonConvergenceWarning,
                 stacklevel=4,
             )
