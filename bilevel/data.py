@@ -34,6 +34,10 @@ class Stream:
         self.data = data
         self._live: OrderedDict[tuple[int, int, int], Iterator[Batch]] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: the data. Live iterators cannot travel, and are made again."""
+        return {"owner": self.owner, "data": self.data, "_live": OrderedDict()}
+
     @staticmethod
     def start(seed: int = 0) -> Position:
         """The position of the first batch."""

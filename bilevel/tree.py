@@ -25,6 +25,10 @@ class Structure:
     spec: pytree.TreeSpec
     shapes: tuple[torch.Size, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as an empty pytree: unpickling torch's own treespec warns."""
+        return structure_of, (self.build([torch.empty(shape, device="meta") for shape in self.shapes]),)
+
     @property
     def size(self) -> int:
         """How many scalars the flat vector has."""

@@ -86,17 +86,16 @@ def remake(
     # The longest first, or the last one would run alone.
     pending.sort(key=lambda item: -item[1].seconds)
     known = {(experiment.name, part.name): (experiment, part) for experiment, part, _ in pending}
-    # Where nothing is gained by processes, none is started: a debugger then stops inside a part.
     parallel = Parallel(n_jobs=min(jobs, max(1, len(pending))), return_as="generator_unordered", batch_size=1)
-    for names, result, seconds, error in parallel(
+    for names, result, seconds, failed in parallel(
         delayed(_work)(experiment.name, part, source, file, _identity(part, source))
         for experiment, part, file in pending
     ):
         experiment, part = known[names]
-        if error is None:
+        if failed is None:
             results[experiment.name][part.name] = result
         else:
-            errors[experiment.name].append(error)
+            errors[experiment.name].append(failed)
         ended(experiment, part, seconds)
         draw_if_done(experiment)
 
@@ -111,9 +110,9 @@ def _work(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", BilevelWarning)
             result = plain(part.run(source, **part.settings))
-    except Exception as error:  # told with its part; the other parts go on
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{part.name}: {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+    except Exception as failure:  # told with its part; the other parts go on
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        told = f"{part.name}: {type(failure).__name__}: {failure} ({Path(where.filename).name}, line {where.lineno})"
         return (experiment, part.name), None, time.perf_counter() - began, told
     told_once = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BilevelWarning))
     result |= {"seconds": time.perf_counter() - began, "warnings": list(told_once)}
@@ -176,7 +175,10 @@ def _kept(file: Path, identity: Result) -> Result | None:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return content["result"] if isinstance(content, dict) and content.get("identity") == identity else None
+    if not isinstance(content, dict) or content.get("identity") != identity:
+        return None
+    result: Result = content["result"]
+    return result
 
 
 def _write(file: Path, content: Result) -> None:

@@ -23,8 +23,9 @@ Batch = tuple[Tensor, Tensor]
 def likelihood_loss(weights: Weights, batch: Batch) -> Tensor:
     """Negative log-likelihood in nats a pixel of the target: mean (x W + b - y)^2 / (2 s^2) + log(s sqrt(2 pi))."""
     images, targets = batch
-    error = images @ weights["weight"] + weights["bias"] - targets
-    return error.square().mean() / (2 * NOISE**2) + math.log(NOISE * math.sqrt(2 * math.pi))
+    error: Tensor = images @ weights["weight"] + weights["bias"] - targets
+    misfit = error.square().mean() / (2 * NOISE**2)
+    return misfit + math.log(NOISE * math.sqrt(2 * math.pi))
 
 
 def penalty(decay: Tensor, weights: Weights) -> Tensor:

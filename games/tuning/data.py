@@ -109,10 +109,16 @@ def scikit_digits(
     images, labels = torch.from_numpy(pixels).to(dtype) / 16, torch.from_numpy(classes).long()
     _check_enough("scikit-learn's digits", len(labels), train + valid + test)
     order = _stratified_order(labels, torch.Generator().manual_seed(seed))
-    splits = order[: train + valid + test].split([train, valid, test])
+
+    def part(start: int, count: int) -> Split:
+        rows = order[start : start + count]
+        return Split(images[rows], labels[rows])
+
     return Digits(
-        "the digits in scikit-learn",
-        *(Split(images[rows], labels[rows]) for rows in splits),
+        name="the digits in scikit-learn",
+        train=part(0, train),
+        valid=part(train, valid),
+        test=part(train + valid, test),
         image_shape=(8, 8),
         classes=tuple(str(label) for label in range(10)),
     )
