@@ -19,6 +19,9 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Further parameters of its own that are named after players receive those players' variables.
 """
 
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+"""From an optimiser to a learning-rate scheduler over it, such as partial(CosineAnnealingLR, T_max=5000)."""
+
 Memory = list[dict[str, Any]]
 """What an optimiser remembers of each parameter, in their order."""
 
@@ -69,6 +72,31 @@ def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memor
     for parameter, remembered in zip(parameters, memory or (), strict=False):
         if remembered:
             optimizer.state[parameter] = _copied(remembered)
+
+
+def build_scheduler(
+    factory: SchedulerFactory, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any] | None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The scheduler over this optimiser, gone on from where `remember_scheduler` left it."""
+    scheduler = factory(optimizer)
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise TypeError(
+            f"scheduler(optimizer) returned a {type(scheduler).__name__}; expected a "
+            "torch.optim.lr_scheduler.LRScheduler, as partial(CosineAnnealingLR, T_max=5000) makes one."
+        )
+    if memory is not None:
+        scheduler.load_state_dict(_copied(memory["scheduler"]))
+        for group, rate in zip(optimizer.param_groups, memory["rates"], strict=True):
+            group["lr"] = rate  # most schedulers go on from the group's rate, which their own state leaves out
+    return scheduler
+
+
+def remember_scheduler(
+    scheduler: torch.optim.lr_scheduler.LRScheduler, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Where the scheduler is, as plain data."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    return {"scheduler": scheduler.state_dict(), "rates": rates}
 
 
 def _copied(tree: Any) -> Any:

@@ -17,11 +17,22 @@ from bilevel.autodiff import transforms_active
 from bilevel.data import Batch
 from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning
 from bilevel.game import Game
-from bilevel.inner.torch_optim import OptimizerFactory, build, recall, remember
+from bilevel.inner.torch_optim import (
+    OptimizerFactory,
+    SchedulerFactory,
+    build,
+    build_scheduler,
+    recall,
+    remember,
+    remember_scheduler,
+)
 from bilevel.randomness import random_kept
 from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.networks import Linear
 from bilevel.tree import Variables, flatten
+
+Sampler = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
+"""p(x): from the others' present variables and a generator to one draw of their variables."""
 
 
 @final
@@ -41,8 +52,13 @@ class Hypernetwork(Response):
     Each call takes `steps` steps of fitting at the present leader, `warmup` more before the first answer. Together
     they are the paper's algorithms: `Hypernetwork(opt, scale=1.5, network=MLP((50,)), warmup=5000, steps=0,
     around={"decay": mean})` learns one map for a whole range and then leaves it (Algorithm 2); `steps=1` fits jointly
-    with the leader, locally and linearly (Algorithms 3 and 4). Each step uses `perturbations` draws in one vmapped
+    with the leader, locally and linearly (Algorithms 3 and 4). `scheduler` makes a learning-rate scheduler over the
+    optimiser, stepped once a step of fitting: a slope is only as steady as the last steps are small. Each step uses `perturbations` draws in one vmapped
     pass, each with both signs when `antithetic`, which takes the gradient at the centre out of the slope's noise.
+
+    `sampler(others, generator)` draws x from any p(x) instead, one draw a call: uniform over a box, a fixed set, a
+    distribution that the leaders themselves hold. `scale` is then only the unit s; `around` and `antithetic` do not
+    apply, and the centre stays where the game starts.
 
     It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it on a
     fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave standing?
@@ -68,6 +84,8 @@ class Hypernetwork(Response):
     antithetic: bool = True
     centred: bool = True
     around: Mapping[str, Variables] | None = None
+    sampler: Sampler | None = None
+    scheduler: SchedulerFactory | None = None
     tolerance: float | None = 0.5
     # The network's form without its numbers, by its sizes: only a memo, the numbers are in the state.
     _skeletons: dict[tuple[int, int], nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -79,6 +97,8 @@ class Hypernetwork(Response):
             raise ValueError(f"Hypernetwork: steps={self.steps}, warmup={self.warmup}; together at least 1.")
         if self.perturbations < 1:
             raise ValueError(f"Hypernetwork: perturbations={self.perturbations}; expected at least 1.")
+        if self.sampler is not None and self.around is not None:
+            raise ValueError("Hypernetwork: both sampler= and around= are given, and both say where it is fitted.")
         if not self.scale > 0.0:
             warnings.warn(
                 "Hypernetwork(scale=0) is fitted without perturbations: it sees one value of the leader, which says "
@@ -86,10 +106,10 @@ class Hypernetwork(Response):
                 UnreliableResponseWarning,
                 stacklevel=3,
             )
-        if not self.centred and self.around is None:
+        if not self.centred and self._local:
             warnings.warn(
                 "Hypernetwork(centred=False) fits its value and its slope together, away from the leader's present "
-                "value. Fitted locally its slope is unreliable; give around= for a map over a fixed range.",
+                "value. Fitted locally its slope is unreliable; give around= or sampler= for a map over a fixed range.",
                 UnreliableResponseWarning,
                 stacklevel=3,
             )
@@ -118,6 +138,7 @@ class Hypernetwork(Response):
             "w0": w0,
             "network": weights,
             "optimizer": None,
+            "scheduler": None,
             "generator": generator.get_state(),
             "fits": 0,
             "residual": math.nan,
@@ -138,6 +159,27 @@ class Hypernetwork(Response):
         follower.require_finite([answer], "Lower the learning rate of Hypernetwork(optimizer), or its scale.")
         after["variables"] = follower.form.unflatten(answer.detach().clone())
         return follower.form.unflatten(answer), after
+
+    @property
+    def _local(self) -> bool:
+        """Whether it is fitted around wherever the leader is."""
+        return self.around is None and self.sampler is None
+
+    def _points(self, follower: Follower, x: Tensor, state: State, generator: torch.Generator) -> Tensor:
+        """The leader's values `[rows, n]` to fit at in one step."""
+        if self.sampler is not None:
+            present = follower.input_form.unflatten(x)
+            rows = [self.sampler(present, generator) for _ in range(self.perturbations)]
+            for row in rows:
+                if set(row) != set(present):
+                    raise ValueError(f"Hypernetwork: sampler drew players {sorted(row)}; expected {sorted(present)}.")
+                for name, variables in row.items():
+                    follower.game.check(name, variables)
+            return torch.stack([flatten({name: row[name] for name in present}) for row in rows]).to(x)
+        noise = torch.randn(self.perturbations, x.numel(), generator=generator, dtype=x.dtype, device=x.device)
+        noise = torch.cat([noise, -noise]) if self.antithetic else noise
+        anchor = x if self.around is None else flatten({name: self.around[name] for name in state["players"]}).to(x)
+        return anchor + self.scale * noise
 
     def _module(self, inputs: int, outputs: int) -> nn.Module:
         return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network(inputs, outputs)
@@ -164,28 +206,26 @@ class Hypernetwork(Response):
     def _fit(self, game: Game, follower: Follower, x: Tensor, state: State) -> State:
         """The state after fitting the map around the leader's present value x `[n]`."""
         start = state["centre"]
-        if self.centred and self.around is None:
+        if self.centred and self._local:
             with torch.no_grad():  # the same map, written around the new centre
                 start, w0 = x.clone(), self._map(state, x, state["centre"])
         else:
             w0 = state["w0"].clone()
-        anchor = x if self.around is None else flatten({name: self.around[name] for name in state["players"]}).to(x)
         parameters = [w0, *(p.clone() for p in state["network"].values())]
         names = list(state["network"])
         optimizer = build(self.optimizer, parameters)
         recall(optimizer, parameters, state["optimizer"])
+        scheduler = self.scheduler and build_scheduler(self.scheduler, optimizer, state["scheduler"])
         generator = torch.Generator(device=x.device)
         generator.set_state(state["generator"])
 
         def expected_loss(w0: Tensor, *network: Tensor) -> Tensor:
-            noise = torch.randn(self.perturbations, x.numel(), generator=generator, dtype=x.dtype, device=x.device)
-            noise = torch.cat([noise, -noise]) if self.antithetic else noise
-            points = anchor + self.scale * noise
+            points = self._points(follower, x, state, generator)
             fitted = {"w0": w0, "network": dict(zip(names, network, strict=True))}
             return self._losses(follower, points, self._map(fitted, points, start)).mean()
 
         fits = self.steps + (self.warmup if state["fits"] == 0 else 0)
-        rows = self.perturbations * (2 if self.antithetic else 1)
+        rows = self.perturbations * (2 if self.antithetic and self.sampler is None else 1)
         for step in range(fits):
             if step:
                 follower.advance()
@@ -195,6 +235,8 @@ class Hypernetwork(Response):
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
         fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
         stationarity, residual = self._examine(follower, fitted, x, start, generator)
         fidelity = f"{residual:.2g} of the change that it should answer"
@@ -212,6 +254,7 @@ class Hypernetwork(Response):
             "w0": parameters[0].detach(),
             "network": {name: p.detach() for name, p in zip(names, parameters[1:], strict=True)},
             "optimizer": remember(optimizer, parameters),
+            "scheduler": scheduler and remember_scheduler(scheduler, optimizer),
             "generator": generator.get_state(),
             "fits": state["fits"] + fits,
             "data": follower.position,

@@ -21,11 +21,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def likelihood_loss(weights: Weights, batch: Batch) -> Tensor:
-    """Negative log-likelihood in nats a pixel of the target: mean (x W + b - y)^2 / (2 s^2) + log(s sqrt(2 pi))."""
+    """Negative log-likelihood in nats a target entry: mean (x W + b - y)^2 / (2 s^2) + log(s sqrt(2 pi))."""
     images, targets = batch
     error: Tensor = images @ weights["weight"] + weights["bias"] - targets
-    misfit = error.square().mean() / (2 * NOISE**2)
-    return misfit + math.log(NOISE * math.sqrt(2 * math.pi))
+    loss: Tensor = error.square().mean() / (2 * NOISE**2) + math.log(NOISE * math.sqrt(2 * math.pi))
+    return loss
 
 
 def penalty(decay: Tensor, weights: Weights) -> Tensor:
@@ -33,7 +33,8 @@ def penalty(decay: Tensor, weights: Weights) -> Tensor:
     # The norm, not its square: it has a kink where all weights are zero.
     stacked = torch.cat([weights["weight"], weights["bias"][None]])
     norms = torch.linalg.vector_norm(stacked) if decay.ndim == 0 else torch.linalg.vector_norm(stacked, dim=0)
-    return (decay.exp() * norms).sum()
+    total: Tensor = (decay.exp() * norms).sum()
+    return total
 
 
 def train_loss(decay: Tensor, weights: Weights, batch: Batch) -> Tensor:
