@@ -78,12 +78,12 @@ def errors(truth: Result, found: Result) -> tuple[float, float]:
 
 
 def draw(results: Results) -> Figure:
-    """Training loss above, validation loss below; a column for each start, with and without noise."""
+    """Training loss with its penalty above, validation loss below; a column for each start, with and without noise."""
     figure = blank(16.0, 8.5)
     truth = results["cross-validation"]
     cases = [(f"{name} from {start:g}", name) for name in ("perturbed", "noiseless") for start in STARTS]
     grid = figure.subplots(2, len(cases), sharex=True, sharey="row")
-    names = {"train": "training loss with penalty (nats an output)", "valid": "validation loss (nats an output)"}
+    names = {"train": "training loss (nats)", "valid": "validation loss (nats)"}
     for column, (case, name) in enumerate(cases):
         for row, key in enumerate(names):
             _panel(grid[row][column], truth, results[case], key)

@@ -104,6 +104,8 @@ def draw(results: Results) -> Figure:
     left.axhline(scalar, color=BLACK, linewidth=1.8, label=BEST_SCALAR)
     left.axhline(scalar / 2, color=BLACK, linewidth=1.5, linestyle=":", label="half of that")
     left.set(xscale="log", yscale="log")
+    left.set_yticks([0.03, 0.05, 0.1, 0.2, 0.4], ["0.03", "0.05", "0.1", "0.2", "0.4"])
+    left.minorticks_off()
     tidy(left, x="work (gradients + Hessian-vector products)", y="validation loss (nats)")
     left.legend(fontsize=SMALL - 1, frameon=False, loc="lower left")
     for row, name in enumerate([BEST_SCALAR, *names]):

@@ -207,3 +207,86 @@ def test_uncentred_and_without_noise_its_sign_is_wrong(truth):
     found, slope, _ = learned(failing)
     assert hypergradient < 0 < slope
     assert cosine(found, jacobian) < 0.5
+
+
+def uniform(others, generator):
+    return {"x": 4 * torch.rand(3, generator=generator, dtype=D) - 2}
+
+
+def test_a_map_is_fitted_wherever_the_sampler_draws():
+    # The response of a quadratic game is one linear map, so that any p(x) of full rank finds it.
+    fixed = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=D)
+
+    def one_of_eight(others, generator):
+        return {"x": fixed[torch.randint(8, (), generator=generator)]}
+
+    for sampler in (uniform, one_of_eight):
+        response = bl.Hypernetwork(
+            partial(optim.Adam, lr=0.05), sampler=sampler, scale=1.0, perturbations=8, warmup=1500, steps=0,
+            scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=1500),
+        )  # fmt: skip
+        found, y, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
+        assert state["residual"] < 1e-3 and state["gradients"] == 1500 * 8 + 3
+        torch.testing.assert_close(found, JACOBIAN, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(y, JACOBIAN @ torch.tensor([0.2, -0.5, 1.0], dtype=D), atol=1e-3, rtol=1e-3)
+
+
+def test_a_sampler_is_given_what_the_leaders_hold():
+    given = []
+
+    def around_the_leader(others, generator):
+        given.append(others["x"])
+        return {"x": others["x"] + 0.01 * torch.randn(3, generator=generator, dtype=D)}
+
+    response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=around_the_leader, steps=2, tolerance=None)
+    response(game(), {"x": torch.full((3,), 7.0, dtype=D)}, response.init(game()))
+    assert len(given) == 2 and all(torch.equal(x, torch.full((3,), 7.0, dtype=D)) for x in given)
+
+
+def test_what_a_sampler_may_not_draw():
+    def other_player(others, generator):
+        return {"z": others["x"]}
+
+    def other_shape(others, generator):
+        return {"x": others["x"][:2]}
+
+    for sampler, message in ((other_player, r"drew players \['z'\]"), (other_shape, "x")):
+        response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=sampler)
+        with pytest.raises(ValueError, match=message):
+            response(game(), {"x": torch.ones(3, dtype=D)}, response.init(game()))
+    with pytest.raises(ValueError, match="both sampler= and around="):
+        bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=uniform, around={"x": torch.ones(3, dtype=D)})
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(optim.lr_scheduler.CosineAnnealingLR, T_max=40),
+        partial(optim.lr_scheduler.StepLR, step_size=7, gamma=0.5),
+        partial(optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+        partial(optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=41),
+    ],
+)
+def test_a_schedule_goes_on_from_call_to_call_and_from_a_file(scheduler, tmp_path):
+    x = {"x": torch.ones(3, dtype=D)}
+    response = bl.Hypernetwork(partial(optim.Adam, lr=0.05), scheduler=scheduler, steps=10, tolerance=None)
+    played = game()
+    _, state = response(played, x, response.init(played))
+    torch.save(state, tmp_path / "state.pt")
+    ahead, end = response(played, x, state)
+    again, _ = response(played, x, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(ahead, again)
+    # torch's own schedule, in one go
+    optimizer = optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.05)
+    plain, rates = scheduler(optimizer), []
+    for _ in range(20):
+        optimizer.step()
+        plain.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert state["scheduler"]["rates"] == [rates[9]] and end["scheduler"]["rates"] == [rates[19]]
+
+
+def test_a_scheduler_that_is_none_is_refused():
+    response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), scheduler=lambda optimizer: 0.5)
+    with pytest.raises(TypeError, match=r"scheduler\(optimizer\) returned a float"):
+        response(game(), {"x": torch.ones(3, dtype=D)}, response.init(game()))
