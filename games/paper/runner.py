@@ -145,14 +145,16 @@ def _draw(
 
 
 def plain(tree: Any) -> Any:
-    """Tensors and arrays as lists, and what is no number as null: what JSON can hold."""
+    """Tensors and arrays as lists, seven digits, and what is no number as null: what JSON can hold."""
     if isinstance(tree, dict):
         return {str(key): plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [plain(value) for value in tree]
     if hasattr(tree, "tolist"):  # torch and numpy
         return plain(tree.tolist())
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    if isinstance(tree, float):  # seven digits are what float32 has, and more than any figure shows
+        return float(f"{tree:.7g}") if math.isfinite(tree) else None
+    return tree
 
 
 def _identity(part: Part, source: Source) -> Result:
@@ -184,5 +186,5 @@ def _kept(file: Path, identity: Result) -> Result | None:
 def _write(file: Path, content: Result) -> None:
     """All of it or nothing: a run that is killed leaves no half a file."""
     half = file.with_suffix(".half")
-    half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    half.write_text(json.dumps(content, allow_nan=False) + "\n")
     os.replace(half, file)
