@@ -225,7 +225,7 @@ def _rows(figure: Any, results: Results) -> None:
             images = torch.tensor(entry["images"]).reshape(10, *entry["shape"])
             line = axes[2 * index + row]
             for image, panel in zip(images, line, strict=True):
-                panel.imshow(image, cmap="Greys", vmin=float(images.min()), vmax=float(images.max()))
+                panel.imshow(image.numpy(), cmap="Greys", vmin=float(images.min()), vmax=float(images.max()))
                 panel.set(xticks=[], yticks=[])
             told = f"{data}\n{name}\n{float(images.min()):.1f} to {float(images.max()):.1f}"
             line[0].set_ylabel(told, fontsize=SMALL, rotation=0, ha="right", va="center")
