@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,10 @@ SEEDS = (0, 1)
 SIZES = (1, CLASSES)
 # Leader steps, for about the same work.
 STEPS = {
-    1: {"hypernetwork": 400, "implicit": 150, "unrolled": 60},
-    CLASSES: {"hypernetwork": 250, "implicit": 120, "unrolled": 90},
+    1: {"hypernetwork": 280, "implicit": 120, "unrolled": 48},
+    CLASSES: {"hypernetwork": 150, "implicit": 120, "unrolled": 75},
 }
-FLOOR = 1e-6
+FLOOR = 1e-5
 POINTS = (-0.5, 0.5, 1.5)
 AMOUNTS = {
     "hypernetwork": (25, 50, 100, 200, 400, 800),
@@ -141,7 +142,7 @@ def tuned(source: Source, *, size: int, method: str, steps: int, start: float, s
         seed=seed,
         callbacks=[lambda step, record, variables: path.append((record["work"], variables["decay"]))],
     )
-    kept = [*path[: -1 : max(1, steps // 40)], path[-1]]
+    kept = [(0.0, filled(size, start)), *path[: -1 : max(1, steps // 40)], path[-1]]
     return {
         "work": [work for work, _ in kept],
         "valid": [true_loss(decay, train, valid) for _, decay in kept],
@@ -183,6 +184,25 @@ def hypergradient(response: bl.Response, game: bl.Game, decay: Tensor, seed: int
     return slope.double(), 1 + int(state["gradients"]) + int(state["products"]) + linear
 
 
+def at_kink(source: Source, *, penalty: float, seed: int) -> Result:
+    """Where every weight is zero no theorem and no slope holds: the hypergradient is 0, and what each method says."""
+    digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
+    _, train, valid = doubled(source, seed)
+    decay = filled(CLASSES, penalty)
+    game = seed_game(digits.train, digits.valid, start=decay, seed=seed)
+    told = {}
+    for method, response in responses(CLASSES).items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", bl.BilevelWarning)
+            try:
+                slope, _ = hypergradient(response, game, decay, seed)
+                told[method] = f"{float(slope.norm()):.2f}"
+            except bl.BilevelError as error:
+                told[method] = type(error).__name__
+        told[method] += "".join(f" and {warning.category.__name__}" for warning in caught)
+    return {"truth": float(true_slope(decay, train, valid).norm()), "told": told}
+
+
 def excess(results: Results, size: int, method: str, start: float, seed: int) -> tuple[list[float], list[float]]:
     """Work, and the true validation loss above the least on the grid; never below a line that a log axis can show."""
     found, best = results[run_name(size, method, start, seed)], results[f"least, {size} penalties, seed {seed}"]
@@ -209,11 +229,15 @@ LOOKS = {"hypernetwork": (BLUE, "-"), "implicit": (RED, "--"), "unrolled": (GREE
 
 
 def _tuning(axes: Axes, results: Results, size: int) -> None:
+    runs = [(start, seed) for start in STARTS for seed in SEEDS]
     for method, (colour, line) in LOOKS.items():
-        for number, (start, seed) in enumerate((a, s) for a in STARTS for s in SEEDS):
-            work, above = excess(results, size, method, start, seed)
-            label = method if number == 0 else None
-            axes.plot(work, above, color=colour, linestyle=line, linewidth=2, alpha=0.85, label=label)
+        curves = [excess(results, size, method, *run) for run in runs]
+        for work, above in curves:
+            axes.plot(work[1:], above[1:], color=colour, linestyle=line, linewidth=0.9, alpha=0.5)
+        low, high = max(work[1] for work, _ in curves), min(work[-1] for work, _ in curves)
+        spent = [low * (high / low) ** (index / 40) for index in range(41)]
+        median = [statistics.median(reached(*curve, limit) for curve in curves) for limit in spent]
+        axes.plot(spent, median, color=colour, linestyle=line, linewidth=3.4, label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
     title = "one penalty" if size == 1 else f"{size} penalties, one a class"
@@ -249,12 +273,17 @@ def see(results: Results) -> str:
                 f"{statistics.median(tests):.3f}; hypergradient's error {errors})"
             )
         lines.append(f"{size} {'penalty' if size == 1 else 'penalties'}, after {common:,.0f}: {'; '.join(told)}")
-    return f"Median validation loss above the least, at equal gradients and products: {'. '.join(lines)}."
+    kink = results["kink"]
+    said = ", ".join(f"{method} {text}" for method, text in kink["told"].items())
+    return (
+        f"Median validation loss above the least, at equal gradients and products: {'. '.join(lines)}. Where the "
+        f"penalty holds all weights at zero the hypergradient's norm is {kink['truth']:.2f}: {said}."
+    )
 
 
 def reached(work: list[float], values: list[float], limit: float) -> float:
     """The last value that was there within the work."""
-    return [value for spent, value in zip(work, values, strict=True) if spent <= limit][-1]
+    return [value for spent, value in zip(work, values, strict=True) if spent <= limit * (1 + 1e-9)][-1]
 
 
 EXPERIMENT = Experiment(
@@ -283,6 +312,7 @@ EXPERIMENT = Experiment(
             for size in SIZES
             for method in METHODS
         ),
+        Part("kink", at_kink, {"penalty": 2.9, "seed": 0}, 2.0),
     ),
     draw=draw,
     see=see,

@@ -94,7 +94,7 @@ def noisy_game(
     dtype = digits.train.images.dtype
     weights = seed_game(digits.train, digits.valid, start=mean, seed=seed).initial("weights")
     train, valid = batch_of(digits.train), batch_of(digits.valid)
-    pieces = tuple(zip(*(tensor.split(IMAGES) for tensor in valid), strict=True))
+    pieces = tuple(zip(*(torch.split(tensor, IMAGES) for tensor in valid), strict=True))
 
     def objective(leader: Leader, response: Map, batch: tuple[Tensor, Batch]) -> Tensor:
         return expected(leader, response, batch, temperature)
@@ -161,7 +161,8 @@ def told(temperature: float) -> str:
 
 def excess(results: Results, name: str) -> float:
     """Validation loss after retraining, above the least on cross-validation's grid; below 0 between its values."""
-    return float(results[name]["valid"]) - min(results["cross-validation"]["valid"])
+    least: float = min(results["cross-validation"]["valid"])
+    return float(results[name]["valid"]) - least
 
 
 def draw(results: Results) -> Figure:
@@ -205,6 +206,7 @@ def _ends(axes: Axes, results: Results) -> None:
     axes.set_xticks(range(len(SCALES)), [f"{scale:g}" for scale in SCALES])
     tidy(axes, x="initial scale σ", y="validation loss above the best (nats)", title="retrained at the end")
     axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylim(-5e-4, 0.2)
 
 
 def see(results: Results) -> str:
