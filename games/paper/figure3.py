@@ -226,7 +226,7 @@ def _lifted(axes: Any, surface: Result, curves: dict[str, tuple[Any, Any, Any]],
     axes.set_zlim(low)
     axes.tick_params(labelsize=SMALL - 3, pad=0)
     axes.locator_params(nbins=5)
-    axes.set_box_aspect(None, zoom=0.98)
+    axes.set_box_aspect(None, zoom=0.9)
 
 
 def _named(axes: Any, x: str, y: str, z: str, title: str) -> None:
@@ -278,7 +278,7 @@ def draw(results: Results) -> Figure:
             panels[1].view_init(elev=40, azim=-60)
         slopes = ", ".join(f"{s:.3f}" for s in result["learned"]["slope"])
         truths = ", ".join(f"{s:.3f}" for s in result["exact"]["slope"])
-        _profile(figure.add_subplot(2, 3, 3 * row + 3), result, f"slope {slopes}\n(exact {truths})")
+        _profile(figure.add_subplot(2, 3, 3 * row + 3), result, f"learned slope {slopes}\n(exact {truths})")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=LARGE, frameon=False)
     return figure
