@@ -217,17 +217,24 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _rows(figure: Any, results: Results) -> None:
-    """Distilled images under class means, for both data sets."""
-    axes = figure.subplots(4, 10, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    """Class means, distilled images, and what sets each of these apart from the others, for both data sets."""
+    axes = figure.subplots(6, 10, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for index, data in enumerate(SETS):
-        means, drawn = results[f"{data}, baselines, seed 0"], results[f"{data}, conjugate gradients, seed 0"]
-        for row, (entry, name) in enumerate(((means, "class means"), (drawn, "distilled"))):
-            images = torch.tensor(entry["images"]).reshape(10, *entry["shape"])
-            line = axes[2 * index + row]
+        means, drawn = (
+            torch.tensor(results[f"{data}, {name}, seed 0"]["images"]) for name in ("baselines", "conjugate gradients")
+        )
+        shape = results[f"{data}, baselines, seed 0"]["shape"]
+        # A softmax classifier sees differences between classes alone: what they share is most of the ink.
+        apart = drawn - drawn.mean(0)
+        for row, (images, name) in enumerate(
+            ((means, "class means"), (drawn, "distilled"), (apart, "distilled,\nless their mean"))
+        ):
+            line, largest = axes[3 * index + row], float(images.abs().max())
+            low, high = (-largest, largest) if row == 2 else (float(images.min()), float(images.max()))
             for image, panel in zip(images, line, strict=True):
-                panel.imshow(image.numpy(), cmap="Greys", vmin=float(images.min()), vmax=float(images.max()))
+                panel.imshow(image.reshape(shape).numpy(), cmap="PuOr" if row == 2 else "Greys", vmin=low, vmax=high)
                 panel.set(xticks=[], yticks=[])
-            told = f"{data}\n{name}\n{float(images.min()):.1f} to {float(images.max()):.1f}"
+            told = f"{data}\n{name}\n({low:.1f} to {high:.1f})"
             line[0].set_ylabel(told, fontsize=SMALL, rotation=0, ha="right", va="center")
 
 
@@ -264,8 +271,8 @@ def _agreement(axes: Axes, result: Result) -> None:
 
 def draw(results: Results) -> Figure:
     """Images above; accuracies and exactness below."""
-    figure = blank(15.0, 12.5)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1.0))
+    figure = blank(15.0, 16.0)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1.0))
     _rows(halves[0], results)
     left, right = halves[1].subplots(1, 2, width_ratios=(1.2, 1.0))
     _accuracies(left, results)

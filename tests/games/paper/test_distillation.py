@@ -148,8 +148,8 @@ def test_the_line_says_what_is_missed(results):
     assert "0.700, MISSED" in line and "1.0e-03 (MORE than 1e-6)" in line
 
 
-def test_figure_shows_forty_images_and_two_panels(results, tmp_path: Path):
+def test_figure_shows_sixty_images_and_two_panels(results, tmp_path: Path):
     figure = distillation.draw(results)
     images = [axes for axes in figure.axes if axes.images]
-    assert len(images) == 40 and len(figure.axes) == 42
+    assert len(images) == 60 and len(figure.axes) == 62
     figure.savefig(tmp_path / "distillation.png", dpi=30)
