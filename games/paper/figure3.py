@@ -309,8 +309,8 @@ def see(results: Results) -> str:
     return (
         f"The line learned at lambda = {sine['centre']:g} has slope {slope:.4f}, {verdict} .05 of -1; {optima(sine)}. "
         f"Ridge on {PATIENTS} diabetes patients, fitted at {ridge['centre']:g}: slopes {pairs}, off by "
-        f"{100 * slope_error(ridge):.1f} %; {optima(ridge)}; test loss {ridge['exact']['end']['test']:.3f} and "
-        f"{ridge['learned']['end']['test']:.3f}."
+        f"{100 * slope_error(ridge):.1f} %; {optima(ridge)}; test loss {ridge['exact']['end']['test']:.3f}, "
+        f"and {ridge['learned']['end']['test']:.3f} with the weights that the line itself gives."
     )
 
 
