@@ -1,11 +1,26 @@
-"""Every experiment, in the paper's order."""
+"""Every experiment, in the paper's order; then what its slides leave open."""
 
 from __future__ import annotations
 
-from games.paper import figure2, figure4, figure5
+from games.paper import (
+    discrete,
+    distillation,
+    dropout,
+    exploration,
+    figure2,
+    figure3,
+    figure4,
+    figure5,
+    implicit,
+    inner_optimizer,
+    learned_scale,
+    many,
+)
 from games.paper.experiment import Experiment
 
 
 def experiments() -> dict[str, Experiment]:
     """Name -> experiment."""
-    return {module.EXPERIMENT.name: module.EXPERIMENT for module in (figure2, figure4, figure5)}
+    figures = (figure2, figure3, figure4, figure5, many, dropout, distillation)
+    limits = (inner_optimizer, discrete, learned_scale, exploration, implicit)
+    return {module.EXPERIMENT.name: module.EXPERIMENT for module in (*figures, *limits)}
