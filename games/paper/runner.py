@@ -134,7 +134,7 @@ def _draw(
             "title": experiment.title,
             "see": line,
             "data": str(source),
-            "settings": {part.name: dict(part.settings) for part in experiment.parts},
+            "settings": {part.name: plain(dict(part.settings)) for part in experiment.parts},
             "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "numpy", "scipy")},
             "machine": platform.platform(),
             "results": ordered,
