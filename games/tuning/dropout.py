@@ -138,7 +138,7 @@ class PerPixel(nn.Module):
 
 
 def train(
-    digits: Digits, rates: Rates, *, steps: int = 400, hidden: int = 64, seed: int = 0, rate: float = 1e-3
+    digits: Digits, rates: Rates, *, steps: int = 900, hidden: int = 64, seed: int = 0, rate: float = 1e-3
 ) -> dict[str, Tensor]:
     """A network trained from scratch at fixed rates, by Adam on Bernoulli masks: what rates are worth.
 
