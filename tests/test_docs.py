@@ -1,5 +1,7 @@
 """Every python block of README.md and the docs runs as it stands, in order, page by page."""
 
+import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -8,6 +10,8 @@ import pytest
 
 import bilevel as bl
 from bilevel import solve
+from games.paper.catalogue import experiments
+from games.paper.runner import plain
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -76,3 +80,18 @@ def test_every_exported_name_has_its_place_in_the_reference() -> None:
         if not name.startswith("_") and (isinstance(value, type) or callable(value)) and value is not None
     }
     assert public <= told, f"missing in docs/reference: {sorted(public - told)}"
+
+
+def test_the_papers_page_says_what_its_figures_say() -> None:
+    script = importlib.util.spec_from_file_location("paper", ROOT / "docs/figures/paper.py")
+    assert script is not None and script.loader is not None
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    page = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    assert module.told(page) == page, "run python docs/figures/paper.py"
+    named = set(re.findall(r"<!-- see ([\w-]+) -->", page))
+    assert named == set(experiments()) == set(re.findall(r"\]\(paper/([\w-]+)\.png\)", page))
+    for name in named:
+        made = json.loads((ROOT / f"docs/paper/{name}.json").read_text())
+        settings = {part.name: plain(dict(part.settings)) for part in experiments()[name].parts}
+        assert made["settings"] == settings, f"docs/paper/{name}.json is of other settings: run bilevel paper {name}"

@@ -15,7 +15,7 @@ import bilevel as bl
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
 from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.implicit import doubled, responses, true_loss
+from games.paper.implicit import doubled, least, responses, true_loss
 from games.paper.seed_game import CLASSES, batch_of, seed_game, valid_loss
 from games.paper.style import BLUE, GREEN, LARGE, RED, blank, tidy
 
@@ -165,43 +165,55 @@ def descended(source: Source, *, steps: int, seed: int) -> Result:
 LOOKS = {"uniform": (RED, "--"), "exploring": (BLUE, "-"), "descent": (GREEN, "-.")}
 
 
+def excess(results: Results, name: str, seed: int) -> list[float]:
+    """True validation loss of the best so far, above the least that any penalties reach on these digits."""
+    best: float = results[f"least, seed {seed}"]["valid"]
+    return [value - best for value in results[f"{name}, seed {seed}"]["valid"]]
+
+
 def draw(results: Results) -> Figure:
-    """True loss of the best so far over work; thin lines are seeds, thick ones their median."""
+    """What the best so far is worth over work; thin lines are seeds, thick ones their median."""
     figure = blank(13.0, 5.8)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for name, (colour, line) in LOOKS.items():
-        runs = [results[f"{name}, seed {seed}"] for seed in SEEDS]
-        for run in runs:
-            left.plot(run["work"], run["valid"], color=colour, linestyle=line, linewidth=0.9, alpha=0.6)
-        median = [statistics.median(values) for values in zip(*(run["valid"] for run in runs), strict=True)]
-        left.plot(runs[0]["work"], median, color=colour, linestyle=line, linewidth=3.4, label=name)
+        curves = [excess(results, name, seed) for seed in SEEDS]
+        work = results[f"{name}, seed {SEEDS[0]}"]["work"]
+        for curve in curves:
+            left.plot(work, curve, color=colour, linestyle=line, linewidth=0.9, alpha=0.6)
+        left.plot(work, _median(curves), color=colour, linestyle=line, linewidth=3.4, label=name)
     for name in ("uniform", "exploring"):
         colour, line = LOOKS[name]
-        runs = [results[f"{name}, seed {seed}"] for seed in SEEDS]
-        median = [statistics.median(values) for values in zip(*(run["mistake"] for run in runs), strict=True)]
-        right.plot(runs[0]["work"], median, color=colour, linestyle=line, linewidth=3)
-    right.set_yscale("log")
-    tidy(left, x="gradients and predictions", y="true validation loss (nats)", title="best so far, retrained")
-    tidy(right, x="gradients and predictions", y="median |predicted - true| (nats)", title="at the latest picks")
+        mistakes = [results[f"{name}, seed {seed}"]["mistake"] for seed in SEEDS]
+        work = results[f"{name}, seed {SEEDS[0]}"]["work"]
+        right.plot(work, _median(mistakes), color=colour, linestyle=line, linewidth=3)
+    left.set_ylim(bottom=0.0)
+    right.set_ylim(bottom=0.0)
+    y = "true validation loss\nabove the least (nats)"
+    tidy(left, x="gradients and predictions", y=y, title="best so far, retrained")
+    tidy(right, x="gradients and predictions", y="|predicted - true| (nats)", title="at the latest picks, medians")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=LARGE, frameon=False)
     return figure
 
 
+def _median(curves: list[list[float]]) -> list[float]:
+    return [statistics.median(values) for values in zip(*curves, strict=True)]
+
+
 def see(results: Results) -> str:
     """The medians at the end, in how many seeds exploring won, and the test losses."""
-    ends = {name: [results[f"{name}, seed {seed}"]["valid"][-1] for seed in SEEDS] for name in LOOKS}
+    ends = {name: [excess(results, name, seed)[-1] for seed in SEEDS] for name in LOOKS}
     tests = {name: [float(results[f"{name}, seed {seed}"]["test"]) for seed in SEEDS] for name in LOOKS}
     wins = sum(a < b for a, b in zip(ends["exploring"], ends["uniform"], strict=True))
     told = "; ".join(
         f"{name} {statistics.median(ends[name]):.3f} ({min(ends[name]):.3f} to {max(ends[name]):.3f}; "
-        f"test {statistics.median(tests[name]):.3f})"
+        f"test loss {statistics.median(tests[name]):.3f})"
         for name in LOOKS
     )
     work = results[f"exploring, seed {SEEDS[0]}"]["work"][-1]
     return (
-        f"True validation loss of the best after {work:,} gradients and predictions, median over {len(SEEDS)} seeds "
-        f"(range): {told}. Exploring is below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the leader's "
-        f"gradient alone, for {results[f'descent, seed {SEEDS[0]}']['work'][-1]:,.0f}."
+        f"True validation loss above the least after {work:,} gradients and predictions, median over {len(SEEDS)} "
+        f"seeds (range): {told}. Exploring ends below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the "
+        f"leader's gradient alone, for {results[f'descent, seed {SEEDS[0]}']['work'][-1]:,.0f}."
     )
 
 
@@ -216,6 +228,7 @@ EXPERIMENT = Experiment(
             for seed in SEEDS
             for name in ("uniform", "exploring")
         ),
+        *(Part(f"least, seed {seed}", least, {"size": CLASSES, "seed": seed, "count": 111}, 2.5) for seed in SEEDS),
         *(Part(f"descent, seed {seed}", descended, {"steps": 500, "seed": seed}, 6.0) for seed in SEEDS),
     ),
     draw=draw,

@@ -116,13 +116,15 @@ def paced(mean: float, rho: float) -> Callable[[list[Tensor]], torch.optim.Optim
     )
 
 
-def tuned(source: Source, *, start: float, scale: float, temperature: float, steps: int, seed: int) -> Result:
+def tuned(
+    source: Source, *, start: float, scale: float, temperature: float, warmup: int, steps: int, seed: int
+) -> Result:
     """Algorithm 3 from one start with a learned scale, held at temperature 0; then it retrains where the mean ends."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     game = partial(noisy_game, digits, mean=start, scale=scale, temperature=temperature, seed=seed)
     follow = partial(torch.optim.Adam, lr=3e-4)
     # The map is fitted for a while before anybody trusts its slope.
-    warm = bl.solve(game(), optimizer={"leader": paced(0.0, 0.0), "response": follow}, steps=500, seed=seed)
+    warm = bl.solve(game(), optimizer={"leader": paced(0.0, 0.0), "response": follow}, steps=warmup, seed=seed)
     path: list[tuple[float, float]] = [(start, scale)]
     solution = bl.solve(
         game(response=warm.variables["response"]),
@@ -245,7 +247,7 @@ EXPERIMENT = Experiment(
             Part(
                 named(scale, temperature, start),
                 tuned,
-                {"start": start, "scale": scale, "temperature": temperature, "steps": 800, "seed": 0},
+                {"start": start, "scale": scale, "temperature": temperature, "warmup": 400, "steps": 800, "seed": 0},
                 4.5,
             )
             for scale, temperature, start in CASES

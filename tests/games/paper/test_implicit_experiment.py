@@ -40,8 +40,8 @@ DECAYS = {1: torch.tensor(0.5, dtype=torch.float64), CLASSES: torch.linspace(-1.
 @pytest.mark.parametrize(
     ("response", "rtol"),
     [
-        # Curvatures of .5 to 500 make a gradient of 1e-8 (of 30 at the start) an answer right to 1e-6; the truth's own central
-        # difference, of step 1e-4 on numbers of size 2, leaves 1e-8 + 1e-16 / 1e-4 on slopes of .01 and more.
+        # Curvatures of .5 and more make a gradient of 1e-8 (of 30 at the start) an answer right to 1e-6; the truth's
+        # own central difference, of step 1e-4 on numbers of size 2, leaves 1e-8 + 1e-16 / 1e-4 on slopes over .01.
         (bl.Implicit(bl.Scipy("L-BFGS-B"), 5000, 1e-8, bl.ConjugateGradient(rtol=1e-9)), 1e-5),
         (cold("unrolled", 1, 1500), 1e-5),
     ],
