@@ -62,7 +62,8 @@ def solve(
     `scheduler`: from that optimiser to a torch learning-rate scheduler, stepped once a step. `clip_norm`: largest
     norm of a leader's gradient. `dynamics`: how several leaders follow their field (default `Simultaneous()`).
     `callbacks`: called as `callback(step, record, variables)` after each step. `progress`: show a bar with the losses
-    and the time left. `seed`: of the order of batches and of the responses' randomness.
+    and the time left. `seed`: of the order of batches and of the responses' randomness. A loss's own
+    randomness (dropout) is torch's: set it by `torch.manual_seed`; a checkpoint carries it on.
 
     `checkpoint`: a file that is written every `checkpoint_every` steps and when the run is interrupted; with `resume`
     a run that finds it goes on from there, and ends bit for bit where an uninterrupted one ends.

@@ -105,6 +105,7 @@ def _work(
 ) -> tuple[tuple[str, str], Result | None, float, str | None]:
     """Do one part and write its file; in a process of its own."""
     torch.set_num_threads(1)  # the other cores have parts of their own
+    torch.manual_seed(0)  # dropout masks come from torch's generator, whatever part this process did before
     began = time.perf_counter()
     try:
         with warnings.catch_warnings(record=True) as caught:
