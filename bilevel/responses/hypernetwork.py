@@ -51,10 +51,11 @@ class Hypernetwork(Response):
 
     Each call takes `steps` steps of fitting at the present leader, `warmup` more before the first answer. Together
     they are the paper's algorithms: `Hypernetwork(opt, scale=1.5, network=MLP((50,)), warmup=5000, steps=0,
-    around={"decay": mean})` learns one map for a whole range and then leaves it (Algorithm 2); `steps=1` fits jointly
-    with the leader, locally and linearly (Algorithms 3 and 4). `scheduler` makes a learning-rate scheduler over the
-    optimiser, stepped once a step of fitting: a slope is only as steady as the last steps are small. Each step uses `perturbations` draws in one vmapped
-    pass, each with both signs when `antithetic`, which takes the gradient at the centre out of the slope's noise.
+    around={"decay": mean})` learns one map for a whole range and then leaves it (Algorithm 2); `steps=1` fits
+    jointly with the leader, locally and linearly (Algorithms 3 and 4). `scheduler` makes a learning-rate scheduler
+    over the optimiser, stepped once a step of fitting: a slope is only as steady as the last steps are small. Each
+    step uses `perturbations` draws in one vmapped pass, each with both signs when `antithetic`, which takes the
+    gradient at the centre out of the slope's noise.
 
     `sampler(others, generator)` draws x from any p(x) instead, one draw a call: uniform over a box, a fixed set, a
     distribution that the leaders themselves hold. `scale` is then only the unit s; `around` and `antithetic` do not
