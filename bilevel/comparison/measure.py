@@ -1,0 +1,300 @@
+"""Measures one response on one game: hypergradients at a ladder of budgets, memory, and a whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel.comparison.memory import peak_bytes
+from bilevel.comparison.rows import Point, Reference, Row, Step
+from bilevel.data import Batch
+from bilevel.errors import BilevelWarning
+from bilevel.game import Game
+from bilevel.inner.torch_optim import OptimizerFactory
+from bilevel.linear import ConjugateGradient
+from bilevel.randomness import random_kept
+from bilevel.responses import Hypernetwork, Implicit, Response, Unrolled
+from bilevel.responses.base import State
+from bilevel.solve import solve
+from bilevel.tree import Variables, flatten, leaves, map_leaves
+
+if TYPE_CHECKING:
+    from bilevel.testing.known import KnownGame
+
+CHECKS = 8
+"""At about so many steps of a run is the leader's true value looked up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A game at one seed: its leader (the first player), its follower, and the batches that are held."""
+
+    name: str
+    game: Game
+    known: KnownGame | None
+    follower: str
+    seed: int
+
+    @property
+    def leader(self) -> str:
+        """The player whose hypergradient is measured."""
+        return self.game.names[0]
+
+    def held(self, player: str) -> Batch:
+        """A player's first batch."""
+        return self.game.draw(player, self.game.start(player, self.seed))[0]
+
+    def vector(self, variables: Variables) -> Tensor:
+        """The leader's variables `[n]`, float64, in the order of the exact answer."""
+        flat = flatten(variables) if self.known is None else self.known.leader_form.read(variables)
+        return flat.detach().to("cpu", torch.float64)
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What one call and one backward gave, and what they took."""
+
+    vector: Tensor
+    gradients: int
+    products: int
+    seconds: float
+    stationarity: float
+    residual: float
+
+
+def hypergradient(setting: Setting, response: Response) -> Hypergradient:
+    """d leader's loss / d leader's variables `[n]` at the game's start, from a fresh state, every batch held."""
+    game, leader = setting.game, setting.leader
+    batches = {name: setting.held(name) for name in (leader, setting.follower)}
+    began = _clock(game.device)
+    state = response.init(game, follower=setting.follower, seed=setting.seed)
+    others = {name: game.initial(name) for name in game.names if name != setting.follower}
+    others[leader] = map_leaves(lambda leaf: leaf.requires_grad_(), others[leader])
+    with torch.enable_grad():
+        answer, state = response(game, others, state, batches[setting.follower])
+        buffers = {setting.follower: state["buffers"]} if state.get("buffers") else None
+        value = game.loss(leader, {**others, setting.follower: answer}, batches[leader], buffers)
+    slopes = torch.autograd.grad(value, leaves(others[leader]), allow_unused=True, materialize_grads=True)
+    seconds = _clock(game.device) - began
+    linear = state.get("linear", {})
+    return Hypergradient(
+        vector=setting.vector(game.structure(leader).build(slopes)),
+        gradients=1 + int(state["gradients"]),
+        products=int(state["products"]) + int(linear.get("products", 0)),
+        seconds=seconds,
+        stationarity=float(state["stationarity"]),
+        residual=float(linear.get("residual", state.get("residual", math.nan))),
+    )
+
+
+def converged(dtype: torch.dtype, double: float = 1e-10) -> Implicit:
+    """The response that stands in for an exact answer: L-BFGS and conjugate gradients to `double`, or to 1e-5 below."""
+    tight = double if dtype == torch.float64 else 1e-5
+    search = partial(
+        torch.optim.LBFGS,
+        max_iter=50,
+        history_size=20,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    return Implicit(search, steps=100, tolerance=tight, linear_solver=ConjugateGradient(rtol=tight))
+
+
+def refer(setting: Setting, response: Response | None) -> tuple[Reference, list[float] | None]:
+    """What the hypergradients are held against, and its entries; the response stands in for an exact answer."""
+    known, name, seed = setting.known, setting.name, setting.seed
+    if known is not None:
+        exact = known.hypergradient(known.x0).detach()
+        try:
+            least: float | None = float(known.value(known.equilibrium()))
+        except ArithmeticError:  # the leader's value has no strict minimum
+            least = None
+        start = float(known.value(known.x0))
+        return Reference(name, seed, "exact", float(exact.norm()), start=start, least=least), exact.tolist()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BilevelWarning)  # the numbers that they would tell are in the reference
+            found = hypergradient(setting, response or converged(_dtype(setting.game)))
+            value = Valuation(setting, response)(setting.game.initial(setting.leader))
+    except Exception as failure:  # without a reference the runs still have all else
+        return Reference(name, seed, "converged", failure=told(failure)), None
+    if not bool(found.vector.isfinite().all()):
+        return Reference(name, seed, "converged", failure="its hypergradient is not finite"), None
+    left = (_finite(found.stationarity), _finite(found.residual))
+    reference = Reference(name, seed, "converged", float(found.vector.norm()), *left, start=value)
+    return reference, found.vector.tolist()
+
+
+class Valuation:
+    """The leader's loss once the follower has converged; each solve starts from the last one's answer."""
+
+    def __init__(self, setting: Setting, response: Response | None) -> None:
+        self.setting = setting
+        # A value is shown to four digits; a hypergradient's error may be of any size.
+        self.response = response or converged(_dtype(setting.game), 1e-6)
+        self.state: State | None = None
+
+    def __call__(self, variables: Variables) -> float | None:
+        """At a leader's variables; None where the follower has no answer."""
+        setting, known = self.setting, self.setting.known
+        if known is not None:
+            return _finite(float(known.value(setting.vector(variables))))
+        game, follower = setting.game, setting.follower
+        if self.state is None:
+            self.state = self.response.init(game, follower=follower, seed=setting.seed)
+        others = {name: game.initial(name) for name in game.names if name != follower}
+        others[setting.leader] = variables
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", BilevelWarning)
+            answer, state = self.response(game, others, self.state, setting.held(follower))
+            loss = game.loss(setting.leader, {**others, follower: answer}, setting.held(setting.leader))
+        # Another leader's curvature is no guide: L-BFGS begins anew from the answer.
+        self.state = state | ({"optimizer": None} if "optimizer" in state else {})
+        return _finite(float(loss))
+
+
+def measure(
+    setting: Setting,
+    name: str,
+    response: Response,
+    *,
+    optimizer: OptimizerFactory | None,
+    steps: int,
+    budgets: Sequence[float],
+    reference: Response | None,
+    exact: Sequence[float] | None,
+) -> Row:
+    """The row of one response; what it raises is in the row, with all that was measured before."""
+    row = Row(setting.name, name, setting.seed)
+    caught: list[warnings.WarningMessage] = []
+    stage = "hypergradient"
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BilevelWarning)
+            # First: it pays for what torch loads on first use, so that the clocks below do not.
+            memory = peak_bytes(lambda: hypergradient(setting, response), setting.game.device)
+            row = dataclasses.replace(row, memory=memory)
+            points, troubles = _ladder(setting, response, budgets, exact)
+            row = dataclasses.replace(row, errors=points)
+            stage = "solve"
+            row = _played(setting, row, response, optimizer, steps, reference)
+    except Exception as failure:  # a row with its error: the others go on
+        row = dataclasses.replace(row, failure=f"{stage}: {told(failure)}")
+        troubles = []
+    said = [str(entry.message) for entry in caught if issubclass(entry.category, BilevelWarning)]
+    return dataclasses.replace(row, warnings=tuple(dict.fromkeys([*said, *troubles, *row.warnings])))
+
+
+def _ladder(
+    setting: Setting, response: Response, budgets: Sequence[float], exact: Sequence[float] | None
+) -> tuple[tuple[Point, ...], list[str]]:
+    points, troubles = [], []
+    truth = None if exact is None else torch.tensor(exact, dtype=torch.float64)
+    size = math.nan if truth is None else float(truth.norm())
+    for budget in budgets:
+        given = budgeted(response, budget)
+        if given is None:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BilevelWarning)  # a small budget is meant to be too small
+                found = hypergradient(setting, given)
+        except Exception as failure:
+            if budget == 1.0:
+                raise
+            troubles.append(f"With {budget:g} times its budget: {told(failure)}")
+            continue
+        error = None if truth is None or size == 0.0 else float((found.vector - truth).norm()) / size
+        points.append(Point(budget, found.gradients, found.products, found.seconds, _finite(error)))
+    return tuple(points), troubles
+
+
+def budgeted(response: Response, budget: float) -> Response | None:
+    """The response with `budget` times its steps (Hypernetwork: of fitting, all as warm-up); None if it has none."""
+    if budget == 1.0:
+        return response
+    if isinstance(response, Hypernetwork):
+        return dataclasses.replace(response, warmup=max(1, round(budget * (response.warmup + response.steps))), steps=0)
+    if isinstance(response, Unrolled) and response.backprop_steps is not None:
+        steps = max(1, round(budget * response.steps))
+        return dataclasses.replace(response, steps=steps, backprop_steps=min(response.backprop_steps, steps))
+    if not dataclasses.is_dataclass(response):
+        return None
+    own = {field.name: getattr(response, field.name) for field in dataclasses.fields(response)}.get("steps")
+    return dataclasses.replace(response, steps=max(1, round(budget * own))) if isinstance(own, int) else None
+
+
+def _played(
+    setting: Setting,
+    row: Row,
+    response: Response,
+    optimizer: OptimizerFactory | None,
+    steps: int,
+    reference: Response | None,
+) -> Row:
+    """The row with a whole run of `solve`, and the true value of where the leader was at some of its steps."""
+    wanted = {1, steps} | {round(steps ** (index / (CHECKS - 1))) for index in range(CHECKS)}
+    seen: list[tuple[int, float, float, Variables]] = []
+
+    def look(step: int, record: Mapping[str, float], variables: Mapping[str, Variables]) -> None:
+        if step in wanted:
+            seen.append((step, record["work"], record[setting.leader], variables[setting.leader]))
+
+    solution = solve(
+        setting.game,
+        optimizer=optimizer,
+        steps=steps,
+        seed=setting.seed,
+        callbacks=(look,),
+        **{setting.follower: response},  # type: ignore[arg-type]
+    )
+    value = Valuation(setting, reference)
+    history = tuple(Step(step, work, value(leader), seen_loss) for step, work, seen_loss, leader in seen)
+    return dataclasses.replace(
+        row,
+        history=history,
+        gradients=solution.gradients,
+        products=solution.products,
+        seconds=solution.seconds,
+        stationarity=_finite(solution.stationarity[setting.follower]),
+        residual=_finite(solution.residuals.get(setting.follower)),
+        warnings=solution.warnings,
+    )
+
+
+def in_own_randomness(seed: int, device: torch.device, work: Callable[[], Any]) -> Any:
+    """`work()` with torch's random numbers from `seed`, and the caller's as they were afterwards."""
+    with random_kept(device, start=seed):
+        return work()
+
+
+def told(failure: BaseException) -> str:
+    """What was raised, and where."""
+    where = traceback.extract_tb(failure.__traceback__)[-1]
+    return f"{type(failure).__name__}: {failure} ({Path(where.filename).name}, line {where.lineno})"
+
+
+def _dtype(game: Game) -> torch.dtype:
+    return flatten(game.initial(game.names[0])).dtype
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,169 @@
+"""What a comparison found: rows of plain data, shown as a table, JSON or one page of HTML."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilevel.comparison.rows import Reference, Row, Spread, Summary, number, plain, size, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Laws = Mapping[str, Sequence[tuple[str, str, str]]]
+"""For each response (law, verdict, note): a verdict is "passed", "failed" or another word."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Games x responses x seeds, side by side.
+
+    `rows`: one `Row` a run. `references`: what the hypergradients of each game and seed were held against.
+    `settings`, `versions` and `machine` say what made them; `laws` which laws each response obeys, if anybody checked.
+
+    >>> print(Comparison(rows=(Row("ridge", "one step", 0, failure="solve: too bad"),)).warnings[0])
+    one step on ridge: failed with seed 0: solve: too bad
+    """
+
+    rows: tuple[Row, ...]
+    references: tuple[Reference, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+    laws: Laws = field(default_factory=dict)
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """The games, in their order."""
+        return tuple(dict.fromkeys(row.game for row in self.rows))
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The responses, in their order."""
+        return tuple(dict.fromkeys(row.response for row in self.rows))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in their order."""
+        return tuple(dict.fromkeys(row.seed for row in self.rows))
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """Medians and ranges over the seeds, one for each game and response."""
+        return summarise(self.rows, self.references)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Every failure, then every warning, with the runs that it is of; the same words are told once a run."""
+        failures, rest = [], []
+        for row in self.rows:
+            who = f"{row.response} on {row.game}"
+            if row.failure is not None:
+                failures.append(f"{who}: failed with seed {row.seed}: {row.failure}")
+            rest += [f"{who}, seed {row.seed}: {text}" for text in row.warnings]
+        for reference in self.references:
+            if reference.failure is not None:
+                failures.append(f"reference of {reference.game}, seed {reference.seed}: {reference.failure}")
+        return failures + rest
+
+    def table(self) -> Table:
+        """One line for each game and response: medians over the seeds, with the range where there is one."""
+        from rich.table import Table  # noqa: PLC0415 - only where something is printed
+
+        shown = Table(
+            title=f"{len(self.games)} games, {len(self.responses)} responses, {len(self.seeds)} seeds",
+            caption="Medians over the seeds. Error: of one hypergradient at the start, relative. Work: gradients and "
+            "Hessian-vector products, of one hypergradient and of the whole run. Value: the leader's loss at the end, "
+            "the follower converged. Memory: peak of the tensors of one hypergradient.",
+            caption_justify="left",
+        )
+        for column in ("game", "response"):
+            shown.add_column(column)
+        for column in ("error", "its work", "value", "above least", "work", "seconds", "memory", "warnings"):
+            shown.add_column(column, justify="right")
+        before = None
+        for summary in self.summaries:
+            if before not in (None, summary.game):
+                shown.add_section()
+            shown.add_row(
+                summary.game if summary.game != before else "",
+                summary.response,
+                _median(summary.error),
+                _median(summary.work),
+                _median(summary.value),
+                _median(summary.excess),
+                _median(summary.total),
+                _median(summary.seconds),
+                size(summary.memory.median) if summary.memory else "",
+                f"{summary.failures} failed" if summary.failures else str(summary.warnings or ""),
+            )
+            before = summary.game
+        return shown
+
+    def __str__(self) -> str:
+        """The table, and how many warnings there are to read."""
+        from rich.console import Console  # noqa: PLC0415
+
+        text = io.StringIO()
+        console = Console(file=text, width=120)
+        console.print(self.table())
+        told = self.warnings
+        if told:
+            console.print(f"{len(told)} warnings, in .warnings; the first: {told[0]}", highlight=False, markup=False)
+        return text.getvalue().rstrip()
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all of it; `from_json` reads it again."""
+        content = {
+            "settings": self.settings,
+            "versions": self.versions,
+            "machine": self.machine,
+            "laws": {name: [list(law) for law in laws] for name, laws in self.laws.items()},
+            "references": list(self.references),
+            "rows": list(self.rows),
+        }
+        lines = json.dumps(_short(plain(content)), allow_nan=False, indent=None)
+        # One run a line: a diff of two files says which of them changed.
+        Path(path).write_text(lines.replace('{"game": ', '\n{"game": ') + "\n", encoding="utf-8")
+
+    @staticmethod
+    def from_json(path: str | Path) -> Comparison:
+        """What `to_json` wrote, to seven digits."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Comparison(
+            rows=tuple(Row.load(row) for row in content["rows"]),
+            references=tuple(Reference(**reference) for reference in content["references"]),
+            settings=content["settings"],
+            versions=content["versions"],
+            machine=content["machine"],
+            laws={name: [(law[0], law[1], law[2]) for law in laws] for name, laws in content["laws"].items()},
+        )
+
+    def figures(self) -> dict[str, Figure]:
+        """By name: "error" and "value" against work, and "memory". Raises `ImportError` without matplotlib."""
+        from bilevel.comparison.charts import charts  # noqa: PLC0415 - matplotlib is optional
+
+        return {name: chart.figure for name, chart in charts(self).items()}
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page that needs no other file and no network. Raises `ImportError` without matplotlib."""
+        from bilevel.comparison.report import page  # noqa: PLC0415 - matplotlib is optional
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+
+def _median(spread: Spread | None) -> str:
+    return "" if spread is None else number(spread.median)
+
+
+def _short(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _short(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_short(value) for value in tree]
+    return float(f"{tree:.7g}") if isinstance(tree, float) else tree

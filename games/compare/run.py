@@ -1,0 +1,62 @@
+"""Runs the suite, or some of it, and writes what it found: a table, JSON, one page of HTML and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import bilevel as bl
+from bilevel.comparison.charts import blank
+from games.compare.suite import Case, cases, responses
+from games.errors import MissingExtraError
+
+DPI = 120
+
+
+def compared(
+    *,
+    games: Sequence[str] = (),
+    chosen: Sequence[str] = (),
+    seeds: int,
+    steps: int,
+    jobs: int,
+    folder: Path,
+    resume: bool,
+    data: Path | None = None,
+) -> bl.Comparison:
+    """The named games and responses (all when none is named), with seeds 0 to `seeds` - 1, kept in `folder`.
+
+    Raises `MissingExtraError` without joblib or matplotlib, before any work.
+    """
+    try:
+        blank(1.0, 1.0)
+        import joblib  # type: ignore[import-untyped]  # noqa: F401
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        told = str(error) if "pip install" in str(error) else f"{error}. pip install 'bilevel[data]'"
+        raise MissingExtraError(told) from error
+    suite: dict[str, Case] = {name: case for name, case in cases(data).items() if not games or name in games}
+    answers = {name: given for name, given in responses(suite).items() if not chosen or name in chosen}
+    return bl.compare(
+        {name: case.play for name, case in suite.items()},
+        answers,
+        optimizer={name: case.optimizer for name, case in suite.items()},
+        steps=steps,
+        seeds=range(seeds),
+        jobs=jobs,
+        folder=folder,
+        resume=resume,
+        progress=True,
+    )
+
+
+def write(comparison: bl.Comparison, folder: Path) -> list[str]:
+    """Write comparison.json, comparison.html, table.txt and a PNG a figure; their names."""
+    comparison.to_json(folder / "comparison.json")
+    comparison.to_html(folder / "comparison.html")
+    (folder / "table.txt").write_text(f"{comparison}\n", encoding="utf-8")
+    names = ["table.txt", "comparison.json", "comparison.html"]
+    for name, figure in comparison.figures().items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+        names.append(f"{name}.png")
+    return names
