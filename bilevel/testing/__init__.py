@@ -1,6 +1,6 @@
 """Check any response: games with known answers, and the laws that every right hypergradient obeys."""
 
-from bilevel.testing import strategies
+# bilevel.testing.strategies needs Hypothesis: it is imported by its own name, where it is used.
 from bilevel.testing.changes import (
     LaidOut,
     LeaderMix,
@@ -14,8 +14,10 @@ from bilevel.testing.changes import (
     Started,
     Stretch,
 )
+from bilevel.testing.evidence import Verdict
 from bilevel.testing.families import Bertrand, Cournot, Exponential, LogBarrier, Logistic, Quadratic, Ridge
 from bilevel.testing.forms import Form, Nested, Scalar, Vector
+from bilevel.testing.hypergradient import HypergradientCheck, check_hypergradient
 from bilevel.testing.known import KnownGame
 from bilevel.testing.players import KnownPlayers, QuadraticPlayers, bertrand_players, cournot_players, saddle
 
@@ -24,6 +26,7 @@ __all__ = [
     "Cournot",
     "Exponential",
     "Form",
+    "HypergradientCheck",
     "KnownGame",
     "KnownPlayers",
     "LaidOut",
@@ -45,8 +48,9 @@ __all__ = [
     "Started",
     "Stretch",
     "Vector",
+    "Verdict",
     "bertrand_players",
+    "check_hypergradient",
     "cournot_players",
     "saddle",
-    "strategies",
 ]
