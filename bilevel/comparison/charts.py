@@ -213,22 +213,24 @@ def _line(axes: Axes, points: Sequence[tuple[float, Spread]], look: Mapping[str,
         for part in ("low", "median", "high")
     )
     work = [x for x, _ in points]
-    axes.fill_between(work, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(work, low, high, color=look["color"], alpha=0.12, linewidth=0)
     axes.plot(work, middle, linewidth=1.9, markersize=4.5, markeredgewidth=0, **look)
 
 
 def _tidy(axes: Axes, form: Callable[[float], str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullFormatter  # noqa: PLC0415
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator  # noqa: PLC0415
 
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
-            if high / max(low, 1e-300) >= 10.0:
+            if high / max(low, 1e-300) >= 30.0:
                 axis.set_major_locator(LogLocator(numticks=6))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-                axis.set_minor_formatter(NullFormatter())
-            else:  # within a decade there may be no power of ten to name
-                axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            else:  # within a decade or so there may be no power of ten to name
+                axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_locator(NullLocator())
+            axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=SMALL, which="both", colors=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)

@@ -15,6 +15,7 @@ import torch
 
 from bilevel.comparison import measure as measuring
 from bilevel.comparison import memory
+from bilevel.comparison import reference as referring
 from bilevel.comparison.measure import Setting, in_own_randomness
 from bilevel.tree import leaves
 
@@ -41,7 +42,9 @@ def identity(setting: Setting) -> dict[str, Any]:
         "objectives": digest(*(text.encode() for text in objectives)),
         "follower": setting.follower,
         "seed": setting.seed,
-        "code": digest(*(Path(str(file)).read_bytes() for file in (measuring.__file__, memory.__file__))),
+        "code": digest(
+            *(Path(str(file)).read_bytes() for file in (measuring.__file__, memory.__file__, referring.__file__))
+        ),
         "versions": versions(),
     }
 

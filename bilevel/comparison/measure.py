@@ -9,7 +9,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from bilevel.comparison.memory import peak_bytes
+from bilevel.comparison.reference import converged, least, settled
 from bilevel.comparison.rows import Point, Reference, Row, Step
 from bilevel.data import Batch
 from bilevel.errors import BilevelWarning
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.linear import ConjugateGradient
 from bilevel.randomness import random_kept
-from bilevel.responses import Hypernetwork, Implicit, Response, Unrolled
+from bilevel.responses import Hypernetwork, Response, Unrolled
 from bilevel.responses.base import State
 from bilevel.solve import solve
 from bilevel.tree import Variables, flatten, leaves, map_leaves
@@ -98,31 +97,13 @@ def hypergradient(setting: Setting, response: Response) -> Hypergradient:
     )
 
 
-def converged(dtype: torch.dtype, double: float = 1e-10) -> Implicit:
-    """The response that stands in for an exact answer: L-BFGS and conjugate gradients to `double`, or to 1e-5 below."""
-    tight = double if dtype == torch.float64 else 1e-5
-    search = partial(
-        torch.optim.LBFGS,
-        max_iter=50,
-        history_size=20,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-    return Implicit(search, steps=100, tolerance=tight, linear_solver=ConjugateGradient(rtol=tight))
-
-
 def refer(setting: Setting, response: Response | None) -> tuple[Reference, list[float] | None]:
     """What the hypergradients are held against, and its entries; the response stands in for an exact answer."""
     known, name, seed = setting.known, setting.name, setting.seed
     if known is not None:
         exact = known.hypergradient(known.x0).detach()
-        try:
-            least: float | None = float(known.value(known.equilibrium()))
-        except ArithmeticError:  # the leader's value has no strict minimum
-            least = None
         start = float(known.value(known.x0))
-        return Reference(name, seed, "exact", float(exact.norm()), start=start, least=least), exact.tolist()
+        return Reference(name, seed, "exact", float(exact.norm()), start=start, least=least(known)), exact.tolist()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BilevelWarning)  # the numbers that they would tell are in the reference
@@ -142,8 +123,7 @@ class Valuation:
 
     def __init__(self, setting: Setting, response: Response | None) -> None:
         self.setting = setting
-        # A value is shown to four digits; a hypergradient's error may be of any size.
-        self.response = response or converged(_dtype(setting.game), 1e-6)
+        self.response = response or settled(_dtype(setting.game))
         self.state: State | None = None
 
     def __call__(self, variables: Variables) -> float | None:

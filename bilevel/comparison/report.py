@@ -87,7 +87,7 @@ def _lead(comparison: Comparison) -> str:
     failures = sum(row.failure is not None for row in comparison.rows)
     count = len(comparison.warnings) - failures
     found = f"{failures} of {len(comparison.rows)} runs failed" if failures else "No run failed"
-    return f"{told}. {found}; {count:,} warnings are below."
+    return f"{told}. {found}; {f'{count:,} warnings are below' if count else 'nothing warned'}."
 
 
 def _palette() -> str:

@@ -73,28 +73,29 @@ class Comparison:
 
     def table(self) -> Table:
         """One line for each game and response: medians over the seeds, with the range where there is one."""
-        from rich.table import Table  # noqa: PLC0415 - only where something is printed
+        from rich.box import SIMPLE_HEAD  # noqa: PLC0415 - only where something is printed
+        from rich.table import Table  # noqa: PLC0415
 
         shown = Table(
             title=f"{len(self.games)} games, {len(self.responses)} responses, {len(self.seeds)} seeds",
-            caption="Medians over the seeds. Error: of one hypergradient at the start, relative. Work: gradients and "
-            "Hessian-vector products, of one hypergradient and of the whole run. Value: the leader's loss at the end, "
-            "the follower converged. Memory: peak of the tensors of one hypergradient.",
+            caption="Medians over the seeds. error: of one hypergradient at the start, relative. value: the leader's "
+            "loss at the end, the follower converged. above: that above the optimum, where it is known. work: "
+            "gradients and Hessian-vector products of the run. memory: peak of the tensors of one hypergradient.",
             caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        for column in ("game", "response"):
-            shown.add_column(column)
-        for column in ("error", "its work", "value", "above least", "work", "seconds", "memory", "warnings"):
-            shown.add_column(column, justify="right")
+        shown.add_column("")
+        for column in ("error", "value", "above", "work", "seconds", "memory", "warnings"):
+            shown.add_column(column, justify="right", no_wrap=True)
         before = None
         for summary in self.summaries:
-            if before not in (None, summary.game):
+            if summary.game != before:
                 shown.add_section()
+                shown.add_row(summary.game, style="bold")
             shown.add_row(
-                summary.game if summary.game != before else "",
-                summary.response,
+                f" {summary.response}",
                 _median(summary.error),
-                _median(summary.work),
                 _median(summary.value),
                 _median(summary.excess),
                 _median(summary.total),
@@ -110,7 +111,7 @@ class Comparison:
         from rich.console import Console  # noqa: PLC0415
 
         text = io.StringIO()
-        console = Console(file=text, width=120)
+        console = Console(file=text, width=100)
         console.print(self.table())
         told = self.warnings
         if told:

@@ -97,7 +97,7 @@ class Reference:
     `kind`: "exact" for a `KnownGame`, else "converged". `stationarity` and `residual` are the converged reference's
     own: |gradient of the follower| in units of that at the start, and the relative residual of its linear solve.
     `start` is the leader's loss at the start once the follower has converged; `least` that at the leader's optimum,
-    of known games.
+    of known games that have one.
     """
 
     game: str

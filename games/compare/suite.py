@@ -60,7 +60,7 @@ def cases(data: Path | None = None) -> dict[str, Case]:
     # The families' curvatures are at most about 1: steps of size 1 converge on all of them.
     suited = Case(
         play=_ridge,
-        optimizer=partial(Adam, lr=0.2),
+        optimizer=partial(Adam, lr=0.1),
         inner=partial(SGD, lr=1.0),
         solver=bl.Scipy("L-BFGS-B"),
         steps=64,
@@ -161,7 +161,7 @@ def _ridge(seed: int, size: int = 20) -> KnownGame:
     return Ridge(*_regression(seed, size, labels=False), at=(-2.0,) * size)
 
 
-def _logistic(seed: int, size: int = 5) -> KnownGame:
+def _logistic(seed: int, size: int = 10) -> KnownGame:
     from bilevel.testing import Logistic
 
     return Logistic(*_regression(seed, size, labels=True), at=(-2.0,) * size)
