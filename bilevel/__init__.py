@@ -4,6 +4,7 @@ A solution concept is what each player assumes about the others while it differe
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays.
 """
 
+from bilevel import testing
 from bilevel.compare import compare
 from bilevel.comparison import Comparison
 from bilevel.dynamics import Dynamics, Simultaneous
@@ -81,4 +82,5 @@ __all__ = [
     "compare",
     "root",
     "solve",
+    "testing",
 ]

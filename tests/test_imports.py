@@ -25,6 +25,7 @@ MAY = {
     "dynamics": BASE,
     "checkpoint": BASE,
     "solution": BASE,
+    "testing": GAME | {"linear", "inner", "responses", "solve"},
     "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
 }
 

@@ -131,8 +131,8 @@ def _kinked(evidence: Evidence, follower: Follower) -> bool:
     slope = held.slope(x, y)[1]
     unit = slope / slope.norm()
     eps = torch.finfo(y.dtype).eps
-    for share in (1e1, 1e2, 1e3):
-        there = held.slope(x, y - share * eps * max(1.0, float(y.norm())) * unit)[1]
+    for share in (0.1 ** (k / 2) for k in range(8)):
+        there = held.slope(x, y - share * eps**0.5 * max(1.0, float(y.norm())) * unit)[1]
         if float(there @ slope) < 0.0 and float(there.norm()) > 0.1 * float(slope.norm()):
             return True
     return False

@@ -111,7 +111,7 @@ def bring_to_rest(held: Held, x: Tensor, y: Tensor, *, target: float, most: int 
     best = Rest(y, size, 0, math.isfinite(loss) and math.isfinite(size))
     if not best.finite:
         return best
-    radius, used = max(1.0, float(y.norm())), 0
+    radius, used, stuck = max(1.0, float(y.norm())), 0, 0
     for step in range(most):
         if size <= target or used >= products:
             break
@@ -127,10 +127,12 @@ def bring_to_rest(held: Held, x: Tensor, y: Tensor, *, target: float, most: int 
             continue
         slack = 10 * torch.finfo(y.dtype).eps * max(abs(loss), abs(new_loss))
         if predicted <= 100 * slack and inside:
-            stuck = new_size > 0.5 * size
+            stuck = stuck + 1 if new_size > 0.5 * size else 0
             if new_size < size:
                 y, loss, slope, before, size = y + move, new_loss, new_slope, size, new_size
-            if stuck:
+            else:
+                radius = float(move.norm()) / 4
+            if stuck == 3:
                 break
             continue
         agreement = (loss - new_loss + slack) / (predicted + slack)
