@@ -14,6 +14,7 @@ from bilevel.testing.changes import (
     Started,
     Stretch,
 )
+from bilevel.testing.check import LawReport, check_hypergradient_function, check_response
 from bilevel.testing.evidence import Verdict
 from bilevel.testing.families import Bertrand, Cournot, Exponential, LogBarrier, Logistic, Quadratic, Ridge
 from bilevel.testing.forms import Form, Nested, Scalar, Vector
@@ -30,6 +31,7 @@ __all__ = [
     "KnownGame",
     "KnownPlayers",
     "LaidOut",
+    "LawReport",
     "LeaderMix",
     "LeaderTermInFollower",
     "LogBarrier",
@@ -51,6 +53,8 @@ __all__ = [
     "Verdict",
     "bertrand_players",
     "check_hypergradient",
+    "check_hypergradient_function",
+    "check_response",
     "cournot_players",
     "saddle",
 ]

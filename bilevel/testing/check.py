@@ -1,0 +1,118 @@
+"""Check any response, or anybody's hypergradient, against the laws."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from bilevel.inner.torch_optim import OptimizerFactory
+from bilevel.responses import Response
+from bilevel.testing.subject import FunctionSubject, ResponseSubject, Subject
+from bilevel.tree import Variables
+
+if TYPE_CHECKING:
+    from bilevel.testing.laws import Law, LawRow
+
+
+@dataclass(frozen=True)
+class LawReport:
+    """What the laws said of one subject: `rows`, one a law; true when none fails.
+
+    `str` is a table: law, verdict, what was tested or why it does not apply, and the game that breaks it, as code.
+    """
+
+    subject: str
+    rows: tuple[LawRow, ...]
+
+    @property
+    def failures(self) -> tuple[LawRow, ...]:
+        """The laws that are broken."""
+        return tuple(row for row in self.rows if row.verdict == "fails")
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        from rich.console import Console  # noqa: PLC0415 - only where something is printed
+        from rich.table import Table  # noqa: PLC0415
+
+        table = Table(title=self.subject)
+        for column in ("law", "verdict", "games", "what"):
+            table.add_column(column, overflow="fold", justify="right" if column == "games" else "left")
+        for row in self.rows:
+            what = row.note if row.game is None else f"{row.note}\n{row.game}"
+            table.add_row(row.law, row.verdict, str(row.examples or ""), what)
+        text = io.StringIO()
+        Console(file=text, width=120).print(table, markup=False)
+        return text.getvalue().rstrip()
+
+
+def check_response(
+    response: Response,
+    *,
+    unrolled: bool | None = None,
+    laws: Sequence[Law] | None = None,
+    examples: int = 10,
+    raises: bool = True,
+) -> LawReport:
+    """Draw games with known answers and assert the laws that every right response obeys.
+
+    `unrolled` says whether the response promises the derivative of its steps (True) or of the follower's optimum
+    (False); our own say so by their class. `laws` defaults to all of them, `examples` is the number of games a law is
+    tried on (costly laws take fewer). Budgets are set through the response's own field `steps` (`warmup` of a
+    Hypernetwork): as many as bring its follower near the optimum of the slowest game drawn, curvatures 0.17 to 1, where
+    any gradient method with a step size of up to 1 converges. Tolerances are derived from each game's conditioning, from
+    how far the follower got, and from the residual that the response reports; see `bilevel.testing.tolerance`.
+
+    Returns a `LawReport`; with `raises` an `AssertionError` that holds it when a law is broken, with the smallest game
+    found, as code. Laws that do not apply say why. It cannot see what only large or non-convex games show, and a response
+    that promises no accuracy (`Identity`) is held to none. Takes seconds to a few minutes: mostly `examples` times the
+    time of `steps` steps on games of up to four unknowns. Needs Hypothesis.
+
+    >>> from bilevel.responses import Implicit
+    >>> from bilevel.inner import ClosedForm
+    >>> from bilevel.testing.laws.state import STATE
+    >>> response = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
+    >>> bool(check_response(response, laws=STATE[:1], examples=2))
+    True
+    """
+    return _check(ResponseSubject(response, unrolled), str(response), laws, examples, raises)
+
+
+def check_hypergradient_function(
+    function: Callable[..., Variables],
+    *,
+    unrolled: bool,
+    optimizer: OptimizerFactory | None = None,
+    laws: Sequence[Law] | None = None,
+    examples: int = 20,
+    raises: bool = False,
+) -> LawReport:
+    """The same laws for any function that gives a hypergradient, another library's for example.
+
+    `function(leader, follower, x, y, *, optimizer, steps)` gets two losses of the pytrees x and y, whose leaves require
+    grad (x) and are where the follower starts (y), a callable from tensors to a torch.optim optimiser, and how many steps
+    to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not offer
+    it refuses by `NotImplementedError`. Laws about states do not apply.
+    """
+    inner = partial(torch.optim.SGD, lr=0.5) if optimizer is None else optimizer
+    subject = FunctionSubject(function, inner, unrolled)
+    return _check(subject, getattr(function, "__qualname__", repr(function)), laws, examples, raises)
+
+
+def _check(subject: Subject, name: str, laws: Sequence[Law] | None, examples: int, raises: bool) -> LawReport:
+    from bilevel.testing.laws import LAWS  # noqa: PLC0415 - needs Hypothesis
+    from bilevel.testing.laws.base import run  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # unconverged answers are asked for, and are held to their warnings by a law
+        report = LawReport(name, tuple(run(law, subject, examples) for law in (LAWS if laws is None else laws)))
+    if raises and not report:
+        raise AssertionError(f"{len(report.failures)} laws are broken.\n{report}")
+    return report

@@ -1,0 +1,10 @@
+"""The laws that every right hypergradient obeys, each a function that asserts."""
+
+from bilevel.testing.laws.answers import ANSWERS
+from bilevel.testing.laws.base import Law, LawRow
+from bilevel.testing.laws.invariance import INVARIANCE
+from bilevel.testing.laws.state import STATE
+
+LAWS = (*ANSWERS, *INVARIANCE, *STATE)
+
+__all__ = ["LAWS", "Law", "LawRow"]

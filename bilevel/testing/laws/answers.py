@@ -1,0 +1,207 @@
+"""Laws of the answer itself: it is exact at convergence, falls as predicted, and is the derivative of what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.testing import strategies
+from bilevel.testing.changes import NegatedFollower, Started
+from bilevel.testing.known import KnownGame
+from bilevel.testing.laws.base import Law
+from bilevel.testing.subject import NotOffered, ResponseSubject, Subject
+from bilevel.testing.tolerance import exact, tolerance
+
+
+def require_close(found: Tensor, wanted: Tensor, allowed: float, what: str) -> None:
+    """Assert |found - wanted| <= allowed, saying by how much it is missed."""
+    assert found.shape == wanted.shape, f"{what}: shape {list(found.shape)}; expected {list(wanted.shape)}"
+    assert bool(torch.isfinite(found).all()), f"{what}: not finite: {_told(found)}"
+    off = float((found - wanted).norm())
+    assert off <= allowed, f"{what}: {_told(found)}; expected {_told(wanted)} within {allowed:.2g}, off by {off:.2g}"
+
+
+def _told(tensor: Tensor) -> str:
+    return "[" + ", ".join(f"{v:.6g}" for v in tensor.reshape(-1).tolist()[:6]) + "]"
+
+
+def require_converging(subject: Subject) -> int:
+    """The steps that are enough; refuses a subject that does not come near the optimum however many it takes."""
+    steps = subject.enough
+    if steps >= 2048:
+        raise NotOffered("After 2,048 steps its follower is still far from the optimum; give it a larger step size.")
+    return steps
+
+
+def exact_at_convergence(subject: Subject, known: KnownGame) -> None:
+    """At its optimum the follower's answer gives the exact hypergradient, within the derived tolerance."""
+    steps = require_converging(subject)
+    found, truth = subject.evaluate(known, steps), exact(known)
+    assert found.dtype == known.dtype, f"the hypergradient is {found.dtype}; the game is {known.dtype}"
+    allowed = tolerance(known, subject, found, steps, truth)
+    require_close(found.gradient, truth.gradient, allowed, "hypergradient at convergence")
+    informative(allowed, truth.scale)
+
+
+def informative(allowed: float, scale: float) -> None:
+    """Refuse a tolerance so wide that nothing was tested, because the subject itself reports so large a residual."""
+    if not allowed <= 0.5 * scale:
+        raise NotOffered(f"Its own residual allows an error of {allowed / scale:.0%}: no accuracy is promised.")
+
+
+def error_follows_budget(subject: Subject, known: KnownGame) -> None:
+    """At a quarter, half and all of the steps the error is below what those steps predict, and falls."""
+    steps, truth = require_converging(subject), exact(known)
+    errors, bounds = [], []
+    for budget in sorted({max(1, steps // 4), max(1, steps // 2), steps}):
+        found = subject.evaluate(known, budget)
+        errors.append(float((found.gradient - truth.gradient).norm()))
+        bounds.append(tolerance(known, subject, found, budget, truth))
+        assert errors[-1] <= bounds[-1], (
+            f"error after {budget} steps: {errors[-1]:.2g}; at |y - y*| = "
+            f"{float((found.follower - truth.best_response).norm()):.2g} it is at most {bounds[-1]:.2g}"
+        )
+    informative(bounds[-1], truth.scale)
+    assert errors[-1] <= errors[0] + bounds[-1], f"the error grew with the steps: {errors}"
+
+
+def second_derivative(subject: Subject, known: KnownGame) -> None:
+    """The hypergradient's own derivative is symmetric, and the exact one at convergence."""
+    steps, truth = require_converging(subject), exact(known)
+    found = subject.evaluate(known, steps, second=True)
+    assert found.second is not None
+    wanted = known.second_derivative(known.x0)
+    first = tolerance(known, subject, found, steps, truth)
+    # Once more differentiated, an error at the optimum is multiplied by the conditioning and by the lag of the steps.
+    size = float(wanted.norm()) + truth.scale * (1.0 + float(truth.jacobian.norm())) * (1.0 + truth.sensitivity)
+    growth = (1.0 + steps if subject.unrolled is not False else 1.0) * (truth.largest / truth.least) ** 2
+    allowed = first / truth.scale * growth * size
+    informative(allowed, size)
+    asymmetry = float((found.second - found.second.T).norm())
+    assert asymmetry <= allowed, f"second derivative is not symmetric: off by {asymmetry:.2g}, allowed {allowed:.2g}"
+    if not isinstance(subject, ResponseSubject) or not _learned(subject):
+        require_close(found.second, wanted, allowed, "second derivative")
+
+
+def _learned(subject: ResponseSubject) -> bool:
+    from bilevel.responses import Hypernetwork  # noqa: PLC0415
+
+    return isinstance(subject.response, Hypernetwork)
+
+
+def derivative_of_its_values(subject: Subject, known: KnownGame) -> None:
+    """The derivative is that of the very map from x to y: central differences of its own values say so."""
+    if not isinstance(subject, ResponseSubject):
+        raise NotOffered("A hypergradient alone has no values to difference.")
+    if _learned(subject):
+        raise NotOffered("A learned map is fitted anew at each point; its slope is not the difference of its fits.")
+    steps = 3 if subject.unrolled is True else require_converging(subject)
+    response, game = subject.with_steps(steps), known.game()
+    state = response.init(game)
+    h = 1e-5
+
+    def value(x: Tensor) -> Tensor:
+        tree = known.leader_form.build(x)
+        y, _ = response(game, {"x": tree}, state)
+        return game.loss("x", {"x": tree, "y": y})
+
+    found = subject.evaluate(known, steps)
+    left = float((found.follower - known.best_response(known.x0)).norm())
+    truth = exact(known)
+    # Values that are off their optimum by e make a difference of noise |g_y| e / h; the truncation is h^2.
+    noise = 0.0 if subject.unrolled is True else 2.0 * (truth.leader_slope + truth.curvature * left) * left / h
+    allowed = noise + 1e-5 * truth.scale + truth.mixed * found.residual * truth.leader_slope / truth.least
+    informative(allowed, truth.scale)
+    differences = []
+    for unit in torch.eye(known.x0.numel(), dtype=torch.float64):
+        with torch.no_grad():
+            there, back = value(known.x0 + h * unit), value(known.x0 - h * unit)
+        differences.append((there - back) / (2.0 * h))
+    require_close(found.gradient, torch.stack(differences), allowed, f"derivative after {steps} steps")
+
+
+def unrolled_is_neumann(subject: Subject, known: KnownGame) -> None:
+    """From the optimum, K steps of gradient descent differentiate to K - 1 Neumann terms beyond the first, exactly."""
+    step = subject.plain_step
+    if subject.unrolled is not True or step is None:
+        raise NotOffered("It does not unroll plain gradient descent.")
+    started = Started(known)
+    x, y = known.x0, known.best_response(known.x0).detach()
+    g_x, g_y = torch.func.grad(known.leader, argnums=(0, 1))(x, y)
+    hessian, mixed = known.hessian(x), known.mixed(x)
+    for steps in (1, 4):
+        term, total = g_y, torch.zeros_like(g_y)
+        for _ in range(steps):
+            total = total + term
+            term = term - step * (hessian @ term)
+        wanted = g_x - step * mixed.T @ total
+        found = subject.evaluate(started, steps)
+        allowed = 1e-9 * steps * (float(g_x.norm()) + float(mixed.norm()) * float(g_y.norm()) + 1.0)
+        require_close(found.gradient, wanted, allowed, f"{steps} steps from the optimum")
+
+
+def climbing_is_descending(subject: Subject, known: KnownGame) -> None:
+    """A follower that maximises the negated loss is the follower that minimises it."""
+    if subject.unrolled is not True:
+        raise NotOffered("A follower that maximises has no positive-definite Hessian; only steps can climb.")
+    steps = min(8, subject.enough)
+    plain = subject.evaluate(known, steps)
+    climbing = subject.evaluate(NegatedFollower(known), steps, maximize=True)
+    scale = exact(known).scale
+    require_close(climbing.gradient, plain.gradient, 1e-9 * scale * steps, "hypergradient of a climbing follower")
+
+
+def nothing_silent(subject: Subject, known: KnownGame) -> None:
+    """An answer that is badly wrong comes with a warning, and the stationarity that it reports is not flattered."""
+    if not isinstance(subject, ResponseSubject):
+        raise NotOffered("Only a response reports.")
+    if not subject.adjustable:
+        raise NotOffered("Its budget cannot be made too small.")
+    truth, reports = exact(known), False
+    for steps in (1, 2):
+        found = subject.evaluate(known, steps)
+        if not math.isnan(found.stationarity):
+            left = _gradient_norm(subject, known, found.follower)
+            allowed = 1.5 * found.stationarity + 1e-9
+            assert left <= allowed, (
+                f"after {steps} steps it reports a gradient of {found.stationarity:.3g}; it is {left:.3g}"
+            )
+            reports = True
+        wrong = float((found.gradient - truth.gradient).norm()) / truth.scale
+        if subject.unrolled is not True and subject.setting("tolerance", 0.0) is not None and wrong > 0.5:
+            assert found.warnings, f"after {steps} steps the hypergradient is wrong by {wrong:.0%}, and nothing warns"
+    if not reports:
+        raise NotOffered("It reports no stationarity.")
+
+
+def _gradient_norm(subject: ResponseSubject, known: KnownGame, y: Tensor) -> float:
+    slope: Tensor = torch.func.grad(known.follower, argnums=1)(known.x0, y)
+    return float(slope.norm())
+
+
+def snapshot(tree: Any) -> Any:
+    """A deep copy of a state to compare with later."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: snapshot(value) for key, value in tree.items()}
+    return [snapshot(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+ANSWERS = (
+    Law(
+        "exact", "exact at convergence, within the derived tolerance", strategies.leader_follower, exact_at_convergence
+    ),
+    Law("exact, nested variables", "the same in scalars and nests", strategies.laid_out, exact_at_convergence),
+    Law("exact, float32", "the same in float32", strategies.single_precision, exact_at_convergence),
+    Law("budget", "the error falls with the steps as predicted", strategies.leader_follower, error_follows_budget),
+    Law("own values", "the derivative of its own values", strategies.leader_follower, derivative_of_its_values, 0.5),
+    Law("second derivative", "symmetric, and exact", strategies.leader_follower, second_derivative, 0.5),
+    Law("unrolled = Neumann", "K steps are K - 1 Neumann terms", strategies.leader_follower, unrolled_is_neumann),
+    Law("maximize", "climbing -f is descending f", strategies.leader_follower, climbing_is_descending, 0.5),
+    Law("nothing silent", "wrong answers warn; reports are true", strategies.leader_follower, nothing_silent, 2.0),
+)
