@@ -27,6 +27,8 @@ MAY = {
     "solution": BASE,
     "testing": GAME | {"linear", "inner", "responses", "solve"},
     "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
+    "comparison": GAME | {"linear", "inner", "responses", "solve", "testing"},
+    "compare": GAME | {"inner", "responses", "comparison", "testing"},
 }
 
 
@@ -55,7 +57,7 @@ def test_imports_run_downhill(path: Path) -> None:
 
 
 def test_importing_is_light() -> None:
-    heavy = ["matplotlib", "sklearn", "mlxtend", "pandas", "typer", "rich", "scipy"]
+    heavy = ["matplotlib", "joblib", "sklearn", "mlxtend", "pandas", "typer", "rich", "scipy"]
     code = f"import sys, bilevel; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

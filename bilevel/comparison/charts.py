@@ -91,7 +91,8 @@ def _errors(comparison: Comparison) -> Chart:
         _grid(comparison, draw, x="gradients + Hessian-vector products", y="relative error"),
         "Error of one hypergradient at the game's start, from scratch, over the work put into it. Each line is one "
         "response given from few to many of its own steps; the ringed marker is its own setting. Lines are medians "
-        "over the seeds, bands their range. On the dotted line the error is as large as the hypergradient itself.",
+        "over the seeds, bands their range. On the dotted line the error is as large as the hypergradient itself; an "
+        "error of zero is drawn at 10⁻¹⁶.",
         f"{len(comparison.games)} panels, one a game. Lowest median error at a response's own setting: "
         f"{'; '.join(told) or 'none was measured'}.",
     )
