@@ -165,7 +165,7 @@ class _Part:
         if self.folder is None or not self.resume:
             return None
         try:
-            content = json.loads(self.file(name).read_text(encoding="utf-8"))
+            content = json.loads(self.file(self.folder, name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return content["result"] if isinstance(content, dict) and content.get("identity") == known_by else None
@@ -174,16 +174,15 @@ class _Part:
         """Write the file of a finished run: all of it or nothing."""
         if self.folder is None:
             return
-        file = self.file(name)
+        file = self.file(self.folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
         half = file.with_suffix(f".{os.getpid()}.half")
         half.write_text(json.dumps({"identity": known_by, "result": plain(result)}, allow_nan=False) + "\n")
         os.replace(half, file)
 
-    def file(self, name: str) -> Path:
+    def file(self, folder: Path, name: str) -> Path:
         """Where the run of a response, or the reference, is kept."""
-        assert self.folder is not None
-        return self.folder / "parts" / file_name(self.game) / f"{file_name(name)}-seed{self.seed}.json"
+        return folder / "parts" / file_name(self.game) / f"{file_name(name)}-seed{self.seed}.json"
 
 
 def _refer(part: _Part) -> tuple[Reference, list[float] | None]:

@@ -52,6 +52,8 @@ def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest
         code = compile("\n" * (line - 1) + body, str(path), "exec")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # torch's own forward mode, on its first use.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             if path.name in SLOW_AND_WARNING:
                 warnings.simplefilter("ignore", bl.BilevelWarning)
             exec(code, namespace)

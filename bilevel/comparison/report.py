@@ -73,9 +73,8 @@ def svg(figure: Figure, name: str, alt: str) -> str:
     for index, colour in enumerate(COLOURS):
         text = text.replace(colour, f"var(--c{index})")
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
-    box = re.search(r'viewBox="[^"]+"', text)
-    assert box is not None
-    opening = f'<svg {box[0]} role="img" aria-label="{html.escape(alt)}">'
+    box = "".join(re.findall(r'viewBox="[^"]+"', text)[:1])
+    opening = f'<svg {box} role="img" aria-label="{html.escape(alt)}">'
     return opening + text[text.index(">") + 1 :]
 
 

@@ -206,8 +206,8 @@ def number(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes with their unit: 1.5 kB, 12 MB; powers of a thousand."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1000.0
-    raise AssertionError("the last unit returns")
+    return f"{value:,.3g} GB"
