@@ -12,6 +12,8 @@ from torch import Tensor
 from bilevel.testing.forms import Form, Vector
 from bilevel.testing.known import KnownGame, Numbers, constant, reflection
 
+_VECTOR = Vector()
+
 
 @dataclass(frozen=True)
 class Changed(KnownGame):
@@ -188,8 +190,8 @@ class NegatedFollower(Changed):
 class LaidOut(Changed):
     """The same game with other layouts of the players' variables: vectors, scalars, nests."""
 
-    leader_layout: Form = Vector()
-    follower_layout: Form = Vector()
+    leader_layout: Form = _VECTOR
+    follower_layout: Form = _VECTOR
 
     @property
     def leader_form(self) -> Form:

@@ -66,14 +66,15 @@ def check_response(
     `unrolled` says whether the response promises the derivative of its steps (True) or of the follower's optimum
     (False); our own say so by their class. `laws` defaults to all of them, `examples` is the number of games a law is
     tried on (costly laws take fewer). Budgets are set through the response's own field `steps` (`warmup` of a
-    Hypernetwork): as many as bring its follower near the optimum of the slowest game drawn, curvatures 0.17 to 1, where
-    any gradient method with a step size of up to 1 converges. Tolerances are derived from each game's conditioning, from
-    how far the follower got, and from the residual that the response reports; see `bilevel.testing.tolerance`.
+    Hypernetwork): as many as bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17
+    to 1, where any gradient method with a step size of up to 1 converges. Tolerances are derived from each game's
+    conditioning, from how far the follower got, and from the residual that the response reports; see
+    `bilevel.testing.tolerance`.
 
     Returns a `LawReport`; with `raises` an `AssertionError` that holds it when a law is broken, with the smallest game
-    found, as code. Laws that do not apply say why. It cannot see what only large or non-convex games show, and a response
-    that promises no accuracy (`Identity`) is held to none. Takes seconds to a few minutes: mostly `examples` times the
-    time of `steps` steps on games of up to four unknowns. Needs Hypothesis.
+    found, as code. Laws that do not apply say why. It cannot see what only large or non-convex games show, and a
+    response that promises no accuracy (`Identity`) is held to none. Takes half a minute or so: `examples` times the
+    time of `steps` steps on games of up to four unknowns, for each law. Needs Hypothesis.
 
     >>> from bilevel.responses import Implicit
     >>> from bilevel.inner import ClosedForm
@@ -97,8 +98,8 @@ def check_hypergradient_function(
     """The same laws for any function that gives a hypergradient, another library's for example.
 
     `function(leader, follower, x, y, *, optimizer, steps)` gets two losses of the pytrees x and y, whose leaves require
-    grad (x) and are where the follower starts (y), a callable from tensors to a torch.optim optimiser, and how many steps
-    to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not offer
+    grad (x) and are where the follower starts (y), a callable from tensors to a torch.optim optimiser, and how many
+    steps to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not offer
     it refuses by `NotImplementedError`. Laws about states do not apply.
     """
     inner = partial(torch.optim.SGD, lr=0.5) if optimizer is None else optimizer

@@ -48,7 +48,8 @@ class Quadratic(KnownGame):
     def _curved(self, like: Tensor) -> Tensor:
         values = constant(self.curvatures, like)
         turn = reflection(self.axis or (0.0,) * len(self.curvatures), like)
-        return turn @ (values[:, None] * turn.T)
+        curved: Tensor = turn @ (values[:, None] * turn.T)
+        return curved
 
     def leader(self, x: Tensor, y: Tensor) -> Tensor:
         """g."""
@@ -95,7 +96,8 @@ class Ridge(KnownGame):
     def leader(self, x: Tensor, y: Tensor) -> Tensor:
         """g."""
         inputs, outputs = self._data(self.valid, x)
-        return 0.5 * (inputs @ y - outputs).square().mean()
+        loss: Tensor = 0.5 * (inputs @ y - outputs).square().mean()
+        return loss
 
     def follower(self, x: Tensor, y: Tensor) -> Tensor:
         """f."""

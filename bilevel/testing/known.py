@@ -82,7 +82,8 @@ class KnownGame(ABC):
         _, vectors = torch.linalg.eigh(self.hessian(self.x0))
         # An eigenvector's sign is arbitrary: all to one side, so that a barrier's domain is not left.
         vectors = vectors * torch.where(vectors.sum(0) < 0.0, -1.0, 1.0)
-        return self.best_response(self.x0).detach() + self.radius * vectors.sum(1)
+        start: Tensor = self.best_response(self.x0).detach() + self.radius * vectors.sum(1)
+        return start
 
     def value(self, x: Tensor) -> Tensor:
         """The leader's loss at the follower's best response, a 0-d tensor."""
@@ -122,7 +123,7 @@ class KnownGame(ABC):
         return largest / least
 
     def equilibrium(self) -> Tensor:
-        """The leader's optimum x `[n]` when it anticipates the follower: the Stackelberg equilibrium, by Newton's method.
+        """The leader's optimum x `[n]` when it anticipates the follower (Stackelberg), by Newton's method.
 
         Raises `ArithmeticError` when the total second derivative is not positive definite there.
         """

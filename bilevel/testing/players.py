@@ -40,7 +40,9 @@ class KnownPlayers(ABC):
 @final
 @dataclass(frozen=True)
 class QuadraticPlayers(KnownPlayers):
-    r"""One scalar each, quadratic losses: L_i = 1/2 M_ii z_i^2 + z_i (sum_{j != i} M_ij z_j + m_i) + 1/2 sum_j P_ij z_j^2.
+    r"""One scalar each, quadratic losses.
+
+        L_i = 1/2 M_ii z_i^2 + z_i (sum_{j != i} M_ij z_j + m_i) + 1/2 sum_j P_ij z_j^2
 
     The stacked own-gradients are M z + m, so Nash is -M^-1 m; it is one because every M_ii > 0. A symmetric M is a
     potential game, M_ij = -M_ji with two players a saddle. `private` P `[n, n]` adds what a player's loss owes to the

@@ -164,7 +164,7 @@ def stretches(size: int) -> st.SearchStrategy[Stretch]:
 
 
 def players(count: int = 4, *, least: int = 2, symmetric: bool = False) -> st.SearchStrategy[QuadraticPlayers]:
-    """General-sum quadratic games of `least` to `count` players, diagonally dominant; potential games when `symmetric`."""
+    """General-sum quadratic games of `least` to `count` players, diagonally dominant; potential when `symmetric`."""
 
     @st.composite
     def draw_one(draw: st.DrawFn) -> QuadraticPlayers:
@@ -176,7 +176,7 @@ def players(count: int = 4, *, least: int = 2, symmetric: bool = False) -> st.Se
             rows.append(
                 tuple(own[i] if i == j else (off[min(i, j)][max(i, j)] if symmetric else off[i][j]) for j in range(n))
             )
-        return QuadraticPlayers(tuple(rows), draw(numbers(n)))
+        return QuadraticPlayers(tuple(rows), draw(numbers(n, 0.25, 1.0)))
 
     return draw_one()
 

@@ -35,8 +35,8 @@ class NotOffered(Exception):  # noqa: N818 - an answer, not an error
 class Evaluation:
     """One answer: the hypergradient `[n]`, and what came with it.
 
-    `follower` is the y `[m]` that it was taken at. `residual` is what the answer itself says is left of the equation for
-    its derivative, relative; 0 when it says nothing. `second` `[n, n]` is the derivative of the hypergradient, on
+    `follower` is the y `[m]` that it was taken at. `residual` is what the answer itself says is left of the equation
+    for its derivative, relative; 0 when it says nothing. `second` `[n, n]` is the derivative of the hypergradient, on
     request. `stationarity` is |grad_y f| as reported, nan when nothing is.
     """
 
@@ -67,7 +67,7 @@ class Subject(ABC):
     @property
     @abstractmethod
     def unrolled(self) -> bool | None:
-        """Whether it promises the derivative of its steps (True) or of the optimum (False); None when it is not said."""
+        """Whether it promises the derivative of its steps (True) or of the optimum (False); None if unsaid."""
 
     @cached_property
     def enough(self) -> int:
@@ -266,7 +266,7 @@ def _trajectory_end(known: KnownGame, factory: OptimizerFactory, steps: int) -> 
     optimizer = factory([y])
     for _ in range(steps):
         optimizer.zero_grad()
-        known.follower(x, y).backward()
+        torch.autograd.backward(known.follower(x, y))
         optimizer.step()
     return y.detach()
 

@@ -43,8 +43,9 @@ def run(law: Law, subject: Subject, examples: int) -> LawRow:
     """Draw games until the law fails or `examples` of them have passed; shrink a failure."""
     from hypothesis import HealthCheck, Phase, Verbosity, given, settings  # noqa: PLC0415 - only where laws are run
 
-    passed, reasons, failures = 0, [], {}
-    deadline = float("inf")
+    passed, deadline = 0, float("inf")
+    reasons: list[str] = []
+    failures: dict[str, AssertionError] = {}
 
     def once(drawn: Any) -> None:
         nonlocal passed, deadline
@@ -64,10 +65,8 @@ def run(law: Law, subject: Subject, examples: int) -> LawRow:
             failures[code] = AssertionError(f"raised {type(error).__name__}: {_first_line(error)}")
         if code in failures:
             deadline = min(deadline, time.monotonic() + _SHRINKING_SECONDS)
-            last[:] = [code, failures[code]]
             raise failures[code]
 
-    last: list[Any] = []
     wanted = settings(
         max_examples=max(1, round(examples * law.share)),
         deadline=None,
@@ -80,7 +79,7 @@ def run(law: Law, subject: Subject, examples: int) -> LawRow:
         suppress_health_check=list(HealthCheck),
     )
     try:
-        wanted(given(law.games())(once))()
+        wanted(given(law.games())(once))()  # type: ignore[no-untyped-call]
     except AssertionError as broken:
         smallest = min(failures, key=lambda code: (len(code), code))
         code = next((c for c, e in failures.items() if e is broken), smallest)

@@ -22,7 +22,6 @@ from bilevel.testing.laws.base import Law
 from bilevel.testing.players import QuadraticPlayers
 from bilevel.testing.subject import NotOffered, ResponseSubject, Subject
 from bilevel.testing.tolerance import exact
-from bilevel.tree import flatten
 
 _STEPS = 8
 
@@ -172,10 +171,13 @@ def warm_start_stays(subject: Subject, known: KnownGame) -> None:
         dataclasses.is_dataclass(response) and held.setting("warm_start") is not True
     ):
         raise NotOffered("It does not start where it stopped.")
-    wanted = known.best_response(known.x0)
-    _, first = _hypergradient(game, known.x0, response, response.init(game))
-    _, second = _hypergradient(game, known.x0, response, first)
-    before, after = (float((flatten(state["variables"]) - wanted).norm()) for state in (first, second))
+    wanted, state, distances = known.best_response(known.x0), response.init(game), []
+    for _ in range(2):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            y, state = response(game, {"x": known.x0}, state)
+        distances.append(float((y - wanted).norm()))
+    before, after = distances
     assert after <= max(before, 1e-9) * 1.5, f"continued, |y - y*| went from {before:.3g} to {after:.3g}"
 
 

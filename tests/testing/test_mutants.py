@@ -1,0 +1,43 @@
+"""The suite tests itself: every law catches a defect that was planted for it, within its default budget."""
+
+import pytest
+
+from bilevel.testing import check_response
+from bilevel.testing.laws import LAWS
+
+from .mutants import MUTANTS
+
+BY_NAME = {law.name: law for law in LAWS}
+
+
+@pytest.fixture(scope="module")
+def caught(request):
+    found = {}
+    yield found
+    lines = [f"  {name:32s} {law}" for name, law in found.items()]
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None and len(found) == len(MUTANTS):
+        score = sum(law != "ESCAPED" for law in found.values())
+        reporter.write_line(f"\nmutation score: {score} of {len(MUTANTS)} planted defects caught")
+        for line in lines:
+            reporter.write_line(line)
+
+
+def unrolled(mutant):
+    return getattr(mutant, "unrolled", None)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_defect_is_caught_by_its_law(name, caught):
+    law, mutant = MUTANTS[name]
+    report = check_response(mutant, unrolled=unrolled(mutant), laws=[BY_NAME[law]], raises=False)
+    caught[name] = "ESCAPED" if report else law
+    assert not report, str(report)
+    (row,) = report.rows
+    assert "raised" not in row.note or name in {"detached path"}, str(report)  # by its answer, not by a crash
+    assert row.game
+
+
+def test_every_law_has_a_defect_of_its_own():
+    assert {law for law, _ in MUTANTS.values()} == set(BY_NAME)
+    assert len(MUTANTS) >= 20
