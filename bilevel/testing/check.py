@@ -99,8 +99,8 @@ def check_hypergradient_function(
 
     `function(leader, follower, x, y, *, optimizer, steps)` gets two losses of the pytrees x and y, whose leaves require
     grad (x) and are where the follower starts (y), a callable from tensors to a torch.optim optimiser, and how many
-    steps to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not offer
-    it refuses by `NotImplementedError`. Laws about states do not apply.
+    steps to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not
+    offer it refuses by `NotImplementedError`. Laws about states do not apply.
     """
     inner = partial(torch.optim.SGD, lr=0.5) if optimizer is None else optimizer
     subject = FunctionSubject(function, inner, unrolled)

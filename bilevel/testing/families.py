@@ -63,7 +63,8 @@ class Quadratic(KnownGame):
 
     def best_response(self, x: Tensor) -> Tensor:
         """H^-1 B x."""
-        return torch.linalg.solve(self._curved(x), constant(self.coupling, x) @ x)
+        answer: Tensor = torch.linalg.solve(self._curved(x), constant(self.coupling, x) @ x)
+        return answer
 
 
 @final
@@ -108,7 +109,8 @@ class Ridge(KnownGame):
         """(A'A / rows + diag exp x)^-1 A'b / rows."""
         inputs, outputs = self._data(self.train, x)
         gram = inputs.T @ inputs / len(self.train) + torch.diag(x.exp())
-        return torch.linalg.solve(gram, inputs.T @ outputs / len(self.train))
+        answer: Tensor = torch.linalg.solve(gram, inputs.T @ outputs / len(self.train))
+        return answer
 
 
 @final

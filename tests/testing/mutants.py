@@ -20,7 +20,7 @@ SGD = partial(torch.optim.SGD, lr=0.5)
 MOMENTUM = partial(torch.optim.SGD, lr=0.3, momentum=0.5)
 
 
-# Where a defect is planted ---------------------------------------------------------------------------------------------
+# Where a defect is planted ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class NoInverse(Solver):
         return rhs.clone()
 
 
-# Defects of the derivative -----------------------------------------------------------------------------------------------
+# Defects of the derivative ----------------------------------------------------------------------------------
 
 
 class Detached(Mutant):
@@ -207,13 +207,13 @@ class FirstOrder(Mutant):
     """The answer is right and its derivative is a constant: there is no second one."""
 
     def __call__(self, game, others, state, batch=None):
-        y, after = self.inner(game, others, state, batch)
-        given, form = leaves(dict(others)), y
+        _, after = self.inner(game, others, state, batch)
+        given = leaves(dict(others))
         with torch.enable_grad():
             tracked = {n: map_leaves(lambda t: t.detach().requires_grad_(), v) for n, v in others.items()}
             again, _ = self.inner(game, tracked, state, batch)
         out = []
-        for leaf, copy in zip(leaves(form), leaves(again), strict=True):
+        for copy in leaves(again):
             moved = copy.detach()
             if torch.is_grad_enabled():
                 for entry in range(copy.numel()):
@@ -264,7 +264,7 @@ class SortsLeaves(Mutant):
         return self.inner(game, {name: turned(x) for name, x in others.items()}, state, batch)
 
 
-# Defects of state and reports --------------------------------------------------------------------------------------------
+# Defects of state and reports -------------------------------------------------------------------------------
 
 
 class Flattering(Mutant):
