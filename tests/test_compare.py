@@ -227,6 +227,7 @@ def test_memory_of_unrolling_grows_with_its_steps_and_that_of_implicit_does_not(
 # Processes and files -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_rows(tmp_path):
     games, responses = {"known": KNOWN, "tuning": tuning}, {"unrolled": UNROLLED, "implicit": IMPLICIT}
     alone = run(games, responses, folder=tmp_path / "alone")

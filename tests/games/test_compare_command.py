@@ -138,14 +138,17 @@ def test_the_suite():
 
 
 @pytest.mark.slow
-def test_every_response_on_every_game(tmp_path):
-    result = call("--steps", 1, "--seeds", 1, "--jobs", 2, "--output", tmp_path)
+def test_every_response_on_games_of_each_kind(tmp_path):
+    # mnist is digits with more pixels, and the other families are smoother: docs/choosing holds all of them.
+    chosen = ("ill-conditioned", "log-barrier", "cournot", "digits")
+    games = [word for name in chosen for word in ("--game", name)]
+    result = call(*games, "--steps", 1, "--seeds", 1, "--jobs", 2, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     found = bl.Comparison.from_json(tmp_path / "comparison.json")
-    assert len(found.rows) == len(cases()) * len(responses(cases()))
+    assert len(found.rows) == len(chosen) * len(responses(cases()))
     assert [row.failure for row in found.rows] == [None] * len(found.rows)
     errors = {row.game: row.own.error for row in found.rows if row.response == "implicit CG"}
     # Inner tolerance and linear residual are 1e-6; what that leaves grows with the conditioning, at most about 1e3.
     assert max(errors.values()) < 1e-3
-    assert {r.kind for r in found.references if r.game in ("digits", "mnist")} == {"converged"}
+    assert {r.kind for r in found.references if r.game == "digits"} == {"converged"}
     assert all(r.stationarity <= 1e-10 for r in found.references if r.kind == "converged")
