@@ -5,6 +5,8 @@ a response is a differentiable map from the others' variables to a follower's ow
 """
 
 from bilevel import testing
+from bilevel.certificate import Certificate, Standing
+from bilevel.certify import certify, certify_nash
 from bilevel.compare import compare
 from bilevel.comparison import Comparison
 from bilevel.dynamics import Dynamics, Simultaneous
@@ -46,6 +48,7 @@ __all__ = [
     "BilevelError",
     "BilevelWarning",
     "CapturedTensorError",
+    "Certificate",
     "CheckpointError",
     "ClosedForm",
     "Comparison",
@@ -77,8 +80,11 @@ __all__ = [
     "Simultaneous",
     "SingularSystemError",
     "Solution",
+    "Standing",
     "UnreliableResponseWarning",
     "Unrolled",
+    "certify",
+    "certify_nash",
     "compare",
     "root",
     "solve",

@@ -28,6 +28,8 @@ MAY = {
     "testing": GAME | {"linear", "inner", "responses", "solve"},
     "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
     "comparison": GAME | {"linear", "inner", "responses", "solve", "testing"},
+    "certificate": {"tree"},
+    "certify": GAME | {"linear", "responses", "root", "solution", "certificate"},
     "compare": GAME | {"inner", "responses", "comparison", "testing"},
 }
 

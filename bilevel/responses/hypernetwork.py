@@ -61,11 +61,12 @@ class Hypernetwork(Response):
     distribution that the leaders themselves hold. `scale` is then only the unit s; `around` and `antithetic` do not
     apply, and the centre stays where the game starts.
 
-    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it on a
-    fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave standing?
-    0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so (`tolerance=None`
-    asks for no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it
-    is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and
+    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it
+    on a fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave
+    standing? 0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so, as it
+    does when the follower's own gradient is above that share of its value at the start (`tolerance=None` asks for
+    no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it is
+    stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and
     its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
     Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
     memory of the network and its optimiser.
@@ -240,16 +241,8 @@ class Hypernetwork(Response):
                 scheduler.step()
         fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
         stationarity, residual = self._examine(follower, fitted, x, start, generator)
-        fidelity = f"{residual:.2g} of the change that it should answer"
-        if self.tolerance is not None and self.scale > 0.0 and not residual <= self.tolerance:
-            warnings.warn(
-                f"Hypernetwork: the learned slope of player {follower.name!r} leaves {fidelity} after "
-                f"{state['fits'] + fits} steps of fitting; wanted {self.tolerance:g}. Do not trust the hypergradient "
-                "on its word. Give it warmup=, a lower learning rate, more steps or perturbations, or a network that "
-                "suits the game; compare with Implicit, and accept the slope by tolerance=None.",
-                NonConvergenceWarning,
-                stacklevel=4,
-            )
+        if self.tolerance is not None and self.scale > 0.0:
+            self._warn(follower, state["fits"] + fits, residual, follower.relative(stationarity, state))
         return state | {
             "centre": start,
             "w0": parameters[0].detach(),
@@ -264,6 +257,21 @@ class Hypernetwork(Response):
             "stationarity": follower.relative(stationarity, state),
             "residual": residual,
         }
+
+    def _warn(self, follower: Follower, fits: int, residual: float, stationarity: float) -> None:
+        """Say what the fit leaves, of the slope's equation and of the follower's own gradient."""
+        advice = (
+            "Do not trust the hypergradient on its word. Give it warmup=, another learning rate, more steps or "
+            "perturbations, or a network that suits the game; compare with Implicit, and accept it by tolerance=None."
+        )
+        name, wanted = f"player {follower.name!r}", f"after {fits} steps of fitting; wanted {self.tolerance:g}"
+        if not residual <= float(self.tolerance or 0.0):
+            told = f"the learned slope of {name} leaves {residual:.2g} of the change that it should answer {wanted}"
+        elif not stationarity <= float(self.tolerance or 0.0):
+            told = f"the gradient of {name} is still {stationarity:.2g} of its value at the start {wanted}"
+        else:
+            return
+        warnings.warn(f"Hypernetwork: {told}. {advice}", NonConvergenceWarning, stacklevel=5)
 
     def _examine(
         self, follower: Follower, fitted: State, x: Tensor, start: Tensor, generator: torch.Generator

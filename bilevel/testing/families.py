@@ -134,23 +134,34 @@ class Logistic(KnownGame):
         """Where the leader stands: log penalties."""
         return constant(self.at, _DOUBLE)
 
-    def _loss(self, rows: Matrix, y: Tensor) -> Tensor:
-        table = constant(rows, y)
-        inputs, labels = table[:, :-1], table[:, -1]
+    def _signed(self, rows: Matrix, like: Tensor) -> Tensor:
+        """The inputs, each row times its label."""
+        table = constant(rows, like)
+        inputs = table[:, :-1]
         reach = torch.linalg.matrix_norm(inputs, 2) * (0.5 / len(rows)) ** 0.5
-        return softplus(-labels * (inputs @ y) / reach.clamp_min(1e-12)).mean()
+        signed: Tensor = table[:, -1:] * inputs / reach.clamp_min(1e-12)
+        return signed
 
     def leader(self, x: Tensor, y: Tensor) -> Tensor:
         """g."""
-        return self._loss(self.valid, y)
+        return softplus(-(self._signed(self.valid, x) @ y)).mean()
 
     def follower(self, x: Tensor, y: Tensor) -> Tensor:
         """f."""
-        return self._loss(self.train, y) + 0.5 * (x.exp() * y.square()).sum()
+        return softplus(-(self._signed(self.train, x) @ y)).mean() + 0.5 * (x.exp() * y.square()).sum()
 
     def best_response(self, x: Tensor) -> Tensor:
         """argmin f, by Newton's method."""
-        return polished(x, torch.zeros(len(self.at), dtype=x.dtype, device=x.device), self)
+        inputs, count = self._signed(self.train, x), len(self.train)
+
+        def slope(x: Tensor, y: Tensor) -> Tensor:
+            return -inputs.T @ torch.sigmoid(-(inputs @ y)) / count + x.exp() * y
+
+        def hessian(x: Tensor, y: Tensor) -> Tensor:
+            share = torch.sigmoid(inputs @ y)
+            return inputs.T @ ((share * (1.0 - share))[:, None] * inputs) / count + torch.diag(x.exp())
+
+        return polished(x, torch.zeros(len(self.at), dtype=x.dtype, device=x.device), slope, hessian)
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -104,7 +105,7 @@ class KnownGame(ABC):
     def hessian(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The follower's Hessian `[m, m]` at y (default: its best response)."""
         at = self.best_response(x).detach() if y is None else y
-        return torch.func.hessian(self.follower, argnums=1)(x, at)  # type: ignore[no-any-return]
+        return _hessian(self.follower)(x, at)
 
     def mixed(self, x: Tensor) -> Tensor:
         """d^2 follower / dy dx `[m, n]` at the best response."""
@@ -177,23 +178,29 @@ def reflection(axis: Numbers, like: Tensor) -> Tensor:
     return eye if float(size) == 0.0 else eye - 2.0 * torch.outer(v, v) / size
 
 
-def polished(x: Tensor, y: Tensor, game: KnownGame) -> Tensor:
+def _hessian(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its second derivative `[m, m]` in the second argument."""
+    return torch.func.jacrev(torch.func.grad(loss, argnums=1), argnums=1)
+
+
+def polished(
+    x: Tensor, y: Tensor, slope: Callable[[Tensor, Tensor], Tensor], hessian: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """y `[m]` after Newton's method to rounding, with derivatives in x up to the third.
 
     Each full Newton step squares the error of y as a function of x as well, so that the last two, which are
     differentiated, turn a constant into a function that is right to third order.
     """
-    slope = torch.func.grad(game.follower, argnums=1)
     fixed = x.detach()
     for _ in range(50):
-        before = float(slope(fixed, y).norm())
-        step = torch.linalg.solve(game.hessian(fixed, y), slope(fixed, y))
+        before = slope(fixed, y)
+        step = torch.linalg.solve(hessian(fixed, y), before)
         length = 1.0
-        while length > 1e-6 and not float(slope(fixed, y - length * step).norm()) <= before:
+        while length > 1e-6 and not float(slope(fixed, y - length * step).norm()) <= float(before.norm()):
             length /= 2
         y = y - length * step
-        if before <= 1e-15 or float(step.norm()) <= 1e-15 * (1.0 + math.sqrt(y.numel())):
+        if float(before.norm()) <= 1e-15 or float(step.norm()) <= 1e-15 * (1.0 + math.sqrt(y.numel())):
             break
     for _ in range(2):
-        y = y - torch.linalg.solve(torch.func.hessian(game.follower, argnums=1)(x, y), slope(x, y))
+        y = y - torch.linalg.solve(hessian(x, y), slope(x, y))
     return y

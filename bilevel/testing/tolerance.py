@@ -35,7 +35,7 @@ def exact(known: KnownGame) -> Exact:
     def implicit(y: Tensor) -> Tensor:
         """The implicit hypergradient as a function of where it is taken."""
         g_x, g_y = torch.func.grad(known.leader, argnums=(0, 1))(x, y)
-        hessian = torch.func.hessian(known.follower, argnums=1)(x, y)
+        hessian = torch.func.jacrev(torch.func.grad(known.follower, argnums=1), argnums=1)(x, y)
         mixed = torch.func.jacrev(torch.func.grad(known.follower, argnums=1), argnums=0)(x, y)
         answer: Tensor = g_x - mixed.T @ torch.linalg.solve(hessian, g_y)
         return answer
@@ -43,7 +43,7 @@ def exact(known: KnownGame) -> Exact:
     g_x, g_y = torch.func.grad(known.leader, argnums=(0, 1))(x, y)
     jacobian, (least, largest) = known.jacobian(x), known.curvature(x)
     size = float(torch.linalg.matrix_norm(jacobian, 2))
-    g_yy = torch.func.hessian(known.leader, argnums=1)(x, y)
+    g_yy = torch.func.jacrev(torch.func.grad(known.leader, argnums=1), argnums=1)(x, y)
     g_xy = torch.func.jacrev(torch.func.grad(known.leader, argnums=0), argnums=1)(x, y)
     return Exact(
         gradient=known.hypergradient(x),

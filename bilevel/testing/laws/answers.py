@@ -57,6 +57,8 @@ def informative(
 
 def error_follows_budget(subject: Subject, known: KnownGame) -> None:
     """At a quarter, half and all of the steps the error is below what those steps predict, and falls."""
+    if isinstance(subject, ResponseSubject) and _learned(subject):
+        raise NotOffered("A learned slope's error is an estimate's: it is held to its report at convergence.")
     if subject.unrolled is not False and not subject.linear_iteration:
         raise NotOffered("How fast its derivative converges is known for gradient descent with momentum alone.")
     steps, truth = require_converging(subject), exact(known)

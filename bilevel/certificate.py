@@ -1,0 +1,81 @@
+"""What a certificate says: findings with a verdict and a number each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from bilevel.tree import Variables
+
+
+class Standing(Enum):
+    """Certified, refuted, or neither: the number is then too close to call, or could not be had."""
+
+    CERTIFIED = "certified"
+    REFUTED = "refuted"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One condition: its name, its standing, the number that decides it, what it was held against, and a remark."""
+
+    name: str
+    standing: Standing
+    value: float
+    wanted: str
+    remark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What a point of a game is worth.
+
+    `findings` are the conditions of `concept` ("differential Stackelberg" or "differential Nash"), each with its
+    number; `standing` is certified when all are, refuted when one is, else inconclusive; `bool(certificate)` is whether
+    it is certified. After `certify`: `hypergradient` and `corrected` are the leader's, as claimed and after one Newton
+    step of the follower; `error_bound` bounds |hypergradient - exact|, `error_estimate` is |hypergradient - corrected|,
+    both in absolute terms, beside `hypergradient_norm`. `gradients` and `products` count the work.
+    """
+
+    concept: str
+    findings: tuple[Finding, ...]
+    hypergradient: Variables = field(default=None, repr=False)
+    corrected: Variables = field(default=None, repr=False)
+    hypergradient_norm: float = float("nan")
+    error_estimate: float = float("nan")
+    error_bound: float = float("nan")
+    gradients: int = 0
+    products: int = 0
+
+    @property
+    def standing(self) -> Standing:
+        """Of all conditions together."""
+        standings = {finding.standing for finding in self.findings}
+        if Standing.REFUTED in standings:
+            return Standing.REFUTED
+        return Standing.INCONCLUSIVE if Standing.INCONCLUSIVE in standings else Standing.CERTIFIED
+
+    @property
+    def by_name(self) -> Mapping[str, Finding]:
+        """The findings by name."""
+        return {finding.name: finding for finding in self.findings}
+
+    def __bool__(self) -> bool:
+        return self.standing is Standing.CERTIFIED
+
+    def __str__(self) -> str:
+        """A table of the findings."""
+        from rich.console import Console  # noqa: PLC0415 - only where something is printed
+        from rich.table import Table  # noqa: PLC0415
+
+        table = Table(title=f"{self.concept}: {self.standing.value}")
+        for column in ("condition", "standing", "number", "wanted", "remark"):
+            table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
+        for found in self.findings:
+            table.add_row(found.name, found.standing.value, f"{found.value:.3g}", found.wanted, found.remark)
+        text = io.StringIO()
+        Console(file=text, width=110).print(table, markup=False)
+        return text.getvalue().rstrip()
