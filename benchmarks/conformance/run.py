@@ -73,6 +73,7 @@ def main() -> None:
             "laws": [asdict(row) for row in report.rows],
         }
         # Written after each: a run that is cut short loses one library, not all.
+        found = {known: found[known] for known in ADAPTERS if known in found}
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
         chosen.output.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"{name}: {len(report.failures)} laws fail, {found[name]['seconds']} s")
@@ -88,7 +89,7 @@ def verdicts(adapter: Callable[..., Any], unrolled: bool, examples: int) -> LawR
 
 def table(found: dict[str, Any]) -> Table:
     """Law by library; laws that apply to none are left out."""
-    shown = Table(title="laws")
+    shown = Table()
     shown.add_column("law")
     names = [name for name in ADAPTERS if name in found]
     for name in names:
@@ -103,12 +104,14 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def told(found: dict[str, Any]) -> list[str]:
-    """One line a failure with its game, and one for what is not offered."""
+    """One line a failure with its game, and what is not offered with why."""
     lines = []
     for name, entry in found.items():
         for row in entry["laws"]:
             if row["verdict"] == "fails":
-                lines.append(f"{name}, {row['law']}: {row['note']}\n    {row['game']}")
+                lines.append(f"{name}, {row['law']}: FAILS: {row['note']}\n    {row['game']}")
+            elif row["verdict"] == "does not apply":
+                lines.append(f"{name}, {row['law']}: not offered: {row['note']}")
     return lines
 
 

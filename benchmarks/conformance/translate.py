@@ -19,7 +19,7 @@ def sgd_options(optimizer: OptimizerFactory, *offered: str) -> dict[str, Any]:
     parameter = torch.zeros(1, requires_grad=True)
     built = optimizer([parameter])
     if type(built) is not torch.optim.SGD:
-        raise NotImplementedError(f"{type(built).__name__} has no counterpart there.")
+        raise NotImplementedError(f"This adapter translates the options of SGD; not those of {type(built).__name__}.")
     plain = torch.optim.SGD([parameter], lr=1.0).param_groups[0]
     (group,) = built.param_groups
     used = {name: value for name, value in group.items() if name not in _HOW_NOT_WHAT and value != plain[name]}
