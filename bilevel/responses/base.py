@@ -130,8 +130,15 @@ class Follower:
         """A gradient's norm in units of the one at the start of the game."""
         return slopes_norm / float(state["reference"])
 
-    def require_finite(self, y: list[Tensor], advice: str) -> None:
-        """Raise `NonFiniteError` when a solution holds NaN or infinity."""
+    def require_finite(self, y: list[Tensor], advice: str, loss: float = 0.0) -> None:
+        """Raise `NonFiniteError` when a solution holds NaN or infinity, or the loss at it is neither.
+
+        Outside a loss's domain, beyond a logarithmic barrier say, the loss is NaN and its gradient may be finite, and 0.
+        """
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"Player {self.name!r}: its loss became {loss} in its inner steps: they left its domain. {advice}"
+            )
         if not math.isfinite(sum(concrete(torch.linalg.vector_norm(leaf)) for leaf in y)):
             raise NonFiniteError(
                 f"Player {self.name!r}: its variables became NaN or infinite in its inner steps. {advice}"

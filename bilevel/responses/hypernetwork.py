@@ -233,7 +233,12 @@ class Hypernetwork(Response):
                 follower.advance()
             leaves = [p.detach().requires_grad_() for p in parameters]
             with torch.enable_grad():
-                slopes = torch.autograd.grad(expected_loss(*leaves), leaves, materialize_grads=True)
+                loss = expected_loss(*leaves)
+                slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            if step == fits - 1:
+                follower.require_finite(
+                    [w0], "Lower the learning rate of Hypernetwork, or its scale.", float(loss.detach())
+                )
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()

@@ -107,8 +107,11 @@ class Implicit(Response):
         threshold = 0.0 if self.tolerance is None else self.tolerance * reference
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
-            follower.require_finite(y, "Lower the inner learning rate, or check the loss for an optimum at infinity.")
-            norm = float(torch.linalg.vector_norm(join(follower.gradients(y)[1])))
+            advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
+            follower.require_finite(y, advice)
+            loss, slopes = follower.gradients(y)
+            follower.require_finite(y, advice, float(loss))
+            norm = float(torch.linalg.vector_norm(join(slopes)))
         relative = norm / reference
         if self.tolerance is not None and not norm <= threshold:
             message = (

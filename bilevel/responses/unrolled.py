@@ -89,14 +89,14 @@ class Unrolled(Response):
             with torch.set_grad_enabled(differentiated):
                 if not differentiated:
                     y = [leaf.detach() for leaf in y]
-                _, slopes = follower.gradients(y, others if differentiated else follower.others)
+                loss, slopes = follower.gradients(y, others if differentiated else follower.others)
             y = stepper.step(y, slopes)
             if not differentiated:
                 y = [leaf.detach() for leaf in y]
                 stepper.memory = [map_leaves(_only_tensors(Tensor.detach), slot) for slot in stepper.memory or ()]
             if step == self.steps - 1:
                 slope_norm = concrete(torch.linalg.vector_norm(flatten(slopes)))
-        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).")
+        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(loss))
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bilevel.autodiff import transforms_active
 from bilevel.game import Game, Player
 from bilevel.testing.forms import Form, Vector
 
@@ -161,13 +162,15 @@ class KnownGame(ABC):
 
 
 @lru_cache(maxsize=4096)
-def _made(values: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _plain(values: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def constant(values: tuple[object, ...], like: Tensor) -> Tensor:
     """Plain numbers as a tensor in the dtype and on the device of another."""
-    return _made(values, like.dtype, like.device)
+    if transforms_active():  # a tensor made inside a transform dies with it, and must not be kept
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return _plain(values, like.dtype, like.device)
 
 
 def reflection(axis: Numbers, like: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def laid_out(games: st.SearchStrategy[KnownGame] | None = None) -> st.SearchStra
 
     @st.composite
     def draw_one(draw: st.DrawFn) -> KnownGame:
-        known = draw(games or leader_follower())
+        known = draw(leader_follower() if games is None else games)
 
         def layout(size: int) -> Nested | Scalar:
             options = [Nested(), Nested(reverse=True)] + ([Scalar()] if size == 1 else [])
@@ -150,7 +150,7 @@ def laid_out(games: st.SearchStrategy[KnownGame] | None = None) -> st.SearchStra
 
 def single_precision(games: st.SearchStrategy[KnownGame] | None = None) -> st.SearchStrategy[KnownGame]:
     """Games played in float32."""
-    return (games or leader_follower()).map(Single)
+    return (leader_follower() if games is None else games).map(Single)
 
 
 def reflections(size: int) -> st.SearchStrategy[Reflection]:

@@ -80,8 +80,9 @@ def tolerance(known: KnownGame, subject: Subject, found: Evaluation, steps: int,
     if subject.unrolled is not True:
         total += 2.0 * truth.sensitivity * e + equation
     if subject.unrolled is not False:
-        lag = 1.0 if known.quadratic and subject.linear_iteration else 1.0 + steps
-        if not subject.linear_iteration:  # it may oscillate, and be at the optimum for a moment
+        linear = known.quadratic and subject.linear_iteration
+        lag = 1.0 if linear else 1.0 + steps
+        if not linear:  # it may oscillate, and be at the optimum for a moment
             e = max(e, subject.distance(known, max(1, steps * 7 // 8)))
         total += truth.leader_slope * size * lag * e / known.radius + truth.curvature * (1.0 + lag) * e
     return total

@@ -237,3 +237,11 @@ def test_digits_unrolling_at_the_optimum_is_a_neumann_series(optimum):
     weights, _ = response(DIGITS, {"decay": decay}, state)
     (unrolled,) = torch.autograd.grad(digits_valid(weights), decay)
     assert ((unrolled - series).norm() / series.norm()).item() <= 1e-10
+
+
+def test_leaving_the_domain_of_the_loss_raises():
+    """Beyond the barrier the loss is NaN, but its gradient is finite and even 0 at y = -1.618."""
+    known = bl.testing.LogBarrier(coupling=((1.0,),), at=(0.0,), target=(0.0,))
+    game, response = known.game(), bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-5)
+    with pytest.raises(bl.NonFiniteError, match="left its domain"):
+        response(game, {"x": known.x0}, response.init(game))

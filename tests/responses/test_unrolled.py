@@ -188,3 +188,10 @@ def test_the_error_falls_at_the_rate_of_the_spectrum():
     for (k, e), (l, f) in zip(zip(counts, errors), list(zip(counts, errors))[1:]):
         # The slowest mode's error is (c k + d) rho^k: for large k two of them are as (l/k) rho^(l-k), to a factor of 2.
         assert 0.5 * (l / k) * rho ** (l - k) <= f / e <= 2 * (l / k) * rho ** (l - k)
+
+
+def test_leaving_the_domain_of_the_loss_raises():
+    known = bl.testing.LogBarrier(coupling=((1.0,),), at=(0.0,), target=(0.0,))
+    game, response = known.game(), bl.Unrolled(partial(optim.SGD, lr=40.0), steps=2)
+    with pytest.raises(bl.NonFiniteError, match="left its domain"):
+        response(game, {"x": known.x0}, response.init(game))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bilevel.errors import BilevelError
 from bilevel.testing.subject import NotOffered, Subject
 
 _SHRINKING_SECONDS = 20.0
@@ -59,6 +60,8 @@ def run(law: Law, subject: Subject, examples: int) -> LawRow:
             passed += 1
         except NotOffered as reason:
             reasons.append(str(reason))
+        except BilevelError as refused:  # out loud, which is never a wrong answer
+            reasons.append(f"raised {type(refused).__name__}: {_first_line(refused)}")
         except AssertionError as broken:
             failures[code] = broken
         except Exception as error:
