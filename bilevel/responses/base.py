@@ -133,7 +133,7 @@ class Follower:
     def require_finite(self, y: list[Tensor], advice: str, loss: float = 0.0) -> None:
         """Raise `NonFiniteError` when a solution holds NaN or infinity, or the loss at it is neither.
 
-        Outside a loss's domain, beyond a logarithmic barrier say, the loss is NaN and its gradient may be finite, and 0.
+        Outside a loss's domain, beyond a logarithmic barrier say, the loss is NaN and its gradient may still be 0.
         """
         if not math.isfinite(loss):
             raise NonFiniteError(

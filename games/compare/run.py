@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bilevel as bl
 from bilevel.comparison.charts import blank
+from games.compare.laws import checked
 from games.compare.suite import Case, cases, responses
 from games.errors import MissingExtraError
 
@@ -23,10 +24,12 @@ def compared(
     folder: Path,
     resume: bool,
     data: Path | None = None,
+    examples: int = 0,
 ) -> bl.Comparison:
     """The named games and responses (all when none is named), with seeds 0 to `seeds` - 1, kept in `folder`.
 
-    Raises `MissingExtraError` without joblib or matplotlib, before any work.
+    With `examples` each response is held to the laws as well, on so many small games a law. Raises
+    `MissingExtraError` without joblib or matplotlib, before any work.
     """
     try:
         blank(1.0, 1.0)
@@ -37,6 +40,7 @@ def compared(
         raise MissingExtraError(told) from error
     suite: dict[str, Case] = {name: case for name, case in cases(data).items() if not games or name in games}
     answers = {name: given for name, given in responses(suite).items() if not chosen or name in chosen}
+    laws = checked(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume) if examples else {}
     return bl.compare(
         {name: case.play for name, case in suite.items()},
         answers,
@@ -47,6 +51,7 @@ def compared(
         folder=folder,
         resume=resume,
         progress=True,
+        laws=laws,
     )
 
 

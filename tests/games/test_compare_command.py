@@ -11,6 +11,7 @@ from bilevel.comparison import Row
 from bilevel.testing import KnownGame
 from games import cli
 from games.cli import app
+from games.compare.laws import SMALL
 from games.compare.suite import cases, responses
 
 RUN = ["--game", "cournot", "--response", "unrolled", "--response", "implicit CG", "--steps", "2", "--seeds", "2"]
@@ -18,7 +19,9 @@ FILES = {"table.txt", "comparison.json", "comparison.html", "error.png", "value.
 
 
 def call(*arguments):
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["compare", "--jobs", "1", *map(str, arguments)])
+    return CliRunner(env={"COLUMNS": "120"}).invoke(
+        app, ["compare", "--jobs", "1", "--laws", "0", *map(str, arguments)]
+    )
 
 
 def refused(result, code=2):
@@ -152,3 +155,23 @@ def test_every_response_on_games_of_each_kind(tmp_path):
     assert max(errors.values()) < 1e-3
     assert {r.kind for r in found.references if r.game == "digits"} == {"converged"}
     assert all(r.stationarity <= 1e-10 for r in found.references if r.kind == "converged")
+
+
+def test_laws_are_kept_and_shown(tmp_path):
+    run = ["--game", "cournot", "--response", "implicit CG", "--steps", "1", "--seeds", "1", "--laws", "1"]
+    assert call(*run, "--output", tmp_path).exit_code == 0
+    found = bl.Comparison.from_json(tmp_path / "comparison.json")
+    laws = {law: verdict for law, verdict, _ in found.laws["implicit CG"]}
+    assert laws["exact"] == "passed" and laws["maximize"] == "does not apply"
+    assert "scalar = vector" in (tmp_path / "comparison.html").read_text()
+    kept = (tmp_path / "laws" / "implicit_CG.json").stat().st_mtime_ns
+    assert call(*run, "--output", tmp_path, "--resume").exit_code == 0
+    assert (tmp_path / "laws" / "implicit_CG.json").stat().st_mtime_ns == kept
+
+
+def test_laws_cannot_be_negative(tmp_path):
+    assert refused(call("--laws", "-1", "--output", tmp_path)) == "Error: --laws -1: expected at least 0."
+
+
+def test_every_response_of_the_suite_is_held_to_the_laws():
+    assert set(SMALL) == set(responses(cases()))
