@@ -77,7 +77,8 @@ def main() -> None:
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
         chosen.output.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"{name}: {len(report.failures)} laws fail, {found[name]['seconds']} s")
-    console.print(table(found))
+    for unrolled in (True, False):
+        console.print(table({name: entry for name, entry in found.items() if entry["unrolled"] is unrolled}))
     for line in told(found):
         console.print(line, markup=False, highlight=False)
 
@@ -88,16 +89,15 @@ def verdicts(adapter: Callable[..., Any], unrolled: bool, examples: int) -> LawR
 
 
 def table(found: dict[str, Any]) -> Table:
-    """Law by library; laws that apply to none are left out."""
-    shown = Table()
-    shown.add_column("law")
-    names = [name for name in ADAPTERS if name in found]
-    for name in names:
-        shown.add_column(name, overflow="fold")
+    """Law by library; laws that apply to none of them are left out."""
     marks = {"holds": "[green]holds[/green]", "fails": "[bold red]FAILS[/bold red]", "does not apply": "[dim]-[/dim]"}
-    by = {name: {row["law"]: row["verdict"] for row in found[name]["laws"]} for name in names}
+    shown = Table()
+    shown.add_column("law", no_wrap=True)
+    for name in found:
+        shown.add_column(name, overflow="fold")
+    by = {name: {row["law"]: row["verdict"] for row in entry["laws"]} for name, entry in found.items()}
     for law in dict.fromkeys(law for verdict in by.values() for law in verdict):
-        cells = [by[name].get(law, "does not apply") for name in names]
+        cells = [by[name].get(law, "does not apply") for name in found]
         if set(cells) != {"does not apply"}:
             shown.add_row(law, *[marks[cell] for cell in cells])
     return shown

@@ -24,7 +24,7 @@ def _by(leader, follower, x, y, optimizer, steps, **how):
         return loss(y, x)
 
     rate = sgd_options(optimizer)["lr"]
-    solver = jaxopt.GradientDescent(objective, stepsize=rate, acceleration=False, maxiter=steps, tol=0.0, **how)
+    solver = jaxopt.GradientDescent(objective, stepsize=rate, acceleration=False, maxiter=steps, tol=-1.0, **how)
     start = to_jax(flatten(y))
     value = jax.grad(lambda x: outer(solver.run(start, x).params, x))
     return of_x.unflatten(InTorch.apply(value, flatten(x)))
