@@ -387,7 +387,7 @@ MUTANTS: dict[str, tuple[str, bl.Response]] = {
     "leader's term leaks": ("leader's term", LeaksLeaderTerm()),
     "diagonal only": ("turned follower", Mutant(linear_solver=DiagonalOnly())),
     "no inverse": ("stretched follower", Mutant(linear_solver=NoInverse())),
-    "entries clipped": ("turned leader", Tampered(change=lambda g: g.clamp(-0.1, 0.1))),
+    "entries clipped": ("turned leader", Tampered(change=lambda g: g.clamp(-0.1, 0.02))),
     "norm clipped": ("stretched leader", Tampered(change=_clipped)),
     "leaves sorted": ("order of leaves", SortsLeaves()),
     "scalars cut": ("scalar = vector", ScalarsCut()),

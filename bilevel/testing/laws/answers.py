@@ -86,7 +86,7 @@ def second_derivative(subject: Subject, known: KnownGame) -> None:
     # there are four places where an adjoint, solved for again, enters.
     size = float(wanted.norm()) + truth.scale * (1.0 + float(truth.jacobian.norm())) * (1.0 + truth.sensitivity)
     growth = (1.0 + steps if subject.unrolled is not False else 1.0) * (truth.largest / truth.least) ** 2
-    allowed = 4.0 * first / truth.scale * growth * size
+    allowed = 4.0 * (first / truth.scale + found.residual) * growth * size
     informative(allowed, size)
     asymmetry = float((found.second - found.second.T).norm())
     assert asymmetry <= allowed, f"second derivative is not symmetric: off by {asymmetry:.2g}, allowed {allowed:.2g}"
