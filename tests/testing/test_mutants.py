@@ -11,16 +11,14 @@ BY_NAME = {law.name: law for law in LAWS}
 
 
 @pytest.fixture(scope="module")
-def caught(request):
+def caught(summaries):
+    """Defect -> the law that caught it, or ESCAPED; told at the end of the run."""
     found = {}
     yield found
-    lines = [f"  {name:32s} {law}" for name, law in found.items()]
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None and len(found) == len(MUTANTS):
+    if len(found) == len(MUTANTS):
         score = sum(law != "ESCAPED" for law in found.values())
-        reporter.write_line(f"\nmutation score: {score} of {len(MUTANTS)} planted defects caught")
-        for line in lines:
-            reporter.write_line(line)
+        told = [f"  {name:28s} {law}" for name, law in found.items()]
+        summaries["mutation score"] = [f"{score} of {len(MUTANTS)} planted defects caught", *told]
 
 
 def unrolled(mutant):
