@@ -9,7 +9,18 @@ from bilevel.certificate import Certificate, Standing
 from bilevel.certify import certify, certify_nash
 from bilevel.compare import compare
 from bilevel.comparison import Comparison
-from bilevel.dynamics import Dynamics, Simultaneous
+from bilevel.dynamics import (
+    Alternating,
+    Competitive,
+    Consensus,
+    Dynamics,
+    Extragradient,
+    LookAhead,
+    NegativeMomentum,
+    Optimistic,
+    Simultaneous,
+    SymplecticAdjustment,
+)
 from bilevel.errors import (
     BilevelError,
     BilevelWarning,
@@ -45,6 +56,7 @@ from bilevel.solve import solve
 __all__ = [
     "GMRES",
     "MLP",
+    "Alternating",
     "BilevelError",
     "BilevelWarning",
     "CapturedTensorError",
@@ -52,12 +64,15 @@ __all__ = [
     "CheckpointError",
     "ClosedForm",
     "Comparison",
+    "Competitive",
     "ConjugateGradient",
+    "Consensus",
     "ConvergenceError",
     "Dense",
     "Dynamics",
     "Elementwise",
     "ExhaustedDataError",
+    "Extragradient",
     "Game",
     "Hypernetwork",
     "Identity",
@@ -68,12 +83,15 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "LookAhead",
     "LowRank",
+    "NegativeMomentum",
     "Neumann",
     "NonConvergenceWarning",
     "NonFiniteError",
     "NotSymmetricError",
     "Nystrom",
+    "Optimistic",
     "Player",
     "Response",
     "Scipy",
@@ -81,6 +99,7 @@ __all__ = [
     "SingularSystemError",
     "Solution",
     "Standing",
+    "SymplecticAdjustment",
     "UnreliableResponseWarning",
     "Unrolled",
     "certify",

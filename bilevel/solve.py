@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel import checkpoint as checkpoints
-from bilevel.dynamics import Dynamics, Simultaneous
+from bilevel.dynamics import Dynamics, Field, Simultaneous
 from bilevel.errors import (
     BilevelWarning,
     CheckpointError,
@@ -153,6 +153,7 @@ class _Run:
         self.step_count, self.seconds, self.gradients = 0, 0.0, 0
         self.history: list[Record] = []
         self.whole, self.seed = True, seed
+        self.memory: dict[str, Any] = {}  # of the dynamics
         self.warned: dict[str, list[Any]] = {}
         # The leaders' own modules advance too when there is no follower to carry them.
         self.buffers: Buffers = {name: b for name, b in game.buffers().items() if b}
@@ -206,29 +207,45 @@ class _Run:
         for name in self.leaders:
             self.batches[name], positions[name] = self.game.draw(name, self.positions[name])
         found: dict[str, Any] = {}
+        random = random_state(self.game.device)
 
-        def field(point: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        def evaluate(
+            point: Mapping[str, list[Tensor]], wanted: Sequence[str], differentiable: bool
+        ) -> dict[str, list[Tensor]]:
+            """The wanted players' own gradients at a point, on this step's batches, random numbers and states."""
+            if "losses" in found:  # again within the step: the same dropout masks as the first time
+                set_random_state(random, self.game.device)
             with torch.enable_grad(), self._gathering():
                 trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
-                variables, found["states"] = self.respond(trees, self.states)
-                buffers = self._buffers(found["states"])
+                variables, states = self.respond(trees, self.states)
+                buffers = self._buffers(states)
                 losses, slopes = {}, {}
-                for index, name in enumerate(self.leaders):
+                for name in self.leaders if "losses" not in found else wanted:
                     losses[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
-                    self.buffers = {n: b for n, b in after.items() if n in self.leaders and b}
-                    last = index == len(self.leaders) - 1
+                    advanced = {n: b for n, b in after.items() if n in self.leaders and b}
+                for name in wanted:
                     grads = torch.autograd.grad(
-                        losses[name], point[name], retain_graph=not last, allow_unused=True, materialize_grads=False
+                        losses[name],
+                        point[name],
+                        retain_graph=differentiable or name != wanted[-1],
+                        create_graph=differentiable,
+                        allow_unused=True,
+                        materialize_grads=False,
                     )
                     slopes[name] = self._known(name, point[name], grads)
                     self.gradients += 1
-            found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
-            found["variables"] = variables
+            if "losses" not in found:  # what the step is remembered by is where the players are
+                found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
+                found["variables"], found["states"], found["buffers"] = variables, states, advanced
             return slopes
 
-        directions = self.dynamics.directions(field, self.points)
-        self.whole = False
-        norms = [self._apply(name, directions[name]) for name in self.leaders]
+        moving = [(name,) for name in self.leaders] if self.dynamics.alternates else [tuple(self.leaders)]
+        norms, memory = [], self.memory
+        for movers in moving:
+            directions, memory = self.dynamics.directions(Field(evaluate, self.points, movers), memory)
+            self.whole = False
+            norms += [self._apply(name, directions[name]) for name in movers]
+        self.memory, self.buffers = memory, found["buffers"]
         self.states, self.positions = found["states"], positions
         self.step_count += 1
         self.whole = True
@@ -321,6 +338,8 @@ class _Run:
             "states": self.states,
             "positions": self.positions,
             "buffers": self.buffers,
+            "dynamics": _told(self.dynamics),
+            "memory": self.memory,
             "random": random_state(self.game.device),
             "history": self.history,
             "warned": self.warned,
@@ -331,7 +350,7 @@ class _Run:
     def restore(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from what `state` gave; raises `CheckpointError` when it belongs to another game."""
         own = self.state()
-        for key in ("players", "responses", "seed"):
+        for key in ("players", "responses", "dynamics", "seed"):
             if saved[key] != own[key]:
                 raise CheckpointError(
                     f"{path} is a checkpoint of another run: its {key}: {saved[key]}; here: {own[key]}. "
@@ -348,7 +367,7 @@ class _Run:
         set_random_state(saved["random"], self.game.device)
         self.step_count, self.seconds, self.gradients = saved["step"], saved["seconds"], saved["gradients"]
         self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
-        self.history, self.warned = saved["history"], saved["warned"]
+        self.history, self.warned, self.memory = saved["history"], saved["warned"], saved["memory"]
 
     def solution(self) -> Solution:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
@@ -383,8 +402,8 @@ class _Run:
         )
 
 
-def _told(response: Response) -> str:
-    """A response's configuration as text, the same from one process to the next."""
+def _told(response: Response | Dynamics) -> str:
+    """A response's or a rule's configuration as text, the same from one process to the next."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(response))
 
 

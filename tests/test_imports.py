@@ -22,7 +22,7 @@ MAY = {
     "inner": GAME,
     "root": BASE | {"linear"},
     "responses": GAME | {"linear", "inner", "root"},
-    "dynamics": BASE,
+    "dynamics": BASE | {"linear"},
     "checkpoint": BASE,
     "solution": BASE,
     "testing": GAME | {"linear", "inner", "responses", "solve"},

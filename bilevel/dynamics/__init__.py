@@ -1,6 +1,22 @@
 """How players who move at the same time follow the field of their own gradients."""
 
-from bilevel.dynamics.base import Dynamics, Field
-from bilevel.dynamics.simultaneous import Simultaneous
+from bilevel.dynamics.base import Dynamics
+from bilevel.dynamics.corrected import Competitive, Consensus, LookAhead, SymplecticAdjustment
+from bilevel.dynamics.extrapolating import Extragradient, NegativeMomentum, Optimistic
+from bilevel.dynamics.field import Field, Jacobian
+from bilevel.dynamics.simultaneous import Alternating, Simultaneous
 
-__all__ = ["Dynamics", "Field", "Simultaneous"]
+__all__ = [
+    "Alternating",
+    "Competitive",
+    "Consensus",
+    "Dynamics",
+    "Extragradient",
+    "Field",
+    "Jacobian",
+    "LookAhead",
+    "NegativeMomentum",
+    "Optimistic",
+    "Simultaneous",
+    "SymplecticAdjustment",
+]

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-Field = Callable[[Mapping[str, list[Tensor]]], dict[str, list[Tensor]]]
-"""From the leaves of every leading player to the gradient of each one's own loss in its own leaves."""
+from bilevel.dynamics.field import Field
+
+State = dict[str, Any]
+"""What a rule remembers from step to step: tensors by name, which a checkpoint holds."""
+
+Point = Mapping[str, list[Tensor]]
+"""The leaves of every moving player's variables."""
 
 
 class Dynamics(ABC):
-    """Turns the field of own gradients into the direction that each player descends."""
+    """Turns the field of own gradients xi(z) into the direction that each player descends.
+
+    A rule is configuration; its state is an argument and a return value. Directions go to the players' own
+    optimisers; the formulas' exact rates are those of plain SGD with the rule's own step size.
+    """
+
+    @property
+    def alternates(self) -> bool:
+        """Whether players move one after the other within a step, each seeing the moves before its own."""
+        return False
 
     @abstractmethod
-    def directions(self, field: Field, point: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        """What each player's optimiser receives as its gradient, leaf by leaf."""
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """What each player's optimiser receives as its gradient, leaf by leaf, and the next state (at first {})."""

@@ -1,0 +1,93 @@
+"""Rules that use gradients of two points: here and there, or now and before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from bilevel.dynamics.base import Dynamics, State
+from bilevel.dynamics.field import Field
+
+
+@final
+@dataclass(frozen=True)
+class Extragradient(Dynamics):
+    r"""The gradient where plain play would lead: xi(z - step_size xi(z)).
+
+    `step_size` is that of the look ahead, usually the optimiser's own. Two gradients of each player a step. On the
+    bilinear game, with a = lr sigma, it contracts by sqrt(1 - a^2 + a^4) a step.
+    Source: Korpelevich 1976; Gidel et al. 2019 (arXiv 1802.10551).
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "step_size", self.step_size)
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """The field at the extrapolated point."""
+        here = field.here()
+        there = {
+            name: [leaf - self.step_size * slope for leaf, slope in zip(field.point[name], here[name], strict=True)]
+            for name in field.names
+        }
+        return field.at(there), state
+
+
+@final
+@dataclass(frozen=True)
+class Optimistic(Dynamics):
+    r"""The gradient, and its change since the last step once more: 2 xi_t - xi_(t-1).
+
+    One gradient of each player a step, and one kept in memory. On the bilinear game, with a = lr sigma <= 1/2, it
+    contracts by sqrt((1 + sqrt(1 - 4 a^2)) / 2) a step. Source: Popov 1980; Daskalakis et al. 2018 (arXiv 1711.00141).
+    """
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """Twice the field less the one before; in the first step the field."""
+        now = field.here()
+        before = state.get("slopes", now)
+        told = {
+            name: [2.0 * new - old for new, old in zip(now[name], before[name], strict=True)] for name in field.names
+        }
+        return told, {"slopes": now}
+
+
+@final
+@dataclass(frozen=True)
+class NegativeMomentum(Dynamics):
+    r"""Momentum that pulls back, with players in turn: d_t = xi_t + momentum d_(t-1), momentum < 0.
+
+    One gradient of each player a step, and one direction kept. torch's SGD refuses a momentum below 0, so it is here.
+    Simultaneously it still diverges on the bilinear game; in turn it converges. Source: Gidel et al. 2019 (arXiv
+    1807.04740).
+    """
+
+    momentum: float = -0.5
+
+    def __post_init__(self) -> None:
+        if not -1.0 < self.momentum < 0.0:
+            raise ValueError(f"NegativeMomentum: momentum={self.momentum}; expected a number between -1 and 0.")
+
+    @property
+    def alternates(self) -> bool:
+        """Yes."""
+        return True
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """The field plus a negative share of the last direction."""
+        now, last = field.here(), state.get("directions", {})
+        told = {
+            name: [new + self.momentum * old for new, old in zip(slopes, last[name], strict=True)]
+            if name in last
+            else slopes
+            for name, slopes in now.items()
+        }
+        return told, {"directions": {**last, **told}}
+
+
+def _require_positive(rule: Dynamics, option: str, value: float) -> None:
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{type(rule).__name__}: {option}={value}; expected a positive finite number.")

@@ -1,0 +1,152 @@
+"""The field of own gradients, and its Jacobian as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.tree import join
+
+Leaves = dict[str, list[Tensor]]
+Evaluate = Callable[[Mapping[str, list[Tensor]], Sequence[str], bool], dict[str, list[Tensor]]]
+"""From everybody's leaves to the named players' own gradients; with True, such that can be differentiated again."""
+
+
+class Field:
+    """xi(z): each player's gradient of its own loss in its own variables, stacked `[n]`; J `[n, n]` its Jacobian.
+
+    Batches and random numbers are the same at every point that is asked for within one step. `point` is where the
+    players are; `movers` are those whose gradients are asked for: everybody, unless players move in turn.
+    """
+
+    def __init__(
+        self, evaluate: Evaluate, point: Mapping[str, list[Tensor]], movers: Sequence[str] | None = None
+    ) -> None:
+        self._evaluate = evaluate
+        self.movers = tuple(point if movers is None else movers)
+        self.point = {name: [leaf.detach() for leaf in leaves] for name, leaves in point.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The players, in order of play."""
+        return tuple(self.point)
+
+    def at(self, point: Mapping[str, list[Tensor]]) -> Leaves:
+        """The movers' part of xi at a point; one gradient of each."""
+        tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in point.items()}
+        return self._evaluate(tracked, self.movers, False)
+
+    def here(self) -> Leaves:
+        """The movers' part of xi where the players are."""
+        return self.at(self.point)
+
+    def linearised(self) -> Jacobian:
+        """xi and J where the players are, on one retained graph."""
+        tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in self.point.items()}
+        with torch.enable_grad():
+            return Jacobian(tracked, self._evaluate(tracked, self.names, True))
+
+    def stack(self, leaves: Mapping[str, list[Tensor]]) -> Tensor:
+        """One vector `[n]` of everybody's leaves, in order of play."""
+        return join([leaf for name in self.names for leaf in leaves[name]])
+
+    def split(self, vector: Tensor) -> Leaves:
+        """The leaves that make up a vector `[n]`."""
+        sizes = [leaf.numel() for name in self.names for leaf in self.point[name]]
+        parts = iter(torch.split(vector, sizes))
+        return {name: [next(parts).reshape(leaf.shape) for leaf in self.point[name]] for name in self.names}
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """J = d xi / dz `[n, n]` at a point, by products; and xi itself `[n]`.
+
+    Block (i, j) is the derivative of player i's own gradient in player j's variables. S and A are its symmetric and
+    antisymmetric parts, J_o what lies off the diagonal blocks. A transposed product costs one backward pass of all
+    gradients, a plain one two, those of the diagonal one for each player.
+    """
+
+    leaves: Leaves
+    slopes: Leaves
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The players, in order of play."""
+        return tuple(self.leaves)
+
+    @property
+    def value(self) -> Tensor:
+        """xi `[n]`."""
+        return self._flat(self.slopes).detach()
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """J'v."""
+        return self._pull(vector).detach()
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """J v, by differentiating w -> J'w, which is linear in w, along v."""
+        with torch.enable_grad():
+            w = torch.zeros_like(vector).requires_grad_()
+            pulled = self._pull(w, create_graph=True)
+            if not pulled.requires_grad:
+                return torch.zeros_like(vector)
+            (moved,) = torch.autograd.grad(pulled, w, vector, retain_graph=True, materialize_grads=True)
+        return moved.detach()
+
+    def diagonal(self, vector: Tensor) -> Tensor:
+        """The own Hessians' products: block diag(J) v."""
+        parts, out = self._split(vector), []
+        for name in self.names:
+            out += self._grads(self.slopes[name], self.leaves[name], parts[name])
+        return join(out).detach()
+
+    def off_diagonal(self, vector: Tensor) -> Tensor:
+        """J_o v = J v - block diag(J) v."""
+        return self.matvec(vector) - self.diagonal(vector)
+
+    def off_diagonal_transposed(self, vector: Tensor) -> Tensor:
+        """J_o'v; the diagonal blocks are Hessians, and symmetric."""
+        return self.transposed(vector) - self.diagonal(vector)
+
+    def symmetric(self, vector: Tensor) -> Tensor:
+        """S v = (J v + J'v) / 2."""
+        return 0.5 * (self.matvec(vector) + self.transposed(vector))
+
+    def antisymmetric(self, vector: Tensor) -> Tensor:
+        """A v = (J v - J'v) / 2."""
+        return 0.5 * (self.matvec(vector) - self.transposed(vector))
+
+    def _flat(self, leaves: Mapping[str, list[Tensor]]) -> Tensor:
+        return join([leaf for name in self.names for leaf in leaves[name]])
+
+    def _split(self, vector: Tensor) -> Leaves:
+        sizes = [leaf.numel() for name in self.names for leaf in self.leaves[name]]
+        parts = iter(torch.split(vector, sizes))
+        return {name: [next(parts).reshape(leaf.shape) for leaf in self.leaves[name]] for name in self.names}
+
+    def _pull(self, vector: Tensor, *, create_graph: bool = False) -> Tensor:
+        parts = self._split(vector)
+        outputs = [slope for name in self.names for slope in self.slopes[name]]
+        wanted = [leaf for name in self.names for leaf in self.leaves[name]]
+        weights = [part for name in self.names for part in parts[name]]
+        return join(self._grads(outputs, wanted, weights, create_graph=create_graph))
+
+    def _grads(
+        self, outputs: list[Tensor], wanted: list[Tensor], weights: list[Tensor], *, create_graph: bool = False
+    ) -> list[Tensor]:
+        pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+        if not pairs:  # losses linear in everything: no curvature at all
+            return [torch.zeros_like(leaf) for leaf in wanted]
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [w for _, w in pairs],
+                retain_graph=True,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
+        )
