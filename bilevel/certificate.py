@@ -37,7 +37,8 @@ class Certificate:
     number; `standing` is certified when all are, refuted when one is, else inconclusive; `bool(certificate)` is whether
     it is certified. After `certify`: `hypergradient` and `corrected` are the leader's, as claimed and after one Newton
     step of the follower; `error_bound` bounds |hypergradient - exact|, `error_estimate` is |hypergradient - corrected|,
-    both in absolute terms, beside `hypergradient_norm`. `gradients` and `products` count the work.
+    both in absolute terms, beside `hypergradient_norm`; `corrected_bound` bounds |corrected - exact|.
+    `gradients` and `products` count the work.
     """
 
     concept: str
@@ -47,6 +48,7 @@ class Certificate:
     hypergradient_norm: float = float("nan")
     error_estimate: float = float("nan")
     error_bound: float = float("nan")
+    corrected_bound: float = float("nan")
     gradients: int = 0
     products: int = 0
 

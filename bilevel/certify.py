@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import Pullback, gradient, pullback
 from bilevel.certificate import Certificate, Finding, Standing
 from bilevel.data import Batch
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import BilevelError
 from bilevel.game import Game
-from bilevel.linear import ConjugateGradient, LinearOperator
-from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
-from bilevel.randomness import random_kept, random_state
+from bilevel.held import Answer, Held, Taken, own_spectrum
+from bilevel.linear.lanczos import Spectrum
 from bilevel.responses import Response
-from bilevel.responses.base import Follower, State, fresh_state
-from bilevel.root import attach
+from bilevel.responses.base import State
 from bilevel.solution import Solution
-from bilevel.tree import Variables, flatten, leaves, map_leaves, named_leaves
+from bilevel.tree import Variables, flatten, map_leaves, named_leaves
+
+_T = TypeVar("_T")
+CERTIFIED, REFUTED, INCONCLUSIVE = Standing.CERTIFIED, Standing.REFUTED, Standing.INCONCLUSIVE
 
 
 def certify(
@@ -32,6 +31,7 @@ def certify(
     leader: str | None = None,
     follower: str | None = None,
     response: Response | None = None,
+    state: State | None = None,
     hypergradient: Variables = None,
     batches: Mapping[str, Batch] | None = None,
     tolerance: float = 1e-3,
@@ -42,12 +42,13 @@ def certify(
 
         |h - h*| <= |h - h1| + S |grad_y f(y1)| / mu + |f_yx| |r| / mu,    y1 = y - H^-1 grad_y f(y)
 
-    h is the hypergradient at the point: `hypergradient` if given, else the one that `response` gives at its state in
-    the solution, else the implicit one. h* is the exact one at the follower's optimum. h1, the `corrected`
-    hypergradient, is taken after one Newton step of the follower, whose error is second order; r is the residual of
-    its linear solve, mu the smallest eigenvalue of H = grad_yy f, S how fast the hypergradient changes with y. `point`
-    is a `Solution` or all players' variables; `batches` are held (default: each player's first), as are buffers and
-    random numbers.
+    h is the hypergradient at the point: `hypergradient` if given, else the one that `response` gives (from `state`,
+    else from its state in the solution, else from a fresh one), else the implicit one. h* is the exact one at the
+    follower's optimum. h1, the `corrected` hypergradient, is taken after one Newton step of the follower, whose error
+    is second order; r is the residual of its linear solve, mu the smallest eigenvalue of H = grad_yy f at y1, S how
+    fast the hypergradient changes with y. `point` is a `Solution` or all players' variables; players that are neither
+    leader nor follower stand still. `batches` are held (default: each player's first), as are random numbers and the buffers
+    (the solution's, else the game's).
 
     The conditions: the follower is stationary (relative to the game's start) and its Hessian positive definite; the
     hypergradient's error is below `tolerance` times |g_x| + |f_yx| |u|; with a `response`, its derivative agrees with
@@ -55,12 +56,17 @@ def certify(
     within `tolerance`; the total second derivative is positive definite. Each is certified, refuted or inconclusive.
 
     What is assumed: f is twice differentiable with a positive-definite Hessian between y and its optimum, and the
-    constants, estimated at the point (mu by Lanczos, S and |f_yx| by random directions), hold there. A negative
-    Rayleigh quotient refutes rigorously; a positive-definite verdict from fewer products than unknowns holds with
-    probability 0.999 over the random start. With minibatches it speaks of the held batch.
+    constants, estimated at y1 (mu by Lanczos, S and |f_yx| by random directions and the Newton step), hold there.
+    Where the Newton step does not halve the follower's gradient, y is too far off to say: the bound is infinite. Any
+    direction of negative curvature refutes rigorously, up to rounding; a positive-definite verdict is exact for 100
+    unknowns or fewer, else it holds with probability 0.999 over Lanczos' random start. Where not even that puts mu
+    above 0, half the smallest value seen stands for it, and the remark says so. With minibatches it speaks of the held
+    batch.
 
-    Costs 2 `lanczos_steps` products (each of the leader's second derivative takes two linear solves) and five linear
-    solves by conjugate gradients. Raises `ValueError` for missing players and wrong shapes, `TypeError` for no player.
+    Costs about six linear solves by conjugate gradients, and Lanczos' products (`lanczos_steps`, or as many as there
+    are unknowns where those are at most 100) three times: of the follower's Hessian twice, and of the leader's total
+    second derivative, where each takes two linear solves. Memory of `lanczos_steps` vectors.
+    Raises `ValueError` for missing players, wrong shapes or dtypes, NaN, and batches of players without data.
     Source: a-posteriori bounds: Pedregosa 2016 (arXiv 1602.02355); conditions: Fiez et al. 2020 (arXiv 1906.01217).
 
     >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
@@ -71,43 +77,69 @@ def certify(
     >>> certify(game, {"x": zero + 0.4, "y": zero + 0.8}).standing.value
     'certified'
     """
+    _check_settings(tolerance, lanczos_steps)
     first = game.names[0] if leader is None else leader
     last = game.names[-1] if follower is None else follower
-    variables = _variables(game, point, (first, last))
-    state = fresh_state(game, last, seed)
-    state |= {"variables": variables[last]}
-    work = _Work(game, first, last, variables, state, dict(batches or {}), seed)
-    findings = [work.stationary(tolerance)]
-    curvature = work.spectrum(lanczos_steps)
-    findings.append(_definite("follower's second order", curvature, f"of {last}'s own Hessian"))
-    if curvature.smallest <= 0.0:
+    for name in (first, last):
+        if name not in game.names:
+            raise ValueError(f"certify: there is no player {name!r}; players are {list(game.names)}.")
+    if game.names.index(first) >= game.names.index(last):
+        raise ValueError(
+            f"certify: leader {first!r} does not move before follower {last!r}; order of play: {list(game.names)}. "
+            "Players who move together are for certify_nash."
+        )
+    if state is not None and response is None:
+        raise ValueError("certify: state= is a response's; give response= as well.")
+    held = Held(
+        game,
+        first,
+        last,
+        _variables(game, point),
+        buffers=_buffers(game, point),
+        batches=_batches(game, batches),
+        seed=seed,
+    )
+    claim, answer = None, None
+    if hypergradient is not None:
+        _check_leaves(game, first, hypergradient, "the hypergradient of")
+        claim = flatten(hypergradient).detach()
+    curvature = held.spectrum(held.y, lanczos_steps)
+    slope = float(held.slope(held.y, *held.own).detach().norm())
+    # A gradient of two terms as large as |H| |y| cannot be told from 0 below their rounding.
+    rounding = 100.0 * torch.finfo(held.y.dtype).eps * curvature.largest * float(held.y.norm())
+    findings = [_small("follower's first order", slope, held.reference, rounding, tolerance)]
+    here = _attempt(lambda: held.implicit(held.y)) if curvature.smallest > 0.0 else None
+    findings.append(_definite("follower's second order", curvature, f"of {last}'s own Hessian", lowest=held.lowest))
+    if here is None or min(curvature.smallest, held.lowest) <= 0.0:
         reason = "the follower is at no strict minimum: there is no response to differentiate"
-        findings.append(Finding("hypergradient", Standing.INCONCLUSIVE, math.nan, "", reason))
-        return Certificate("differential Stackelberg", tuple(findings), products=work.products)
-    claim, answer = work.claimed(response, point, hypergradient)
-    here, there = work.implicit(work.y), work.corrected()
+        findings.append(Finding("hypergradient's error", INCONCLUSIVE, math.nan, f"<= {tolerance:g}", reason))
+        return Certificate(
+            "differential Stackelberg", tuple(findings), gradients=held.gradients, products=held.products
+        )
+    if response is not None:
+        kept = point.states if isinstance(point, Solution) else {}
+        answer = held.answer(response, kept.get(last) if state is None else state)
+        claim = answer.gradient if claim is None else claim
     h = here.gradient if claim is None else claim
-    mu = curvature.lower if curvature.lower > 0.0 else 0.5 * curvature.smallest
-    estimate = float((h - there.gradient).norm())
-    rounding = 100.0 * torch.finfo(h.dtype).eps * (curvature.largest / mu) * there.scale
-    left = work.sensitivity(there) * there.slope / mu + there.mixed * there.residual / mu + rounding
-    bound = (1.0 + 1e-6) * estimate + left if there.slope <= 0.5 * here.slope or there.slope <= rounding else math.inf
-    findings.append(_bounded(bound, estimate, there.scale, tolerance))
+    there, left, remark = _corrected(held, here, lanczos_steps)
+    estimate = math.nan if there is None else float((h - there.gradient).norm())
+    bound = math.inf if there is None else (1.0 + 1e-6) * estimate + left
+    findings.append(_bounded(bound, estimate, here if there is None else there, tolerance, remark))
     if answer is not None:
-        findings.append(work.fidelity(answer))
-    findings.append(_vanishes("leader's first order", there, left, tolerance))
-    findings.append(_definite("leader's second order", work.total_spectrum(there.y, lanczos_steps), "total"))
+        findings.append(_faithful(held, answer))
+    findings.extend(_leader(held, there, left, tolerance, lanczos_steps))
     form = game.structure(first)
     return Certificate(
         "differential Stackelberg",
         tuple(findings),
         hypergradient=form.unflatten(h),
-        corrected=form.unflatten(there.gradient),
+        corrected=None if there is None else form.unflatten(there.gradient),
         hypergradient_norm=float(h.norm()),
         error_estimate=estimate,
         error_bound=bound,
-        gradients=work.gradients,
-        products=work.products,
+        corrected_bound=left,
+        gradients=held.gradients,
+        products=held.products,
     )
 
 
@@ -123,295 +155,214 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. Each is certified, refuted or inconclusive, as in `certify`. Costs 2 gradients and
-    `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016 (arXiv 1411.2168).
+    positive definite. Each is certified, refuted or inconclusive, as in `certify`, whose batches, buffers and errors
+    are the same. It says nothing of a larger move: the point may be no Nash equilibrium globally. Costs 2 gradients and
+    up to `lanczos_steps` Hessian-vector products a player (or as many as it has unknowns, at most 100).
+    Source: Ratliff et al. 2016 (arXiv 1411.2168).
+
+    >>> def first(x, y): return x ** 2 + x * y
+    >>> def second(x, y): return y ** 2 - x * y
+    >>> from bilevel.game import Player
+    >>> one = torch.tensor(1.0, dtype=torch.float64)
+    >>> game = Game(x=Player(first, one), y=Player(second, one))
+    >>> certify_nash(game, {"x": 0 * one, "y": 0 * one}).standing.value
+    'certified'
     """
-    variables = _variables(game, point, game.names)
+    _check_settings(tolerance, lanczos_steps)
+    variables, buffers, given = _variables(game, point), _buffers(game, point), _batches(game, batches)
+    start = {name: game.initial(name) for name in game.names}
     findings, products = [], 0
     for name in game.names:
-        batch = (batches or {}).get(name) if batches and name in batches else game.draw(name, game.start(name, seed))[0]
-        start = {other: game.initial(other) for other in game.names}
-        norm = float(_own_gradient(game, name, variables, batch)(flatten(variables[name])).detach().norm())
-        reference = float(_own_gradient(game, name, start, batch)(flatten(start[name])).detach().norm()) or 1.0
-        standing = Standing.CERTIFIED if norm <= tolerance * reference else Standing.REFUTED
-        wanted = f"<= {tolerance:g}"
-        findings.append(Finding(f"{name}: first order", standing, norm / reference, wanted, "of that at the start"))
-        y = flatten(variables[name])
-        _, pulled = pullback(_own_gradient(game, name, variables, batch), y)
-        with torch.no_grad():
-            operator = _operator(pulled)
-            found = extreme_eigenvalues(operator, y, steps=lanczos_steps, seed=seed)
-        products += found.products
+        batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
+        norm, found = own_spectrum(game, name, variables, batch, buffers, steps=lanczos_steps, seed=seed)
+        reference, _ = own_spectrum(game, name, start, batch, game.buffers(), steps=0, seed=seed)
+        size = float(flatten(variables[name]).norm())
+        rounding = 100.0 * torch.finfo(flatten(variables[name]).dtype).eps * found.largest * size
+        findings.append(_small(f"{name}: first order", norm, reference, rounding, tolerance))
         findings.append(_definite(f"{name}: second order", found, "of its own Hessian"))
+        products += found.products
     return Certificate("differential Nash", tuple(findings), gradients=2 * len(game.names), products=products)
 
 
-class _Taken:
-    """An implicit hypergradient, where it was taken and what is left of its equations."""
-
-    def __init__(self, y: Tensor, gradient: Tensor, slope: float, residual: float, mixed: float, scale: float) -> None:
-        self.y, self.gradient, self.slope = y, gradient, slope
-        self.residual, self.mixed, self.scale = residual, mixed, scale
+# Verdicts ------------------------------------------------------------------------------------------------------------
 
 
-class _Work:
-    """One certification: held batches, the follower's residual, and how much was spent."""
-
-    def __init__(
-        self,
-        game: Game,
-        leader: str,
-        follower: str,
-        variables: Mapping[str, Variables],
-        state: State,
-        batches: Mapping[str, Batch],
-        seed: int,
-    ) -> None:
-        self.game, self.leader, self.follower, self.state, self.seed = game, leader, follower, state, seed
-        self.others = {name: v for name, v in variables.items() if name != follower}
-        self.held = Follower(game, self.others, state, batches.get(follower))
-        self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]
-        self.residual = self.held.held_residual()
-        self.random = random_state(game.device)
-        self.xs = [x.detach() for x in self.held.xs]
-        # The leader's own leaves among those of all the others, in the order of the flat vector.
-        mine = {id(leaf) for leaf in leaves(self.others[leader])}
-        self.mine = [index for index, leaf in enumerate(self.held.xs) if id(leaf) in mine]
-        self.y = flatten(variables[follower]).detach()
-        self.solver = ConjugateGradient(rtol=1e-10 if self.y.dtype == torch.float64 else 1e-5)
-        self.gradients = self.products = 0
-        self.generator = torch.Generator(device=self.y.device).manual_seed(seed)
-
-    def _leader_loss(self, y: Tensor, *mine: Tensor) -> Tensor:
-        every = list(self.xs)
-        for index, x in zip(self.mine, mine, strict=True):
-            every[index] = x
-        variables = {**self.held.input_form.build(every), self.follower: self.held.form.unflatten(y)}
-        with random_kept(self.game.device, start=self.random):
-            return self.game.loss(self.leader, variables, self.batch, self.held.buffers or None)
-
-    def _partial(self, y: Tensor, *mine: Tensor) -> Tensor:
-        every = list(self.xs)
-        for index, x in zip(self.mine, mine, strict=True):
-            every[index] = x
-        return self.residual(y, *every)
-
-    @property
-    def own(self) -> list[Tensor]:
-        """The leader's leaves."""
-        return [self.xs[index] for index in self.mine]
-
-    def _random(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=like.device)
-
-    def stationary(self, tolerance: float) -> Finding:
-        """|grad_y f| relative to the game's start."""
-        relative = float(self.residual(self.y, *self.xs).detach().norm()) / float(self.state["reference"])
-        self.gradients += 1
-        standing = Standing.CERTIFIED if relative <= tolerance else Standing.REFUTED
-        return Finding(
-            "follower's first order", standing, relative, f"<= {tolerance:g}", "|grad| over that at the start"
-        )
-
-    def spectrum(self, steps: int) -> Spectrum:
-        """Of the follower's Hessian at the point."""
-        with torch.no_grad():
-            _, products = pullback(lambda y: self.residual(y, *self.xs), self.y)
-            operator = _operator(products)
-            found = extreme_eigenvalues(operator, self.y, steps=steps, seed=self.seed)
-        self.products += found.products
-        return found
-
-    def _solve(self, operator: LinearOperator, rhs: Tensor) -> tuple[Tensor, float]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NonConvergenceWarning)  # the residual enters the bound
-            found = self.solver.solve(operator, rhs)
-        self.products += found.products
-        return found.solution, float(found.residual_norm)
-
-    def implicit(self, y: Tensor) -> _Taken:
-        """The implicit hypergradient at y `[m]`."""
-        with torch.no_grad():
-            slope, products = pullback(self._partial, y, *self.own)
-            _, parts = gradient(self._leader_loss, y, *self.own)
-            adjoint, left = self._solve(_operator(products), parts[0])
-            mixed_term = flatten(list(products(adjoint)[1:]))
-            direct = flatten(list(parts[1:]))
-            # E |f_xy z|^2 over Gaussian z is the squared Frobenius norm, an upper bound of the spectral one.
-            sizes = [float(flatten(list(products(self._random(y))[1:])).square().sum()) for _ in range(4)]
-        self.gradients, self.products = self.gradients + 2, self.products + 5
-        mixed = math.sqrt(sum(sizes) / len(sizes))
-        scale = float(direct.norm()) + mixed * float(adjoint.norm())
-        return _Taken(y, direct - mixed_term, float(slope.detach().norm()), left, mixed, scale)
-
-    def corrected(self) -> _Taken:
-        """The hypergradient after one Newton step of the follower."""
-        with torch.no_grad():
-            slope, products = pullback(lambda y: self.residual(y, *self.xs), self.y)
-            step, _ = self._solve(_operator(products), slope.detach())
-        return self.implicit(self.y - step)
-
-    def sensitivity(self, taken: _Taken) -> float:
-        """How fast the implicit hypergradient changes with y: a Frobenius norm, from two random directions."""
-        size = max(1.0, float(taken.y.norm()) / math.sqrt(taken.y.numel()))
-        h = torch.finfo(taken.y.dtype).eps ** (1.0 / 3.0) * size
-        changes = []
-        for _ in range(2):
-            there = self.implicit(taken.y + h * self._random(taken.y))
-            changes.append(float((there.gradient - taken.gradient).square().sum()) / h**2)
-        # Two draws may both fall short; they are within a factor of three of their mean but for a few in a hundred.
-        return 3.0 * math.sqrt(sum(changes) / len(changes))
-
-    def claimed(
-        self, response: Response | None, point: object, hypergradient: Variables
-    ) -> tuple[Tensor | None, tuple[Tensor, list[Tensor]] | None]:
-        """The hypergradient `[n]` that is to be judged, and a response's answer with the leaves it depends on."""
-        if hypergradient is not None:
-            self.game.check(self.leader, hypergradient)
-        if response is None:
-            return (None if hypergradient is None else flatten(hypergradient).detach()), None
-        kept = point.states if isinstance(point, Solution) else {}
-        state = kept[self.follower] if self.follower in kept else response.init(self.game, follower=self.follower)
-        tracked = map_leaves(lambda t: t.detach().clone().requires_grad_(), self.others)
-        with torch.enable_grad(), warnings.catch_warnings(), random_kept(self.game.device):
-            warnings.simplefilter("ignore")  # what they would say is what is measured here
-            answer, _ = response(self.game, tracked, state, self.held.batch)
-            y = flatten(answer)
-            mine = leaves(tracked[self.leader])
-            loss = self.game.loss(
-                self.leader, {**tracked, self.follower: answer}, self.batch, self.held.buffers or None
-            )
-            slopes = torch.autograd.grad(loss, mine, retain_graph=True, materialize_grads=True)
-        claim = flatten(list(slopes)).detach() if hypergradient is None else flatten(hypergradient).detach()
-        return claim, (y, mine)
-
-    def fidelity(self, answer: tuple[Tensor, list[Tensor]], draws: int = 5) -> Finding:
-        """The response's derivative against -H^-1 f_yx in fresh directions of the leader."""
-        y, mine = answer
-        cosines, ratios = [], []
-        for _ in range(draws):
-            directions = [self._random(x) for x in mine]
-            moved = _along(
-                lambda v: torch.autograd.grad(y, mine, v, create_graph=True, materialize_grads=True), y, directions
-            )
-            at = y.detach()
-            with torch.enable_grad():
-                aliases = [x.detach().requires_grad_() for x in self.own]
-                slope = self._partial(at, *aliases)
-            mixed = _along(
-                lambda v, slope=slope, aliases=aliases: torch.autograd.grad(
-                    slope, aliases, v, create_graph=True, materialize_grads=True
-                ),
-                slope,
-                directions,
-            )
-            with torch.no_grad():
-                _, products = pullback(lambda y: self.residual(y, *self.xs), at)
-                wanted, _ = self._solve(_operator(products), -mixed)
-            sizes = float(moved.norm()), float(wanted.norm())
-            cosines.append(float(moved @ wanted) / max(sizes[0] * sizes[1], 1e-300))
-            ratios.append(sizes[0] / max(sizes[1], 1e-300))
-        good = [c >= _COSINE and _RATIOS[0] <= r <= _RATIOS[1] for c, r in zip(cosines, ratios, strict=True)]
-        standing = Standing.CERTIFIED if all(good) else Standing.INCONCLUSIVE if any(good) else Standing.REFUTED
-        remark = f"cosine from {min(cosines):.3f}, size {min(ratios):.2f} to {max(ratios):.2f}, {draws} directions"
-        wanted_text = f"cosine >= {_COSINE}, size {_RATIOS[0]} to {_RATIOS[1]}"
-        return Finding("response's derivative", standing, sum(cosines) / draws, wanted_text, remark)
-
-    def total_spectrum(self, y: Tensor, steps: int) -> Spectrum:
-        """Of the leader's total second derivative, through the follower's optimum."""
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", NonConvergenceWarning)
-            mine = [x.detach().clone().requires_grad_() for x in self.own]
-            answer = attach(self._partial, y, mine, linear_solver=self.solver, symmetric=True)
-            slopes = torch.autograd.grad(
-                self._leader_loss(answer, *mine), mine, create_graph=True, materialize_grads=True
-            )
-            total = flatten(list(slopes))
-
-            def product(v: Tensor) -> Tensor:
-                rows = torch.autograd.grad(total, mine, v, retain_graph=True, materialize_grads=True)
-                self.products += 1
-                return flatten(list(rows))
-
-            return extreme_eigenvalues(
-                LinearOperator(product, symmetric=True), flatten(mine), steps=steps, seed=self.seed
-            )
+def _corrected(held: Held, here: Taken, steps: int) -> tuple[Taken | None, float, str]:
+    """The hypergradient after one Newton step, a bound of what it still misses, and a remark on the bound."""
+    moved = _attempt(lambda: held.y + held.newton(held.y))
+    there = None if moved is None else _attempt(lambda: held.implicit(moved))
+    far = "one Newton step does not reach the follower's optimum: solve its problem further"
+    if there is None:
+        return None, math.inf, far
+    curvature = _attempt(lambda: held.spectrum(there.y, steps))
+    if curvature is None or curvature.smallest <= 0.0:
+        return there, math.inf, far
+    epsilon = torch.finfo(there.y.dtype).eps
+    mu, remark = curvature.lower, ""
+    if not mu > 0.0:
+        mu, remark = 0.5 * curvature.smallest, "mu is a guess"
+    floor = held.reference + curvature.largest * float(there.y.norm()) + there.mixed * float(flatten(held.own).norm())
+    if not (there.slope <= 0.5 * here.slope or there.slope <= 100.0 * epsilon * floor):
+        return there, math.inf, far
+    rate = _attempt(lambda: held.sensitivity(there))
+    if rate is None:
+        return there, math.inf, far
+    rounding = 100.0 * epsilon * (curvature.largest / mu) * there.scale
+    return there, rate * there.slope / mu + there.mixed * there.residual / mu + rounding, remark
 
 
-_COSINE = 0.95
-_RATIOS = (0.8, 1.25)
+def _leader(held: Held, there: Taken | None, left: float, tolerance: float, steps: int) -> list[Finding]:
+    """The leader's two conditions, at the follower's corrected optimum."""
+    first, second = "leader's first order", "leader's second order"
+    if there is None or not math.isfinite(left):
+        reason = "the follower's optimum is not known"
+        return [
+            Finding(first, INCONCLUSIVE, math.nan, f"<= {tolerance:g}", reason),
+            Finding(second, INCONCLUSIVE, math.nan, "> 0", reason),
+        ]
+    found = _attempt(lambda: held.total_spectrum(there.y, steps))
+    if found is None:
+        last = Finding(second, INCONCLUSIVE, math.nan, "> 0", "its products could not be had")
+    else:
+        # Each product is as good as its two linear solves.
+        noise = 1e3 * held.rtol * max(abs(found.smallest), abs(found.largest))
+        last = _definite(second, found, "of the total second derivative", noise=noise)
+    return [_vanishes(first, there, left, tolerance), last]
 
 
-def _along(pulled: Any, like: Tensor, directions: list[Tensor]) -> Tensor:
-    """The derivative along `directions`, by differentiating the pullback v -> J'v, which is linear in v."""
-    with torch.enable_grad():
-        v = torch.zeros_like(like).requires_grad_()
-        rows = pulled(v)
-        total = sum((row * d).sum() for row, d in zip(rows, directions, strict=True))
-        (moved,) = torch.autograd.grad(total, v, retain_graph=True, materialize_grads=True)
-    return moved.detach()
+def _small(name: str, norm: float, reference: float, rounding: float, tolerance: float) -> Finding:
+    relative = norm / reference if reference > 0.0 else norm
+    remark = "|grad| over that at the start"
+    if norm <= rounding and relative > tolerance:
+        return Finding(name, CERTIFIED, relative, f"<= {tolerance:g}", f"{remark}; 0 up to rounding")
+    standing = CERTIFIED if relative <= tolerance else REFUTED
+    return Finding(name, standing, relative, f"<= {tolerance:g}", remark)
 
 
-def _operator(products: Pullback) -> LinearOperator:
-    """The Hessian, from the pullback of a gradient."""
-    return LinearOperator(lambda v: products(v)[0], symmetric=True)
+def _definite(
+    name: str, found: Spectrum, what: str, *, lowest: float = math.inf, noise: float | None = None
+) -> Finding:
+    """A verdict on the smallest eigenvalue; `lowest` is a Rayleigh quotient from elsewhere, `noise` products' error."""
+    uncertain = found.rounding if noise is None else noise
+    smallest = min(found.smallest, lowest)
+    if smallest < -uncertain:
+        standing = REFUTED
+    else:
+        standing = CERTIFIED if found.lower > (0.0 if noise is None else noise) and smallest > 0.0 else INCONCLUSIVE
+    how = "exact" if found.exact else f"at least {found.lower:.3g} with probability {1.0 - found.failure:g}"
+    if standing is REFUTED:
+        how = "a direction of negative curvature"
+    return Finding(name, standing, smallest, "> 0", f"smallest eigenvalue {what}; {how}; largest {found.largest:.3g}")
 
 
-def _own_gradient(game: Game, name: str, variables: Mapping[str, Variables], batch: Batch) -> Any:
-    """A player's gradient `[n]` in its own variables `[n]`, all else held."""
-    form, random = game.structure(name), random_state(game.device)
+def _bounded(bound: float, estimate: float, taken: Taken, tolerance: float, note: str) -> Finding:
+    if bound <= tolerance * taken.scale:
+        standing = CERTIFIED
+    else:
+        # What the bound adds to the estimate may hide a right answer, or a wrong one.
+        wrong = math.isfinite(bound) and 2.0 * estimate - bound > tolerance * taken.scale
+        standing = REFUTED if wrong else INCONCLUSIVE
+    remark = f"bound {bound:.3g}, estimate {estimate:.3g}, scale {taken.scale:.3g}" + (f"; {note}" if note else "")
+    return Finding("hypergradient's error", standing, bound / max(taken.scale, 1e-300), f"<= {tolerance:g}", remark)
 
-    def slope(y: Tensor) -> Tensor:
-        with random_kept(game.device, start=random):
-            return gradient(lambda y: game.loss(name, {**variables, name: form.unflatten(y)}, batch), y)[1][0]
 
-    return slope
+def _vanishes(name: str, there: Taken, left: float, tolerance: float) -> Finding:
+    size, wanted = float(there.gradient.norm()), tolerance * there.scale
+    standing = CERTIFIED if size + left <= wanted else REFUTED if size - left > wanted else INCONCLUSIVE
+    relative = size / max(there.scale, 1e-300)
+    return Finding(name, standing, relative, f"<= {tolerance:g}", "|hypergradient| over |g_x| + |f_yx| |u|")
 
 
-def _variables(game: Game, point: Solution | Mapping[str, Variables], needed: tuple[str, ...]) -> dict[str, Variables]:
+_COSINE, _RATIOS, _DRAWS = 0.95, (0.8, 1.25), 5
+
+
+def _faithful(held: Held, answer: Answer) -> Finding:
+    """The response's derivative against -H^-1 f_yx in fresh directions of the leader, and their spread."""
+    name, wanted_text = "response's derivative", f"cosine >= {_COSINE}, size {_RATIOS[0]} to {_RATIOS[1]}"
+    cosines, ratios = [], []
+    for _ in range(_DRAWS):
+        pair = _attempt(lambda: held.directional(answer))
+        if pair is None:
+            reason = "the response's own answer is at no strict minimum"
+            return Finding(name, INCONCLUSIVE, math.nan, wanted_text, reason)
+        cosine, ratio = _agreement(*pair)
+        cosines.append(cosine)
+        ratios.append(ratio)
+    good = [c >= _COSINE and _RATIOS[0] <= r <= _RATIOS[1] for c, r in zip(cosines, ratios, strict=True)]
+    standing = CERTIFIED if all(good) else INCONCLUSIVE if any(good) else REFUTED
+    remark = (
+        f"mean cosine {sum(cosines) / _DRAWS:.3f} (from {min(cosines):.3f}), mean size {sum(ratios) / _DRAWS:.3g} "
+        f"({min(ratios):.3g} to {max(ratios):.3g}), {_DRAWS} directions"
+    )
+    return Finding(name, standing, sum(cosines) / _DRAWS, wanted_text, remark)
+
+
+def _agreement(moved: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Cosine and ratio of sizes."""
+    came, expected = float(moved.norm()), float(wanted.norm())
+    if expected == 0.0:  # the optimum stands still; then so must the answer
+        return (1.0, 1.0) if came == 0.0 else (0.0, math.inf)
+    return (float(moved @ wanted) / (came * expected) if came > 0.0 else 0.0), came / expected
+
+
+def _attempt(function: Callable[[], _T]) -> _T | None:
+    """What it returns; None where the follower's losses or curvature do not allow it."""
+    try:
+        return function()
+    except BilevelError:
+        return None
+
+
+# Input ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_settings(tolerance: float, lanczos_steps: int) -> None:
+    if not 0.0 < tolerance < math.inf:
+        raise ValueError(f"certify: tolerance={tolerance}; expected a finite number > 0.")
+    if lanczos_steps < 1:
+        raise ValueError(f"certify: lanczos_steps={lanczos_steps}; expected at least 1.")
+
+
+def _variables(game: Game, point: Solution | Mapping[str, Variables]) -> dict[str, Variables]:
     given = dict(point.variables) if isinstance(point, Solution) else dict(point)
-    for name in needed:
-        if name not in game.names:
-            raise ValueError(f"certify: there is no player {name!r}; players are {list(game.names)}.")
     missing = [name for name in game.names if name not in given]
     if missing:
         raise ValueError(f"certify: the point lacks the variables of {missing}; given are {sorted(given)}.")
+    unknown = sorted(set(given) - set(game.names))
+    if unknown:
+        raise ValueError(f"certify: the point has variables of {unknown}; players are {list(game.names)}.")
     for name in game.names:
-        game.check(name, given[name])
-        for path, leaf in named_leaves(given[name]):
-            if not bool(torch.isfinite(leaf).all()):
-                raise ValueError(f"certify: player {name!r}: {path or 'its tensor'} holds NaN or infinity.")
+        _check_leaves(game, name, given[name], "the variables of")
     return {name: map_leaves(lambda t: t.detach(), given[name]) for name in game.names}
 
 
-def _definite(name: str, found: Spectrum, what: str) -> Finding:
-    noise = 1e-7 * max(abs(found.smallest), abs(found.largest))
-    if found.smallest < -noise:
-        standing = Standing.REFUTED
-    else:
-        standing = Standing.CERTIFIED if found.lower > 0.0 else Standing.INCONCLUSIVE
-    how = "exact" if found.exact else f"at least {found.lower:.3g} with probability {1.0 - found.failure:g}"
-    return Finding(
-        name, standing, found.smallest, "> 0", f"smallest eigenvalue {what}; {how}; largest {found.largest:.3g}"
-    )
+def _check_leaves(game: Game, name: str, tree: Variables, what: str) -> None:
+    """Refuse what has not a player's form, dtype and device, and what is not finite."""
+    pairs, start = named_leaves(tree), named_leaves(game.initial(name))
+    for path, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"certify: {what} {name!r}: {path or 'it'} is {leaf!r}; expected a tensor.")
+    game.check(name, tree)
+    for (path, leaf), (_, wanted) in zip(pairs, start, strict=True):
+        if leaf.dtype != wanted.dtype or leaf.device != wanted.device:
+            raise ValueError(
+                f"certify: {what} {name!r}: {path or 'its tensor'} is {leaf.dtype} on {leaf.device}; expected that of "
+                f"its init, {wanted.dtype} on {wanted.device}."
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"certify: {what} {name!r}: {path or 'its tensor'} holds NaN or infinity.")
 
 
-def _bounded(bound: float, estimate: float, scale: float, tolerance: float) -> Finding:
-    if bound <= tolerance * scale:
-        standing = Standing.CERTIFIED
-    else:
-        # What the bound adds to the estimate may hide a right answer, or a wrong one.
-        wrong = math.isfinite(bound) and 2.0 * estimate - bound > tolerance * scale
-        standing = Standing.REFUTED if wrong else Standing.INCONCLUSIVE
-    remark = f"bound {bound:.3g}, estimate {estimate:.3g}, scale {scale:.3g}"
-    return Finding("hypergradient's error", standing, bound / max(scale, 1e-300), f"<= {tolerance:g}", remark)
+def _buffers(game: Game, point: Solution | Mapping[str, Variables]) -> dict[str, dict[str, Tensor]]:
+    """Those that the solution ends with, else the game's own."""
+    kept = dict(point.buffers) if isinstance(point, Solution) else {}
+    return {name: buffers for name, buffers in {**game.buffers(), **kept}.items() if buffers}
 
 
-def _vanishes(name: str, there: _Taken, left: float, tolerance: float) -> Finding:
-    size, wanted = float(there.gradient.norm()), tolerance * there.scale
-    if size + left <= wanted:
-        standing = Standing.CERTIFIED
-    else:
-        standing = Standing.REFUTED if size - left > wanted else Standing.INCONCLUSIVE
-    relative = size / max(there.scale, 1e-300)
-    return Finding(name, standing, relative, f"<= {tolerance:g}", "|hypergradient| over |g_x| + |f_yx| |u|")
+def _batches(game: Game, batches: Mapping[str, Batch] | None) -> dict[str, Batch]:
+    given = {} if batches is None else dict(batches)
+    holding = [name for name, player in game.players.items() if player.data is not None]
+    for name in given:
+        if name not in holding:
+            raise ValueError(f"certify: batches has one for {name!r}; players with data are {holding}.")
+    return given

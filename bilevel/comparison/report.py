@@ -79,9 +79,9 @@ def svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def _lead(comparison: Comparison) -> str:
-    games, responses, seeds = len(comparison.games), len(comparison.responses), len(comparison.seeds)
+    held = {"game": comparison.games, "response": comparison.responses, "seed": comparison.seeds}
     steps = comparison.settings.get("steps")
-    told = f"{games} games, {responses} responses, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    told = ", ".join(f"{len(found)} {noun if len(found) == 1 else noun + 's'}" for noun, found in held.items())
     told += f"; {steps} leader steps a run" if steps else ""
     failures = sum(row.failure is not None for row in comparison.rows)
     count = len(comparison.warnings) - failures

@@ -77,7 +77,10 @@ class Comparison:
         from rich.table import Table  # noqa: PLC0415
 
         shown = Table(
-            title=f"{len(self.games)} games, {len(self.responses)} responses, {len(self.seeds)} seeds",
+            title=", ".join(
+                f"{len(found)} {noun if len(found) == 1 else noun + 's'}"
+                for noun, found in (("game", self.games), ("response", self.responses), ("seed", self.seeds))
+            ),
             caption="Medians over the seeds. error: of one hypergradient at the start, relative. value: the leader's "
             "loss at the end, the follower converged. above: that above the optimum, where it is known. work: "
             "gradients and Hessian-vector products of the run. memory: peak of the tensors of one hypergradient.",

@@ -16,9 +16,11 @@ from bilevel.linear.base import LinearOperator
 class Spectrum:
     """What Lanczos' iteration saw of a symmetric operator's eigenvalues.
 
-    `smallest` and `largest` are Rayleigh quotients, so that the true ones lie at or beyond them: a negative `smallest`
-    *proves* a negative eigenvalue. `lower` and `upper` enclose all of them: up to rounding when `exact` (the whole
-    space was searched), else with probability at least 1 - `failure` over the random start. `products` counts.
+    `smallest` and `largest` are Rayleigh quotients, so that the true ones lie at or beyond them: a `smallest` below
+    -`rounding` *proves* a negative eigenvalue. `lower` and `upper` enclose all of them: up to rounding when `exact`
+    (the whole space was searched), else with probability at least 1 - `failure` over the random start. `rounding` is
+    what floating point may have done to either end, for products that are right to a few units in the last place;
+    `products` counts.
     """
 
     smallest: float
@@ -27,6 +29,7 @@ class Spectrum:
     upper: float
     exact: bool
     failure: float
+    rounding: float
     products: int
 
 
@@ -40,7 +43,10 @@ def extreme_eigenvalues(
     1.648 sqrt(n) exp(-sqrt(eps) (2k - 1)), which is solved for eps at `failure` / 2 for each end: at n = 10,000 and
     k = 30 that is 5 % of the spread, so a smallest eigenvalue below that is not told from 0. Costs `steps` products
     and the memory of as many vectors.
-    Raises `NotSymmetricError` for an operator that is not declared symmetric, `NonFiniteError` for NaN in products.
+    Misleads where the products themselves are inexact, those with a half-converged inner solve for example: `rounding`
+    does not know of that.
+    Raises `ValueError` for `steps` < 1 or an empty `like`, `NotSymmetricError` for an operator that is not declared
+    symmetric, `NonFiniteError` for NaN in products.
     Source: Kuczynski and Wozniakowski 1992 (doi 10.1137/0613066).
 
     >>> diagonal = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
@@ -51,30 +57,27 @@ def extreme_eigenvalues(
     if not operator.symmetric:
         raise NotSymmetricError("extreme_eigenvalues needs a symmetric operator; this one says symmetric=False.")
     n = like.numel()
+    if steps < 1 or n < 1:
+        raise ValueError(f"extreme_eigenvalues was given steps={steps} and vectors of {n} entries; it wants 1 or more.")
     count = min(steps, n)
     generator = torch.Generator(device=like.device).manual_seed(seed)
-
-    def direction(basis: list[Tensor]) -> Tensor:
-        vector = torch.randn(n, generator=generator, dtype=like.dtype, device=like.device)
-        vector = _orthogonal(vector, basis)
-        unit: Tensor = vector / torch.linalg.vector_norm(vector)
-        return unit
-
-    basis = [direction([])]
+    basis = torch.zeros(count, n, dtype=like.dtype, device=like.device)
     projected = torch.zeros(count, count, dtype=torch.float64)
+    rest, needed = torch.zeros_like(basis[0]), 0.0
     for k in range(count):
-        product = operator.matvec(basis[k]).detach()
+        size = float(torch.linalg.vector_norm(rest))
+        if size <= needed:
+            # An invariant subspace is exhausted: go on in what is left of the space, which it may not have seen.
+            rest = _orthogonal(torch.randn(n, generator=generator, dtype=like.dtype, device=like.device), basis[:k])
+            size = float(torch.linalg.vector_norm(rest))
+        basis[k] = rest / size
+        product = operator.matvec(basis[k].clone()).detach()
         if not bool(torch.isfinite(product).all()):
             raise NonFiniteError(f"extreme_eigenvalues: product {k + 1} of the operator holds NaN or infinity.")
-        for i, vector in enumerate(basis):
-            projected[i, k] = projected[k, i] = float(vector @ product)
-        if k + 1 == count:
-            break
-        rest = _orthogonal(product, basis)
-        size = float(torch.linalg.vector_norm(rest))
-        # An invariant subspace is exhausted: go on in what is left of the space, which it may not have seen.
-        exhausted = size <= 100.0 * torch.finfo(like.dtype).eps * max(1e-300, float(torch.linalg.vector_norm(product)))
-        basis.append(direction(basis) if exhausted else rest / size)
+        row = (basis[: k + 1] @ product).to(projected)
+        projected[k, : k + 1] = projected[: k + 1, k] = row
+        rest = _orthogonal(product, basis[: k + 1])
+        needed = 100.0 * torch.finfo(like.dtype).eps * float(torch.linalg.vector_norm(product))
     values = torch.linalg.eigvalsh(projected)
     smallest, largest = float(values[0]), float(values[-1])
     size = max(abs(smallest), abs(largest))
@@ -84,7 +87,14 @@ def extreme_eigenvalues(
     # The share is of the true spread, which is longer than the one seen by up to that share at both ends.
     slack = rounding + (missed / (1.0 - 2.0 * missed) * (largest - smallest) if missed < 0.5 else math.inf)
     return Spectrum(
-        smallest, largest, smallest - slack, largest + slack, exact, 0.0 if exact else failure, products=count
+        smallest,
+        largest,
+        smallest - slack,
+        largest + slack,
+        exact,
+        failure=0.0 if exact else failure,
+        rounding=rounding,
+        products=count,
     )
 
 
@@ -93,10 +103,8 @@ def _missed(n: int, steps: int, failure: float) -> float:
     return (math.log(1.648 * math.sqrt(n) / failure) / (2 * steps - 1)) ** 2
 
 
-def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    if not basis:
-        return vector
-    columns = torch.stack(basis)
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """What of a vector `[n]` is orthogonal to the orthonormal rows of `basis: [k, n]`."""
     for _ in range(2):  # once is not enough in floating point, twice is
-        vector = vector - columns.T @ (columns @ vector)
+        vector = vector - basis.T @ (basis @ vector)
     return vector

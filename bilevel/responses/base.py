@@ -52,7 +52,8 @@ class Response(ABC):
 class Follower:
     """One follower during one call: its loss as a function of its leaves, its batches, its module's buffers.
 
-    Lives as long as the call; what should outlast it goes into the state that `save` returns.
+    Lives as long as the call; what should outlast it (`position`, `buffers`, `gradient_count`) goes into the next
+    state.
     """
 
     def __init__(self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch) -> None:
@@ -146,7 +147,12 @@ class Follower:
 
 
 def fresh_state(game: Game, follower: str | None, seed: int) -> State:
-    """What every response's state holds before its first call."""
+    """What every response's state holds before its first call.
+
+    `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
+    `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
+    at the start.
+    """
     name = game.names[-1] if follower is None else follower
     if name not in game.names:
         raise ValueError(f"There is no player {name!r} to respond; players are {list(game.names)}.")

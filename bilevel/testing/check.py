@@ -83,6 +83,8 @@ def check_response(
     >>> bool(check_response(response, laws=STATE[:1], examples=2))
     True
     """
+    if not isinstance(response, Response):
+        raise TypeError(f"check_response: response={response!r}; expected an instance of bilevel.Response.")
     return _check(ResponseSubject(response, unrolled), str(response), laws, examples, raises)
 
 
@@ -108,12 +110,17 @@ def check_hypergradient_function(
 
 
 def _check(subject: Subject, name: str, laws: Sequence[Law] | None, examples: int, raises: bool) -> LawReport:
-    from bilevel.testing.laws import LAWS  # noqa: PLC0415 - needs Hypothesis
+    from bilevel.testing.laws import LAWS, Law  # noqa: PLC0415 - needs Hypothesis
     from bilevel.testing.laws.base import run  # noqa: PLC0415
 
+    if examples < 1:
+        raise ValueError(f"examples={examples}; expected at least 1.")
+    for law in laws or ():
+        if not isinstance(law, Law):
+            raise TypeError(f"laws= holds {law!r}; expected members of bilevel.testing.laws.LAWS.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unconverged answers are asked for, and are held to their warnings by a law
         report = LawReport(name, tuple(run(law, subject, examples) for law in (LAWS if laws is None else laws)))
     if raises and not report:
-        raise AssertionError(f"{len(report.failures)} laws are broken.\n{report}")
+        raise AssertionError(f"{len(report.failures)} of {len(report.rows)} laws broken.\n{report}")
     return report

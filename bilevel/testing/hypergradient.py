@@ -131,6 +131,8 @@ def check_hypergradient(
     """
     began = time.perf_counter()
     leader, follower = _named(game, leader, follower)
+    if not isinstance(response, Response):
+        raise TypeError(f"check_hypergradient: response={response!r}; expected an instance of bilevel.Response.")
     if directions < 1 or settle < 0 or not rtol > 0.0 or (atol is not None and not atol >= 0.0):
         raise ValueError(
             f"check_hypergradient: directions={directions}, settle={settle}, rtol={rtol}, atol={atol}; expected "

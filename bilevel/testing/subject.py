@@ -250,7 +250,7 @@ class FunctionSubject(Subject):
             raise NotOffered("Its hypergradient cannot be differentiated again.")
         return Evaluation(
             gradient.detach().double(),
-            _trajectory_end(known, factory, steps),
+            trajectory_end(known, factory, steps),
             gradient.dtype,
             0.0 if self.promises_steps else self.linear_tolerance,
             second=_second(known, x, gradient) if second else None,
@@ -258,11 +258,25 @@ class FunctionSubject(Subject):
 
     def distance(self, known: KnownGame, steps: int) -> float:
         """Of torch's own trajectory."""
-        return float((_trajectory_end(known, self.inner, steps) - known.best_response(known.x0)).norm())
+        return float((trajectory_end(known, self.inner, steps) - known.best_response(known.x0)).norm())
 
 
-def _trajectory_end(known: KnownGame, factory: OptimizerFactory, steps: int) -> Tensor:
-    x, y = known.x0, known.y0.clone().requires_grad_()
+def with_momentum(factory: OptimizerFactory, momentum: float) -> OptimizerFactory:
+    """The same optimiser with momentum, if it is SGD."""
+
+    def build(parameters: Any, **players: Any) -> torch.optim.Optimizer:
+        optimizer = factory(parameters, **players)
+        for group in optimizer.param_groups:
+            if isinstance(optimizer, torch.optim.SGD):
+                group["momentum"] = momentum
+        return optimizer
+
+    return build
+
+
+def trajectory_end(known: KnownGame, factory: OptimizerFactory, steps: int, x: Tensor | None = None) -> Tensor:
+    """Where torch's own optimiser takes the follower `[m]` from its start, the leader at x (default: its point)."""
+    x, y = known.x0 if x is None else x, known.y0.clone().requires_grad_()
     optimizer = factory([y])
     for _ in range(steps):
         optimizer.zero_grad()

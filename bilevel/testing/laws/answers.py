@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from bilevel.testing import strategies
 from bilevel.testing.changes import NegatedFollower, Started
 from bilevel.testing.known import KnownGame
 from bilevel.testing.laws.base import Law
-from bilevel.testing.subject import NotOffered, ResponseSubject, Subject
+from bilevel.testing.subject import (
+    FunctionSubject,
+    NotOffered,
+    ResponseSubject,
+    Subject,
+    trajectory_end,
+    with_momentum,
+)
 from bilevel.testing.tolerance import exact, tolerance
 
 
@@ -102,8 +110,10 @@ def _learned(subject: ResponseSubject) -> bool:
 
 def derivative_of_its_values(subject: Subject, known: KnownGame) -> None:
     """The derivative is that of the very map from x to y: central differences of its own values say so."""
-    if not isinstance(subject, ResponseSubject):
-        raise NotOffered("A hypergradient alone has no values to difference.")
+    if isinstance(subject, FunctionSubject):
+        derivative_of_torchs_steps(subject, known)
+        return
+    assert isinstance(subject, ResponseSubject)
     if _learned(subject):
         raise NotOffered("A learned map is fitted anew at each point; its slope is not the difference of its fits.")
     steps = 3 if subject.unrolled is True else require_converging(subject)
@@ -128,6 +138,24 @@ def derivative_of_its_values(subject: Subject, known: KnownGame) -> None:
     allowed = noise + 1e-5 * truth.scale + truth.mixed * found.residual * truth.leader_slope / truth.least
     informative(allowed, truth.scale, "How far its values stop from the optimum")
     require_close(found.gradient, torch.stack(differences), allowed, f"derivative after {steps} steps")
+
+
+def derivative_of_torchs_steps(subject: FunctionSubject, known: KnownGame) -> None:
+    """What a function unrolls is torch's own optimiser: plain, and with momentum."""
+    if not subject.unrolled:
+        raise NotOffered("A hypergradient at the optimum alone has no values to difference.")
+    steps, h, scale = 4, 1e-5, exact(known).scale
+    for momentum in (0.0, 0.5):
+        played = replace(subject, inner=with_momentum(subject.inner, momentum))
+
+        def value(x: Tensor, played: FunctionSubject = played) -> Tensor:
+            return known.leader(x, trajectory_end(known, played.inner, steps, x))
+
+        units = torch.eye(known.x0.numel(), dtype=torch.float64)
+        differences = [(value(known.x0 + h * unit) - value(known.x0 - h * unit)) / (2.0 * h) for unit in units]
+        found = played.evaluate(known, steps)
+        what = f"derivative after {steps} steps with momentum {momentum:g}"
+        require_close(found.gradient, torch.stack(differences), 1e-5 * scale, what)
 
 
 def unrolled_is_neumann(subject: Subject, known: KnownGame) -> None:
