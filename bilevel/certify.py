@@ -47,8 +47,8 @@ def certify(
     follower's optimum. h1, the `corrected` hypergradient, is taken after one Newton step of the follower, whose error
     is second order; r is the residual of its linear solve, mu the smallest eigenvalue of H = grad_yy f at y1, S how
     fast the hypergradient changes with y. `point` is a `Solution` or all players' variables; players that are neither
-    leader nor follower stand still. `batches` are held (default: each player's first), as are random numbers and the buffers
-    (the solution's, else the game's).
+    leader nor follower stand still. `batches` are held (default: each player's first), as are random numbers and the
+    buffers (the solution's, else the game's).
 
     The conditions: the follower is stationary (relative to the game's start) and its Hessian positive definite; the
     hypergradient's error is below `tolerance` times |g_x| + |f_yx| |u|; with a `response`, its derivative agrees with
