@@ -36,7 +36,7 @@ from bilevel.errors import (
     UnreliableResponseWarning,
 )
 from bilevel.game import Game, Player
-from bilevel.inner import ClosedForm, InnerSolver, Scipy
+from bilevel.inner import ClosedForm, InnerSolver, Scipy, ScipyRoot
 from bilevel.linear import (
     GMRES,
     ConjugateGradient,
@@ -95,6 +95,7 @@ __all__ = [
     "Player",
     "Response",
     "Scipy",
+    "ScipyRoot",
     "Simultaneous",
     "SingularSystemError",
     "Solution",

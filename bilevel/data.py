@@ -1,6 +1,7 @@
 """Batches for ever, from any iterable, with the place in it as plain numbers.
 
-A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. Two draws at the same
+A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. (A joint player's is a dict
+of its members'.) Two draws at the same
 position give the same batch, so that a saved position resumes bit for bit.
 """
 
@@ -16,7 +17,7 @@ from bilevel.errors import ExhaustedDataError
 from bilevel.randomness import random_kept
 
 Batch = Any
-Position = dict[str, int]
+Position = dict[str, Any]
 
 _LIVE_ITERATORS = 4  # a few consumers may read one stream in turn; each re-reads its epoch if it is pushed out
 

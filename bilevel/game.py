@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel.autodiff import transforms_active
+from bilevel.autodiff import gradient, transforms_active
 from bilevel.data import Batch, Position, Stream
 from bilevel.randomness import random_kept
 from bilevel.tree import Structure, Variables, detached, leaves, map_leaves, named_leaves, structure_of
@@ -114,6 +114,8 @@ class Game:
 
     def __init__(self, **players: Player) -> None:
         self._players = dict(players)
+        self._order = tuple(players)
+        self._groups: dict[str, tuple[str, ...]] = {}
         self._anticipated: dict[str, Callable[[Mapping[str, Variables]], Variables]] = {}
         self._check_names()
         self._initial = {name: player.variables() for name, player in players.items()}
@@ -127,13 +129,17 @@ class Game:
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """The players by name, in order of play."""
+        """The players by name, in order of play; those of a joint one by their own names."""
         return dict(self._players)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The players' names, in order of play."""
-        return tuple(self._players)
+        return self._order
+
+    def members(self, player: str) -> tuple[str, ...]:
+        """Those who make up a joint player; of any other player itself alone."""
+        return self._groups.get(player, (player,))
 
     @property
     def anticipated(self) -> frozenset[str]:
@@ -155,20 +161,34 @@ class Game:
 
     def buffers(self) -> Buffers:
         """A fresh copy of the initial buffers of every player's module."""
-        return detached(self._buffers)  # type: ignore[no-any-return]
+        return self._grouped(detached(self._buffers))
 
     def arguments(self, player: str) -> tuple[str, ...]:
-        """The players that a player's objective names."""
-        return tuple(name for name in self._players[player].names if name != "batch")
+        """The players that a player's objective names; of a joint player, all its members' objectives."""
+        owner = {member: group for group, members in self._groups.items() for member in members}
+        named = [owner.get(name, name) for member in self.members(player) for name in self._named(member)]
+        return tuple(dict.fromkeys(named))
+
+    def _named(self, member: str) -> tuple[str, ...]:
+        """The objective's own parameters."""
+        return tuple(name for name in self._players[member].names if name != "batch")
 
     # Playing it ----------------------------------------------------------------------------------------------------
 
     def start(self, player: str, seed: int = 0) -> Position | None:
-        """The position of a player's first batch; None when it has no data."""
+        """The position of a player's first batch; None when it has no data. A joint player's has one by member."""
+        if player in self._groups:
+            return {member: self.start(member, seed) for member in self._groups[player]}
         return Stream.start(seed) if player in self._streams else None
 
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
-        """A player's batch at a position, and the next position; `(None, None)` when it has no data."""
+        """A player's batch at a position, and the next position; `(None, None)` when it has no data.
+
+        A joint player's are dicts by member.
+        """
+        if player in self._groups and position is not None:
+            drawn = {member: self.draw(member, position[member]) for member in self._groups[player]}
+            return {m: batch for m, (batch, _) in drawn.items()}, {m: place for m, (_, place) in drawn.items()}
         if player not in self._streams or position is None:
             return None, None
         return self._streams[player].draw(position)
@@ -182,14 +202,87 @@ class Game:
     def evaluate(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> tuple[Tensor, Buffers]:
-        """A player's loss and the buffers after it; the modules' own buffers and `buffers` stay as they are."""
-        arguments = {name: self._value(name, variables) for name in self.arguments(player)}
+        """A player's loss and the buffers after it; the modules' own buffers and `buffers` stay as they are.
+
+        A joint player's is the sum of its members' losses, in which each member moves alone: its first derivative is
+        the stack of their own gradients, and its second derivative means nothing; `own_gradients` has both.
+        """
+        if player in self._groups:
+            return self._evaluate_group(player, variables, batch, buffers)
+        arguments = {name: self._value(name, variables) for name in self._named(player)}
         if player in self._streams:
             arguments["batch"] = batch
-        current = self._buffers if buffers is None else {**self._buffers, **buffers}
+        current = self._buffers if buffers is None else {**self._buffers, **self._ungrouped(buffers)}
         with self._swapped(current, arguments) as swapped:
             loss = self._players[player].objective(**arguments)
-        return loss, swapped
+        return loss, self._grouped(swapped)
+
+    def own_gradients(
+        self,
+        player: str,
+        y: Sequence[Tensor],
+        others: Mapping[str, Variables],
+        batch: Batch = None,
+        buffers: Buffers | None = None,
+    ) -> tuple[Tensor, list[Tensor], Buffers]:
+        """The loss, the gradient of each leaf `y` of a player's variables, and the buffers after it.
+
+        A joint player's are its members' own gradients, each of its own loss alone: what vanishes where nobody in it
+        gains by moving alone. Differentiable again, in others and in y, when grad is enabled.
+        """
+        form, current = self._structures[player], dict(buffers or {})
+        places = form.build(range(len(form.shapes)))  # type: ignore[arg-type]
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = list(y)
+        for member in self.members(player):
+            joint = player in self._groups
+            mine = leaves(places[member] if joint else places)
+
+            def loss(*own: Tensor, member: str = member, mine: Sequence[int] = mine, joint: bool = joint) -> Tensor:
+                moved = list(y)
+                for index, leaf in zip(mine, own, strict=True):
+                    moved[index] = leaf
+                part = batch[member] if joint and batch is not None else batch
+                value, after = self.evaluate(member, {**others, player: form.build(moved)}, part, current)
+                if player in after:
+                    current[player] = after[player]
+                return value
+
+            value, found = gradient(loss, *(y[index] for index in mine))
+            losses.append(value)
+            for index, slope in zip(mine, found, strict=True):
+                slopes[index] = slope
+        return sum(losses[1:], losses[0]), slopes, current
+
+    def joined(self, **groups: Sequence[str]) -> Game:
+        """The same game, in which players who move together make up one joint player.
+
+        `game.joined(firms=("b", "c"))`: the variables of `firms` are `{"b": ..., "c": ...}`, and one response answers
+        for all of them where nobody among them gains by moving alone: their stacked own gradients
+
+            F(y) = (grad_b f_b, grad_c f_c) = 0
+
+        are the residual. No single loss has that gradient, so dF/dy is not symmetric: give `Implicit` a linear solver
+        such as `GMRES()`, and an inner solver that follows a field: a torch.optim optimiser or `ScipyRoot()`.
+        Players who lead together need no joining: leave them without a response.
+
+        Raises `ValueError` for names that are no players or taken, fewer than two, joined already, the first
+        mover, or players between whom somebody else moves.
+
+        >>> def lead(x, a, b): return x ** 2 + a + b
+        >>> game = Game(
+        ...     x=Player(lead, torch.tensor(1.0)),
+        ...     a=Player(lambda x, a, b: a ** 2 + a * (b - x), torch.tensor(0.0)),
+        ...     b=Player(lambda x, a, b: b ** 2 + b * (a - x), torch.tensor(0.0)),
+        ... )
+        >>> game.joined(both=("a", "b")).names
+        ('x', 'both')
+        """
+        game = object.__new__(Game)
+        game.__dict__.update(self.__dict__)
+        for name, members in groups.items():
+            game._join(name, tuple(members))
+        return game
 
     def anticipate(self, **responses: Callable[[Mapping[str, Variables]], Variables]) -> Game:
         """The same game, in which the named players' variables are functions of those who move before them.
@@ -212,9 +305,70 @@ class Game:
     def _value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         if name in variables:
             return variables[name]
+        for group, members in self._groups.items():
+            if name in members:
+                return self._value(group, variables)[name]
         if name not in self._anticipated:
             raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
         return self._anticipated[name](variables)
+
+    def _evaluate_group(
+        self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
+    ) -> tuple[Tensor, Buffers]:
+        own, current = self._value(group, variables), dict(buffers or {})
+        losses = []
+        for member in self._groups[group]:
+            tree = {m: v if m == member else map_leaves(Tensor.detach, v) for m, v in own.items()}
+            part = None if batch is None else batch[member]
+            loss, after = self.evaluate(member, {**variables, group: tree}, part, current)
+            losses.append(loss)
+            current |= {group: after[group]} if group in after else {}
+        return sum(losses[1:], losses[0]), current
+
+    def _grouped(self, buffers: Buffers) -> Buffers:
+        """A joint player's buffers under its own name, `member.path`."""
+        found = {name: tensors for name, tensors in buffers.items() if name in self._order}
+        for group, members in self._groups.items():
+            found[group] = {f"{m}.{path}": t for m in members for path, t in buffers.get(m, {}).items()}
+        return found
+
+    def _ungrouped(self, buffers: Buffers) -> Buffers:
+        found: Buffers = {}
+        for name, tensors in buffers.items():
+            if name not in self._groups:
+                found[name] = tensors
+                continue
+            for path, tensor in tensors.items():
+                member, _, rest = path.partition(".")
+                found.setdefault(member, {})[rest] = tensor
+        return found
+
+    def _join(self, name: str, members: tuple[str, ...]) -> None:
+        told = f"joined({name}={members})"
+        if name in RESERVED or name in self._order or name in self._players:
+            raise ValueError(f"{told}: the name {name!r} is taken; players are {list(self._order)}. Choose another.")
+        if len(set(members)) != len(members) or len(members) < 2:
+            raise ValueError(f"{told}: expected at least two different players.")
+        for member in members:
+            if member not in self._order or member in self._groups or member in self._anticipated:
+                raise ValueError(f"{told}: {member!r} is no player that can be joined; those are {list(self._order)}.")
+        first = min(self._order.index(member) for member in members)
+        if first == 0:
+            raise ValueError(
+                f"{told}: {self._order[0]!r} moves first and has nobody to answer to. Players who lead together need "
+                "no joining: leave them without a response."
+            )
+        together = self._order[first : first + len(members)]
+        if set(together) != set(members):
+            raise ValueError(
+                f"{told}: in the order of play, {list(self._order)}, others move between them. Declare them together."
+            )
+        if any(self._players[member].optimizer_hyper for member in members):
+            raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
+        self._groups = {**self._groups, name: together}
+        self._order = (*self._order[:first], name, *self._order[first + len(members) :])
+        self._initial = {**self._initial, name: {member: self._initial[member] for member in together}}
+        self._structures = {**self._structures, name: structure_of(self._initial[name])}
 
     @contextmanager
     def _swapped(self, buffers: Buffers, arguments: Mapping[str, Any]) -> Iterator[Buffers]:

@@ -256,7 +256,7 @@ class _Run:
             **found["losses"],
         }
         for name in self.followers:
-            record[name] = self._shown_loss(name, found["variables"], self.states)
+            record |= self._shown_losses(name, found["variables"], self.states)
             record[f"{name}.stationarity"] = self.states[name]["stationarity"]
         record |= {"gradients": self._gradients(), "products": self._products(), "seconds": self.seconds}
         record["work"] = record["gradients"] + record["products"]
@@ -289,16 +289,26 @@ class _Run:
     def _buffers(self, states: Mapping[str, Any]) -> Buffers:
         return {**self.buffers, **{name: state["buffers"] for name, state in states.items() if state["buffers"]}}
 
-    def _shown_loss(self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]) -> float:
-        """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used."""
+    def _shown_losses(
+        self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used.
+
+        Of a joint player, its members'.
+        """
         with torch.no_grad(), random_kept(self.game.device):
             if name in self.batches:
                 batch = self.batches[name]
             else:
                 position = states[name]["data"] if name in states else self.positions[name]
                 batch, _ = self.game.draw(name, position)
-            detached = map_leaves(lambda t: t.detach(), dict(variables))
-            return float(self.game.loss(name, detached, batch, self._buffers(states)))
+            detached, buffers = map_leaves(lambda t: t.detach(), dict(variables)), self._buffers(states)
+            members = self.game.members(name)
+            if members == (name,):
+                return {name: float(self.game.loss(name, detached, batch, buffers))}
+            return {
+                m: float(self.game.loss(m, detached, None if batch is None else batch[m], buffers)) for m in members
+            }
 
     def _gradients(self) -> int:
         return self.gradients + sum(int(state["gradients"]) for state in self.states.values())
@@ -375,7 +385,7 @@ class _Run:
         with torch.no_grad(), random_kept(self.game.device), self._gathering(counted=False):
             variables, states = self.respond(point, self.states)
         buffers = self._buffers(states)
-        values = {name: self._shown_loss(name, variables, states) for name in self.game.names}
+        values = {k: v for name in self.game.names for k, v in self._shown_losses(name, variables, states).items()}
         told = []
         for count, last, text, kind in self.warned.values():
             told.append(

@@ -16,10 +16,17 @@ class Problem(Protocol):
     """min over y of f(y), the other players standing still.
 
     `form` is the layout of y; `others` are the other players' variables, detached; `batch` is the present batch.
+    Of several players together the loss is a sum that none of them minimises: only the gradients, each member's own,
+    say where they settle.
     """
 
+    name: str
     form: Structure
     batch: Batch
+
+    @property
+    def joint(self) -> bool:
+        """Whether y is of several players together, so that f is to be ignored."""
 
     @property
     def others(self) -> Mapping[str, Variables]:
@@ -30,6 +37,15 @@ class Problem(Protocol):
 
     def advance(self) -> None:
         """Move on to the next batch."""
+
+
+def refuse_joint(problem: Problem, what: str) -> None:
+    """Raise `TypeError` for a solver that goes by the loss, which several players together do not have."""
+    if problem.joint:
+        raise TypeError(
+            f"{what} minimises one loss, and {problem.name!r} is several players with a loss each. Use "
+            "bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or Adam."
+        )
 
 
 class InnerSolver(ABC):

@@ -1,4 +1,4 @@
-"""Any gradient-based method of scipy.optimize.minimize as an inner solver."""
+"""SciPy's minimisers and its solvers of equations as inner solvers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem
+from bilevel.inner.base import InnerSolver, Problem, refuse_joint
 from bilevel.tree import join
 
 
@@ -35,6 +35,7 @@ class Scipy(InnerSolver):
         import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
         from scipy.optimize import minimize  # noqa: PLC0415
 
+        refuse_joint(problem, f"Scipy({self.method!r})")
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:
@@ -50,4 +51,47 @@ class Scipy(InnerSolver):
         options = {"maxiter": steps, **tight.get(self.method, {}), **self.options}
         start = np.asarray(join(y).detach().to("cpu", torch.float64))
         found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options)
+        return [t.clone() for t in tensors(found.x)], None
+
+
+@dataclass(frozen=True)
+class ScipyRoot(InnerSolver):
+    """A zero of the follower's own gradient by `scipy.optimize.root(method=...)`, in float64 on the CPU.
+
+    What several players who answer together need: their stacked own gradients are no loss's gradient, so that nothing
+    can be minimised. It looks for *any* zero, a maximum too: certify what it finds. `method` is SciPy's name: "hybr"
+    (Powell's; differences for the Jacobian, a hundred unknowns or so), "krylov" or "df-sane" for more. `options` go
+    to SciPy as they are, and win over the response's `steps` and tolerance.
+
+    >>> ScipyRoot().method
+    'hybr'
+    """
+
+    method: str = "hybr"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def minimise(
+        self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
+    ) -> tuple[list[Tensor], Any]:
+        """SciPy's answer; `steps` bounds its iterations, or its evaluations per unknown where it counts those."""
+        import numpy as np  # noqa: PLC0415
+        from scipy.optimize import root  # noqa: PLC0415
+
+        form, like = problem.form, y[0]
+
+        def tensors(point: Any) -> list[Tensor]:
+            return form.split(torch.as_tensor(point, dtype=torch.float64).to(like))
+
+        def residual(point: Any) -> Any:
+            return np.asarray(join(problem.gradients(tensors(point))[1]).detach().to("cpu", torch.float64))
+
+        start = np.asarray(join(y).detach().to("cpu", torch.float64))
+        if float(np.linalg.norm(residual(start))) <= threshold:  # SciPy's own methods divide by it
+            return y, None
+        limits = {
+            "hybr": {"maxfev": steps * (form.size + 1)},
+            "krylov": {"maxiter": steps, "fatol": threshold / form.size**0.5},
+            "df-sane": {"maxfev": steps, "fatol": threshold},
+        }
+        found = root(residual, start, method=self.method, options={**limits.get(self.method, {}), **self.options})
         return [t.clone() for t in tensors(found.x)], None

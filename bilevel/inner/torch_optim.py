@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem
+from bilevel.inner.base import InnerSolver, Problem, refuse_joint
 from bilevel.tree import Variables, join, map_leaves
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -125,6 +125,8 @@ class TorchOptimizer(InnerSolver):
             return float(loss)
 
         searches = isinstance(optimizer, torch.optim.LBFGS)  # it evaluates along a line, on one batch
+        if searches:
+            refuse_joint(problem, "LBFGS")
         for step in range(steps):
             if step:
                 problem.advance()

@@ -76,6 +76,11 @@ class LinearSolver(ABC):
         self._require("atol", 0.0 <= self.atol < math.inf, wanted)
         self._require("damping", 0.0 <= self.damping < math.inf, f"{wanted}; it is added to the diagonal")
 
+    @property
+    def needs_symmetry(self) -> bool:
+        """Whether it refuses a system that is not symmetric."""
+        return False
+
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]` where the method can use it."""

@@ -50,6 +50,11 @@ class ConjugateGradient(LinearSolver):
         super().__post_init__()
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")
 
+    @property
+    def needs_symmetry(self) -> bool:
+        """Its algebra holds for symmetric systems only."""
+        return True
+
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
         self._require_symmetric(operator)

@@ -51,6 +51,11 @@ class Nystrom(LinearSolver):
         self._require("rank", self.rank >= 1, "at least 1, the number of products to spend")
         self._require("damping", self.damping > 0.0, "a positive number: the low-rank part alone has no inverse")
 
+    @property
+    def needs_symmetry(self) -> bool:
+        """Its algebra holds for symmetric systems only."""
+        return True
+
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (N + damping I) u = rhs."""
         self._require_symmetric(operator)

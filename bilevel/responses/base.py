@@ -17,7 +17,7 @@ from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
 from bilevel.randomness import random_kept, random_state
 from bilevel.root import refuse_captures
-from bilevel.tree import Structure, Variables, flatten, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -108,12 +108,19 @@ class Follower:
     def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients of the follower's leaves on the present batch; its module's buffers advance."""
         given = self.others if others is None else others
-        loss, slopes = gradient(lambda *leaves: self.loss(self.form.build(leaves), given, advance_buffers=True), *y)
+        loss, slopes, after = self.game.own_gradients(self.name, y, given, self.batch, self.buffers)
+        if self.buffers:
+            self.buffers = {self.name: after[self.name]}
         self.gradient_count += 1
-        return loss, list(slopes)
+        return loss, slopes
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is several players, who answer together and have no single loss."""
+        return self.game.members(self.name) != (self.name,)
 
     def held_residual(self) -> Callable[..., Tensor]:
-        """F(y, *xs), the loss's gradient, for ever on the present batch, buffers and random numbers."""
+        """F(y, *xs), the own gradients, for ever on the present batch, buffers and random numbers."""
         batch, buffers, random = self.batch, self.buffers, random_state(self.game.device)
 
         def residual(y: Tensor, *xs: Tensor) -> Tensor:
@@ -123,6 +130,9 @@ class Follower:
 
             # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
             with random_kept(self.game.device, start=random):
+                if self.joint:
+                    others = self.input_form.build(xs)
+                    return join(self.game.own_gradients(self.name, self.form.split(y), others, batch, buffers)[1])
                 return gradient(loss, y)[1][0]
 
         return residual

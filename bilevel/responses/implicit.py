@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.autodiff import transforms_active
 from bilevel.data import Batch
-from bilevel.errors import ConvergenceError, NonConvergenceWarning
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.torch_optim import OptimizerFactory
@@ -70,6 +70,13 @@ class Implicit(Response):
         factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
         refuse_optimizer_hyper(self, game, state["follower"], factory)
         refuse_captured(game, state)
+        members = game.members(state["follower"])
+        if len(members) > 1 and self.linear_solver.needs_symmetry:
+            raise NotSymmetricError(
+                f"Implicit: {state['follower']!r} is {list(members)} together, whose own gradients have no symmetric "
+                f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
+                "for a few hundred unknowns."
+            )
         blank = Receipt.blank(flatten(state["variables"]))
         return state | {"optimizer": None, "linear": vars(blank).copy()}
 
@@ -94,7 +101,12 @@ class Implicit(Response):
             receipt.products.zero_()
             after["linear"] = vars(receipt).copy()
         attached = attach(
-            follower.held_residual(), y, follower.xs, linear_solver=self.linear_solver, symmetric=True, receipt=receipt
+            follower.held_residual(),
+            y,
+            follower.xs,
+            linear_solver=self.linear_solver,
+            symmetric=not follower.joint,
+            receipt=receipt,
         )
         return follower.form.unflatten(attached), after
 
