@@ -35,6 +35,7 @@ from bilevel.errors import (
     SingularSystemError,
     UnreliableResponseWarning,
 )
+from bilevel.exploitability import Exploitability, exploitability
 from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, InnerSolver, Scipy, ScipyRoot
 from bilevel.linear import (
@@ -72,6 +73,7 @@ __all__ = [
     "Dynamics",
     "Elementwise",
     "ExhaustedDataError",
+    "Exploitability",
     "Extragradient",
     "Game",
     "Hypernetwork",
@@ -106,6 +108,7 @@ __all__ = [
     "certify",
     "certify_nash",
     "compare",
+    "exploitability",
     "root",
     "solve",
     "testing",

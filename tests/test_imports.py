@@ -31,6 +31,7 @@ MAY = {
     "certificate": {"tree"},
     "held": GAME | {"linear", "responses", "root"},
     "certify": GAME | {"linear", "responses", "solution", "certificate", "held"},
+    "exploitability": GAME | {"inner", "responses", "solution"},
     "compare": GAME | {"inner", "responses", "comparison", "testing"},
 }
 

@@ -19,14 +19,17 @@ class Scipy(InnerSolver):
 
     `method` is SciPy's name of a method that uses gradients ("L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP", ...);
     `options` go to SciPy as they are, and win over the response's `steps` and tolerance where they name
-    `maxiter` or `gtol`. Nothing is remembered between calls but the solution itself.
+    `maxiter` or `gtol`. `bounds` (low, high) hold every entry in a box, where the method can (L-BFGS-B, TNC, SLSQP):
+    an optimum on its walls is not stationary, and `Implicit` then warns. Nothing is remembered between calls but the
+    solution itself.
 
     >>> Scipy("L-BFGS-B", options={"ftol": 0.0})
-    Scipy(method='L-BFGS-B', options={'ftol': 0.0})
+    Scipy(method='L-BFGS-B', options={'ftol': 0.0}, bounds=None)
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    bounds: tuple[float, float] | None = None
 
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
@@ -50,7 +53,8 @@ class Scipy(InnerSolver):
         tight = {"L-BFGS-B": {"gtol": gtol, "ftol": 0.0}, "BFGS": {"gtol": gtol}, "CG": {"gtol": gtol}}
         options = {"maxiter": steps, **tight.get(self.method, {}), **self.options}
         start = np.asarray(join(y).detach().to("cpu", torch.float64))
-        found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options)
+        box = None if self.bounds is None else [self.bounds] * form.size
+        found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options, bounds=box)
         return [t.clone() for t in tensors(found.x)], None
 
 
