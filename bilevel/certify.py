@@ -51,9 +51,10 @@ def certify(
     buffers (the solution's, else the game's).
 
     The conditions: the follower is stationary (relative to the game's start) and its Hessian positive definite; the
-    hypergradient's error is below `tolerance` times |g_x| + |f_yx| |u|; with a `response`, its derivative agrees with
-    the implicit one in fresh directions (cosine >= 0.95, size 0.8 to 1.25); the corrected hypergradient vanishes
-    within `tolerance`; the total second derivative is positive definite. Each is certified, refuted or inconclusive.
+    hypergradient's error is below `tolerance` times |g_x| + |f_yx| |u| (or |g_x| at the game's start, if larger); with
+    a `response`, its derivative agrees with the implicit one in fresh directions (cosine >= 0.95, size 0.8 to 1.25);
+    the corrected hypergradient vanishes within the same; the total second derivative is positive definite. Each is
+    certified, refuted or inconclusive.
 
     What is assumed: f is twice differentiable with a positive-definite Hessian between y and its optimum, and the
     constants, estimated at y1 (mu by Lanczos, S and |f_yx| by random directions and the Newton step), hold there.
@@ -125,7 +126,7 @@ def certify(
     there, left, remark = _corrected(held, here, lanczos_steps)
     estimate = math.nan if there is None else float((h - there.gradient).norm())
     bound = math.inf if there is None else (1.0 + 1e-6) * estimate + left
-    findings.append(_bounded(bound, estimate, here if there is None else there, tolerance, remark))
+    findings.append(_bounded(bound, estimate, _scale(held, here if there is None else there), tolerance, remark))
     if answer is not None:
         findings.append(_faithful(held, answer))
     findings.extend(_leader(held, there, left, tolerance, lanczos_steps))
@@ -229,7 +230,7 @@ def _leader(held: Held, there: Taken | None, left: float, tolerance: float, step
         # Each product is as good as its two linear solves.
         noise = 1e3 * held.rtol * max(abs(found.smallest), abs(found.largest))
         last = _definite(second, found, "of the total second derivative", noise=noise)
-    return [_vanishes(first, there, left, tolerance), last]
+    return [_vanishes(first, there, left, _scale(held, there), tolerance), last]
 
 
 def _small(name: str, norm: float, reference: float, rounding: float, tolerance: float) -> Finding:
@@ -257,22 +258,29 @@ def _definite(
     return Finding(name, standing, smallest, "> 0", f"smallest eigenvalue {what}; {how}; largest {found.largest:.3g}")
 
 
-def _bounded(bound: float, estimate: float, taken: Taken, tolerance: float, note: str) -> Finding:
-    if bound <= tolerance * taken.scale:
+def _scale(held: Held, taken: Taken) -> float:
+    """What a hypergradient is small beside: its own two terms, or where both vanish, |g_x| at the start."""
+    return max(taken.scale, held.leader_reference)
+
+
+def _bounded(bound: float, estimate: float, scale: float, tolerance: float, note: str) -> Finding:
+    if bound <= tolerance * scale:
         standing = CERTIFIED
     else:
         # What the bound adds to the estimate may hide a right answer, or a wrong one.
-        wrong = math.isfinite(bound) and 2.0 * estimate - bound > tolerance * taken.scale
+        wrong = math.isfinite(bound) and 2.0 * estimate - bound > tolerance * scale
         standing = REFUTED if wrong else INCONCLUSIVE
-    remark = f"bound {bound:.3g}, estimate {estimate:.3g}, scale {taken.scale:.3g}" + (f"; {note}" if note else "")
-    return Finding("hypergradient's error", standing, bound / max(taken.scale, 1e-300), f"<= {tolerance:g}", remark)
+    remark = f"bound {bound:.3g}, estimate {estimate:.3g}, scale {scale:.3g}" + (f"; {note}" if note else "")
+    return Finding("hypergradient's error", standing, bound / max(scale, 1e-300), f"<= {tolerance:g}", remark)
 
 
-def _vanishes(name: str, there: Taken, left: float, tolerance: float) -> Finding:
-    size, wanted = float(there.gradient.norm()), tolerance * there.scale
+def _vanishes(name: str, there: Taken, left: float, scale: float, tolerance: float) -> Finding:
+    size, wanted = float(there.gradient.norm()), tolerance * scale
     standing = CERTIFIED if size + left <= wanted else REFUTED if size - left > wanted else INCONCLUSIVE
-    relative = size / max(there.scale, 1e-300)
-    return Finding(name, standing, relative, f"<= {tolerance:g}", "|hypergradient| over |g_x| + |f_yx| |u|")
+    relative = size / max(scale, 1e-300)
+    return Finding(
+        name, standing, relative, f"<= {tolerance:g}", "|hypergradient| over |g_x| + |f_yx| |u|, or |g_x| at the start"
+    )
 
 
 _COSINE, _RATIOS, _DRAWS = 0.95, (0.8, 1.25), 5

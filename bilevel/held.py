@@ -89,6 +89,7 @@ class Held:
         self.seed = seed
         self.generator = torch.Generator(device=self.y.device).manual_seed(seed)
         self.gradients = self.products = 0
+        self.leader_reference = self._leader_at_start()
         self.lowest = math.inf
         """The lowest Rayleigh quotient of the follower's Hessian at the point, over all the products taken with it."""
 
@@ -110,6 +111,20 @@ class Held:
         variables = {**self.held.input_form.build(self._every(mine)), self.follower: self.held.form.unflatten(y)}
         with random_kept(self.game.device, start=self.random):
             return self.game.loss(self.leader, variables, self.batch, self.buffers or None)
+
+    def _leader_at_start(self) -> float:
+        """|g_x| at the start of the game, everybody at init."""
+        start = {name: self.game.initial(name) for name in self.game.names}
+        form, buffers = self.game.structure(self.leader), self.game.buffers()
+
+        def loss(x: Tensor) -> Tensor:
+            with random_kept(self.game.device, start=self.random):
+                loss = self.game.loss(self.leader, {**start, self.leader: form.unflatten(x)}, self.batch, buffers)
+                return loss + 0.0 * x.sum()  # it may depend on the follower alone
+
+        with torch.no_grad():
+            self.gradients += 1
+            return float(gradient(loss, flatten(start[self.leader]))[1][0].norm())
 
     def draw(self, like: Tensor) -> Tensor:
         """A Gaussian direction."""
