@@ -13,7 +13,7 @@ from bilevel.certificate import Certificate, Finding, Standing
 from bilevel.data import Batch
 from bilevel.errors import BilevelError
 from bilevel.game import Game
-from bilevel.held import Answer, Held, Taken, own_spectrum
+from bilevel.held import Answer, Held, Taken, own_gradient
 from bilevel.linear.lanczos import Spectrum
 from bilevel.responses import Response
 from bilevel.responses.base import State
@@ -177,8 +177,9 @@ def certify_nash(
     findings, products = [], 0
     for name in game.names:
         batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
-        norm, found = own_spectrum(game, name, variables, batch, buffers, steps=lanczos_steps, seed=seed)
-        reference, _ = own_spectrum(game, name, start, batch, game.buffers(), steps=0, seed=seed)
+        norm, spectrum = own_gradient(game, name, variables, batch, buffers)
+        reference, _ = own_gradient(game, name, start, batch, game.buffers())
+        found = spectrum(lanczos_steps, seed)
         size = float(flatten(variables[name]).norm())
         rounding = 100.0 * torch.finfo(flatten(variables[name]).dtype).eps * found.largest * size
         findings.append(_small(f"{name}: first order", norm, reference, rounding, tolerance))

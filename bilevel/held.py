@@ -273,10 +273,10 @@ class _Counted(LinearSolver):
         return found
 
 
-def own_spectrum(
-    game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers, *, steps: int, seed: int
-) -> tuple[float, Spectrum]:
-    """A player's own gradient's norm and the spectrum of its own Hessian, all else held."""
+def own_gradient(
+    game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+) -> tuple[float, Callable[[int, int], Spectrum]]:
+    """A player's own gradient's norm, all else held; and the spectrum of its own Hessian, for `steps` and a seed."""
     form, random = game.structure(name), random_state(game.device)
 
     def slope(y: Tensor) -> Tensor:
@@ -287,9 +287,13 @@ def own_spectrum(
     y = flatten(variables[name]).detach()
     with torch.no_grad():
         value, products = pullback(slope, y)
-        operator = LinearOperator(lambda v: products(v)[0], symmetric=True)
-        found = extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=seed)
-    return float(value.detach().norm()), found
+
+    def spectrum(steps: int, seed: int) -> Spectrum:
+        with torch.no_grad():
+            operator = LinearOperator(lambda v: products(v)[0], symmetric=True)
+            return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=seed)
+
+    return float(value.detach().norm()), spectrum
 
 
 def _steps(steps: int, like: Tensor) -> int:

@@ -267,3 +267,22 @@ def test_far_from_the_optimum_it_says_that_it_does_not_know():
     assert found.by_name["hypergradient's error"].standing is INCONCLUSIVE
     assert found.by_name["leader's first order"].standing is INCONCLUSIVE, str(found)
     assert found.error_bound == float("inf")
+
+
+def test_nash_of_more_unknowns_than_are_searched_whole():
+    size = 3000
+    stiff = torch.linspace(1.0, 3.0, size, dtype=D)
+    turn = torch.linspace(-1.0, 1.0, size, dtype=D)
+    game = bl.Game(
+        x=bl.Player(lambda x, y: 0.5 * (stiff * x.square()).sum() + (turn * x * y).sum(), torch.ones(size, dtype=D)),
+        y=bl.Player(lambda x, y: 0.5 * (stiff * y.square()).sum() - (turn * x * y).sum(), torch.ones(size, dtype=D)),
+    )
+    found = bl.certify_nash(game, {name: torch.zeros(size, dtype=D) for name in "xy"})
+    assert found.standing is CERTIFIED, str(found)
+    assert found.products == 60  # 30 a player
+    stiff[1234] = -1.0
+    refuted = bl.certify_nash(game, {name: torch.zeros(size, dtype=D) for name in "xy"})
+    assert refuted.by_name["x: second order"].standing is REFUTED
+    stiff[1234] = 1e-4
+    near = bl.certify_nash(game, {name: torch.zeros(size, dtype=D) for name in "xy"})
+    assert near.by_name["x: second order"].standing is INCONCLUSIVE
