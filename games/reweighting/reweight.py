@@ -31,8 +31,8 @@ class Reweighted:
     """What `reweight` learned.
 
     `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `model`, a copy of the one
-    given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader` weigh other examples: `weigh(inputs, labels)`.
-    `solution` is the run, with its history, residuals, work, seconds and warnings.
+    given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader`
+    weigh other examples: `weigh(inputs, labels)`. `solution` is the run, with its history, residuals, work, seconds and warnings.
     """
 
     weights: Tensor
