@@ -32,7 +32,8 @@ class Reweighted:
 
     `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `model`, a copy of the one
     given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader`
-    weigh other examples: `weigh(inputs, labels)`. `solution` is the run, with its history, residuals, work, seconds and warnings.
+    weigh other examples: `weigh(inputs, labels)`. `solution` is the run: its history,
+    residuals, work, seconds and warnings.
     """
 
     weights: Tensor
