@@ -1,0 +1,1 @@
+"""Generators and discriminators as leaders and followers."""
