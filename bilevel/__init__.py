@@ -10,16 +10,21 @@ from bilevel.certify import certify, certify_nash
 from bilevel.compare import compare
 from bilevel.comparison import Comparison
 from bilevel.dynamics import (
+    LOLA,
     Alternating,
     Competitive,
     Consensus,
     Dynamics,
+    ExactLOLA,
     Extragradient,
+    FollowTheRidge,
     LookAhead,
     NegativeMomentum,
     Optimistic,
     Simultaneous,
     SymplecticAdjustment,
+    TotalGradient,
+    TwoTimescale,
 )
 from bilevel.errors import (
     BilevelError,
@@ -56,6 +61,7 @@ from bilevel.solve import solve
 
 __all__ = [
     "GMRES",
+    "LOLA",
     "MLP",
     "Alternating",
     "BilevelError",
@@ -72,9 +78,11 @@ __all__ = [
     "Dense",
     "Dynamics",
     "Elementwise",
+    "ExactLOLA",
     "ExhaustedDataError",
     "Exploitability",
     "Extragradient",
+    "FollowTheRidge",
     "Game",
     "Hypernetwork",
     "Identity",
@@ -103,6 +111,8 @@ __all__ = [
     "Solution",
     "Standing",
     "SymplecticAdjustment",
+    "TotalGradient",
+    "TwoTimescale",
     "UnreliableResponseWarning",
     "Unrolled",
     "certify",

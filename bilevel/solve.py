@@ -209,20 +209,28 @@ class _Run:
         found: dict[str, Any] = {}
         random = random_state(self.game.device)
 
+        def play(point: Mapping[str, list[Tensor]], wanted: Sequence[str]) -> dict[str, Tensor]:
+            """The wanted players' losses at a point, on this step's batches, random numbers and states."""
+            if "losses" in found:  # again within the step: the same dropout masks as the first time
+                set_random_state(random, self.game.device)
+            trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
+            variables, states = self.respond(trees, self.states)
+            buffers = self._buffers(states)
+            losses = {}
+            for name in self.leaders if "losses" not in found else wanted:
+                losses[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
+                advanced = {n: b for n, b in after.items() if n in self.leaders and b}
+            if "losses" not in found:  # what the step is remembered by is where the players are
+                found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
+                found["variables"], found["states"], found["buffers"] = variables, states, advanced
+            return losses
+
         def evaluate(
             point: Mapping[str, list[Tensor]], wanted: Sequence[str], differentiable: bool
         ) -> dict[str, list[Tensor]]:
-            """The wanted players' own gradients at a point, on this step's batches, random numbers and states."""
-            if "losses" in found:  # again within the step: the same dropout masks as the first time
-                set_random_state(random, self.game.device)
+            """The wanted players' own gradients there."""
             with torch.enable_grad(), self._gathering():
-                trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
-                variables, states = self.respond(trees, self.states)
-                buffers = self._buffers(states)
-                losses, slopes = {}, {}
-                for name in self.leaders if "losses" not in found else wanted:
-                    losses[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
-                    advanced = {n: b for n, b in after.items() if n in self.leaders and b}
+                losses, slopes = play(point, wanted), {}
                 for name in wanted:
                     grads = torch.autograd.grad(
                         losses[name],
@@ -234,15 +242,19 @@ class _Run:
                     )
                     slopes[name] = self._known(name, point[name], grads)
                     self.gradients += 1
-            if "losses" not in found:  # what the step is remembered by is where the players are
-                found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
-                found["variables"], found["states"], found["buffers"] = variables, states, advanced
             return slopes
+
+        def losses(point: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+            """Everybody's losses there, differentiable."""
+            self.gradients += len(self.leaders)
+            with torch.enable_grad():
+                return play(point, self.leaders)
 
         moving = [(name,) for name in self.leaders] if self.dynamics.alternates else [tuple(self.leaders)]
         norms, memory = [], self.memory
         for movers in moving:
-            directions, memory = self.dynamics.directions(Field(evaluate, self.points, movers), memory)
+            with self._gathering():
+                directions, memory = self.dynamics.directions(Field(evaluate, self.points, movers, losses), memory)
             self.whole = False
             norms += [self._apply(name, directions[name]) for name in movers]
         self.memory, self.buffers = memory, found["buffers"]

@@ -14,6 +14,9 @@ Leaves = dict[str, list[Tensor]]
 Evaluate = Callable[[Mapping[str, list[Tensor]], Sequence[str], bool], dict[str, list[Tensor]]]
 """From everybody's leaves to the named players' own gradients; with True, such that can be differentiated again."""
 
+Losses = Callable[[Mapping[str, list[Tensor]]], dict[str, Tensor]]
+"""From everybody's leaves to everybody's loss, differentiable in all of them."""
+
 
 class Field:
     """xi(z): each player's gradient of its own loss in its own variables, stacked `[n]`; J `[n, n]` its Jacobian.
@@ -23,9 +26,14 @@ class Field:
     """
 
     def __init__(
-        self, evaluate: Evaluate, point: Mapping[str, list[Tensor]], movers: Sequence[str] | None = None
+        self,
+        evaluate: Evaluate,
+        point: Mapping[str, list[Tensor]],
+        movers: Sequence[str] | None = None,
+        losses: Losses | None = None,
     ) -> None:
         self._evaluate = evaluate
+        self._losses = losses
         self.movers = tuple(point if movers is None else movers)
         self.point = {name: [leaf.detach() for leaf in leaves] for name, leaves in point.items()}
 
@@ -48,6 +56,19 @@ class Field:
         tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in self.point.items()}
         with torch.enable_grad():
             return Jacobian(tracked, self._evaluate(tracked, self.names, True))
+
+    def losses(self, point: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Everybody's loss at a point, differentiable in everybody's leaves; counted as one gradient of each.
+
+        For rules that need how one player's variables move another's loss, which own gradients do not tell.
+        """
+        if self._losses is None:
+            raise ValueError("This Field was built without losses=, which the rule needs.")
+        return self._losses(point)
+
+    def tracked(self) -> Leaves:
+        """Fresh leaves where the players are, that require grad."""
+        return {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in self.point.items()}
 
     def stack(self, leaves: Mapping[str, list[Tensor]]) -> Tensor:
         """One vector `[n]` of everybody's leaves, in order of play."""
@@ -118,6 +139,29 @@ class Jacobian:
     def antisymmetric(self, vector: Tensor) -> Tensor:
         """A v = (J v - J'v) / 2."""
         return 0.5 * (self.matvec(vector) - self.transposed(vector))
+
+    def between(self, rows: Sequence[str], columns: Sequence[str], vector: Tensor) -> Tensor:
+        """J_rc v: how the own gradients of players `rows` change when players `columns` move by v."""
+        return self.part(self.matvec(self._spread(columns, vector)), rows)
+
+    def between_transposed(self, rows: Sequence[str], columns: Sequence[str], vector: Tensor) -> Tensor:
+        """J_rc'v, for v of the players `rows`; of the size of the players `columns`."""
+        return self.part(self.transposed(self._spread(rows, vector)), columns)
+
+    def part(self, vector: Tensor, names: Sequence[str]) -> Tensor:
+        """What of a vector `[n]` belongs to these players."""
+        parts = self._split(vector)
+        return join([part for name in names for part in parts[name]])
+
+    def _spread(self, names: Sequence[str], vector: Tensor) -> Tensor:
+        sizes = [leaf.numel() for name in names for leaf in self.leaves[name]]
+        parts = iter(torch.split(vector, sizes))
+        whole = []
+        for name in self.names:
+            whole += [
+                next(parts) if name in names else torch.zeros_like(leaf).reshape(-1) for leaf in self.leaves[name]
+            ]
+        return join(whole)
 
     def _flat(self, leaves: Mapping[str, list[Tensor]]) -> Tensor:
         return join([leaf for name in self.names for leaf in leaves[name]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -42,3 +43,30 @@ class Alternating(Dynamics):
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The field itself, for whoever is to move."""
         return field.here(), state
+
+
+@final
+@dataclass(frozen=True)
+class TwoTimescale(Dynamics):
+    """Gradient play at different speeds: player i descends ratio_i times its own gradient. One gradient of each a step.
+
+    `ratios`: by player; who is not named moves at 1. A follower much faster than its leader is nearly at its best
+    response whenever the leader moves. With an optimiser that normalises (Adam) a ratio has no effect: give
+    `solve(optimizer={"x": ..., "y": ...})` different rates instead, which do the same for SGD.
+    Source: Heusel et al. 2017 (arXiv 1706.08500).
+    """
+
+    ratios: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, ratio in self.ratios.items():
+            if not 0.0 < ratio < float("inf"):
+                raise ValueError(f"TwoTimescale: the ratio of {name!r} is {ratio}; expected a positive finite number.")
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """Each player's share of the field, scaled."""
+        unknown = sorted(set(self.ratios) - set(field.names))
+        if unknown:
+            raise ValueError(f"TwoTimescale: ratios names {unknown}; those who play at once are {list(field.names)}.")
+        slopes = field.here()
+        return {name: [self.ratios.get(name, 1.0) * leaf for leaf in slopes[name]] for name in slopes}, state

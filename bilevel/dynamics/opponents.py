@@ -1,0 +1,95 @@
+"""Rules of players who shape each other's learning: they differentiate through the others' next gradient step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.dynamics.base import Dynamics, State
+from bilevel.dynamics.field import Field, Leaves
+
+
+@final
+@dataclass(frozen=True)
+class LOLA(Dynamics):
+    r"""Learning with opponent-learning awareness, to first order in the others' step.
+
+        player i descends the gradient in z_i of  L_i - a sum_{j != i} <grad_j L_i, grad_j L_j>
+
+    which is (I - a J_o) xi - a chi: look-ahead, and the term chi_i = sum_j J_ji' grad_j L_i that shapes how the others
+    learn. Its fixed points need not be the game's (`LookAhead`'s are). Costs n^2 + n gradients of n players, and one
+    backward pass through them for each. Source: Foerster et al. 2017 (arXiv 1709.04326); Letcher et al. 2019
+    (arXiv 1811.08469).
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        _positive(self, self.step_size)
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """The gradient of each player's own Taylor expansion."""
+        with torch.enable_grad():
+            point = field.tracked()
+            losses = field.losses(point)
+            own = {name: _slopes(losses[name], point[name]) for name in field.names}
+            found = {}
+            for name in field.names:
+                shaped = losses[name]
+                for other in field.names:
+                    if other != name:
+                        crossed = _slopes(losses[name], point[other])
+                        pairs = zip(crossed, own[other], strict=True)
+                        shaped = shaped - self.step_size * torch.stack([(a * b).sum() for a, b in pairs]).sum()
+                found[name] = _last(shaped, point[name])
+        return found, state
+
+
+@final
+@dataclass(frozen=True)
+class ExactLOLA(Dynamics):
+    r"""Learning with opponent-learning awareness, through the others' very step instead of its first order.
+
+        player i descends the gradient in z_i of  L_i(z_i, z_j - a grad_j L_j(z) for all j != i)
+
+    It differs from `LOLA` by terms of order a^2. Costs an evaluation of all losses at n + 1 points and a backward pass
+    through two for each player. Source: Foerster et al. 2017 (arXiv 1709.04326), eq. 4.2.
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        _positive(self, self.step_size)
+
+    def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
+        """The gradient of each player's loss after the others' step."""
+        with torch.enable_grad():
+            point = field.tracked()
+            losses = field.losses(point)
+            moved: Leaves = {}
+            for name in field.names:
+                steps = zip(point[name], _slopes(losses[name], point[name]), strict=True)
+                moved[name] = [leaf - self.step_size * slope for leaf, slope in steps]
+            found = {}
+            for name in field.names:
+                there = {other: point[name] if other == name else moved[other] for other in field.names}
+                found[name] = _last(field.losses(there)[name], point[name])
+        return found, state
+
+
+def _positive(rule: Dynamics, step_size: float) -> None:
+    if not 0.0 < step_size < float("inf"):
+        raise ValueError(f"{type(rule).__name__}: step_size={step_size}; expected a positive finite number.")
+
+
+def _slopes(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True))
+
+
+def _last(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return [slope.detach() for slope in torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)]
