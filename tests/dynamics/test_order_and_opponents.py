@@ -42,7 +42,7 @@ def test_the_tandem_ends_where_the_books_say(rule, total):
 
 
 def dilemma(seed):
-    """The iterated prisoner's dilemma, discount .96: logits of cooperation after start, CC, CD, DC, DD; sums of years."""
+    """The iterated prisoner's dilemma, discount .96: logits of cooperation after start, CC, CD, DC, DD."""
     draw = torch.randn(2, 5, dtype=D, generator=torch.Generator().manual_seed(seed))
     years = torch.tensor([1.0, 3.0, 0.0, 2.0], dtype=D)  # of the first, after CC, CD, DC, DD
 
@@ -117,7 +117,11 @@ def total_matrix(A, B, C):
 
 def drawn(n, m, count, seed):
     generator = torch.Generator().manual_seed(seed)
-    symmetric = lambda k: (lambda r: 0.5 * (r + r.mT))(torch.randn(count, k, k, dtype=D, generator=generator))
+
+    def symmetric(k):
+        raw = torch.randn(count, k, k, dtype=D, generator=generator)
+        return 0.5 * (raw + raw.mT)
+
     A = symmetric(n) + torch.eye(n, dtype=D)
     C = symmetric(m) - torch.eye(m, dtype=D)
     return A, torch.randn(count, n, m, dtype=D, generator=generator), C

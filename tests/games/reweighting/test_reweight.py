@@ -1,7 +1,9 @@
 """Example weights: the hypergradient against retraining, wrong labels found, resuming, and what is refused."""
 
+import importlib.util
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +204,19 @@ def test_the_command(tmp_path):
 def test_the_command_refuses():
     done = CliRunner().invoke(app, ["reweight", "--case", "none"])
     assert done.exit_code == 2 and CASES[0].name in done.output
+
+
+def test_the_page_says_what_its_file_says():
+    root = Path(__file__).resolve().parents[3]
+    script = importlib.util.spec_from_file_location("reweighting_page", root / "docs/figures/reweighting.py")
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    page = (root / "docs/reweighting.md").read_text(encoding="utf-8")
+    assert module.told(page) == page, "run python docs/figures/reweighting.py"
+    found = medians(read(root / "docs/reweighting/results.json"))
+    assert list(found) == [case.name for case in CASES]
+    assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
+    assert found["symmetric 0.4"]["per example"]["recovered"] >= 0.8
+    for case in ("symmetric 0.4", "symmetric 0.6", "class-dependent 0.4"):
+        for name in ("per example", "network"):
+            assert found[case][name]["accuracy"] > max(found[case][n]["accuracy"] for n in ("plain", "clean set alone"))
