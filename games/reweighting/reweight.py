@@ -98,7 +98,7 @@ class Reweighted:
             axes = figure.add_subplot(lines, columns, place + 1)
             axes.imshow(self.inputs[index].reshape(rows, across).cpu().numpy(), cmap="gray_r")
             label = int(self.labels[index])
-            axes.set_title(f"{classes[label] if classes else label}  {float(self.weights[index]):.2f}", fontsize=SMALL)
+            axes.set_title(f"{classes[label] if classes else label}  {float(self.weights[index]):.1g}", fontsize=SMALL)
             axes.axis("off")
         target = Path(path)
         figure.savefig(target, dpi=110)
