@@ -1,0 +1,1 @@
+"""Oligopolies, tolls and contracts, each with its answer in closed form."""
