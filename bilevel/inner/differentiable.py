@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, optim
+from torch.overrides import TorchFunctionMode
 
 from bilevel.inner.torch_optim import Memory, OptimizerFactory, build
 from bilevel.tree import Variables
@@ -139,7 +140,8 @@ class DifferentiableOptimizer:
             }
         if isinstance(optimizer, optim.NAdam) and torch.get_default_dtype() != torch.float64:
             self._round_as_nadam(fresh)
-        optimizer.step()
+        with _SquareRootsAtZero():
+            optimizer.step()
         self.memory = [dict(optimizer.state[parameter]) for parameter in fresh]
         for parameter in fresh:
             parameter.grad = None
@@ -153,6 +155,28 @@ class DifferentiableOptimizer:
                 decay = 0.96 ** ((float(state["step"]) + 1.0) * group["momentum_decay"])
                 mu = group["betas"][0] * (1.0 - 0.5 * decay)
                 state["mu_product"] = (state["mu_product"].float() * mu).double() / mu
+
+
+class _SquareRootsAtZero(TorchFunctionMode):
+    r"""Gives square roots a derivative of 0 at exactly 0, where torch's is infinite and makes 0 * inf = NaN.
+
+    An entry whose gradient was 0 since the start (a dead ReLU, an unused class) has v = 0, and Adam's step
+    c g / (c' sqrt(v) + eps), v ~ g^2, has the derivative c / eps at g = 0: that of its numerator alone.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.sqrt, Tensor.sqrt) and not kwargs and args[0].requires_grad:
+            zero = args[0] == 0
+            return torch.where(zero, 0.0, torch.where(zero, 1.0, args[0]).sqrt())
+        if func is Tensor.sqrt_ and not kwargs and args[0].requires_grad:
+            return args[0].copy_(self.__torch_function__(Tensor.sqrt, types, (args[0].clone(),)))
+        return func(*args, **(kwargs or {}))
 
 
 def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:

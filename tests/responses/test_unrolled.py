@@ -195,3 +195,43 @@ def test_leaving_the_domain_of_the_loss_raises():
     game, response = known.game(), bl.Unrolled(partial(optim.SGD, lr=40.0), steps=2)
     with pytest.raises(bl.NonFiniteError, match="left its domain"):
         response(game, {"x": known.x0}, response.init(game))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Adam, lr=0.1),
+        partial(torch.optim.Adam, lr=0.1, amsgrad=True),
+        partial(torch.optim.AdamW, lr=0.1),
+        partial(torch.optim.RMSprop, lr=0.1),
+        partial(torch.optim.RMSprop, lr=0.1, centered=True),
+        partial(torch.optim.Adagrad, lr=0.1),
+        partial(torch.optim.NAdam, lr=0.1),
+        partial(torch.optim.RAdam, lr=0.1),
+        partial(torch.optim.Adamax, lr=0.1),
+        partial(torch.optim.Adadelta, lr=1.0),
+    ],
+    ids=lambda o: f"{o.func.__name__}{''.join(k for k in o.keywords if k != 'lr')}",
+)
+def test_an_entry_without_any_gradient_leaves_the_hypergradient_whole(optimizer):
+    """Behind a dead ReLU a weight's gradient is exactly 0, where Adam's square root has no derivative in torch."""
+    start = torch.tensor([0.3, -0.2, 0.5, -1.0], dtype=D)
+
+    def follow(x, y):
+        dead = (y[2] * torch.relu(y[3]) - x).square()
+        return (y[:2] - x * y[:2].roll(1) - x).square().sum() + dead
+
+    game = bl.Game(x=bl.Player(lambda y: y.square().sum(), torch.tensor(0.7, dtype=D)), y=bl.Player(follow, start))
+    response = bl.Unrolled(optimizer, steps=8)
+
+    def value(x):
+        y, _ = response(game, {"x": x}, response.init(game))
+        return game.loss("x", {"x": x, "y": y})
+
+    x = torch.tensor(0.7, dtype=D, requires_grad=True)
+    (found,) = torch.autograd.grad(value(x), x)
+    step = 1e-5
+    with torch.no_grad():
+        wanted = (value(x + step) - value(x - step)) / (2.0 * step)
+    # Central differences of a smooth function of size one: step ** 2 and 1e-16 / step.
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-8)
