@@ -150,7 +150,7 @@ class _Run:
         self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
         self.positions = {name: game.start(name, seed) for name in self.leaders}
         self.batches: dict[str, Any] = {}
-        self.step_count, self.seconds, self.gradients = 0, 0.0, 0
+        self.step_count, self.seconds, self.gradients, self.products = 0, 0.0, 0, 0
         self.history: list[Record] = []
         self.whole, self.seed = True, seed
         self.memory: dict[str, Any] = {}  # of the dynamics
@@ -254,8 +254,10 @@ class _Run:
         norms, memory = [], self.memory
         for movers in moving:
             with self._gathering():
-                directions, memory = self.dynamics.directions(Field(evaluate, self.points, movers, losses), memory)
+                field = Field(evaluate, self.points, movers, losses)
+                directions, memory = self.dynamics.directions(field, memory)
             self.whole = False
+            self.products += field.products
             norms += [self._apply(name, directions[name]) for name in movers]
         self.memory, self.buffers = memory, found["buffers"]
         self.states, self.positions = found["states"], positions
@@ -326,7 +328,7 @@ class _Run:
         return self.gradients + sum(int(state["gradients"]) for state in self.states.values())
 
     def _products(self) -> int:
-        return sum(
+        return self.products + sum(
             int(state["products"]) + int(state["linear"]["products"] if "linear" in state else 0)
             for state in self.states.values()
         )
@@ -366,6 +368,7 @@ class _Run:
             "history": self.history,
             "warned": self.warned,
             "gradients": self.gradients,
+            "products": self.products,
             "seconds": self.seconds,
         }
 
@@ -387,7 +390,8 @@ class _Run:
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(saved["schedulers"][name])
         set_random_state(saved["random"], self.game.device)
-        self.step_count, self.seconds, self.gradients = saved["step"], saved["seconds"], saved["gradients"]
+        self.step_count, self.seconds = saved["step"], saved["seconds"]
+        self.gradients, self.products = saved["gradients"], saved["products"]
         self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
         self.history, self.warned, self.memory = saved["history"], saved["warned"], saved["memory"]
 

@@ -36,6 +36,8 @@ class Field:
         self._losses = losses
         self.movers = tuple(point if movers is None else movers)
         self.point = {name: [leaf.detach() for leaf in leaves] for name, leaves in point.items()}
+        self.products = 0
+        """How many products with a player's rows of J have been asked for."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,7 +57,10 @@ class Field:
         """xi and J where the players are, on one retained graph."""
         tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in self.point.items()}
         with torch.enable_grad():
-            return Jacobian(tracked, self._evaluate(tracked, self.names, True))
+            return Jacobian(tracked, self._evaluate(tracked, self.names, True), self._count)
+
+    def _count(self, products: int) -> None:
+        self.products += products
 
     def losses(self, point: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """Everybody's loss at a point, differentiable in everybody's leaves; counted as one gradient of each.
@@ -87,11 +92,13 @@ class Jacobian:
 
     Block (i, j) is the derivative of player i's own gradient in player j's variables. S and A are its symmetric and
     antisymmetric parts, J_o what lies off the diagonal blocks. A transposed product costs one backward pass of all
-    gradients, a plain one two, those of the diagonal one for each player.
+    gradients, a plain one two, those of the diagonal one for each player; each is told to `count` as one product for
+    each player.
     """
 
     leaves: Leaves
     slopes: Leaves
+    count: Callable[[int], object] = lambda products: None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,10 +112,12 @@ class Jacobian:
 
     def transposed(self, vector: Tensor) -> Tensor:
         """J'v."""
+        self.count(len(self.names))
         return self._pull(vector).detach()
 
     def matvec(self, vector: Tensor) -> Tensor:
         """J v, by differentiating w -> J'w, which is linear in w, along v."""
+        self.count(len(self.names))
         with torch.enable_grad():
             w = torch.zeros_like(vector).requires_grad_()
             pulled = self._pull(w, create_graph=True)
@@ -119,6 +128,7 @@ class Jacobian:
 
     def diagonal(self, vector: Tensor) -> Tensor:
         """The own Hessians' products: block diag(J) v."""
+        self.count(len(self.names))
         parts, out = self._split(vector), []
         for name in self.names:
             out += self._grads(self.slopes[name], self.leaves[name], parts[name])

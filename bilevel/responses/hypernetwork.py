@@ -47,7 +47,7 @@ class Hypernetwork(Response):
     `scale` is the perturbations' standard deviation, in the leader's own units (.1 to .5 on log or logit scales);
     s = scale * sqrt(n) for n others' entries, so that a network sees inputs of norm one and learns as fast as w0.
     `network` is `Linear()`, `LowRank(rank)`, `MLP(hidden)`, `Elementwise()`, any callable `(inputs, outputs) ->
-    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied).
+    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied; its buffers are constants).
 
     Each call takes `steps` steps of fitting at the present leader, `warmup` more before the first answer. Together
     they are the paper's algorithms: `Hypernetwork(opt, scale=1.5, network=MLP((50,)), warmup=5000, steps=0,
@@ -126,8 +126,9 @@ class Hypernetwork(Response):
         with random_kept(start=seed):
             network = self._module(x.numel(), w0.numel()).to(w0)
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+        constants = {name: b.detach().clone() for name, b in network.named_buffers()}
         self._skeletons[(x.numel(), w0.numel())] = network.to("meta")
-        probe = functional_call(network, weights, (torch.zeros_like(x),))
+        probe = functional_call(network, weights | constants, (torch.zeros_like(x),))
         if probe.shape != w0.shape:
             raise ValueError(
                 f"Hypernetwork: the network maps [{x.numel()}] to {list(probe.shape)}; expected [{w0.numel()}], the "
@@ -139,6 +140,7 @@ class Hypernetwork(Response):
             "centre": x.clone(),
             "w0": w0,
             "network": weights,
+            "constants": constants,
             "optimizer": None,
             "scheduler": None,
             "generator": generator.get_state(),
@@ -191,11 +193,12 @@ class Hypernetwork(Response):
         network = self._skeleton(state, x.shape[-1])
         # Inputs in units of a perturbation's length: the network's rate of learning is then w0's.
         unit = (self.scale if self.scale > 0.0 else 1.0) * x.shape[-1] ** 0.5
+        weights = state["network"] | state["constants"]
         if not self.centred:
-            return state["w0"] + functional_call(network, state["network"], (x / unit,))  # type: ignore[no-any-return]
+            return state["w0"] + functional_call(network, weights, (x / unit,))  # type: ignore[no-any-return]
         # The origin rides along as one more row: a second pass would cost a second gradient of every weight.
         moves = torch.cat([(x - centre).reshape(-1, centre.numel()) / unit, torch.zeros_like(centre)[None]])
-        moved = functional_call(network, state["network"], (moves,))
+        moved = functional_call(network, weights, (moves,))
         return state["w0"] + (moved[:-1] - moved[-1]).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def _skeleton(self, state: State, inputs: int) -> nn.Module:
@@ -223,7 +226,7 @@ class Hypernetwork(Response):
 
         def expected_loss(w0: Tensor, *network: Tensor) -> Tensor:
             points = self._points(follower, x, state, generator)
-            fitted = {"w0": w0, "network": dict(zip(names, network, strict=True))}
+            fitted = {"w0": w0, "network": dict(zip(names, network, strict=True)), "constants": state["constants"]}
             return self._losses(follower, points, self._map(fitted, points, start)).mean()
 
         fits = self.steps + (self.warmup if state["fits"] == 0 else 0)
@@ -244,7 +247,8 @@ class Hypernetwork(Response):
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-        fitted = {"w0": parameters[0], "network": dict(zip(names, parameters[1:], strict=True))}
+        network = dict(zip(names, parameters[1:], strict=True))
+        fitted = {"w0": parameters[0], "network": network, "constants": state["constants"]}
         stationarity, residual = self._examine(follower, fitted, x, start, generator)
         if self.tolerance is not None and self.scale > 0.0:
             self._warn(follower, state["fits"] + fits, residual, follower.relative(stationarity, state))

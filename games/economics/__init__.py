@@ -1,1 +1,1 @@
-"""Oligopolies, tolls and contracts, each with its answer in closed form."""
+"""Oligopolies, tolls, contracts and security games, each with its answer in closed form."""

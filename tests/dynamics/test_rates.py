@@ -195,3 +195,21 @@ def test_bad_options_are_refused():
     for make in (lambda: Extragradient(0.0), lambda: Consensus(-1.0), lambda: NegativeMomentum(0.5)):
         with pytest.raises(ValueError, match="expected"):
             make()
+
+
+def test_products_with_the_jacobian_are_counted_and_survive_a_checkpoint(tmp_path):
+    """Two players, one product each a pass: J'v is 2, J_o v is J v and the diagonal, 4."""
+    game = bl.Game(
+        x=bl.Player(lambda x, y: x @ y, torch.ones(2, dtype=torch.float64)),
+        y=bl.Player(lambda x, y: -(x @ y), torch.ones(2, dtype=torch.float64)),
+    )
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.1)}
+    for dynamics, a_step in ((bl.Simultaneous(), 0), (bl.LookAhead(0.1), 4), (bl.SymplecticAdjustment(), 2)):
+        found = bl.solve(game, steps=3, dynamics=dynamics, **options)
+        assert found.products >= 3 * a_step, dynamics
+        assert (found.products == 0) == (a_step == 0)
+        assert found.history[-1]["work"] == found.gradients + found.products
+    file, dynamics = tmp_path / "run.pt", bl.LookAhead(0.1)
+    bl.solve(game, steps=2, dynamics=dynamics, checkpoint=file, **options)
+    resumed = bl.solve(game, steps=5, dynamics=dynamics, checkpoint=file, **options)
+    assert resumed.products == bl.solve(game, steps=5, dynamics=dynamics, **options).products

@@ -290,3 +290,28 @@ def test_a_scheduler_that_is_none_is_refused():
     response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), scheduler=lambda optimizer: 0.5)
     with pytest.raises(TypeError, match=r"scheduler\(optimizer\) returned a float"):
         response(game(), {"x": torch.ones(3, dtype=D)}, response.init(game()))
+
+
+class Fixed(nn.Module):
+    """A network on features that are not learned, which it keeps as a buffer."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.register_buffer("features", torch.eye(inputs, dtype=D) * 2.0)
+        self.map = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, inputs):
+        return self.map(inputs @ self.features)
+
+
+def test_a_network_keeps_its_buffers(tmp_path):
+    response = bl.Hypernetwork(partial(optim.Adam, lr=0.02), scale=0.3, network=Fixed, warmup=1500, perturbations=2)
+    found, _, state = jacobian(response, game(), torch.ones(3, dtype=D))
+    assert torch.allclose(found, JACOBIAN, atol=0.05)
+    torch.save(state, tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    fresh = copy.deepcopy(response)  # knows nothing but the state
+    assert torch.equal(
+        jacobian(fresh, game(), torch.ones(3, dtype=D), again)[0],
+        jacobian(response, game(), torch.ones(3, dtype=D), state)[0],
+    )

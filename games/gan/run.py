@@ -1,0 +1,132 @@
+"""One run of a generator against a discriminator by one method, for a given amount of work."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import bilevel as bl
+from games.gan.adversarial import Draws, adversarial_game, perceptron
+from games.gan.methods import METHODS, Setting
+from games.gan.mixtures import Mixture, grid, ring
+from games.paper.experiment import Result, Source
+
+AVERAGING = 0.995
+"""Share of the averaged generator that a step keeps: samples come from weights averaged over some 200 steps."""
+
+LATENT, WIDTH = 2, 128
+
+
+def mixtures() -> dict[str, Mixture]:
+    """By the names that runs have."""
+    return {"ring": ring(), "grid": grid()}
+
+
+def play(
+    game: bl.Game,
+    method: str,
+    setting: Setting,
+    generator: nn.Module,
+    latent: int,
+    *,
+    evaluations: int,
+    seed: int,
+    moments: int,
+    look: Callable[[dict[str, Tensor]], Result],
+) -> list[Result]:
+    """Play for `evaluations` gradients and products; `look(averaged weights of the generator)` `moments` times.
+
+    Each entry is what `look` returned with its `work`, `seconds` and `step`. The generator's rate, and the
+    discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what it had: its last entry
+    has `failure`.
+    """
+    options = METHODS[method].options(setting, generator, latent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bl.BilevelWarning)  # responses to one minibatch are rough; the samples tell
+        first = bl.solve(game, steps=3, seed=seed, **options).history
+        steps = max(1, int(evaluations // (first[2]["work"] - first[1]["work"])))
+        when = {max(1, round(steps * (i + 1) / moments)) for i in range(moments)}
+        averaged: dict[str, Tensor] = {}
+        seen: list[Result] = []
+
+        def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
+            for name, weight in variables["generator"].items():
+                now = weight.detach()
+                averaged[name] = averaged[name].lerp(now, 1.0 - AVERAGING) if name in averaged else now.clone()
+            if number in when:
+                seen.append(
+                    {"step": number, "work": record["work"], "seconds": record["seconds"], **look(dict(averaged))}
+                )
+
+        cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
+        try:
+            bl.solve(game, steps=steps, seed=seed, scheduler=cosine, callbacks=[step], **options)
+        except bl.BilevelError as error:
+            seen.append({"failure": f"{type(error).__name__}: {error}"})
+    return seen
+
+
+def mixture_run(
+    source: Source,
+    *,
+    mixture: str,
+    method: str,
+    rate: float,
+    ratio: float,
+    betas: tuple[float, float],
+    seed: int,
+    evaluations: int,
+    moments: int = 10,
+    keep_samples: bool = False,
+) -> Result:
+    """One generator on one mixture: `moments` `[{step, work, seconds, modes, high_quality, ...}]`."""
+    wanted = mixtures()[mixture]
+    torch.manual_seed(seed)
+    radius = float(wanted.centres.norm(dim=1).max())
+    generator = nn.Sequential(perceptron([LATENT, WIDTH, WIDTH, 2]), _Scaled(radius))
+    discriminator = nn.Sequential(_Scaled(1.0 / radius), perceptron([2, WIDTH, WIDTH, 1]))
+    game = adversarial_game(generator, discriminator, Draws(wanted.sample, LATENT))
+    latents = torch.randn(2500, LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
+
+    def look(weights: dict[str, Tensor]) -> Result:
+        with torch.no_grad():
+            samples = functional_call(generator, weights, (latents,))
+        quality = wanted.quality(samples)
+        told: Result = {
+            "modes": quality.modes,
+            "high_quality": quality.high_quality,
+            "reverse_kl": quality.reverse_kl,
+            "covariance_ratio": quality.covariance_ratio,
+        }
+        return told | ({"samples": samples[:500]} if keep_samples else {})
+
+    setting = Setting(rate, ratio, (betas[0], betas[1]))
+    seen = play(
+        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, look=look
+    )
+    return {"moments": seen}
+
+
+class _Scaled(nn.Module):
+    """Multiplies by a constant, so that networks see numbers of size one whatever the mixture's size."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.factor * inputs
+
+
+def last(result: Result) -> Result:
+    """What a run ended with; all that is bad where it failed at once."""
+    whole = [moment for moment in result["moments"] if "failure" not in moment]
+    nothing = {"modes": 0, "high_quality": 0.0, "reverse_kl": math.inf, "covariance_ratio": math.nan, "seconds": 0.0}
+    return whole[-1] if whole else nothing
