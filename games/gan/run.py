@@ -80,7 +80,7 @@ def mixture_run(
     method: str,
     rate: float,
     ratio: float,
-    betas: tuple[float, float],
+    loss: str,
     seed: int,
     evaluations: int,
     moments: int = 10,
@@ -92,7 +92,7 @@ def mixture_run(
     radius = float(wanted.centres.norm(dim=1).max())
     generator = nn.Sequential(perceptron([LATENT, WIDTH, WIDTH, 2]), _Scaled(radius))
     discriminator = nn.Sequential(_Scaled(1.0 / radius), perceptron([2, WIDTH, WIDTH, 1]))
-    game = adversarial_game(generator, discriminator, Draws(wanted.sample, LATENT))
+    game = adversarial_game(generator, discriminator, Draws(wanted.sample, LATENT), loss=loss)
     latents = torch.randn(2500, LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
 
     def look(weights: dict[str, Tensor]) -> Result:
@@ -107,9 +107,16 @@ def mixture_run(
         }
         return told | ({"samples": samples[:500]} if keep_samples else {})
 
-    setting = Setting(rate, ratio, (betas[0], betas[1]))
     seen = play(
-        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, look=look
+        game,
+        method,
+        Setting(rate, ratio, loss),
+        generator,
+        LATENT,
+        evaluations=evaluations,
+        seed=seed,
+        moments=moments,
+        look=look,
     )
     return {"moments": seen}
 

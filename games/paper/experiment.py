@@ -65,7 +65,8 @@ class Part:
 class Experiment:
     """One figure: its parts, in any order, then `draw(results)` and `see(results)` from what they returned.
 
-    `see` is one line: what the figure shows, with its numbers.
+    `see` is one line: what the figure shows, with its numbers. `more` are further figures, by what their files' names
+    end in.
     """
 
     name: str
@@ -73,3 +74,4 @@ class Experiment:
     parts: tuple[Part, ...]
     draw: Callable[[Results], Figure]
     see: Callable[[Results], str]
+    more: Mapping[str, Callable[[Results], Figure]] = field(default_factory=dict)

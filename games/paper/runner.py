@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 
 from bilevel import BilevelWarning
 from games.errors import MissingExtraError
-from games.paper.experiment import Experiment, Part, Result, Source
+from games.paper.experiment import Experiment, Part, Result, Results, Source
 from games.paper.style import DPI, blank
 
 Ended = Callable[[Experiment, Part, float], object]
@@ -39,6 +39,7 @@ class Remade:
     figure: Path | None
     line: str
     errors: tuple[str, ...] = ()
+    results: Results = field(default_factory=dict, repr=False)
 
 
 def remake(
@@ -142,7 +143,9 @@ def _draw(
         },
     )
     experiment.draw(ordered).savefig(figure, dpi=DPI)
-    return Remade(experiment, figure, line)
+    for name, draw in experiment.more.items():
+        draw(ordered).savefig(output / f"{experiment.name}-{name}.png", dpi=DPI)
+    return Remade(experiment, figure, line, results=ordered)
 
 
 def plain(tree: Any) -> Any:
