@@ -70,9 +70,11 @@ def adversarial_game(
         told: Tensor = functional_call(discriminator, variables, (examples,))
         return told.reshape(len(examples))
 
+    def fooled(made: Any, judge: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return logits(judge, functional_call(generator, made, (batch[0],)))
+
     def judged(made: Any, judge: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        latents, real = batch
-        return logits(judge, real), logits(judge, functional_call(generator, made, (latents,)))
+        return logits(judge, batch[1]), fooled(made, judge, batch)
 
     def discriminating(generator: Any, discriminator: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         real, fake = judged(generator, discriminator, batch)
@@ -83,10 +85,10 @@ def adversarial_game(
         return told.mean() + 0.5 * penalty * slope.square().flatten(1).sum(1).mean()
 
     def generating(generator: Any, discriminator: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if loss == "non-saturating":  # which real examples do not enter
+            return softplus(-fooled(generator, discriminator, batch)).mean()
         real, fake = judged(generator, discriminator, batch)
-        if loss == "relativistic":
-            return softplus(real - fake).mean()
-        return softplus(-fake).mean() if loss == "non-saturating" else -(softplus(-real) + softplus(fake)).mean()
+        return softplus(real - fake).mean() if loss == "relativistic" else -(softplus(-real) + softplus(fake)).mean()
 
     return bl.Game(
         generator=bl.Player(generating, generator, data), discriminator=bl.Player(discriminating, discriminator, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from games.gan.images import image_run
-from games.gan.methods import METHODS, SETTINGS, TUNED
+from games.gan.methods import FINALISTS, METHODS, SETTINGS, TUNED
 from games.gan.mixtures import Mixture
 from games.gan.run import last, mixture_run, mixtures
 from games.paper.experiment import Experiment, Part, Result, Results
@@ -22,58 +23,60 @@ TUNING_SEEDS = (100, 101)
 
 
 def experiments(
-    *, seeds: int = 10, evaluations: int = 20_000, methods: tuple[str, ...] = tuple(METHODS)
+    *, seeds: int = 10, evaluations: int = 30_000, methods: tuple[str, ...] = tuple(METHODS)
 ) -> dict[str, Experiment]:
-    """All of them by name; `tuning` is on seeds that the others do not use, images are tried on 3 seeds at most."""
+    """All of them by name; tuning is on seeds that the others do not use, images are tried on 3 seeds at most."""
     found = [
-        tuning(methods),
+        tuning("tuning", {method: tuple(range(len(SETTINGS))) for method in methods}, evaluations=8_000),
+        tuning("finals", {method: FINALISTS[method] for method in methods}, evaluations=evaluations),
         *(mixture(name, methods, seeds=seeds, evaluations=evaluations) for name in ("ring", "grid")),
         *(pictures(name, methods, seeds=min(seeds, 3), evaluations=evaluations) for name in ("digits", "mnist")),
     ]
     return {experiment.name: experiment for experiment in found}
 
 
-def tuning(methods: tuple[str, ...], *, evaluations: int = 8_000) -> Experiment:
-    """Every method on the same settings, on the ring."""
+def tuning(name: str, tried: dict[str, tuple[int, ...]], *, evaluations: int) -> Experiment:
+    """Each method on some of `SETTINGS`, by number, on the ring."""
     parts = tuple(
         Part(
             f"{method}-{number}-{seed}",
             mixture_run,
             {"mixture": "ring", "method": method, "seed": seed, "evaluations": evaluations, "moments": 4}
-            | {"rate": setting.rate, "ratio": setting.ratio, "loss": setting.loss},
-            seconds=evaluations / 800,
+            | {"rate": SETTINGS[number].rate, "ratio": SETTINGS[number].ratio, "loss": SETTINGS[number].loss},
+            seconds=evaluations / 400,
         )
-        for method in methods
-        for number, setting in enumerate(SETTINGS)
+        for method, numbers in tried.items()
+        for number in numbers
         for seed in TUNING_SEEDS
     )
-    return Experiment("tuning", "The same eight settings for every method", parts, draw_tuning, see_tuning)
+    title = f"The same settings for every method, {evaluations:,} gradients and products"
+    return Experiment(name, title, parts, draw_tuning, see_tuning)
 
 
-def scores(results: Results) -> dict[str, list[tuple[float, float]]]:
+def scores(results: Results) -> dict[str, dict[int, tuple[float, float]]]:
     """By method and setting: the mean number of modes and the mean share of high quality, over seeds."""
-    found = {}
-    for method in dict.fromkeys(name.rsplit("-", 2)[0] for name in results):
-        rows = []
-        for number in range(len(SETTINGS)):
-            ends = [last(results[f"{method}-{number}-{seed}"]) for seed in TUNING_SEEDS]
-            rows.append(
-                (statistics.mean(end["modes"] for end in ends), statistics.mean(end["high_quality"] for end in ends))
-            )
-        found[method] = rows
-    return found
+    ends: dict[str, dict[int, list[Result]]] = {}
+    for name, result in results.items():
+        method, number, _ = name.rsplit("-", 2)
+        ends.setdefault(method, {}).setdefault(int(number), []).append(last(result))
+    return {
+        method: {
+            number: (statistics.mean(end["modes"] for end in some), statistics.mean(e["high_quality"] for e in some))
+            for number, some in row.items()
+        }
+        for method, row in ends.items()
+    }
 
 
 def see_tuning(results: Results) -> str:
-    """The best setting of each: most modes times quality."""
+    """The best setting of each loss: most modes times quality."""
     told = []
-    for method, rows in scores(results).items():
-        best = max(range(len(rows)), key=lambda number: rows[number][0] * rows[number][1])
-        setting = SETTINGS[best]
-        told.append(
-            f"{method}: setting {best} (rate {setting.rate:g}, ratio {setting.ratio:g}, {setting.loss}), "
-            f"{rows[best][0]:g} modes, {rows[best][1]:.2f}"
-        )
+    for method, row in scores(results).items():
+        for loss in dict.fromkeys(setting.loss for setting in SETTINGS):
+            numbers = [number for number in row if SETTINGS[number].loss == loss]
+            if numbers:
+                best = max(numbers, key=lambda number: row[number][0] * row[number][1])
+                told.append(f"{method}, {loss}: setting {best}, {row[best][0]:g} modes, {row[best][1]:.2f}")
     return "; ".join(told)
 
 
@@ -81,16 +84,19 @@ def draw_tuning(results: Results) -> Figure:
     """Modes times high-quality share, by method and setting."""
     figure = blank(10.0, 5.0)
     axes = figure.add_subplot()
-    table = [[modes * quality / 8.0 for modes, quality in rows] for rows in scores(results).values()]
+    found = scores(results)
+    shares = {m: {n: modes * quality / 8.0 for n, (modes, quality) in row.items()} for m, row in found.items()}
+    table = [[row.get(number, math.nan) for number in range(len(SETTINGS))] for row in shares.values()]
     axes.imshow(table, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-    for i, row in enumerate(table):
-        for j, value in enumerate(row):
+    for i, row in enumerate(shares.values()):
+        for j, value in row.items():
             colour = "white" if value > 0.6 else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=SMALL, color=colour)
-    labels = [f"{s.rate:g}\n\u00d7{s.ratio:g}\n{s.loss.split('-')[0]}" for s in SETTINGS]
+    labels = [f"{s.rate:g}\n\u00d7{s.ratio:g}\n{s.loss}" for s in SETTINGS]
     axes.set_xticks(range(len(SETTINGS)), labels)
-    axes.set_yticks(range(len(table)), list(scores(results)))
+    axes.set_yticks(range(len(table)), list(shares))
     tidy(axes, x="generator's rate, the discriminator's multiple, loss", y="", grid=False)
+    axes.tick_params(axis="x", labelsize=SMALL - 4)
     axes.set_title("Share of modes hit times share of high quality", fontsize=SMALL)
     return figure
 

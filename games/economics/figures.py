@@ -1,0 +1,227 @@
+"""Reaction curves with the path of play: curves from the games' own gradients, marks from the closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from games.economics.oligopoly import Bertrand, Cournot
+from games.economics.ordered import Contract, TwoRoads
+from games.economics.security import Security
+from games.paper.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, blank, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Box = tuple[float, float, float, float]
+"""Lowest and highest of the first player's number, then of the second's."""
+
+_sgd = partial(torch.optim.SGD, lr=0.1)
+_answer = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-10)
+
+
+def path(game: bl.Game, steps: int, start: Mapping[str, float] | None = None, **options: Any) -> dict[str, Tensor]:
+    """Where each player of numbers has been `[steps + 1]` in `bl.solve(game, steps=steps, **options)`."""
+    begun = {name: torch.tensor(value, dtype=torch.float64) for name, value in (start or {}).items()}
+    variables = {name: begun.get(name, game.initial(name)) for name in game.names}
+    if begun:
+        players = {name: bl.Player(game.players[name].objective, variables[name]) for name in game.names}
+        game = bl.Game(**players)
+    been: dict[str, list[Tensor]] = {name: [] for name in game.names}
+
+    def note(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
+        for name, value in variables.items():
+            been[name].append(value.detach())
+
+    responses = {name for name in options if name in game.names}
+    bl.solve(game, steps=steps, callbacks=[note], **options)
+    # A follower's number before the first step is no answer to anybody: its first answer stands there.
+    first = {name: been[name][0] if name in responses else variables[name] for name in game.names}
+    return {name: torch.stack([first[name], *values]) for name, values in been.items()}
+
+
+def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each player's loss and own slope `[count, count]` over a box of the two players' numbers, rows the second's."""
+    one, other = game.names
+    x = torch.linspace(box[0], box[1], count, dtype=torch.float64)
+    y = torch.linspace(box[2], box[3], count, dtype=torch.float64)
+    grid = torch.meshgrid(x, y, indexing="xy")
+
+    def looked(player: str) -> tuple[Tensor, Tensor]:
+        def loss(a: Tensor, b: Tensor) -> Tensor:
+            return game.loss(player, {one: a, other: b})
+
+        both = torch.func.grad_and_value(loss, argnums=0 if player == one else 1)
+        slope, value = torch.func.vmap(torch.func.vmap(both))(*grid)
+        return value, slope
+
+    return {name: looked(name) for name in game.names}
+
+
+def reactions(axes: Axes, game: bl.Game, box: Box, colours: Mapping[str, str]) -> None:
+    """The curve of each named player's best answers: where its own slope is 0."""
+    found = surfaces(game, box)
+    for name, colour in colours.items():
+        axes.contour(found[name][1], levels=[0.0], colors=colour, linewidths=2.0, extent=box, origin="lower")
+        axes.plot([], [], color=colour, linewidth=2.0, label=f"{name}'s best answers")
+
+
+def indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor) -> None:
+    """Curves along which a player earns the same, one of them through `at` `[2]`."""
+    loss = surfaces(game, box)[player][0]
+    through = float(game.loss(player, dict(zip(game.names, at, strict=True))))
+    spread = float(loss.std())
+    levels = [through + spread * step for step in (-0.6, -0.3, 0.0, 0.3, 0.6)]
+    widths = [0.6, 0.6, 1.4, 0.6, 0.6]
+    axes.contour(loss, levels=levels, colors="0.55", linewidths=widths, linestyles="-", extent=box, origin="lower")
+    axes.plot([], [], color="0.55", label=f"{player} earns the same")
+
+
+def walk(axes: Axes, x: Tensor, y: Tensor, colour: str, label: str = "") -> None:
+    """A path with a dot at each step and a square where it began."""
+    axes.plot(x, y, "-o", color=colour, markersize=3.5, linewidth=1.0, label=label or None)
+    axes.plot(x[:1], y[:1], "s", color=colour, markersize=7)
+
+
+def mark(axes: Axes, at: Tensor, shape: str, label: str) -> None:
+    """A closed form's answer."""
+    axes.plot(*at.tolist(), shape, color=BLACK, markersize=13, fillstyle="none", markeredgewidth=1.8, label=label)
+
+
+def framed(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
+    """Its names, its box and its legend."""
+    tidy(axes, x=x, y=y, title=title)
+    axes.set(xlim=box[:2], ylim=box[2:])
+    axes.legend(fontsize=SMALL - 3, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
+    """Two firms: at once on the left, one before the other on the right."""
+    game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
+    figure = blank(13.0, 5.8)
+    left, right = figure.subplots(1, 2)
+    reactions(left, game, box, {"firm1": BLUE, "firm2": RED})
+    for start, colour in zip(starts, (GREEN, PURPLE, ORANGE), strict=False):
+        been = path(game, 60, dict(zip(game.names, start, strict=True)), optimizer=_sgd)
+        walk(left, been["firm1"], been["firm2"], colour, "both follow their gradients" if start is starts[0] else "")
+    mark(left, nash, "o", "Nash, closed form")
+    framed(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
+    reactions(right, game, box, {"firm2": RED})
+    indifference(right, game, box, "firm1", led)
+    been = path(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
+    walk(right, been["firm1"], been["firm2"], GREEN, "firm1 leads, firm2 answers")
+    mark(right, nash, "o", "Nash, closed form")
+    mark(right, led, "D", "Stackelberg, closed form")
+    framed(right, box, x=f"firm 1's {what}", y="", title="Firm 1 first")
+    return figure
+
+
+def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> Figure:
+    """Tolls for revenue on the left, for the least time on the right."""
+    figure = blank(13.0, 5.8)
+    for axes, social in zip(figure.subplots(1, 2), (False, True), strict=True):
+        roads = TwoRoads(free, congestion, social)
+        game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
+        box = (-0.1, 1.5, 0.0, 1.0)
+        there = torch.stack([best, roads.share(best)])
+        reactions(axes, game, box, {"share": RED})
+        indifference(axes, game, box, "toll", there)
+        for start, colour in ((0.05, GREEN), (1.4, PURPLE)):
+            been = path(game, 60, {"toll": start}, share=_answer, optimizer=_sgd)
+            walk(axes, been["toll"], been["share"], colour, "the toll is led" if start < 1.0 else "")
+        mark(axes, there, "D", "best toll, closed form")
+        wanted = "Least total time" if social else "Most revenue"
+        framed(axes, box, x="toll, in time", y="" if social else "share of drivers on road 1", title=wanted)
+    return figure
+
+
+def contract_figure(contract: Contract, variances: Tensor) -> Figure:
+    """The path to one contract, and how noise weakens incentives."""
+    figure = blank(13.0, 5.8)
+    left, right = figure.subplots(1, 2)
+    game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
+    there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
+    reactions(left, game, box, {"effort": RED})
+    indifference(left, game, box, "share", there)
+    for start, colour in ((0.02, GREEN), (1.05, PURPLE)):
+        been = path(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
+        walk(left, been["share"], been["effort"], colour, "the principal leads" if start < 1.0 else "")
+    mark(left, there, "D", "best contract, closed form")
+    framed(left, box, x="share of the output that the agent gets", y="effort", title="One contract")
+    solved = []
+    for variance in variances.tolist():
+        noisy = Contract(contract.cost, contract.risk_aversion, variance)
+        # A step of one over the curvature 1 / cost + risk_aversion variance, so that noise does not decide the pace.
+        rate = 0.5 / (1.0 / contract.cost + contract.risk_aversion * variance)
+        sgd = partial(torch.optim.SGD, lr=rate)
+        solved.append(float(path(noisy.game(), 60, effort=_answer, optimizer=sgd)["share"][-1]))
+    fine = torch.linspace(0.0, float(variances.max()), 200).tolist()
+    known = [Contract(contract.cost, contract.risk_aversion, variance).share() for variance in fine]
+    right.plot(fine, known, color=BLACK, linewidth=1.5, label="closed form")
+    right.plot(variances, solved, "o", color=GREEN, markersize=8, fillstyle="none", label="solved")
+    tidy(right, x="variance of the noise", y="share in the best contract", title="More noise, weaker incentives")
+    right.set_ylim(0.0, 1.05)
+    right.legend(fontsize=SMALL, frameon=False)
+    return figure
+
+
+def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
+    """Two targets: whom attackers of growing precision pick, and what each coverage is worth against them."""
+    figure = blank(13.0, 5.8)
+    left, right = figure.subplots(1, 2)
+    best = targets.stackelberg()
+    covers = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
+    both = torch.stack([covers, targets.resources - covers], dim=1)
+    pays = torch.func.vmap(targets.attacker)(both)
+    worth = torch.func.vmap(targets.defender)(both)
+    for precision, colour in zip(precisions, (BLUE, GREEN, PURPLE), strict=True):
+        attack = (precision * pays).softmax(1)
+        left.plot(covers, attack[:, 0], color=colour, linewidth=2.0, label=f"precision {precision:g}")
+        right.plot(covers, (attack * worth).sum(1), color=colour, linewidth=2.0)
+        response = bl.Implicit(bl.ClosedForm(partial(_quantal, targets, precision)))
+        adam = partial(torch.optim.Adam, lr=0.1)
+        game = targets.game(precision=precision)
+        been = path(game, 150, optimizer=adam, attack=response)
+        cover = torch.stack([targets.coverage(logits) for logits in been["coverage"]])
+        chosen = been["attack"].softmax(1)
+        value = (chosen * torch.func.vmap(targets.defender)(cover)).sum(1)
+        for axes, y in ((left, chosen[:, 0]), (right, value)):
+            axes.plot(cover[::3, 0], y[::3], "o", color=colour, markersize=4, fillstyle="none")
+            axes.plot(cover[-1:, 0], y[-1:], "o", color=colour, markersize=10)
+    for axes in (left, right):
+        axes.axvline(float(best.coverage[0]), color="0.5", linewidth=1.2, linestyle="--")
+    mark(right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "against a rational attacker, closed form")
+    tidy(left, x="how often target 1 is guarded", y="how often it is attacked", title="Best answers, and the path")
+    tidy(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
+    left.legend(fontsize=SMALL - 2, frameon=False)
+    right.legend(fontsize=SMALL - 2, frameon=False)
+    return figure
+
+
+def _quantal(targets: Security, precision: float, coverage: Tensor) -> Tensor:
+    return precision * targets.attacker(targets.coverage(coverage))
+
+
+def figures() -> dict[str, Figure]:
+    """One for each kind of game, by name."""
+    return {
+        "cournot": oligopoly_figure(
+            Cournot(10.0, 1.0, (1.0, 2.0)), (0.0, 7.0, 0.0, 7.0), [(0.5, 6.5), (6.5, 6.0), (0.5, 0.5)], "quantity"
+        ),
+        "bertrand": oligopoly_figure(
+            Bertrand(10.0, 2.0, 1.5, (1.0, 2.0)), (2.0, 9.0, 2.0, 9.0), [(2.5, 8.5), (8.5, 8.0), (2.5, 2.5)], "price"
+        ),
+        "toll": toll_figure((0.0, 1.0), (1.0, 0.25)),
+        "contract": contract_figure(
+            Contract(1.0, 1.0, 1.0), torch.tensor([0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])
+        ),
+        "security": security_figure(
+            Security(prize=(5.0, 3.0), caught=(-1.0, 0.0), lost=(-5.0, -2.0), saved=(1.0, 0.5)), (0.5, 2.0, 8.0)
+        ),
+    }
