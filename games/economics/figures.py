@@ -23,27 +23,24 @@ Box = tuple[float, float, float, float]
 """Lowest and highest of the first player's number, then of the second's."""
 
 _sgd = partial(torch.optim.SGD, lr=0.1)
-_answer = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-10)
+_answer = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-7)
 
 
 def path(game: bl.Game, steps: int, start: Mapping[str, float] | None = None, **options: Any) -> dict[str, Tensor]:
-    """Where each player of numbers has been `[steps + 1]` in `bl.solve(game, steps=steps, **options)`."""
+    """Where each player has been `[steps, ...]` in `bl.solve(game, steps=steps, **options)`, from `start`.
+
+    A follower's entries are its answers to its leaders' entries of the same number.
+    """
     begun = {name: torch.tensor(value, dtype=torch.float64) for name, value in (start or {}).items()}
-    variables = {name: begun.get(name, game.initial(name)) for name in game.names}
-    if begun:
-        players = {name: bl.Player(game.players[name].objective, variables[name]) for name in game.names}
-        game = bl.Game(**players)
-    been: dict[str, list[Tensor]] = {name: [] for name in game.names}
+    game = bl.Game(**{n: bl.Player(player.objective, begun.get(n, player.init)) for n, player in game.players.items()})
+    been: dict[str, list[Any]] = {name: [] if name in options else [game.initial(name)] for name in game.names}
 
     def note(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
         for name, value in variables.items():
             been[name].append(value.detach())
 
-    responses = {name for name in options if name in game.names}
     bl.solve(game, steps=steps, callbacks=[note], **options)
-    # A follower's number before the first step is no answer to anybody: its first answer stands there.
-    first = {name: been[name][0] if name in responses else variables[name] for name in game.names}
-    return {name: torch.stack([first[name], *values]) for name, values in been.items()}
+    return {name: torch.stack(values[:steps]) for name, values in been.items()}
 
 
 def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tensor, Tensor]]:
@@ -64,23 +61,23 @@ def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tenso
     return {name: looked(name) for name in game.names}
 
 
-def reactions(axes: Axes, game: bl.Game, box: Box, colours: Mapping[str, str]) -> None:
-    """The curve of each named player's best answers: where its own slope is 0."""
+def reactions(axes: Axes, game: bl.Game, box: Box, named: Mapping[str, str], colours: Mapping[str, str]) -> None:
+    """The curve of each player's best answers, where its own slope is 0; `named` says who it is."""
     found = surfaces(game, box)
-    for name, colour in colours.items():
-        axes.contour(found[name][1], levels=[0.0], colors=colour, linewidths=2.0, extent=box, origin="lower")
-        axes.plot([], [], color=colour, linewidth=2.0, label=f"{name}'s best answers")
+    for player, colour in colours.items():
+        axes.contour(found[player][1], levels=[0.0], colors=colour, linewidths=2.0, extent=box, origin="lower")
+        axes.plot([], [], color=colour, linewidth=2.0, label=f"{named[player]} best answers")
 
 
-def indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor) -> None:
-    """Curves along which a player earns the same, one of them through `at` `[2]`."""
+def indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor, label: str) -> None:
+    """Curves along which a player's loss is the same, the thick one through `at` `[2]`."""
     loss = surfaces(game, box)[player][0]
     through = float(game.loss(player, dict(zip(game.names, at, strict=True))))
     spread = float(loss.std())
     levels = [through + spread * step for step in (-0.6, -0.3, 0.0, 0.3, 0.6)]
     widths = [0.6, 0.6, 1.4, 0.6, 0.6]
     axes.contour(loss, levels=levels, colors="0.55", linewidths=widths, linestyles="-", extent=box, origin="lower")
-    axes.plot([], [], color="0.55", label=f"{player} earns the same")
+    axes.plot([], [], color="0.55", label=label)
 
 
 def walk(axes: Axes, x: Tensor, y: Tensor, colour: str, label: str = "") -> None:
@@ -106,16 +103,17 @@ def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[flo
     game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
     figure = blank(13.0, 5.8)
     left, right = figure.subplots(1, 2)
-    reactions(left, game, box, {"firm1": BLUE, "firm2": RED})
+    named = {"firm1": "firm 1's", "firm2": "firm 2's"}
+    reactions(left, game, box, named, {"firm1": BLUE, "firm2": RED})
     for start, colour in zip(starts, (GREEN, PURPLE, ORANGE), strict=False):
         been = path(game, 60, dict(zip(game.names, start, strict=True)), optimizer=_sgd)
         walk(left, been["firm1"], been["firm2"], colour, "both follow their gradients" if start is starts[0] else "")
     mark(left, nash, "o", "Nash, closed form")
     framed(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
-    reactions(right, game, box, {"firm2": RED})
-    indifference(right, game, box, "firm1", led)
+    reactions(right, game, box, named, {"firm2": RED})
+    indifference(right, game, box, "firm1", led, "firm 1 earns the same")
     been = path(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
-    walk(right, been["firm1"], been["firm2"], GREEN, "firm1 leads, firm2 answers")
+    walk(right, been["firm1"], been["firm2"], GREEN, "firm 1 leads, firm 2 answers")
     mark(right, nash, "o", "Nash, closed form")
     mark(right, led, "D", "Stackelberg, closed form")
     framed(right, box, x=f"firm 1's {what}", y="", title="Firm 1 first")
@@ -130,11 +128,11 @@ def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> F
         game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
         box = (-0.1, 1.5, 0.0, 1.0)
         there = torch.stack([best, roads.share(best)])
-        reactions(axes, game, box, {"share": RED})
-        indifference(axes, game, box, "toll", there)
+        reactions(axes, game, box, {"share": "drivers'"}, {"share": RED})
+        indifference(axes, game, box, "toll", there, "the same total time" if social else "the same revenue")
         for start, colour in ((0.05, GREEN), (1.4, PURPLE)):
             been = path(game, 60, {"toll": start}, share=_answer, optimizer=_sgd)
-            walk(axes, been["toll"], been["share"], colour, "the toll is led" if start < 1.0 else "")
+            walk(axes, been["toll"], been["share"], colour, "the toll leads" if start < 1.0 else "")
         mark(axes, there, "D", "best toll, closed form")
         wanted = "Least total time" if social else "Most revenue"
         framed(axes, box, x="toll, in time", y="" if social else "share of drivers on road 1", title=wanted)
@@ -147,8 +145,8 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     left, right = figure.subplots(1, 2)
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
-    reactions(left, game, box, {"effort": RED})
-    indifference(left, game, box, "share", there)
+    reactions(left, game, box, {"effort": "the agent's"}, {"effort": RED})
+    indifference(left, game, box, "share", there, "the principal earns the same")
     for start, colour in ((0.02, GREEN), (1.05, PURPLE)):
         been = path(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
         walk(left, been["share"], been["effort"], colour, "the principal leads" if start < 1.0 else "")

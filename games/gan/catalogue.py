@@ -23,12 +23,12 @@ TUNING_SEEDS = (100, 101)
 
 
 def experiments(
-    *, seeds: int = 10, evaluations: int = 30_000, methods: tuple[str, ...] = tuple(METHODS)
+    *, seeds: int = 10, evaluations: int = 40_000, methods: tuple[str, ...] = tuple(METHODS)
 ) -> dict[str, Experiment]:
     """All of them by name; tuning is on seeds that the others do not use, images are tried on 3 seeds at most."""
     found = [
         tuning("tuning", {method: tuple(range(len(SETTINGS))) for method in methods}, evaluations=8_000),
-        tuning("finals", {method: FINALISTS[method] for method in methods}, evaluations=evaluations),
+        tuning("finals", {method: FINALISTS[method] for method in methods}, evaluations=30_000),
         *(mixture(name, methods, seeds=seeds, evaluations=evaluations) for name in ("ring", "grid")),
         *(pictures(name, methods, seeds=min(seeds, 3), evaluations=evaluations) for name in ("digits", "mnist")),
     ]

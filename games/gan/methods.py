@@ -118,7 +118,7 @@ FINALISTS: dict[str, tuple[int, int]] = {
 """For each method, which setting of each loss `bilevel gan tuning` found best: non-saturating, then zero-sum."""
 
 TUNED: dict[str, Setting] = {method: SETTINGS[number] for method, (_, number) in FINALISTS.items()}
-"""Which of the two `bilevel gan finals` found best in runs of full length."""
+"""Which of the two `bilevel gan finals` found best in longer runs: for every method the zero-sum loss."""
 
 NOISE = 0.003
 """Standard deviation of the generator's weights around its present ones, where the learned discriminator is fitted."""
