@@ -43,7 +43,9 @@ def main():
     simplex.plot(*flat(best.profile[0][None]), "o", color=BLACK, markersize=11, fillstyle="none")
     for corner, name in zip(flat(torch.eye(3).double()).T, ("rock", "paper", "scissors"), strict=True):
         above = corner[1] > 0.5
-        simplex.annotate(name, corner, (0, 6 if above else -18), textcoords="offset points", ha="center", fontsize=SMALL)
+        simplex.annotate(
+            name, corner, (0, 6 if above else -18), textcoords="offset points", ha="center", fontsize=SMALL
+        )
     simplex.set(aspect="equal", xticks=[], yticks=[], xlim=(-0.15, 1.15), ylim=(-0.15, 1.0))
     simplex.spines[:].set_visible(False)
     simplex.set_title("The row player's path", fontsize=SMALL)

@@ -147,8 +147,11 @@ class SampleSummary(nn.Module):
         self._names = {name: p.shape for name, p in generator.named_parameters()}
         self._unit = NOISE * inputs**0.5
         fixed = torch.Generator().manual_seed(0)
-        self.register_buffer("latents", torch.randn(64, latent, generator=fixed))
-        self.register_buffer("frequencies", 2.0 * torch.randn(2, features, generator=fixed))
+        latents = torch.randn(64, latent, generator=fixed)
+        with torch.no_grad():
+            size = generator(latents).shape[1]
+        self.register_buffer("latents", latents)
+        self.register_buffer("frequencies", (8.0 / size) ** 0.5 * torch.randn(size, features, generator=fixed))
         self.register_buffer("phases", 6.2831853 * torch.rand(features, generator=fixed))
         self.hidden = nn.Linear(features, hidden)
         self.last = nn.Linear(hidden, outputs)

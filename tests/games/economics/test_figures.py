@@ -1,0 +1,34 @@
+"""The figures of economic games: paths end at the closed forms, curves are where best answers are."""
+
+from functools import partial
+
+import torch
+from torch import optim
+
+import bilevel as bl
+from games.economics.figures import figures, path, surfaces
+from games.economics.oligopoly import Cournot
+
+MARKET = Cournot(10.0, 1.0, (1.0, 2.0))
+ANSWER = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-7)
+
+
+def test_a_followers_path_is_its_answers_to_the_leaders():
+    been = path(MARKET.game(), 30, {"firm1": 0.5}, firm2=ANSWER, optimizer=partial(optim.SGD, lr=0.5))
+    assert been["firm1"].shape == been["firm2"].shape == (30,)
+    assert float(been["firm1"][0]) == 0.5
+    assert torch.allclose(been["firm2"], (10.0 - been["firm1"] - 2.0) / 2.0, atol=1e-5)
+    end = torch.stack([been["firm1"][-1], been["firm2"][-1]])
+    assert torch.allclose(end, MARKET.stackelberg(), atol=1e-4)
+
+
+def test_slopes_vanish_on_the_reaction_curves():
+    box = (0.0, 6.0, 0.0, 6.0)
+    value, slope = surfaces(MARKET.game(), box, count=7)["firm2"]
+    assert value.shape == slope.shape == (7, 7)
+    assert float(slope[3, 2]) == 0.0  # 3 is the answer to 2
+    assert float(value[3, 2]) == -9.0  # and earns 3 (10 - 5 - 2)
+
+
+def test_every_kind_of_game_has_a_figure():
+    assert set(figures()) == {"cournot", "bertrand", "toll", "contract", "security"}
