@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,17 +22,21 @@ class Receipt:
     """What a backward solve leaves behind, written in place when backward runs.
 
     `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` and `wanted`
-    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts.
+    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts; `memory`
+    is what the solver keeps from system to system.
     """
 
     adjoint: Tensor
     residual: Tensor
     products: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def blank(like: Tensor) -> Receipt:
+    def blank(like: Tensor, solver: LinearSolver | None = None) -> Receipt:
         """A receipt for `like: [n]` unknowns before any backward solve."""
-        return Receipt(torch.zeros_like(like), torch.full_like(like[0], torch.nan), torch.zeros((), dtype=torch.int64))
+        nothing = torch.full_like(like[0], torch.nan)
+        memory = {} if solver is None else solver.init(like)
+        return Receipt(torch.zeros_like(like), nothing, torch.zeros((), dtype=torch.int64), memory)
 
 
 def root(
@@ -183,7 +187,8 @@ def _solve(system: _System, products: Callable[[Tensor], tuple[Tensor, ...]], rh
     plain = receipt is not None and not transforms_active()
     with torch.no_grad():
         start = receipt.adjoint if plain and receipt is not None and bool(receipt.adjoint.any()) else None
-        found = system.solver.solve(operator, rhs.detach() if plain else rhs, start)
+        kept = {"memory": receipt.memory} if plain and receipt is not None and receipt.memory else {}
+        found = system.solver.solve(operator, rhs.detach() if plain else rhs, start, **kept)
         if plain and receipt is not None:
             size = torch.linalg.vector_norm(rhs)
             receipt.adjoint.copy_(found.solution)

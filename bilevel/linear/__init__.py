@@ -7,15 +7,20 @@ from bilevel.linear.gmres import GMRES
 from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner, Recycled
 
 __all__ = [
     "GMRES",
     "ConjugateGradient",
     "Dense",
+    "Diagonal",
     "Identity",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
     "Neumann",
     "Nystrom",
+    "NystromPreconditioner",
+    "Preconditioner",
+    "Recycled",
 ]

@@ -81,6 +81,13 @@ class LinearSolver(ABC):
         """Whether it refuses a system that is not symmetric."""
         return False
 
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """What the method keeps from one system to the next like it, for `like: [n]` unknowns; {} if nothing.
+
+        A solver that keeps something takes it as `solve(..., memory=)`, and writes it in place.
+        """
+        return {}
+
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]` where the method can use it."""

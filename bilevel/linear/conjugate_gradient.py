@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.autodiff import concrete
 from bilevel.errors import IndefiniteSystemError, NotSymmetricError
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
+from bilevel.linear.preconditioner import Memory, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
 
 
@@ -23,8 +24,9 @@ class ConjugateGradient(LinearSolver):
     Minimises 1/2 u'(A + damping I)u - b'u over a Krylov space that grows by one product a step; exact after n steps
     in exact arithmetic, and the error falls by (sqrt(k) - 1)/(sqrt(k) + 1) a step for condition number k.
 
-    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: a map from `r: [n]` to `M^-1 r: [n]`, M symmetric
-    positive definite and close to A + damping I; `Nystrom.preconditioner` makes one. `initial` is used.
+    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `NystromPreconditioner()` or
+    `Recycled()`, which make M close to A + damping I and keep what they learned in `memory`; or a map from `r: [n]` to
+    `M^-1 r: [n]`, M symmetric positive definite. `initial` is used.
 
     Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
     gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests
@@ -43,7 +45,7 @@ class ConjugateGradient(LinearSolver):
     """
 
     max_steps: int | None = None
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -55,24 +57,56 @@ class ConjugateGradient(LinearSolver):
         """Its algebra holds for symmetric systems only."""
         return True
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
+    def init(self, like: Tensor) -> Memory:
+        """The preconditioner's memory before the first system."""
+        return self.preconditioner.init(like) if isinstance(self.preconditioner, Preconditioner) else {}
+
+    def solve(
+        self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None, memory: Memory | None = None
+    ) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
         self._require_symmetric(operator)
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
         matvec = operator.damped(self.damping).matvec
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
+        run = _Run(matvec)
+        kept = self.init(rhs) if memory is None else memory
+        if isinstance(self.preconditioner, Preconditioner):
+            # Its own products are part of the price.
+            run.inverse = self.preconditioner.prepare(LinearOperator(run.counted, symmetric=True), kept)
+            run.wanted = self.preconditioner.pairs if memory is not None else 0
+        else:
+            run.inverse = self.preconditioner
 
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            return self._correct(matvec, residual, target, most, first=most == limit)
+            return run.correct(residual, target, most, first=most == limit)
 
         # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
         solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.5)
+        if run.wanted and isinstance(self.preconditioner, Preconditioner):
+            self.preconditioner.learn(kept, run.directions, run.products)
+        products += run.spent
         return self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
 
-    def _correct(
-        self, matvec: Callable[[Tensor], Tensor], residual: Tensor, target: Tensor, most: int, first: bool
-    ) -> tuple[Tensor, int]:
+
+class _Run:
+    """One solve: the iteration, and the pairs (p, A p) that it went through, evenly spaced."""
+
+    def __init__(self, matvec: Callable[[Tensor], Tensor]) -> None:
+        self.matvec = matvec
+        self.inverse: Callable[[Tensor], Tensor] | None = None
+        self.wanted, self.spent = 0, 0
+        self.directions: list[Tensor] = []
+        self.products: list[Tensor] = []
+        self._stride, self._seen = 1, 0
+
+    def counted(self, vector: Tensor) -> Tensor:
+        """A product that is no step."""
+        self.spent += 1
+        return self.matvec(vector)
+
+    def correct(self, residual: Tensor, target: Tensor, most: int, first: bool) -> tuple[Tensor, int]:
         """The e `[n]` that takes A e from 0 towards `residual`, and the steps taken."""
         size = norm(residual)
         # Unit size, because curvatures are squares, and squares of small float32 numbers underflow to "indefinite".
@@ -86,8 +120,9 @@ class ConjugateGradient(LinearSolver):
         before: tuple[Tensor, Tensor] | None = None
         steps = 0
         while steps < most and concrete(moving):
-            product = matvec(p)
+            product = self.matvec(p)
             steps += 1
+            self._note(p, product)
             curvature = torch.dot(p, product)
             if first:
                 _refuse_indefinite(moving, curvature, p)
@@ -104,12 +139,23 @@ class ConjugateGradient(LinearSolver):
             p = z + torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0) * p
             rho = torch.where(moving, new_rho, rho)
             moving = moving & (norm(r) > goal)
-            if self.preconditioner is not None:
+            if self.inverse is not None:
                 _refuse_preconditioner(moving, rho)
         return scale * e, steps
 
     def _preconditioned(self, residual: Tensor) -> Tensor:
-        return residual if self.preconditioner is None else self.preconditioner(residual)
+        return residual if self.inverse is None else self.inverse(residual)
+
+    def _note(self, p: Tensor, product: Tensor) -> None:
+        if self.wanted and self._seen % self._stride == 0:
+            if len(self.directions) == self.wanted:
+                # Twice as far apart from here on, and so before.
+                self._stride *= 2
+                self.directions, self.products = self.directions[::2], self.products[::2]
+            if self._seen % self._stride == 0:
+                self.directions.append(p)
+                self.products.append(product)
+        self._seen += 1
 
 
 def _refuse_indefinite(moving: Tensor, curvature: Tensor, direction: Tensor) -> None:

@@ -61,7 +61,7 @@ class Nystrom(LinearSolver):
         self._require_symmetric(operator)
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
-        vectors, values = self._eigenpairs(operator, rhs)
+        vectors, values = eigenpairs(operator, rhs, self.rank, self.seed)
         inside = vectors.mT @ rhs
         solution = vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping
         residual = rhs - operator.damped(self.damping).matvec(solution)
@@ -74,36 +74,37 @@ class Nystrom(LinearSolver):
         For a `ConjugateGradient` of the same damping. Costs min(rank, n) products, once.
         """
         self._require_symmetric(operator)
-        vectors, values = self._eigenpairs(operator, like)
+        vectors, values = eigenpairs(operator, like, self.rank, self.seed)
         inside = (values[-1] + self.damping) / (values + self.damping) - 1.0
         return lambda r: r + vectors @ (inside * (vectors.mT @ r))
 
-    def _eigenpairs(self, operator: LinearOperator, like: Tensor) -> tuple[Tensor, Tensor]:
-        """U `[n, rank]` and L `[rank]`, descending, with N = U diag(L) U'."""
-        n = like.numel()
-        rank = min(self.rank, n)
-        sketch = torch.linalg.qr(gaussian((n, rank), like, self.seed)).Q
-        image = torch.stack([operator.matvec(column) for column in sketch.mT], dim=1)
-        size = norm(image.flatten())
-        if not math.isfinite(concrete(size)):
-            raise NonFiniteError(f"Nystrom met NaN or infinite entries in {rank} products with A.")
-        core = sketch.mT @ image
-        _refuse_asymmetric(core, size)
-        # Of A + shift I instead, so that rounding cannot make the core indefinite; taken off again at the end. The
-        # smallest normal number is for A = 0.
-        limits = torch.finfo(like.dtype)
-        shift = 10.0 * math.sqrt(n) * limits.eps * size + limits.tiny
-        core_values, core_vectors = torch.linalg.eigh(0.5 * (core + core.mT))
-        lowest = -concrete(-(core_values[0] + shift))
-        if lowest <= 0.0:
-            raise IndefiniteSystemError(
-                f"Nystrom met a negative eigenvalue of O'AO, {lowest:.3g}; it needs a positive semidefinite A. The "
-                "follower is not at a minimum: solve its problem further, or use GMRES(). Damping does not help here: "
-                "the approximation is of A alone."
-            )
-        half = (image + shift * sketch) @ (core_vectors / torch.sqrt(core_values + shift))
-        vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
-        return vectors, torch.clamp(roots.square() - shift, min=0.0)
+
+def eigenpairs(operator: LinearOperator, like: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """U `[n, rank]` and L `[rank]`, descending, with N = U diag(L) U' the Nystroem approximation of A."""
+    n = like.numel()
+    rank = min(rank, n)
+    sketch = torch.linalg.qr(gaussian((n, rank), like, seed)).Q
+    image = torch.stack([operator.matvec(column) for column in sketch.mT], dim=1)
+    size = norm(image.flatten())
+    if not math.isfinite(concrete(size)):
+        raise NonFiniteError(f"Nystrom met NaN or infinite entries in {rank} products with A.")
+    core = sketch.mT @ image
+    _refuse_asymmetric(core, size)
+    # Of A + shift I instead, so that rounding cannot make the core indefinite; taken off again at the end. The
+    # smallest normal number is for A = 0.
+    limits = torch.finfo(like.dtype)
+    shift = 10.0 * math.sqrt(n) * limits.eps * size + limits.tiny
+    core_values, core_vectors = torch.linalg.eigh(0.5 * (core + core.mT))
+    lowest = -concrete(-(core_values[0] + shift))
+    if lowest <= 0.0:
+        raise IndefiniteSystemError(
+            f"Nystrom met a negative eigenvalue of O'AO, {lowest:.3g}; it needs a positive semidefinite A. The "
+            "follower is not at a minimum: solve its problem further, or use GMRES(). Damping does not help here: "
+            "the approximation is of A alone."
+        )
+    half = (image + shift * sketch) @ (core_vectors / torch.sqrt(core_values + shift))
+    vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
+    return vectors, torch.clamp(roots.square() - shift, min=0.0)
 
 
 def _refuse_asymmetric(core: Tensor, size: Tensor) -> None:

@@ -19,7 +19,7 @@ from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.root import Receipt, attach
-from bilevel.tree import Variables, flatten, join, leaves
+from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
 
 @final
@@ -77,7 +77,7 @@ class Implicit(Response):
                 f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        blank = Receipt.blank(flatten(state["variables"]))
+        blank = Receipt.blank(flatten(state["variables"]), self.linear_solver)
         return state | {"optimizer": None, "linear": vars(blank).copy()}
 
     def __call__(
@@ -95,7 +95,7 @@ class Implicit(Response):
             follower.batch = solver.held(follower)
         else:
             y, after = self._solve(game, follower, state)
-            receipt = Receipt(**{key: value.clone() for key, value in state["linear"].items()})
+            receipt = Receipt(**map_leaves(torch.clone, state["linear"]))
             receipt.residual.fill_(torch.nan)
             after["products"] += int(receipt.products)
             receipt.products.zero_()
