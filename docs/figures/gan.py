@@ -43,6 +43,8 @@ def told(page: str) -> str:
     def table(match: re.Match) -> str:
         name = match["name"]
         file = DOCS / "gan" / f"{name}.json"
+        if not file.exists():
+            return match[0]
         lines = lines_of(name, json.loads(file.read_text(encoding="utf-8"))["results"])
         head = list(lines[0])
         body = ["| " + " | ".join(line.get(key, "") for key in head) + " |" for line in lines]

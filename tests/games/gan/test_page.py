@@ -1,0 +1,76 @@
+"""docs/gan.md says what its files say, and the files are of the settings that `bilevel gan` has."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from games.gan.catalogue import experiments
+from games.gan.images import image_run
+from games.gan.methods import FINALISTS, METHODS, SETTINGS, TUNED
+from games.paper.experiment import Source
+from games.paper.runner import plain
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+
+
+def results(name):
+    return json.loads((DOCS / "gan" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_tables_are_the_files():
+    script = importlib.util.spec_from_file_location("gan", DOCS / "figures/gan.py")
+    assert script is not None
+    assert script.loader is not None
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    page = (DOCS / "gan.md").read_text(encoding="utf-8")
+    assert module.told(page) == page, "run python docs/figures/gan.py"
+    named = set(re.findall(r"\]\(gan/(\w+)(?:-samples)?\.png\)", page))
+    assert named <= set(experiments())
+    assert {name for name in named if not (DOCS / "gan" / f"{name}.json").exists()} == set()
+
+
+@pytest.mark.parametrize("name", ["tuning", "finals", "ring"])
+def test_the_files_are_of_these_settings(name):
+    wanted = {part.name: plain(dict(part.settings)) for part in experiments()[name].parts}
+    assert results(name)["settings"] == wanted, f"run bilevel gan {name}"
+
+
+def test_what_was_tuned_is_what_the_files_found_best():
+    from games.gan.catalogue import scores
+
+    def best(row, numbers):
+        return max(numbers, key=lambda number: row[number][0] * row[number][1])
+
+    tuning, finals = scores(results("tuning")["results"]), scores(results("finals")["results"])
+    for method in METHODS:
+        for place, loss in enumerate(("non-saturating", "zero-sum")):
+            numbers = [number for number, setting in enumerate(SETTINGS) if setting.loss == loss]
+            assert FINALISTS[method][place] == best(tuning[method], numbers), method
+        assert TUNED[method] == SETTINGS[best(finals[method], FINALISTS[method])], method
+
+
+def test_one_response_covers_the_ring_in_every_seed_and_simultaneous_play_does_not():
+    """The goal that the page reports: all 8 modes and nine samples in ten of high quality."""
+    from games.gan.catalogue import by_method, succeeded
+
+    count = {m: sum(succeeded(run, 8) for run in runs) for m, runs in by_method(results("ring")["results"]).items()}
+    assert count["unrolled 1"] == count["alternating"] == 10
+    assert count["simultaneous"] < 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_images(method):
+    setting = TUNED[method]
+    found = image_run(
+        Source(), images="digits", method=method, rate=setting.rate, ratio=setting.ratio, loss=setting.loss, seed=0,
+        evaluations=60, moments=1, keep_samples=True,
+    )  # fmt: skip
+    [end] = found["moments"]
+    assert 1 <= end["classes"] <= 10
+    assert end["frechet"] > found["floor"] > 0.0
+    assert end["samples"].shape == (20, 64)
+    assert found["accuracy"] > 0.9
