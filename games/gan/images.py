@@ -18,7 +18,7 @@ from games.tuning.data import Digits, scikit_digits
 
 LATENT, SHOWN = 16, 20
 PENALTY = 1.0
-"""Of the discriminator's slope at real images, for every method: without it all of them lose digits as they go on."""
+"""Of the discriminator's slope at real images, for every method: without it digits are lost as play goes on."""
 
 SIZES = {"digits": (898, 899), "mnist": (2500, 2500)}
 """How many real examples the generator and the classifier see, and how many are held out to judge by."""

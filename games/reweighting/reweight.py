@@ -33,7 +33,7 @@ class Reweighted:
     `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `model`, a copy of the one
     given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader`
     weigh other examples: `weigh(inputs, labels)`. `solution` is the run: its history,
-    residuals, work, seconds and warnings.
+    residuals, work, seconds and warnings. `started` `[n]` are the weights before the first step.
     """
 
     weights: Tensor
@@ -43,11 +43,23 @@ class Reweighted:
     weighting: Weighting
     leader: Variables
     solution: bl.Solution
+    started: Tensor
     inputs: Tensor = field(repr=False)
 
     def worst(self, count: int = 25) -> Tensor:
         """The places `[count]` in the training set of the examples that weigh least, least first."""
         return torch.argsort(self.weights)[:count]
+
+    def kept(self, share: float = 0.2) -> Tensor:
+        """Which examples to keep `[n]`, bool: those that still weigh `share` of what they weighed at the start.
+
+        To train anew on them, all alike, is often better than to train at the weights: what is hard but right weighs
+        little, and is not to be lost with what is wrong. With `LabelNetwork` the default throws out an example whose
+        label the network finds five times less likely than a guess. Raises `ValueError` for a share outside 0 to 1.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"Reweighted.kept: share={share}; expected a number from 0 to 1.")
+        return self.weights > share * self.started
 
     def weigh(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Weights `[m]` of other examples; raises `TypeError` when weights belong to the training set's alone."""
@@ -155,6 +167,7 @@ def reweight(
             f"least 0, and None or 1 to {len(labels)}."
         )
     chosen = LabelNetwork() if weighting is None else weighting
+    everybody, begin = torch.arange(len(labels)), chosen.init(inputs, labels, classes, seed=seed)
     follow = _converged() if response is None else response
 
     def clean_loss(example_weights: Variables, model_: Variables, batch: Any) -> Tensor:
@@ -169,9 +182,7 @@ def reweight(
         return (weights * losses).sum() / weights.sum() + weight_decay * penalty
 
     game = bl.Game(
-        example_weights=bl.Player(
-            clean_loss, chosen.init(inputs, labels, classes, seed=seed), data=[(clean_inputs, clean_labels)]
-        ),
+        example_weights=bl.Player(clean_loss, begin, data=[(clean_inputs, clean_labels)]),
         model_=bl.Player(train_loss, model, data=_Batches(inputs, labels, batch_size)),
     )
     solution = bl.solve(
@@ -188,9 +199,9 @@ def reweight(
     leader, trained = solution.variables["example_weights"], copy.deepcopy(model).eval()
     trained.load_state_dict({**solution.variables["model_"], **solution.buffers.get("model_", {})}, strict=False)
     with torch.no_grad():
-        weights = chosen.weights(leader, torch.arange(len(labels)), inputs, labels)
+        weights, started = (chosen.weights(x, everybody, inputs, labels) for x in (leader, begin))
         losses = cross_entropy(trained(inputs), labels, reduction="none")
-    return Reweighted(weights, labels, losses, trained, chosen, leader, solution, inputs)
+    return Reweighted(weights, labels, losses, trained, chosen, leader, solution, started, inputs)
 
 
 def _converged() -> bl.Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,10 @@ def run_case(
                 warnings=found.solution.warnings,
             )
         )
+        if not tail:
+            score = scored(trained(inputs, labels, found.kept().to(inputs), classes))
+            share = (score - plain) / (best - plain) if best > plain else None
+            rows.append(replace(rows[-1], method=f"{name}, pruned", accuracy=score, auc=None, recovered=share))
         done(f"{case.name}-{name}-{seed}".replace(" ", "-"), found)
     return rows
 

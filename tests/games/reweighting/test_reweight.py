@@ -177,6 +177,7 @@ def test_digits_with_four_labels_in_ten_wrong():
     rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, steps=20)}
     assert rows["network"].auc > 0.95
     assert rows["network"].recovered > 0.5
+    assert rows["network, pruned"].recovered > 0.7
     assert rows["plain"].accuracy < rows["per example"].accuracy < rows["oracle"].accuracy
 
 
@@ -186,7 +187,8 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*line, "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output
     rows = read(tmp_path / "results.json")
-    assert [row.method for row in rows] == ["plain", "clean set alone", "oracle", "per example", "network"]
+    ways = ["per example", "per example, pruned", "network", "network, pruned"]
+    assert [row.method for row in rows] == ["plain", "clean set alone", "oracle", *ways]
     assert {f.name for f in tmp_path.glob("*.png")} == {
         "accuracy.png",
         "symmetric-0.4-network-0.png",
@@ -197,8 +199,20 @@ def test_the_command(tmp_path):
     first, second = ([(r.accuracy, r.auc) for r in found] for found in (rows, read(tmp_path / "results.json")))
     assert first == second
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["train"] == 300
-    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-1].auc
-    assert table(rows).row_count == 5
+    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-2].auc
+    assert table(rows).row_count == 7
+
+
+def test_what_is_kept_weighs_a_share_of_what_it_began_with():
+    train, clean, wrong = blobs()
+    found = reweight(linear(), train, clean, steps=30)
+    assert torch.equal(found.started, torch.full_like(found.weights, 0.5))  # two classes, nothing known
+    assert torch.equal(found.kept(), found.weights > 0.1)
+    kept = found.kept(0.9)
+    assert float(wrong[kept].double().mean()) < 0.5 * float(wrong.double().mean())
+    assert bool(found.kept(0.0).all())
+    with pytest.raises(ValueError, match="share=2"):
+        found.kept(2.0)
 
 
 def test_the_command_refuses():
@@ -216,7 +230,8 @@ def test_the_page_says_what_its_file_says():
     found = medians(read(root / "docs/reweighting/results.json"))
     assert list(found) == [case.name for case in CASES]
     assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
-    assert found["symmetric 0.4"]["per example"]["recovered"] >= 0.8
+    for case in list(found)[:-1]:
+        assert found[case]["network, pruned"]["recovered"] >= 0.8, case
     for case in ("symmetric 0.4", "symmetric 0.6", "class-dependent 0.4"):
         for name in ("per example", "network"):
             assert found[case][name]["accuracy"] > max(found[case][n]["accuracy"] for n in ("plain", "clean set alone"))
