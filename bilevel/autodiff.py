@@ -8,12 +8,17 @@ derivative that the library takes goes through `pullback` and `gradient`, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Pullback = Callable[[Tensor], tuple[Tensor, ...]]
+
+class Pullback(Protocol):
+    """From `v` to `v^T d function / d primal`, for each primal or for the first few alone."""
+
+    def __call__(self, vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
+        """The products, shaped like the primals."""
 
 
 def transforms_active() -> bool:
@@ -30,17 +35,21 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     """
     if transforms_active():
         value, pulled, *_ = torch.func.vjp(function, *primals)
-        return value, pulled
+
+        def pulled_back(vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
+            return pulled(vector)[:first]  # type: ignore[no-any-return]
+
+        return value, pulled_back
 
     # Aliases: partial derivatives stop here even when one primal depends on another through its own graph.
     with torch.enable_grad():
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
         value = function(*aliases)
 
-    def products(vector: Tensor) -> tuple[Tensor, ...]:
+    def products(vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
             value,
-            aliases,
+            aliases[:first],
             vector,
             retain_graph=True,
             create_graph=torch.is_grad_enabled(),

@@ -118,6 +118,8 @@ class Game:
         self._groups: dict[str, tuple[str, ...]] = {}
         self._anticipated: dict[str, Callable[[Mapping[str, Variables]], Variables]] = {}
         self._check_names()
+        # Read once: inspecting a signature costs as much as a small network's gradient.
+        self._arguments = {n: tuple(a for a in p.names if a != "batch") for n, p in players.items()}
         self._initial = {name: player.variables() for name, player in players.items()}
         self._check_variables()
         self._structures = {name: structure_of(value) for name, value in self._initial.items()}
@@ -171,7 +173,7 @@ class Game:
 
     def _named(self, member: str) -> tuple[str, ...]:
         """The objective's own parameters."""
-        return tuple(name for name in self._players[member].names if name != "batch")
+        return self._arguments[member]
 
     # Playing it ----------------------------------------------------------------------------------------------------
 
@@ -231,18 +233,27 @@ class Game:
         gains by moving alone. Differentiable again, in others and in y, when grad is enabled.
         """
         form, current = self._structures[player], dict(buffers or {})
+        if player not in self._groups:
+            after: Buffers = {}
+
+            def alone(*own: Tensor) -> Tensor:
+                value, advanced = self.evaluate(player, {**others, player: form.build(own)}, batch, current)
+                after.update(advanced)
+                return value
+
+            value, found = gradient(alone, *y)
+            return value, list(found), current | {name: after[name] for name in (player,) if name in after}
         places = form.build(range(len(form.shapes)))  # type: ignore[arg-type]
         losses: list[Tensor] = []
         slopes: list[Tensor] = list(y)
         for member in self.members(player):
-            joint = player in self._groups
-            mine = leaves(places[member] if joint else places)
+            mine = leaves(places[member])
 
-            def loss(*own: Tensor, member: str = member, mine: Sequence[int] = mine, joint: bool = joint) -> Tensor:
+            def loss(*own: Tensor, member: str = member, mine: Sequence[int] = mine) -> Tensor:
                 moved = list(y)
                 for index, leaf in zip(mine, own, strict=True):
                     moved[index] = leaf
-                part = batch[member] if joint and batch is not None else batch
+                part = None if batch is None else batch[member]
                 value, after = self.evaluate(member, {**others, player: form.build(moved)}, part, current)
                 if player in after:
                     current[player] = after[player]

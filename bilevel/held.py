@@ -300,7 +300,7 @@ def _steps(steps: int, like: Tensor) -> int:
     return max(steps, like.numel()) if like.numel() <= SMALL else steps
 
 
-def _along(pulled: Pullback, like: Tensor, directions: list[Tensor]) -> Tensor:
+def _along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
     """The derivative along `directions`, by differentiating the pullback v -> J'v, which is linear in v."""
     with torch.enable_grad():
         v = torch.zeros_like(like).requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import captured_tensor, concrete, pullback, tracked_at_any_level, transforms_active
+from bilevel.autodiff import Pullback, captured_tensor, concrete, pullback, tracked_at_any_level, transforms_active
 from bilevel.errors import CapturedTensorError, NonFiniteError
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
 from bilevel.tree import Variables, flatten, leaves, structure_of
@@ -119,9 +119,14 @@ def attach(
     linear_solver: LinearSolver,
     symmetric: bool,
     receipt: Receipt | None = None,
+    products: Pullback | None = None,
 ) -> Tensor:
-    """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing."""
-    system = _System(residual, linear_solver, symmetric, receipt)
+    """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
+
+    `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: backward then
+    takes its products from that graph instead of building it again.
+    """
+    system = _System(residual, linear_solver, symmetric, receipt, products)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
@@ -134,6 +139,7 @@ class _System:
     solver: LinearSolver
     symmetric: bool
     receipt: Receipt | None
+    products: Pullback | None = None
 
 
 class _Root(torch.autograd.Function):
@@ -165,23 +171,34 @@ class _Root(torch.autograd.Function):
         given = [xs[index] for index in wanted]
         again = torch.is_grad_enabled() or transforms_active()
         if again:
-            adjoint = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
+            adjoint, _ = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
             adjoint = _attach_adjoint(system, adjoint, cotangent, y, xs)
             _, products = pullback(lambda *some: partial(y, *some), *given)
             derivatives = products(adjoint)
         else:
-            # One graph serves the whole solve and the mixed product after it.
-            _, products = pullback(partial, y, *given)
-            adjoint = _solve(system, products, cotangent)
-            derivatives = products(adjoint)[1:]
+            # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
+            ready = system.products if all(x.requires_grad == (i in wanted) for i, x in enumerate(xs)) else None
+            products = ready or pullback(partial, y, *given)[1]
+            _, derivatives = _solve(system, products, cotangent)
         result: list[Tensor | None] = [None] * len(xs)
         for index, derivative in zip(wanted, derivatives, strict=True):
             result[index] = -derivative
         return (None, None, *result)
 
 
-def _solve(system: _System, products: Callable[[Tensor], tuple[Tensor, ...]], rhs: Tensor) -> Tensor:
-    operator = LinearOperator(lambda v: products(v)[0], system.symmetric)
+def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """u `[n]` with (dF/dy)^T u = rhs, and (dF/dx)^T u for each further primal of `products`."""
+    last: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
+    def checked(v: Tensor) -> Tensor:
+        # The product that measures the residual gives the mixed products too: they share most of their work.
+        found, *mixed = products(v)
+        last[:] = [(v, tuple(mixed))]
+        return found
+
+    operator = LinearOperator(
+        lambda v: products(v, first=1)[0], system.symmetric, None if transforms_active() else checked
+    )
     receipt = system.receipt
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     plain = receipt is not None and not transforms_active()
@@ -196,7 +213,12 @@ def _solve(system: _System, products: Callable[[Tensor], tuple[Tensor, ...]], rh
             receipt.products.add_(found.products)
     if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
-    return found.solution
+    if torch.is_grad_enabled() or transforms_active():
+        return found.solution, ()  # to be differentiated themselves
+    for answer, mixed in last:
+        if torch.equal(answer, found.solution):
+            return found.solution, mixed
+    return found.solution, products(found.solution)[1:]
 
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ in-place updates write to tensors of this step alone, and the graph of all steps
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ SEEDS: dict[type[optim.Optimizer], Seed] = {
     optim.ASGD: _asgd,
 }
 
+_WITHOUT_ROOTS = (optim.SGD, optim.ASGD, optim.Adamax)
+
 _WHY_NOT: dict[type[optim.Optimizer], str] = {
     optim.LBFGS: "its line search and its history are not differentiable in torch",
     optim.Adafactor: "it has no differentiable mode in torch",
@@ -133,14 +136,14 @@ class DifferentiableOptimizer:
         for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
             group["params"] = [fresh[index] for index in indices]
         for parameter, slope, remembered in zip(fresh, slopes, self.memory, strict=True):
-            # The slope too: some optimisers (weight decay, maximize) would otherwise write to the user's graph.
-            parameter.grad = slope.clone()
+            parameter.grad = slope
             optimizer.state[parameter] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in remembered.items()
             }
         if isinstance(optimizer, optim.NAdam) and torch.get_default_dtype() != torch.float64:
             self._round_as_nadam(fresh)
-        with _SquareRootsAtZero():
+        # Watching every operation costs as much as the step of a small network.
+        with nullcontext() if type(optimizer) in _WITHOUT_ROOTS else _SquareRootsAtZero():
             optimizer.step()
         self.memory = [dict(optimizer.state[parameter]) for parameter in fresh]
         for parameter in fresh:

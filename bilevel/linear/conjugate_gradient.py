@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete
+from bilevel.autodiff import concrete, transforms_active
 from bilevel.errors import IndefiniteSystemError, NotSymmetricError
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
 from bilevel.linear.preconditioner import Memory, Preconditioner
@@ -68,9 +68,9 @@ class ConjugateGradient(LinearSolver):
         self._require_symmetric(operator)
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
-        matvec = operator.damped(self.damping).matvec
+        damped = operator.damped(self.damping)
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
-        run = _Run(matvec)
+        run = _Run(damped.matvec)
         kept = self.init(rhs) if memory is None else memory
         if isinstance(self.preconditioner, Preconditioner):
             # Its own products are part of the price.
@@ -83,7 +83,7 @@ class ConjugateGradient(LinearSolver):
             return run.correct(residual, target, most, first=most == limit)
 
         # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
-        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.5)
+        solution, residual, products = refine(damped, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.5)
         if run.wanted and isinstance(self.preconditioner, Preconditioner):
             self.preconditioner.learn(kept, run.directions, run.products)
         products += run.spent
@@ -117,6 +117,7 @@ class _Run:
         p, rho = z, torch.dot(r, z)
         # One flag a system: those in a batch that are done stand still while the others go on.
         moving = norm(r) > goal
+        single = not transforms_active()  # then the loop's end says what the flag would
         before: tuple[Tensor, Tensor] | None = None
         steps = 0
         while steps < most and concrete(moving):
@@ -130,15 +131,19 @@ class _Run:
                     _refuse_asymmetric(moving, *before, p, product)
             # After a restart the directions are rounding's; one without curvature ends the search, and proves nothing.
             moving = moving & ((curvature > 0.0) | torch.isnan(curvature))
-            step = torch.where(moving, rho / torch.where(moving, curvature, 1.0), 0.0)
-            e = e + step * p
-            r = r - step * product
+            if single and not concrete(moving):
+                break
+            step = rho / curvature if single else torch.where(moving, rho / torch.where(moving, curvature, 1.0), 0.0)
+            e = torch.addcmul(e, step, p)
+            r = torch.addcmul(r, step, product, value=-1.0)
             z = self._preconditioned(r)
             new_rho = torch.dot(r, z)
             before = p, product
-            p = z + torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0) * p
-            rho = torch.where(moving, new_rho, rho)
-            moving = moving & (norm(r) > goal)
+            turn = new_rho / rho if single else torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0)
+            p = torch.addcmul(z, turn, p)
+            rho = new_rho if single else torch.where(moving, new_rho, rho)
+            # Without a preconditioner rho is |r|^2, of an r that was scaled to unit size.
+            moving = moving & ((rho.sqrt() if self.inverse is None else norm(r)) > goal)
             if self.inverse is not None:
                 _refuse_preconditioner(moving, rho)
         return scale * e, steps
@@ -159,7 +164,9 @@ class _Run:
 
 
 def _refuse_indefinite(moving: Tensor, curvature: Tensor, direction: Tensor) -> None:
-    lowest = -concrete(torch.where(moving, -curvature, -torch.inf))
+    # A single system that stands still does not come here.
+    seen = -curvature if not transforms_active() else torch.where(moving, -curvature, -torch.inf)
+    lowest = -concrete(seen)
     if lowest <= 0.0:
         relative = -concrete(torch.where(moving, -curvature / norm(direction).square(), -torch.inf))
         raise IndefiniteSystemError(

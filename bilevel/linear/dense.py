@@ -36,15 +36,15 @@ class Dense(LinearSolver):
         """u `[n]` with (A + damping I) u = rhs."""
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
-        matvec = operator.damped(self.damping).matvec
+        damped = operator.damped(self.damping)
         n = rhs.numel()
         # One at a time: vmap over matvec would forbid the retained graphs that products are taken from.
         basis = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([matvec(column) for column in basis], dim=1)
+        matrix = torch.stack([damped.matvec(column) for column in basis], dim=1)
         self._refuse_singular(matrix)
         solution = torch.linalg.solve(matrix, rhs)
         # One more product: a matvec that is not linear shows in the residual, and nowhere else.
-        return self._conclude(solution, rhs - matvec(solution), rhs, n + 1, remedy="float64")
+        return self._conclude(solution, damped.residual(rhs, solution), rhs, n + 1, remedy="float64")
 
     def _refuse_singular(self, matrix: Tensor) -> None:
         n = matrix.shape[0]

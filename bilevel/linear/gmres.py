@@ -51,14 +51,14 @@ class GMRES(LinearSolver):
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
-        matvec = operator.damped(self.damping).matvec
+        damped = operator.damped(self.damping)
 
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            return _correction(matvec, residual, target, min(most, self.restart))
+            return _correction(damped.matvec, residual, target, min(most, self.restart))
 
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
         # Slow is not stalled; a restart that gains nothing will gain nothing again.
-        solution, residual, products = refine(matvec, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.999)
+        solution, residual, products = refine(damped, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.999)
         return self._conclude(solution, residual, rhs, products, remedy="a larger restart, more max_steps")
 
 

@@ -42,5 +42,5 @@ class Identity(LinearSolver):
         if self._vanishes(rhs, initial):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
         solution = self.scale * rhs
-        residual = rhs - operator.damped(self.damping).matvec(solution)
+        residual = operator.damped(self.damping).residual(rhs, solution)
         return self._conclude(solution, residual, rhs, 1, remedy="another scale, another solver")

@@ -78,10 +78,11 @@ class Neumann(LinearSolver):
         most_growth = 2.0 if operator.symmetric else 100.0
         ceiling = most_growth * torch.maximum(norm(residual), norm(rhs))
         ceiling = torch.where(ceiling > 0.0, ceiling, 1.0)  # a zero system among others in a batch
-        for _ in range(self.max_steps + 1):
+        for number in range(self.max_steps + 1):
             # u + a (b - A u) adds the series' next term to u: the same products, and the true residual at every step.
-            solution = torch.where(adding, solution + step * residual, solution)
-            residual = rhs - damped.matvec(solution)
+            solution = torch.addcmul(solution, torch.where(adding, step, 0.0), residual)
+            last = number == self.max_steps
+            residual = damped.residual(rhs, solution) if last else rhs - damped.matvec(solution)
             products += 1
             growth = concrete(norm(residual) / ceiling)
             if not growth <= 1.0:
@@ -90,9 +91,10 @@ class Neumann(LinearSolver):
                     "times its start. An eigenvalue of A + damping I is negative or above 2 / step_size "
                     f"(step_size={self.step_size}). Use a smaller step_size, some damping, or GMRES()."
                 )
-            adding = adding & self._adding(residual, tolerance)
-            if not concrete(adding):
-                break
+            if self.rtol is not None:
+                adding = adding & self._adding(residual, tolerance)
+                if not concrete(adding):
+                    break
         return self._conclude(solution, residual, rhs, products)
 
     def _adding(self, residual: Tensor, tolerance: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Nystrom(LinearSolver):
         vectors, values = eigenpairs(operator, rhs, self.rank, self.seed)
         inside = vectors.mT @ rhs
         solution = vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping
-        residual = rhs - operator.damped(self.damping).matvec(solution)
+        residual = operator.damped(self.damping).residual(rhs, solution)
         return self._conclude(solution, residual, rhs, len(values) + 1, remedy="a larger rank")
 
     def preconditioner(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import norm
+from bilevel.linear.base import LinearOperator, norm
 
 # From a residual [n], the norm to bring it to and the most steps to take: a correction [n] and the steps it took.
 Correction = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
@@ -20,7 +20,7 @@ def default_steps(unknowns: int) -> int:
 
 
 def refine(
-    matvec: Callable[[Tensor], Tensor],
+    operator: LinearOperator,
     rhs: Tensor,
     initial: Tensor | None,
     correct: Correction,
@@ -37,14 +37,14 @@ def refine(
     # A recurrence goes on shrinking below what rounding lets the true residual reach.
     target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
     solution = torch.zeros_like(rhs) if initial is None else initial
-    residual = rhs if initial is None else rhs - matvec(initial)
+    residual = rhs if initial is None else rhs - operator.matvec(initial)
     products = 0 if initial is None else 1
     size = norm(residual)
     steps = 0
     while steps < max_steps and concrete(size > target):
         correction, taken = correct(residual, target, max_steps - steps)
         candidate = solution + correction
-        remaining = rhs - matvec(candidate)
+        remaining = operator.residual(rhs, candidate)
         products += taken + 1
         remaining_size = norm(remaining)
         # The first is the method's own answer, whatever its residual; a later one must improve on it.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, gradient
+from bilevel.autodiff import concrete, gradient, transforms_active
 from bilevel.data import Batch
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
@@ -72,6 +72,8 @@ class Follower:
                 f"The response of player {self.name!r} needs the variables of {missing}; given are {sorted(others)}."
             )
         self.inputs = dict(others)
+        self.xs: list[Tensor] = leaves(self.inputs)
+        """The leaves of the others' variables."""
         self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
         self.position = state["data"]
@@ -81,11 +83,6 @@ class Follower:
         self.batch = batch
         if batch is None:
             self.advance()
-
-    @property
-    def xs(self) -> list[Tensor]:
-        """The leaves of the others' variables."""
-        return leaves(self.inputs)
 
     @property
     def others(self) -> dict[str, Variables]:
@@ -119,23 +116,9 @@ class Follower:
         """Whether it is several players, who answer together and have no single loss."""
         return self.game.members(self.name) != (self.name,)
 
-    def held_residual(self) -> Callable[..., Tensor]:
+    def held_residual(self) -> HeldResidual:
         """F(y, *xs), the own gradients, for ever on the present batch, buffers and random numbers."""
-        batch, buffers, random = self.batch, self.buffers, random_state(self.game.device)
-
-        def residual(y: Tensor, *xs: Tensor) -> Tensor:
-            def loss(y: Tensor) -> Tensor:
-                variables = {**self.input_form.build(xs), self.name: self.form.unflatten(y)}
-                return self.game.loss(self.name, variables, batch, buffers)
-
-            # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
-            with random_kept(self.game.device, start=random):
-                if self.joint:
-                    others = self.input_form.build(xs)
-                    return join(self.game.own_gradients(self.name, self.form.split(y), others, batch, buffers)[1])
-                return gradient(loss, y)[1][0]
-
-        return residual
+        return HeldResidual(self)
 
     def relative(self, slopes_norm: float, state: State) -> float:
         """A gradient's norm in units of the one at the start of the game."""
@@ -154,6 +137,39 @@ class Follower:
             raise NonFiniteError(
                 f"Player {self.name!r}: its variables became NaN or infinite in its inner steps. {advice}"
             )
+
+
+class HeldResidual:
+    """F(y, *xs), a follower's own gradients, for ever on one batch, buffers and random numbers.
+
+    Maps `y: [n]` and the leaves of the others' variables to `[n]`; differentiable. `loss` is the loss at the last call.
+    """
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower, self._batch, self._buffers = follower, follower.batch, follower.buffers
+        self._random = random_state(follower.game.device)
+        self.loss = math.nan
+
+    def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
+        """F there."""
+        follower = self._follower
+        game, name = follower.game, follower.name
+        others = follower.input_form.build(xs)
+
+        def loss(y: Tensor) -> Tensor:
+            return game.loss(name, {**others, name: follower.form.unflatten(y)}, self._batch, self._buffers)
+
+        # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
+        with random_kept(game.device, start=self._random):
+            if follower.joint:
+                y_leaves = follower.form.split(y)
+                value, slopes, _ = game.own_gradients(name, y_leaves, others, self._batch, self._buffers)
+                slope = join(slopes)
+            else:
+                value, (slope,) = gradient(loss, y)
+        if not transforms_active():
+            self.loss = float(value.detach())
+        return slope
 
 
 def fresh_state(game: Game, follower: str | None, seed: int) -> State:

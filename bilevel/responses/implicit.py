@@ -10,14 +10,22 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import transforms_active
+from bilevel.autodiff import Pullback, pullback, transforms_active
 from bilevel.data import Batch
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.linear import ConjugateGradient, LinearSolver
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import (
+    Follower,
+    HeldResidual,
+    Response,
+    State,
+    fresh_state,
+    refuse_captured,
+    refuse_optimizer_hyper,
+)
 from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -91,27 +99,31 @@ class Implicit(Response):
         if transforms_active():
             solver = _Solve(self, game, follower, state, batch)
             y: Tensor = _Detached.apply(solver, *follower.xs)  # type: ignore[no-untyped-call]
-            after, receipt = state, None
+            after, receipt, products = state, None, None
             follower.batch = solver.held(follower)
+            residual = follower.held_residual()
         else:
-            y, after = self._solve(game, follower, state)
+            y, after, residual, products = self._solve(game, follower, state)
             receipt = Receipt(**map_leaves(torch.clone, state["linear"]))
             receipt.residual.fill_(torch.nan)
             after["products"] += int(receipt.products)
             receipt.products.zero_()
             after["linear"] = vars(receipt).copy()
         attached = attach(
-            follower.held_residual(),
+            residual,
             y,
             follower.xs,
             linear_solver=self.linear_solver,
             symmetric=not follower.joint,
             receipt=receipt,
+            products=products,
         )
         return follower.form.unflatten(attached), after
 
-    def _solve(self, game: Game, follower: Follower, state: State) -> tuple[Tensor, State]:
-        """The optimum `[n]` found by plain steps, and the state after them."""
+    def _solve(
+        self, game: Game, follower: Follower, state: State
+    ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
+        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
@@ -121,9 +133,12 @@ class Implicit(Response):
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
-            loss, slopes = follower.gradients(y)
-            follower.require_finite(y, advice, float(loss))
-            norm = float(torch.linalg.vector_norm(join(slopes)))
+        residual, flat = follower.held_residual(), join(y)
+        tracked = [x.requires_grad and torch.is_grad_enabled() for x in follower.xs]
+        slope, products = self._judged(residual, flat, follower.xs, tracked)
+        follower.gradient_count += 1
+        follower.require_finite(y, advice, residual.loss)
+        norm = float(torch.linalg.vector_norm(slope))
         relative = norm / reference
         if self.tolerance is not None and not norm <= threshold:
             message = (
@@ -142,7 +157,23 @@ class Implicit(Response):
             "gradients": state["gradients"] + follower.gradient_count,
             "stationarity": relative,
         }
-        return join(y), after
+        return flat, after, residual, products
+
+    @staticmethod
+    def _judged(
+        residual: HeldResidual, y: Tensor, xs: list[Tensor], tracked: list[bool]
+    ) -> tuple[Tensor, Pullback | None]:
+        """F(y, *xs), and its pullback in y and the tracked of xs when there are any: the graph that backward needs."""
+        if not any(tracked):
+            with torch.no_grad():
+                return residual(y, *xs), None
+
+        def partial(y: Tensor, *some: Tensor) -> Tensor:
+            given = iter(some)
+            return residual(y, *(next(given) if track else x for x, track in zip(xs, tracked, strict=True)))
+
+        value, products = pullback(partial, y, *(x for x, track in zip(xs, tracked, strict=True) if track))
+        return value.detach(), products
 
 
 class _Solve:
@@ -155,7 +186,7 @@ class _Solve:
 
     def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
         follower = Follower(self.game, self.form.build(xs), self.state, self.batch)
-        y, _ = self.response._solve(self.game, follower, self.state)
+        y, *_ = self.response._solve(self.game, follower, self.state)
         self.last = follower.batch
         return y
 
