@@ -57,8 +57,21 @@ from bilevel.linear import (
     NystromPreconditioner,
     Preconditioner,
     Recycled,
+    Settled,
 )
-from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
+from bilevel.responses import (
+    MLP,
+    AsLeaderMoves,
+    Elementwise,
+    Geometric,
+    Hypernetwork,
+    Implicit,
+    Inexactness,
+    Linear,
+    LowRank,
+    Response,
+    Unrolled,
+)
 from bilevel.root import root
 from bilevel.solution import Solution
 from bilevel.solve import solve
@@ -68,6 +81,7 @@ __all__ = [
     "LOLA",
     "MLP",
     "Alternating",
+    "AsLeaderMoves",
     "BilevelError",
     "BilevelWarning",
     "CapturedTensorError",
@@ -89,10 +103,12 @@ __all__ = [
     "Extragradient",
     "FollowTheRidge",
     "Game",
+    "Geometric",
     "Hypernetwork",
     "Identity",
     "Implicit",
     "IndefiniteSystemError",
+    "Inexactness",
     "InnerSolver",
     "Linear",
     "LinearOperator",
@@ -114,6 +130,7 @@ __all__ = [
     "Response",
     "Scipy",
     "ScipyRoot",
+    "Settled",
     "Simultaneous",
     "SingularSystemError",
     "Solution",

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+EVERY = slice(None)
+
 
 class Pullback(Protocol):
-    """From `v` to `v^T d function / d primal`, for each primal or for the first few alone."""
+    """From `v` to `v^T d function / d primal`, for each primal or for some alone, which can cost less."""
 
-    def __call__(self, vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
         """The products, shaped like the primals."""
 
 
@@ -36,8 +38,8 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     if transforms_active():
         value, pulled, *_ = torch.func.vjp(function, *primals)
 
-        def pulled_back(vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
-            return pulled(vector)[:first]  # type: ignore[no-any-return]
+        def pulled_back(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
+            return pulled(vector)[part]  # type: ignore[no-any-return]
 
         return value, pulled_back
 
@@ -46,10 +48,10 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
         value = function(*aliases)
 
-    def products(vector: Tensor, /, first: int | None = None) -> tuple[Tensor, ...]:
+    def products(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
             value,
-            aliases[:first],
+            aliases[part],
             vector,
             retain_graph=True,
             create_graph=torch.is_grad_enabled(),

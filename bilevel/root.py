@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.autodiff import Pullback, captured_tensor, concrete, pullback, tracked_at_any_level, transforms_active
 from bilevel.errors import CapturedTensorError, NonFiniteError
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
-from bilevel.tree import Variables, flatten, leaves, structure_of
+from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
 FlatResidual = Callable[..., Tensor]
 
@@ -22,13 +22,15 @@ class Receipt:
     """What a backward solve leaves behind, written in place when backward runs.
 
     `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` and `wanted`
-    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts; `memory`
-    is what the solver keeps from system to system.
+    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts; `error`
+    is the solver's estimate of the derivative's relative error, NaN if it makes none; `memory` is what it keeps from
+    system to system.
     """
 
     adjoint: Tensor
     residual: Tensor
     products: Tensor
+    error: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -36,7 +38,7 @@ class Receipt:
         """A receipt for `like: [n]` unknowns before any backward solve."""
         nothing = torch.full_like(like[0], torch.nan)
         memory = {} if solver is None else solver.init(like)
-        return Receipt(torch.zeros_like(like), nothing, torch.zeros((), dtype=torch.int64), memory)
+        return Receipt(torch.zeros_like(like), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
 
 
 def root(
@@ -196,8 +198,12 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
         last[:] = [(v, tuple(mixed))]
         return found
 
+    single = not transforms_active() and not torch.is_grad_enabled()
     operator = LinearOperator(
-        lambda v: products(v, first=1)[0], system.symmetric, None if transforms_active() else checked
+        lambda v: products(v, slice(1))[0],
+        system.symmetric,
+        checked if single else None,
+        (lambda v: join(products(v, slice(1, None)))) if single else None,
     )
     receipt = system.receipt
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
@@ -211,14 +217,15 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
             receipt.adjoint.copy_(found.solution)
             receipt.residual.copy_(found.residual_norm / size if concrete(size) > 0 else found.residual_norm)
             receipt.products.add_(found.products)
+            receipt.error.fill_(found.error)
     if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
-    if torch.is_grad_enabled() or transforms_active():
+    if not single:
         return found.solution, ()  # to be differentiated themselves
     for answer, mixed in last:
         if torch.equal(answer, found.solution):
             return found.solution, mixed
-    return found.solution, products(found.solution)[1:]
+    return found.solution, products(found.solution, slice(1, None))
 
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The same derivatives by other libraries, called as each one's documentation says; those not installed are left out."""
+"""The same derivatives by other libraries, as their documentation says; those not installed are left out."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def boat(problem: Problem, kind: str) -> Run | None:
         made = boat_torch.Problem(config, losses)
         made.build_ll_solver()
         made.build_ul_solver()
-        follow = {"loss": lambda x, y: problem.follow(x, y)}
+        follow = {"loss": problem.follow}
         lead = {"loss": lambda x, y: problem.lead(y)}
         slopes, _ = made.run_iter(follow, lead, current_iter=0)
         return tuple(slopes)
@@ -178,7 +178,7 @@ def jaxopt(problem: Problem, kind: str) -> Run | None:
             return theirs.linear_solve.solve_cg(matvec, b, maxiter=problem.cg, tol=0.0)
 
         (found,) = theirs.implicit_diff.root_vjp(
-            jax.grad(follow), start, (decays,), jax.grad(fit)(start, sets["valid"]), solve_vjp=solve
+            jax.grad(follow), start, (decays,), jax.grad(fit)(start, sets["valid"]), solve=solve
         )
         return found
 

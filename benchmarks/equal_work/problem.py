@@ -80,8 +80,8 @@ class Problem:
     def game(self) -> bl.Game:
         """The same as a game."""
         return bl.Game(
-            decays=bl.Player(lambda weights: self.lead(weights), self.decays),
-            weights=bl.Player(lambda decays, weights: self.follow(decays, weights), self.weights),
+            decays=bl.Player(self.lead, self.decays),
+            weights=bl.Player(self.follow, self.weights),
         )
 
 

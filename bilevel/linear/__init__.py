@@ -8,6 +8,7 @@ from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner, Recycled
+from bilevel.linear.stopping import Settled
 
 __all__ = [
     "GMRES",
@@ -23,4 +24,5 @@ __all__ = [
     "NystromPreconditioner",
     "Preconditioner",
     "Recycled",
+    "Settled",
 ]

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class LinearOperator:
     transpose; solvers that need it refuse an operator without it.
 
     `checked`, where it is given, is taken instead of `matvec` for the product with a vector that may be the answer: a
-    caller who needs more than A u at the answer gets it from the product that measures the residual there.
+    caller who needs more than A u at the answer gets it from the product that measures the residual there. `interest`
+    maps u to what it is needed for: the hypergradient, for an adjoint.
 
     >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> LinearOperator(matrix.mv, symmetric=True).damped(0.5).matvec(torch.tensor([1.0, 0.0]))
@@ -33,6 +34,7 @@ class LinearOperator:
     matvec: Callable[[Tensor], Tensor]
     symmetric: bool = False
     checked: Callable[[Tensor], Tensor] | None = None
+    interest: Callable[[Tensor], Tensor] | None = None
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping * I."""
@@ -43,6 +45,7 @@ class LinearOperator:
             lambda v: self.matvec(v) + damping * v,
             self.symmetric,
             None if checked is None else lambda v: checked(v) + damping * v,
+            self.interest,
         )
 
     def residual(self, rhs: Tensor, solution: Tensor) -> Tensor:
@@ -55,14 +58,16 @@ class LinearSolution:
     """What a solver found for (A + damping I) u = b.
 
     `solution`: u `[n]`. `residual_norm`: |b - (A + damping I) u|, a 0-d tensor, computed from u itself. `products`:
-    how many products with A it took. `converged`: whether the residual meets the tolerance that was asked for. Inside
-    `torch.func.vmap` the first two are one per system; the last two are plain numbers that speak for the whole batch.
+    how many products with A it took. `converged`: whether it is as good as was asked for. `error`: the estimated
+    relative error of what u is needed for, where the solver was asked to look at it, else NaN. Inside
+    `torch.func.vmap` the first two are one per system; the others are plain numbers that speak for the whole batch.
     """
 
     solution: Tensor
     residual_norm: Tensor
     products: int
     converged: bool
+    error: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,12 @@ class LinearSolver(ABC):
         A solver that keeps something takes it as `solve(..., memory=)`, and writes it in place.
         """
         return {}
+
+    def loosened(self, factor: float) -> LinearSolver:
+        """The same solver with `rtol` this many times larger, up to 1/2 where it is below that."""
+        if self.rtol is None or factor <= 1.0:
+            return self
+        return replace(self, rtol=max(self.rtol, min(0.5, factor * self.rtol)))
 
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
@@ -164,10 +175,14 @@ class LinearSolver(ABC):
                 f"{remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {rhs.dtype} "
                 f"resolves {torch.finfo(rhs.dtype).eps:.1g}."
             )
-            if self.strict:
-                raise ConvergenceError(message)
-            warnings.warn(message, NonConvergenceWarning, stacklevel=3)
+            self._complain(message)
         return LinearSolution(solution, residual_norm, products, converged)
+
+    def _complain(self, message: str) -> None:
+        """Warn that the accuracy asked for was missed; raise when `strict`."""
+        if self.strict:
+            raise ConvergenceError(message)
+        warnings.warn(message, NonConvergenceWarning, stacklevel=4)
 
 
 def norm(vector: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,6 +14,7 @@ from bilevel.errors import IndefiniteSystemError, NotSymmetricError
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
 from bilevel.linear.preconditioner import Memory, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
+from bilevel.linear.stopping import Settled, Watch
 
 
 @final
@@ -26,7 +27,8 @@ class ConjugateGradient(LinearSolver):
 
     `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `NystromPreconditioner()` or
     `Recycled()`, which make M close to A + damping I and keep what they learned in `memory`; or a map from `r: [n]` to
-    `M^-1 r: [n]`, M symmetric positive definite. `initial` is used.
+    `M^-1 r: [n]`, M symmetric positive definite. `stopping=Settled(1e-3)` ends the solve, as converged, once what u is
+    needed for has settled, whatever the residual. `initial` is used.
 
     Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
     gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests
@@ -46,6 +48,7 @@ class ConjugateGradient(LinearSolver):
 
     max_steps: int | None = None
     preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
+    stopping: Settled | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -56,6 +59,13 @@ class ConjugateGradient(LinearSolver):
     def needs_symmetry(self) -> bool:
         """Its algebra holds for symmetric systems only."""
         return True
+
+    def loosened(self, factor: float) -> LinearSolver:
+        """The same solver with `rtol`, and that of `stopping`, this many times larger, up to 1/2."""
+        looser = super().loosened(factor)
+        if self.stopping is None or not isinstance(looser, ConjugateGradient):
+            return looser
+        return replace(looser, stopping=self.stopping.loosened(factor))
 
     def init(self, like: Tensor) -> Memory:
         """The preconditioner's memory before the first system."""
@@ -79,15 +89,36 @@ class ConjugateGradient(LinearSolver):
         else:
             run.inverse = self.preconditioner
 
+        run.start = initial
+        watch = run.watch = self.stopping and self.stopping.watch(damped.interest or (lambda u: u))
+
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            return run.correct(residual, target, most, first=most == limit)
+            found, steps = run.correct(residual, target, most, first=most == limit)
+            run.start = found if run.start is None else run.start + found
+            return found, steps
+
+        def settled() -> bool:
+            return watch is not None and watch.satisfied
 
         # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
-        solution, residual, products = refine(damped, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.5)
+        wanted = self.tolerance(rhs)
+        solution, residual, products = refine(damped, rhs, initial, correct, wanted, limit, stalled=0.5, enough=settled)
         if run.wanted and isinstance(self.preconditioner, Preconditioner):
             self.preconditioner.learn(kept, run.directions, run.products)
         products += run.spent
-        return self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
+        if watch is None or self.stopping is None:
+            return self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
+        products += watch.looks
+        if not settled():
+            told = (
+                f"ConjugateGradient stopped after {products} products before its answer settled: its error was about "
+                f"{watch.error:.2g} at the last look; wanted {self.stopping.rtol:g}. Give it more max_steps."
+            )
+            found = self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
+            if self.rtol is None:
+                self._complain(told)
+            return replace(found, error=watch.error)
+        return LinearSolution(solution, norm(residual), products, True, watch.error)
 
 
 class _Run:
@@ -97,6 +128,8 @@ class _Run:
         self.matvec = matvec
         self.inverse: Callable[[Tensor], Tensor] | None = None
         self.wanted, self.spent = 0, 0
+        self.watch: Watch | None = None
+        self.start: Tensor | None = None
         self.directions: list[Tensor] = []
         self.products: list[Tensor] = []
         self._stride, self._seen = 1, 0
@@ -142,6 +175,10 @@ class _Run:
             turn = new_rho / rho if single else torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0)
             p = torch.addcmul(z, turn, p)
             rho = new_rho if single else torch.where(moving, new_rho, rho)
+            if self.watch is not None and self.watch.due(self._seen):
+                self.watch.look(self._seen, scale * e if self.start is None else self.start + scale * e)
+                if self.watch.satisfied:
+                    break
             # Without a preconditioner rho is |r|^2, of an r that was scaled to unit size.
             moving = moving & ((rho.sqrt() if self.inverse is None else norm(r)) > goal)
             if self.inverse is not None:

@@ -27,12 +27,13 @@ def refine(
     tolerance: Tensor,
     max_steps: int,
     stalled: float,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor, int]:
     """Correct until the residual, computed anew from the solution, is within `tolerance`.
 
     Returns the solution `[n]`, its residual `[n]`, and how many products were taken. Ends early when a correction
     leaves more than `stalled` of the residual: a tolerance below what the dtype can resolve costs one or two of them in
-    vain, not `max_steps`.
+    vain, not `max_steps`. Ends as well when `enough` says so after a correction.
     """
     # A recurrence goes on shrinking below what rounding lets the true residual reach.
     target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
@@ -56,6 +57,6 @@ def refine(
         residual = torch.where(accepted, remaining, residual)
         size = torch.where(accepted, remaining_size, size)
         steps += taken
-        if not helped:
+        if not helped or enough():
             break
     return solution, residual, products

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import Pullback, pullback, transforms_active
+from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
 from bilevel.data import Batch
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
@@ -26,6 +26,7 @@ from bilevel.responses.base import (
     refuse_captured,
     refuse_optimizer_hyper,
 )
+from bilevel.responses.inexactness import Inexactness
 from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -45,7 +46,8 @@ class Implicit(Response):
 
     The hypergradient's error is first order in what `tolerance` and the linear residual leave: a solve that misses
     `tolerance` issues a `NonConvergenceWarning` with both numbers (`ConvergenceError` when `strict`);
-    `tolerance=None` asks for no accuracy. With minibatches, the held batch stands for the whole data.
+    `tolerance=None` asks for no accuracy. `inexactness` (`Geometric()`, `AsLeaderMoves()`) loosens both tolerances
+    while the leader is far from its goal. With minibatches, the held batch stands for the whole data.
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph.
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
@@ -60,6 +62,7 @@ class Implicit(Response):
     linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
     warm_start: bool = True
     strict: bool = False
+    inexactness: Inexactness | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -86,7 +89,11 @@ class Implicit(Response):
                 "for a few hundred unknowns."
             )
         blank = Receipt.blank(flatten(state["variables"]), self.linear_solver)
-        return state | {"optimizer": None, "linear": vars(blank).copy()}
+        state |= {"optimizer": None, "linear": vars(blank).copy()}
+        if self.inexactness is None:
+            return state
+        others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
+        return state | {"leader": {"calls": 0, "last": flatten(others), "first": 0.0}}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -96,6 +103,7 @@ class Implicit(Response):
         The returned state's "linear" entry is filled in when backward runs: save it after that.
         """
         follower = Follower(game, others, state, batch)
+        looser = self._looser(follower, state)
         if transforms_active():
             solver = _Solve(self, game, follower, state, batch)
             y: Tensor = _Detached.apply(solver, *follower.xs)  # type: ignore[no-untyped-call]
@@ -113,7 +121,7 @@ class Implicit(Response):
             residual,
             y,
             follower.xs,
-            linear_solver=self.linear_solver,
+            linear_solver=self.linear_solver.loosened(looser),
             symmetric=not follower.joint,
             receipt=receipt,
             products=products,
@@ -127,8 +135,9 @@ class Implicit(Response):
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
-        reference = float(state["reference"])
-        threshold = 0.0 if self.tolerance is None else self.tolerance * reference
+        reference, looser = float(state["reference"]), self._looser(follower, state)
+        tolerance = 0.0 if self.tolerance is None else max(self.tolerance, min(0.5, looser * self.tolerance))
+        threshold = tolerance * reference
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
@@ -143,7 +152,7 @@ class Implicit(Response):
         if self.tolerance is not None and not norm <= threshold:
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
-                f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased to that order. Give "
+                f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased to that order. Give "
                 "it more steps or another optimiser, or accept it by tolerance=."
             )
             if self.strict:
@@ -157,7 +166,29 @@ class Implicit(Response):
             "gradients": state["gradients"] + follower.gradient_count,
             "stationarity": relative,
         }
+        if self.inexactness is not None:
+            after["leader"] = self._track(follower, state["leader"])
         return flat, after, residual, products
+
+    def _looser(self, follower: Follower, state: State) -> float:
+        """How many times looser than asked for this call's tolerances are."""
+        if self.inexactness is None:
+            return 1.0
+        track = state["leader"]
+        moved = self._moved(follower, track)
+        first = track["first"] or moved
+        return self.inexactness.factor(track["calls"], moved / first if first else 1.0)
+
+    def _track(self, follower: Follower, track: dict[str, Any]) -> dict[str, Any]:
+        """What `_looser` will want to know of the leader."""
+        moved = self._moved(follower, track)
+        last = flatten(follower.others).clone()
+        return {"calls": track["calls"] + 1, "last": last, "first": track["first"] or moved}
+
+    @staticmethod
+    def _moved(follower: Follower, track: dict[str, Any]) -> float:
+        """How far the others are from where they were in the last call."""
+        return concrete(torch.linalg.vector_norm(join([x.detach() for x in follower.xs]) - track["last"]))
 
     @staticmethod
     def _judged(

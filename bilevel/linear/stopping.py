@@ -1,0 +1,98 @@
+"""When a Krylov solver has enough, judged by what its solution is needed for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete
+from bilevel.linear.base import norm
+
+
+@final
+@dataclass(frozen=True)
+class Settled:
+    r"""Enough, once the hypergradient itself has settled to a relative error of about `rtol`.
+
+    A residual says little about the hypergradient C'u on an ill-conditioned follower: the part of u that C' sees can be
+    found long before, or long after, the residual is small. So q_i = C'u is looked at in steps k_1 < k_2 < ..., each
+    `spacing` times the one before, from `first` on. Changes d_i = |q_i - q_(i-1)| shrink by t_i = d_i / d_(i-1), and
+
+        error of q_i  ~  d_i t / (1 - t),   t = max(t_i, 1/4)
+
+    It stops when that is below rtol |q_i| twice running. An estimate, not a bound: an iteration that stands still
+    for a while, as conjugate gradients do between clusters of eigenvalues, looks settled; `certify` bounds the error.
+    By itself, outside an `Implicit` response or `root`, and inside torch.func, u takes the place of C'u.
+
+    Costs a mixed product a look, which is next to nothing where the leader enters by penalties, and at most a
+    Hessian-vector product; each counts as one.
+
+    >>> from bilevel.linear import ConjugateGradient, LinearOperator
+    >>> curvature = torch.logspace(0, 3, 500, dtype=torch.float64)
+    >>> system, b = LinearOperator(lambda v: curvature * v, symmetric=True), torch.ones(500, dtype=torch.float64)
+    >>> found = ConjugateGradient(rtol=1e-12, stopping=Settled(1e-2)).solve(system, b)
+    >>> found.error < 1e-2
+    True
+    """
+
+    rtol: float = 1e-3
+    first: int = 4
+    spacing: float = 1.2
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if not 0.0 < self.rtol < 1.0 or self.first < 1 or not self.spacing > 1.0:
+            raise ValueError(f"{self}: expected rtol between 0 and 1, first of at least 1, and a spacing above 1.")
+
+    def loosened(self, factor: float) -> Settled:
+        """The same with `rtol` this many times larger, up to 1/2 where it is below that."""
+        return replace(self, rtol=max(self.rtol, min(0.5, factor * self.rtol)))
+
+    def watch(self, interest: Callable[[Tensor], Tensor]) -> Watch:
+        """Looks for one solve; `interest: [n]` to what matters of it `[m]`."""
+        return Watch(self, interest)
+
+
+class Watch:
+    """The looks at one solve."""
+
+    def __init__(self, stopping: Settled, interest: Callable[[Tensor], Tensor]) -> None:
+        self._stopping, self._interest = stopping, interest
+        self._next = float(stopping.first)
+        self._last: Tensor | None = None
+        self._change = math.inf
+        self._good = 0
+        self.error = math.inf
+        """The estimate at the last look; infinite before there was one."""
+        self.looks = 0
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether two looks in a row were good enough."""
+        return self._good >= 2
+
+    def due(self, step: int) -> bool:
+        """Whether to look after this many steps."""
+        return step >= self._next
+
+    def look(self, step: int, solution: Tensor) -> None:
+        """Judge the solution `[n]` after `step` steps."""
+        self._next = max(step + 1.0, step * self._stopping.spacing)
+        seen = self._interest(solution)
+        self.looks += 1
+        if self._last is not None:
+            size = norm(seen)
+            change = concrete(norm(seen - self._last) / torch.where(size > 0.0, size, 1.0))
+            shrinks = change / self._change if self._change > 0.0 else 0.0
+            # The sum of all changes to come, if they go on shrinking like that; one lucky look is not believed whole.
+            shrinks = max(shrinks, 0.25)
+            known = self._change < math.inf and shrinks < 1.0
+            self.error = change * shrinks / (1.0 - shrinks) if known else math.inf
+            self._good = self._good + 1 if self.error <= self._stopping.rtol else 0
+            self._change = change
+        self._last = seen

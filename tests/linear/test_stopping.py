@@ -1,0 +1,114 @@
+"""Settled: stops by what a solution is needed for, says how wrong it is, and is honest where it did not settle."""
+
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel.linear import ConjugateGradient, LinearOperator, Settled
+
+D = torch.float64
+
+
+def ridge(seed, decades):
+    """A ridge regression with a penalty for each weight, over some decades: everything in closed form."""
+    generator = torch.Generator().manual_seed(seed)
+    n, m = 120, 80
+    rows = torch.randn(m, n, generator=generator, dtype=D) * torch.logspace(0, -1, n, dtype=D)
+    other = torch.randn(m, n, generator=generator, dtype=D)
+    aims, others = (torch.randn(m, generator=generator, dtype=D) for _ in range(2))
+    x = -2.3 * decades * torch.rand(n, generator=generator, dtype=D)
+    hessian = 2.0 * rows.mT @ rows / m + 2.0 * torch.diag(x.exp())
+    y = torch.linalg.solve(hessian, 2.0 * rows.mT @ aims / m)
+
+    def lead(y):
+        return (other @ y - others).square().mean()
+
+    def follow(x, y):
+        return (rows @ y - aims).square().mean() + (x.exp() * y.square()).sum()
+
+    slope = 2.0 * other.mT @ (other @ y - others) / m
+    exact = -2.0 * x.exp() * y * torch.linalg.solve(hessian, slope)
+    return bl.Game(x=bl.Player(lead, x), y=bl.Player(follow, y)), x, y, exact
+
+
+def taken(game, x, y, solver):
+    response = bl.Implicit(bl.ClosedForm(lambda x: y), tolerance=None, linear_solver=solver)
+    x = x.clone().requires_grad_()
+    answer, state = response(game, {"x": x}, response.init(game))
+    (slope,) = torch.autograd.grad(game.loss("x", {"x": x, "y": answer}), x)
+    return slope, state["linear"]
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("decades", [2, 5])
+def test_the_hypergradient_is_as_right_as_was_asked_and_the_estimate_is_above_its_error(rtol, decades):
+    for seed in range(4):
+        game, x, y, exact = ridge(seed, decades)
+        slope, receipt = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000, stopping=Settled(rtol)))
+        whole, all_of_it = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000))
+        error = float((slope - exact).norm() / exact.norm())
+        assert error <= float(receipt["error"]) <= rtol
+        # So small a system is solved whole soon after 1e-4: the looks are then all that is to be seen.
+        assert int(receipt["products"]) < (0.9 if rtol == 1e-2 else 1.2) * int(all_of_it["products"])
+        assert torch.isnan(all_of_it["error"])
+
+
+def test_what_has_not_settled_warns_with_the_error():
+    game, x, y, _ = ridge(0, 5)
+    few = ConjugateGradient(rtol=None, max_steps=12, stopping=Settled(1e-6))
+    with pytest.warns(bl.NonConvergenceWarning, match=r"error was about .* wanted 1e-06"):
+        slope, receipt = taken(game, x, y, few)
+    assert float(receipt["error"]) > 1e-6
+    strict = ConjugateGradient(rtol=None, max_steps=12, strict=True, stopping=Settled(1e-6))
+    with pytest.raises(bl.ConvergenceError, match="settled"):
+        taken(game, x, y, strict)
+
+
+def test_a_small_residual_ends_it_as_well(spd, normal):
+    matrix = spd(1, 10, 10.0)
+    system = LinearOperator(matrix.mv, symmetric=True)
+    found = ConjugateGradient(rtol=1e-3, stopping=Settled(1e-12)).solve(system, normal(0, 10))
+    assert found.converged and float(found.residual_norm) <= 1e-3 * float(normal(0, 10).norm())
+
+
+def test_the_looks_are_counted_and_the_answer_is_the_same_as_without_them(spd, normal):
+    matrix, b = spd(2, 40, 1e6), normal(1, 40)
+    looks = []
+    system = LinearOperator(matrix.mv, symmetric=True, interest=lambda u: looks.append(u) or u[:3])
+    found = ConjugateGradient(rtol=1e-10, max_steps=400, stopping=Settled(1e-9)).solve(system, b)
+    seen = len(looks)
+    plain = ConjugateGradient(rtol=None, max_steps=found.products - seen - 1).solve(
+        LinearOperator(matrix.mv, symmetric=True), b
+    )
+    assert seen > 5
+    assert torch.equal(found.solution, plain.solution)
+
+
+def test_it_settles_from_a_warm_start_at_once(spd, normal):
+    matrix, b = spd(3, 40, 1e4), normal(1, 40)
+    system = LinearOperator(matrix.mv, symmetric=True)
+    exact = torch.linalg.solve(matrix, b)
+    solver = ConjugateGradient(rtol=1e-13, max_steps=400, stopping=Settled(1e-3))
+    cold = solver.solve(system, b)
+    warm = solver.solve(system, b, exact + 1e-6 * normal(2, 40))
+    assert warm.products < 0.5 * cold.products
+    assert float((warm.solution - exact).norm()) <= 1e-3 * float(exact.norm())
+
+
+def test_under_vmap_the_slowest_system_is_waited_for(spd, normal):
+    matrices = torch.stack([spd(seed, 20, 10.0**seed) for seed in (1, 4)])
+    bs = torch.stack([normal(seed, 20) for seed in range(2)])
+
+    def solve(matrix, b):
+        system = LinearOperator(matrix.mv, symmetric=True)
+        return ConjugateGradient(rtol=1e-13, max_steps=200, stopping=Settled(1e-4)).solve(system, b).solution
+
+    found = torch.func.vmap(solve)(matrices, bs)
+    exact = torch.linalg.solve(matrices, bs)
+    assert bool(((found - exact).norm(dim=1) <= 1e-4 * exact.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("settings", [{"rtol": 0.0}, {"rtol": 1.0}, {"first": 0}, {"spacing": 1.0}])
+def test_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ValueError, match="Settled"):
+        Settled(**settings)
