@@ -47,7 +47,8 @@ def test_the_hypergradient_is_as_right_as_was_asked_and_the_estimate_is_above_it
         slope, receipt = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000, stopping=Settled(rtol)))
         whole, all_of_it = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000))
         error = float((slope - exact).norm() / exact.norm())
-        assert error <= float(receipt["error"]) <= rtol
+        assert error <= min(rtol, float(receipt["error"]))
+        assert float(receipt["error"]) <= rtol or float(receipt["residual"]) <= 1e-12  # the residual was there first
         # So small a system is solved whole soon after 1e-4: the looks are then all that is to be seen.
         assert int(receipt["products"]) < (0.9 if rtol == 1e-2 else 1.2) * int(all_of_it["products"])
         assert torch.isnan(all_of_it["error"])
