@@ -49,6 +49,7 @@ from bilevel.linear import (
     Dense,
     Diagonal,
     Identity,
+    InnerPairs,
     LinearOperator,
     LinearSolution,
     LinearSolver,
@@ -57,6 +58,7 @@ from bilevel.linear import (
     NystromPreconditioner,
     Preconditioner,
     Recycled,
+    SecondMoment,
     Settled,
 )
 from bilevel.responses import (
@@ -109,6 +111,7 @@ __all__ = [
     "Implicit",
     "IndefiniteSystemError",
     "Inexactness",
+    "InnerPairs",
     "InnerSolver",
     "Linear",
     "LinearOperator",
@@ -130,6 +133,7 @@ __all__ = [
     "Response",
     "Scipy",
     "ScipyRoot",
+    "SecondMoment",
     "Settled",
     "Simultaneous",
     "SingularSystemError",

@@ -3,6 +3,7 @@
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
 from bilevel.linear.conjugate_gradient import ConjugateGradient
 from bilevel.linear.dense import Dense
+from bilevel.linear.from_optimizer import InnerPairs, SecondMoment
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
@@ -16,6 +17,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Identity",
+    "InnerPairs",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
@@ -24,5 +26,6 @@ __all__ = [
     "NystromPreconditioner",
     "Preconditioner",
     "Recycled",
+    "SecondMoment",
     "Settled",
 ]

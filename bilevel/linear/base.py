@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +112,9 @@ class LinearSolver(ABC):
         if self.rtol is None or factor <= 1.0:
             return self
         return replace(self, rtol=max(self.rtol, min(0.5, factor * self.rtol)))
+
+    def inform(self, memory: dict[str, Tensor], optimizer: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
+        """Take note of what the follower's torch.optim optimiser remembers of each leaf; writes `memory` in place."""
 
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ class ConjugateGradient(LinearSolver):
     Minimises 1/2 u'(A + damping I)u - b'u over a Krylov space that grows by one product a step; exact after n steps
     in exact arithmetic, and the error falls by (sqrt(k) - 1)/(sqrt(k) + 1) a step for condition number k.
 
-    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `NystromPreconditioner()` or
-    `Recycled()`, which make M close to A + damping I and keep what they learned in `memory`; or a map from `r: [n]` to
-    `M^-1 r: [n]`, M symmetric positive definite. `stopping=Settled(1e-3)` ends the solve, as converged, once what u is
-    needed for has settled, whatever the residual. `initial` is used.
+    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `NystromPreconditioner()`,
+    `Recycled()`, `SecondMoment()` or `InnerPairs()`, which make M close to A + damping I and keep what they learned in
+    `memory`; or a map from `r: [n]` to `M^-1 r: [n]`, M symmetric positive definite. `stopping=Settled(1e-3)` ends the
+    solve, as converged, once what u is needed for has settled, whatever the residual. `initial` is used.
 
     Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
     gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests
@@ -63,13 +63,18 @@ class ConjugateGradient(LinearSolver):
     def loosened(self, factor: float) -> LinearSolver:
         """The same solver with `rtol`, and that of `stopping`, this many times larger, up to 1/2."""
         looser = super().loosened(factor)
-        if self.stopping is None or not isinstance(looser, ConjugateGradient):
+        if self.stopping is None or factor <= 1.0 or not isinstance(looser, ConjugateGradient):
             return looser
         return replace(looser, stopping=self.stopping.loosened(factor))
 
     def init(self, like: Tensor) -> Memory:
         """The preconditioner's memory before the first system."""
         return self.preconditioner.init(like) if isinstance(self.preconditioner, Preconditioner) else {}
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the preconditioner."""
+        if isinstance(self.preconditioner, Preconditioner):
+            self.preconditioner.inform(memory, optimizer)
 
     def solve(
         self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None, memory: Memory | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Preconditioner(ABC):
 
     def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> None:  # noqa: B027
         """Take note of directions p and products A p `[n]` that a solve went through; updates the memory in place."""
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
+        """Take note of what the follower's torch.optim optimiser remembers of each leaf; `[]` where it has none."""
 
     @property
     def pairs(self) -> int:
@@ -205,28 +208,7 @@ class Recycled(Preconditioner):
             theirs = self._theirs(memory)
             base = self.base.prepare(operator, theirs)
             memory |= {f"base.{name}": value for name, value in theirs.items()}
-        filled = int(memory["filled"])
-        if not filled:
-            return base or (lambda r: r)
-        directions, products = memory["directions"][-filled:].clone(), memory["products"][-filled:].clone()
-        curvatures = (directions * products).sum(1)
-        scale = curvatures[-1] / products[-1].square().sum()
-        rows = list(zip(directions, products, curvatures, strict=True))
-
-        def apply(r: Tensor) -> Tensor:
-            shares = []
-            for p, product, curvature in zip(
-                reversed(directions), reversed(products), reversed(curvatures), strict=True
-            ):
-                share = torch.dot(p, r) / curvature
-                r = r - share * product
-                shares.append(share)
-            r = scale * r if base is None else base(r)
-            for (p, product, curvature), share in zip(rows, reversed(shares), strict=True):
-                r = r + (share - torch.dot(product, r) / curvature) * p
-            return r
-
-        return apply
+        return two_loops(memory, base) or base or (lambda r: r)
 
     def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> None:
         """Keep those with curvature, at the end of what is kept."""
@@ -234,19 +216,48 @@ class Recycled(Preconditioner):
             theirs = self._theirs(memory)
             self.base.learn(theirs, directions, products)
             memory |= {f"base.{name}": value for name, value in theirs.items()}
-        kept = []
-        for p, product in zip(directions, products, strict=True):
-            size = norm(p)
-            # Curvature that is all rounding would make a huge step of it.
-            if float(torch.dot(p, product)) > 1e-10 * float(size * norm(product)) > 0.0:
-                kept.append((p / size, product / size))
-        kept = kept[-self.size :]
-        if kept:
-            for name, row in (("directions", 0), ("products", 1)):
-                new = torch.stack([pair[row] for pair in kept])
-                memory[name] = torch.cat([memory[name][len(kept) :], new])
-            memory["filled"] = (memory["filled"] + len(kept)).clamp(max=self.size)
+        keep_pairs(memory, directions, products, self.size)
 
     @staticmethod
     def _theirs(memory: Memory) -> Memory:
         return {name.removeprefix("base."): value for name, value in memory.items() if name.startswith("base.")}
+
+
+def keep_pairs(memory: Memory, directions: list[Tensor], products: list[Tensor], size: int) -> None:
+    """Put the pairs with curvature at the end of the memory's `size`, and forget as many of the oldest."""
+    kept = []
+    for p, product in zip(directions, products, strict=True):
+        length = norm(p)
+        # Curvature that is all rounding would make a huge step of it.
+        if float(torch.dot(p, product)) > 1e-10 * float(length * norm(product)) > 0.0:
+            kept.append((p / length, product / length))
+    kept = kept[-size:]
+    if kept:
+        for name, row in (("directions", 0), ("products", 1)):
+            new = torch.stack([pair[row] for pair in kept])
+            memory[name] = torch.cat([memory[name][len(kept) :], new])
+        memory["filled"] = (memory["filled"] + len(kept)).clamp(max=size)
+
+
+def two_loops(memory: Memory, base: Applied | None) -> Applied | None:
+    """The L-BFGS inverse of the memory's pairs over `base`, or over a multiple of I; None while there are none."""
+    filled = int(memory["filled"])
+    if not filled:
+        return None
+    directions, products = memory["directions"][-filled:].clone(), memory["products"][-filled:].clone()
+    curvatures = (directions * products).sum(1)
+    scale = curvatures[-1] / products[-1].square().sum()
+    rows = list(zip(directions, products, curvatures, strict=True))
+
+    def apply(r: Tensor) -> Tensor:
+        shares = []
+        for p, product, curvature in reversed(rows):
+            share = torch.dot(p, r) / curvature
+            r = r - share * product
+            shares.append(share)
+        r = scale * r if base is None else base(r)
+        for (p, product, curvature), share in zip(rows, reversed(shares), strict=True):
+            r = r + (share - torch.dot(product, r) / curvature) * p
+        return r
+
+    return apply

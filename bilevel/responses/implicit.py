@@ -116,6 +116,8 @@ class Implicit(Response):
             receipt.residual.fill_(torch.nan)
             after["products"] += int(receipt.products)
             receipt.products.zero_()
+            kept = after["optimizer"]
+            self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             after["linear"] = vars(receipt).copy()
         attached = attach(
             residual,

@@ -45,7 +45,7 @@ def test_the_hypergradient_is_as_right_as_was_asked_and_the_estimate_is_above_it
     for seed in range(4):
         game, x, y, exact = ridge(seed, decades)
         slope, receipt = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000, stopping=Settled(rtol)))
-        whole, all_of_it = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000))
+        _, all_of_it = taken(game, x, y, ConjugateGradient(rtol=1e-12, max_steps=2000))
         error = float((slope - exact).norm() / exact.norm())
         assert error <= min(rtol, float(receipt["error"]))
         assert float(receipt["error"]) <= rtol or float(receipt["residual"]) <= 1e-12  # the residual was there first
@@ -58,7 +58,7 @@ def test_what_has_not_settled_warns_with_the_error():
     game, x, y, _ = ridge(0, 5)
     few = ConjugateGradient(rtol=None, max_steps=12, stopping=Settled(1e-6))
     with pytest.warns(bl.NonConvergenceWarning, match=r"error was about .* wanted 1e-06"):
-        slope, receipt = taken(game, x, y, few)
+        _, receipt = taken(game, x, y, few)
     assert float(receipt["error"]) > 1e-6
     strict = ConjugateGradient(rtol=None, max_steps=12, strict=True, stopping=Settled(1e-6))
     with pytest.raises(bl.ConvergenceError, match="settled"):

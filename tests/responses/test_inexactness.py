@@ -23,9 +23,7 @@ def game():
     def follow(x, y):
         return (rows @ y - aims).square().mean() + (x.exp() * y.square()).sum()
 
-    return bl.Game(
-        x=bl.Player(lead, torch.full((12,), -2.0, dtype=D)), y=bl.Player(follow, torch.zeros(12, dtype=D))
-    )
+    return bl.Game(x=bl.Player(lead, torch.full((12,), -2.0, dtype=D)), y=bl.Player(follow, torch.zeros(12, dtype=D)))
 
 
 def response(inexactness, **options):
