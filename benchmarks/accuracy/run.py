@@ -3,9 +3,9 @@
 Three followers at their optimum (a penalty for each weight over six decades; a nearly separable logistic regression; a
 network at a trained point), each at a leader's value and after a small step of it. One watched solve tells after how
 many iterations a method's hypergradient is right to 1e-3 and to 1e-6, against a solve to 1e-13; then it is timed with
-that many, all methods in turn, medians over the rounds. Plain conjugate gradients take as many iterations whoever writes
-them; a library whose answer is then still wrong is given two and four times as many. "settled" rows stop by their own
-estimate. Float64, one thread, CPU seconds. Libraries that are not installed are left out.
+that many, all methods in turn, medians over the rounds. Plain conjugate gradients take as many iterations whoever
+writes them; a library whose answer is then still wrong is given two and four times as many. "settled" rows stop by
+their own estimate. Float64, one thread, CPU seconds. Libraries that are not installed are left out.
 
     python benchmarks/accuracy/run.py --rounds 3 --output docs/performance/accuracy.json
 """
