@@ -1,0 +1,200 @@
+"""Writes the tables of docs/performance.md, and draws its figures, from docs/performance/*.json.
+
+The files are made by the programs that the page names.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from games.paper.style import COLOURS, DPI, LINES, SMALL, blank, tidy
+
+DOCS = Path(__file__).resolve().parents[1]
+PLACE = re.compile(r"<!-- (?P<name>[\w ]+) -->\n(?:(?!<!-- /).*\n)*<!-- /[\w ]+ -->\n")
+KINDS = {"unroll": "unrolled steps", "cg": "conjugate gradients", "neumann": "Neumann terms"}
+
+
+def read(name: str) -> dict | None:
+    """One program's results, if they are there."""
+    file = DOCS / "performance" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def equal_work() -> list[dict[str, str]]:
+    """Ratios of time and of peak memory to hand-written torch."""
+    rows = [row for row in (read("equal_work") or {"rows": []})["rows"] if "failure" not in row]
+    table = []
+    for problem, kind in dict.fromkeys((row["problem"], row["kind"]) for row in rows):
+        some = {row["method"]: row for row in rows if (row["problem"], row["kind"]) == (problem, kind)}
+        floor = some["hand-written"]
+        line = {"follower": problem, "work": f"{floor['work']} {KINDS[kind]}"}
+        line["by hand"] = _seconds(floor["cpu seconds"])
+        for name in dict.fromkeys(row["method"] for row in rows):
+            if name == "hand-written":
+                continue
+            row = some.get(name)
+            if row is None:
+                line[name] = ""
+                continue
+            wrong = "" if row["difference"] < 0.05 or name == "jaxopt" else " (wrong)"
+            memory = "" if row["peak bytes"] is None else f" / {row['peak bytes'] / floor['peak bytes']:.2f}"
+            line[name] = f"{row['ratio']:.2f}{memory}{wrong}"
+        table.append(line)
+    return table
+
+
+def accuracy() -> list[dict[str, str]]:
+    """Seconds to each accuracy, and how many times the fastest other library's or plain method's."""
+    whole = read("accuracy")
+    if whole is None:
+        return []
+    problems = list(dict.fromkeys(row["problem"] for row in whole["rows"]))
+    table = []
+    for name in dict.fromkeys(row["method"] for row in whole["rows"]):
+        line = {"method": name}
+        for problem in problems:
+            for wanted in (1e-3, 1e-6):
+                line[f"{problem}, {wanted:.0e}"] = _cell(whole["rows"], problem, name, wanted)
+        table.append(line)
+    return table
+
+
+def best_elsewhere(rows: list[dict], problem: str, wanted: float) -> float:
+    """The fewest seconds that anybody takes who is not us."""
+    return min(
+        row["seconds"]
+        for row in rows
+        if row["problem"] == problem and row["wanted"] == wanted and "seconds" in row and "ours" not in row["method"]
+    )
+
+
+def _cell(rows: list[dict], problem: str, name: str, wanted: float) -> str:
+    some = [r for r in rows if (r["problem"], r["method"], r["wanted"]) == (problem, name, wanted)]
+    if not some:
+        return ""
+    if "failure" in some[0]:
+        return "not reached"
+    gain = best_elsewhere(rows, problem, wanted) / some[0]["seconds"]
+    return f"{_seconds(some[0]['seconds'])} ({some[0]['products']:,}; {gain:.1f} x)"
+
+
+def whole_run() -> list[dict[str, str]]:
+    """Work of a leader's run, means by means."""
+    whole = read("whole_run")
+    if whole is None:
+        return []
+    first = whole["rows"][0]
+    return [
+        {
+            "means": row["method"],
+            "gradients": f"{row['gradients']:,}",
+            "products": f"{row['products']:,}",
+            "seconds": f"{row['seconds']:.0f}",
+            "faster": f"{first['seconds'] / row['seconds']:.1f} x",
+            "validation loss": f"{row['value']:.4f}",
+            "apart from the first": f"{row['apart']:.1e}",
+        }
+        for row in whole["rows"]
+    ]
+
+
+def growth() -> list[dict[str, str]]:
+    """Slopes, and the ends of each sweep."""
+    return [
+        {
+            "grows with": sweep["axis"],
+            "response": sweep["response"],
+            "from": f"{sweep['rows'][0][sweep['axis']]:,}",
+            "to": f"{sweep['rows'][-1][sweep['axis']]:,}",
+            "seconds": f"{_seconds(sweep['rows'][0]['seconds'])} to {_seconds(sweep['rows'][-1]['seconds'])}",
+            "slope of seconds": f"{sweep['seconds slope']:.2f}",
+            "memory": f"{_bytes(sweep['rows'][0]['bytes'])} to {_bytes(sweep['rows'][-1]['bytes'])}",
+            "slope of memory": f"{sweep['bytes slope']:.2f}",
+        }
+        for sweep in (read("growth") or {"sweeps": []})["sweeps"]
+    ]
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.3g} ms" if value < 1.0 else f"{value:.3g} s"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e3:.3g} kB"
+
+
+TABLES = {"equal work": equal_work, "accuracy": accuracy, "whole run": whole_run, "growth": growth}
+
+
+def told(page: str) -> str:
+    """The page with the files' numbers in its tables."""
+
+    def table(match: re.Match) -> str:
+        lines = TABLES[match["name"]]()
+        if not lines:
+            return match[0]
+        head = list(dict.fromkeys(key for line in lines for key in line))
+        body = ["| " + " | ".join(line.get(key, "") for key in head) + " |" for line in lines]
+        whole = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body]
+        return "\n".join([f"<!-- {match['name']} -->", *whole, f"<!-- /{match['name']} -->", ""])
+
+    return PLACE.sub(table, page)
+
+
+def draw_growth() -> None:
+    """Seconds and memory against size, one panel an axis."""
+    whole = read("growth")
+    if whole is None:
+        return
+    figure = blank(14.0, 8.0)
+    axes_of = list(dict.fromkeys(sweep["axis"] for sweep in whole["sweeps"]))
+    names = list(dict.fromkeys(sweep["response"] for sweep in whole["sweeps"]))
+    panels = figure.subplots(2, len(axes_of))
+    said = {"weights": "weights of the follower", "leaders": "entries of the leader", "steps": "inner steps or terms"}
+    for row, (key, unit, scale) in zip(panels, (("seconds", "seconds", 1.0), ("bytes", "MB", 1e-6)), strict=True):
+        for axes, axis in zip(row, axes_of, strict=True):
+            for sweep in whole["sweeps"]:
+                if sweep["axis"] != axis:
+                    continue
+                at = names.index(sweep["response"])
+                x = [point[axis] for point in sweep["rows"]]
+                y = [scale * point[key] for point in sweep["rows"]]
+                axes.loglog(x, y, LINES[at], color=COLOURS[at], marker="o", markersize=4, label=sweep["response"])
+            tidy(axes, x=said[axis] if row is panels[1] else "", y=unit if axis == axes_of[0] else "")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=SMALL, frameon=False)
+    figure.savefig(DOCS / "performance" / "growth.png", dpi=DPI // 2)
+
+
+def draw_accuracy() -> None:
+    """Seconds to an error of 1e-3 and of 1e-6, a panel a problem."""
+    whole = read("accuracy")
+    if whole is None:
+        return
+    rows = [row for row in whole["rows"] if "seconds" in row]
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    figure = blank(14.0, 1.5 + 0.36 * len(names))
+    panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+    for axes, problem in zip(panels, problems, strict=True):
+        for wanted, mark, shift in ((1e-3, "o", -0.15), (1e-6, "D", 0.15)):
+            some = [row for row in rows if row["problem"] == problem and row["wanted"] == wanted]
+            for row in some:
+                colour = COLOURS[0] if "ours" in row["method"] else COLOURS[1]
+                at = len(names) - 1 - names.index(row["method"])
+                axes.plot(row["seconds"], at - shift, mark, color=colour, markersize=8)
+        axes.set_xscale("log")
+        tidy(axes, x="seconds of the processor", y="", title=problem)
+    panels[0].set_yticks(range(len(names)), list(reversed(names)))
+    figure.suptitle("To a relative error of 1e-3 (circles) and of 1e-6 (diamonds)", fontsize=SMALL)
+    figure.savefig(DOCS / "performance" / "accuracy.png", dpi=DPI // 2)
+
+
+if __name__ == "__main__":
+    target = DOCS / "performance.md"
+    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_growth()
+    draw_accuracy()
