@@ -58,7 +58,19 @@ from bilevel.linear import (
     Preconditioner,
     Recycled,
 )
-from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
+from bilevel.responses import (
+    MLP,
+    Differentiation,
+    Elementwise,
+    Hypernetwork,
+    Implicit,
+    Linear,
+    LowRank,
+    Response,
+    ReverseMode,
+    Segments,
+    Unrolled,
+)
 from bilevel.root import root
 from bilevel.solution import Solution
 from bilevel.solve import solve
@@ -81,6 +93,7 @@ __all__ = [
     "ConvergenceError",
     "Dense",
     "Diagonal",
+    "Differentiation",
     "Dynamics",
     "Elementwise",
     "ExactLOLA",
@@ -112,8 +125,10 @@ __all__ = [
     "Preconditioner",
     "Recycled",
     "Response",
+    "ReverseMode",
     "Scipy",
     "ScipyRoot",
+    "Segments",
     "Simultaneous",
     "SingularSystemError",
     "Solution",

@@ -1,9 +1,24 @@
 """What a leader assumes about its follower while it differentiates: one file a strategy."""
 
 from bilevel.responses.base import Response, State
+from bilevel.responses.differentiation import Differentiation, ReverseMode
 from bilevel.responses.hypernetwork import Hypernetwork
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.networks import MLP, Elementwise, Linear, LowRank
+from bilevel.responses.segments import Segments
 from bilevel.responses.unrolled import Unrolled
 
-__all__ = ["MLP", "Elementwise", "Hypernetwork", "Implicit", "Linear", "LowRank", "Response", "State", "Unrolled"]
+__all__ = [
+    "MLP",
+    "Differentiation",
+    "Elementwise",
+    "Hypernetwork",
+    "Implicit",
+    "Linear",
+    "LowRank",
+    "Response",
+    "ReverseMode",
+    "Segments",
+    "State",
+    "Unrolled",
+]
