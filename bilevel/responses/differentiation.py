@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import final
@@ -76,18 +76,23 @@ class Steps:
         self.loss, self.slopes = self.follower.gradients(y, others)
         return stepper.step(y, self.slopes)
 
-    def step_alone(self, stepper: DifferentiableOptimizer, y: list[Tensor]) -> list[Tensor]:
-        """The same leaves, bit for bit, keeping no graph; nor does the stepper's memory.
+    def alone(self, start: Point, count: int, noted: Callable[[], None]) -> Point:
+        """Where `count` steps lead, bit for bit as with their graphs, keeping none; `noted` is called before each.
 
         With grad enabled torch takes other kernels for some derivatives, twice differentiable ones: so it is here.
         """
-        self.draw()
-        self._drawn = False
-        loss, slopes = self.follower.gradients(y, self.follower.others)
-        self.loss, self.slopes = loss.detach(), [slope.detach() for slope in slopes]
-        after = [leaf.detach() for leaf in stepper.step(y, self.slopes)]
-        stepper.memory = detach_memory(stepper.memory)
-        return after
+        here = start.detached()
+        stepper, y = self.stepper(here, self.follower.others), [leaf.clone() for leaf in here.y]
+        stepper.own_memory()
+        for _ in range(count):
+            self.draw()
+            noted()
+            self._drawn = False
+            loss, slopes = self.follower.gradients(y, self.follower.others)
+            self.loss, self.slopes = loss.detach(), [slope.detach() for slope in slopes]
+            del loss, slopes  # their graph holds y, which is written over
+            y = stepper.step_in_place(y, self.slopes)
+        return Point(y, stepper.memory).detached()
 
     def stand_still(self, point: Point, count: int) -> Point:
         """Where `count` steps lead, nothing of them differentiated."""

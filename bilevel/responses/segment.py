@@ -147,7 +147,8 @@ class Segment:
                     given[index] = inputs[index].view_as(inputs[index]) if aliased else given[index].requires_grad_()
             with BornInside() as born:
                 found = self.again(given[:own])
-        self._refuse_strangers(captured_leaves(found, [*given, *born.leaves]))
+        if not self.steps.follower.game.anticipated:  # a nested response makes leaves of its own in its backward
+            self._refuse_strangers(captured_leaves(found, [*given, *born.leaves]))
         self._require_same(found, ends, inputs)
         pairs = [(e, c) for e, c in zip(found, cotangents, strict=True) if c is not None and e.requires_grad]
         if not pairs or not wanted:

@@ -112,13 +112,8 @@ def _attached(steps: Steps, start: Point, length: int, captured: list[Tensor], o
     """Where `length` steps lead, attached by a node that takes them again."""
     follower = steps.follower
     segment, tensors = Segment.starting(steps, start, captured)
-    here = start.detached()
-    stepper, y = steps.stepper(here, follower.others), here.y
-    for _ in range(length):
-        steps.draw()
-        segment.records.append(Record.now(follower))
-        y = steps.step_alone(stepper, y)
-    end, ends = PointForm.of(Point(y, stepper.memory))
+    reached = steps.alone(start, length, lambda: segment.records.append(Record.now(follower)))
+    end, ends = PointForm.of(reached)
     xs = follower.xs
     away = offload and follower.game.device.type != "cpu"
     with offloading([*xs, *captured]) if away else nullcontext():
