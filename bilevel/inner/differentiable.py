@@ -120,6 +120,11 @@ class DifferentiableOptimizer:
             self._groups.append([places[id(p)] for p in group["params"]])
         self.memory: Memory | None = memory
 
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        """The user's, as it was built."""
+        return self._optimizer
+
     def step(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """The leaves after one step along the gradients `slopes`; differentiable in both and in the memory."""
         self._seed(leaves, slopes)

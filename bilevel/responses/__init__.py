@@ -2,6 +2,7 @@
 
 from bilevel.responses.base import Response, State
 from bilevel.responses.differentiation import Differentiation, ReverseMode
+from bilevel.responses.forward_mode import ForwardMode
 from bilevel.responses.hypernetwork import Hypernetwork
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.networks import MLP, Elementwise, Linear, LowRank
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "Differentiation",
     "Elementwise",
+    "ForwardMode",
     "Hypernetwork",
     "Implicit",
     "Linear",

@@ -62,7 +62,7 @@ def lengths(steps: int, count: int, ratio: float) -> list[int]:
 
 def peak(segments: Sequence[int], sizes: Sizes) -> int:
     """The bytes at the worst moment: the states held, a segment's graphs, and what goes back through them."""
-    held = max((i + 2) * sizes.state + (length + 1) * sizes.graph for i, length in enumerate(segments))
+    held = max((i + 4) * sizes.state + (length + 1) * sizes.graph for i, length in enumerate(segments))
     return held + sum(segments) * sizes.batch
 
 

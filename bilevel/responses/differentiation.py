@@ -69,14 +69,18 @@ class Steps:
             self.follower.advance()
         self._drawn = True
 
-    def step(self, stepper: DifferentiableOptimizer, y: list[Tensor], others: Mapping[str, Variables]) -> list[Tensor]:
-        """The leaves after one step; the memory after it is the stepper's."""
+    def take(self) -> None:
+        """Begin the next step, on its batch."""
         self.draw()
         self._drawn = False
+
+    def step(self, stepper: DifferentiableOptimizer, y: list[Tensor], others: Mapping[str, Variables]) -> list[Tensor]:
+        """The leaves after one step; the memory after it is the stepper's."""
+        self.take()
         self.loss, self.slopes = self.follower.gradients(y, others)
         return stepper.step(y, self.slopes)
 
-    def alone(self, start: Point, count: int, noted: Callable[[], None]) -> Point:
+    def alone(self, start: Point, count: int, noted: Callable[[], None] = lambda: None) -> Point:
         """Where `count` steps lead, bit for bit as with their graphs, keeping none; `noted` is called before each.
 
         With grad enabled torch takes other kernels for some derivatives, twice differentiable ones: so it is here.
@@ -87,7 +91,7 @@ class Steps:
         for _ in range(count):
             self.draw()
             noted()
-            self._drawn = False
+            self.take()
             loss, slopes = self.follower.gradients(y, self.follower.others)
             self.loss, self.slopes = loss.detach(), [slope.detach() for slope in slopes]
             del loss, slopes  # their graph holds y, which is written over

@@ -17,11 +17,12 @@ from bilevel.errors import BilevelError, CapturedTensorError
 from bilevel.game import Buffers
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses.base import Follower
+from bilevel.responses.budget import Sizes, measured_graph, unique_bytes
 from bilevel.responses.captures import BornInside, captured_leaves
 from bilevel.responses.differentiation import Point, Steps
 
 # What torch's optimisers count in tensors: the same at every x.
-_COUNTERS = frozenset(("step", "mu", "mu_product"))
+COUNTERS = frozenset(("step", "mu", "mu_product"))
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PointForm:
         tensors: list[Tensor] = []
         rest: list[Any] = []
         for path, leaf in pairs:
-            counts = getattr(path[-1], "key", None) in _COUNTERS and path[0] == pytree.SequenceKey(1)
+            counts = getattr(path[-1], "key", None) in COUNTERS and path[0] == pytree.SequenceKey(1)
             moves = isinstance(leaf, Tensor) and not counts
             tensors += [leaf] if moves else []
             rest.append(_Moving if moves else leaf)
@@ -191,3 +192,26 @@ class Segment:
                 "game changed in between: a module's train() or eval(), data written in place, an objective with state "
                 "or random numbers of its own. Run backward before it changes, or use ReverseMode()."
             )
+
+
+def tried(steps: Steps, start: Point) -> tuple[list[Tensor], Sizes]:
+    """What the first step captures and how much memory it takes, from a trial that leaves no trace but its cost."""
+    follower = steps.follower
+    steps.draw()
+    segment, tensors = Segment.starting(steps, start, [])
+    segment.records.append(Record.now(follower))
+    batch = [leaf for leaf in pytree.tree_leaves(follower.batch) if isinstance(leaf, Tensor)]
+    buffers = [tensor for tensors in follower.buffers.values() for tensor in tensors.values()]
+    moving = len(tensors) - len(buffers)
+    with torch.enable_grad():
+        own, xs = ([t.detach().requires_grad_() for t in given] for given in (tensors[:moving], follower.xs))
+        with measured_graph([*xs, *batch]) as graph, BornInside() as born:
+            ends = segment.again([*own, *tensors[moving:], *xs])
+    owners = [follower.game.players[member] for member in follower.game.members(follower.name)]
+    copies = not follower.fixed and not all(isinstance(owner.data, list | tuple) for owner in owners)
+    sizes = Sizes(
+        graph=sum(storage.nbytes() for storage in graph.values()),
+        state=unique_bytes([*ends, *buffers]),
+        batch=unique_bytes(batch) if copies else 0,
+    )
+    return captured_leaves(ends, [*own, *xs, *born.leaves]), sizes

@@ -8,14 +8,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError
-from bilevel.responses.budget import Sizes, measured_graph, offloading, plan, unique_bytes
-from bilevel.responses.captures import BornInside, captured_leaves
+from bilevel.responses.budget import offloading, plan
 from bilevel.responses.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
-from bilevel.responses.segment import PointForm, Record, Segment
+from bilevel.responses.segment import PointForm, Record, Segment, tried
 
 
 @final
@@ -73,7 +71,7 @@ class Segments(Differentiation):
             )
         if transforms_active() or self.count == 1:
             return ReverseMode().follow(steps, start, count)
-        captured, sizes = _tried(steps, start)
+        captured, sizes = tried(steps, start)
         lengths = plan(count, sizes, self.count, self.memory)
         point = start
         for length in lengths[:-1]:
@@ -82,30 +80,6 @@ class Segments(Differentiation):
         if not any(leaf.requires_grad for leaf in end.y):
             return Followed(end, 1, 0)
         return Followed(end, 1 + count - lengths[-1], count)
-
-
-
-def _tried(steps: Steps, start: Point) -> tuple[list[Tensor], Sizes]:
-    """What the first step captures and how much memory it takes, from a trial that leaves no trace but its cost."""
-    follower = steps.follower
-    steps.draw()
-    segment, tensors = Segment.starting(steps, start, [])
-    segment.records.append(Record.now(follower))
-    batch = [leaf for leaf in pytree.tree_leaves(follower.batch) if isinstance(leaf, Tensor)]
-    buffers = [tensor for tensors in follower.buffers.values() for tensor in tensors.values()]
-    moving = len(tensors) - len(buffers)
-    with torch.enable_grad():
-        own, xs = ([t.detach().requires_grad_() for t in given] for given in (tensors[:moving], follower.xs))
-        with measured_graph([*xs, *batch]) as graph, BornInside() as born:
-            ends = segment.again([*own, *tensors[moving:], *xs])
-    owners = [follower.game.players[member] for member in follower.game.members(follower.name)]
-    copies = not follower.fixed and not all(isinstance(owner.data, list | tuple) for owner in owners)
-    sizes = Sizes(
-        graph=sum(storage.nbytes() for storage in graph.values()),
-        state=unique_bytes([*ends, *buffers]),
-        batch=unique_bytes(batch) if copies else 0,
-    )
-    return captured_leaves(ends, [*own, *xs, *born.leaves]), sizes
 
 
 def _attached(steps: Steps, start: Point, length: int, captured: list[Tensor], offload: bool) -> Point:
