@@ -157,9 +157,7 @@ class DifferentiableOptimizer:
             for index in indices:
                 self.memory[index] = SEEDS[type(self._optimizer)](leaves[index], slopes[index], group)
 
-    def _moved(
-        self, fresh: list[Tensor], slopes: Sequence[Tensor], kept: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def _moved(self, fresh: list[Tensor], slopes: Sequence[Tensor], kept: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Let the optimiser write to `fresh`, and to its memory as `kept` hands it over."""
         optimizer = self._optimizer
         optimizer.state.clear()

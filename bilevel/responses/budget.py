@@ -84,8 +84,8 @@ def plan(steps: int, sizes: Sizes, count: int | None, memory: int | None) -> lis
     if found is None:
         raise MemoryError(
             f"Segments(memory={memory:,}): {steps} steps need {peak(best, sizes):,} bytes at the least, in {len(best)} "
-            f"segments: a step's graph has {sizes.graph:,}, a state {sizes.state:,}, a kept batch {sizes.batch:,}. Give "
-            "it that much, differentiate fewer steps by Unrolled(backprop_steps=...), or use ForwardMode(), whose "
+            f"segments: a step's graph has {sizes.graph:,}, a state {sizes.state:,}, a kept batch {sizes.batch:,}. "
+            "Give it that much, differentiate fewer steps by Unrolled(backprop_steps=...), or use ForwardMode(), whose "
             "memory does not grow with the steps, for a few leader's entries."
         )
     return lengths(steps, found, ratio)

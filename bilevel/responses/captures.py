@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -34,7 +33,7 @@ class BornInside(TorchFunctionMode):
 
 
 def captured_leaves(outputs: Iterable[Tensor], passed: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that require grad and reach `outputs` otherwise than through `passed`, which a walk of the graph stops at."""
+    """The leaves that require grad and reach `outputs` otherwise than through `passed`, where the walk stops."""
     own = {id(tensor) for tensor in passed}
     borders = {tensor.grad_fn for tensor in passed if tensor.grad_fn is not None}
     pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
@@ -49,5 +48,3 @@ def captured_leaves(outputs: Iterable[Tensor], passed: Sequence[Tensor]) -> list
                 seen.add(following)
                 pending.append(following)
     return found
-
-

@@ -31,8 +31,8 @@ class ForwardMode(Differentiation):
     a product with the Jacobian [p, n] that is held until then. For few entries: more than `most` are refused.
 
     Where the follower's gradient is that of one loss, the product is one backward pass through it, by the symmetry of
-    the Hessian of f(x, y) in both. That it is symmetric is checked in the first and in the last step (five products
-    each); where it is not (joint followers, detached terms in the loss), products take a second graph a step.
+    the Hessian of f(x, y) in both. That it is symmetric is checked in the first step and in the last, by eight products
+    in all; where it is not (joint followers, surrogate gradients), products take a second graph a step.
 
     First derivatives alone: differentiating the hypergradient again raises `BilevelError`. Inside a `torch.func`
     transform every step is stored, as by `ReverseMode`.
@@ -121,8 +121,10 @@ class _Carried:
             else:
                 loss, slopes = follower.gradients(y, self.others)
             own = slopes[: len(y)]
-            if self.symmetric and (first or last) and not self._is_symmetric(y, slopes):
-                self._turn(first=first)
+            if self.symmetric and (first or last):
+                carried = [[*self.columns()[0], *self.units[0]]]
+                if not self._is_symmetric(y, slopes, self._random_directions() if first else carried):
+                    self._turn(first=first)
             product = self._by_symmetry(y, slopes) if self.symmetric else self._by_transpose(y, own)
         along = (product([*column, *unit]) for column, unit in zip(self.columns(), self.units, strict=True))
         steps.loss, steps.slopes = loss.detach(), [slope.detach() for slope in own]
@@ -170,14 +172,12 @@ class _Carried:
 
         return product
 
-    def _is_symmetric(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> bool:
-        """Hold the two products against each other in a random direction of y and in one of x."""
+    def _is_symmetric(
+        self, y: Sequence[Tensor], slopes: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
+    ) -> bool:
+        """Hold the two products against each other in these directions."""
         ours, true = self._by_symmetry(y, slopes), self._by_transpose(y, slopes[: len(y)])
-        generator = torch.Generator().manual_seed(0)
-        places, size = [*y, *self.chosen], len(y)
-        random = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in places]
-        zero = [torch.zeros_like(t) for t in places]
-        for direction in ([*random[:size], *zero[size:]], [*zero[:size], *random[size:]]):
+        for direction in directions:
             pairs = list(zip(ours(direction), true(direction), strict=True))
             self.products += 2
             apart = torch.stack([torch.linalg.vector_norm(a - b) for a, b in pairs]).norm()
@@ -185,6 +185,14 @@ class _Carried:
             if not bool(apart <= torch.finfo(scale.dtype).eps ** 0.5 * scale):
                 return False
         return True
+
+    def _random_directions(self) -> list[list[Tensor]]:
+        """One of y and one of x."""
+        generator = torch.Generator().manual_seed(0)
+        places, size = [*self.y, *self.chosen], len(self.y)
+        random = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in places]
+        zero = [torch.zeros_like(t) for t in places]
+        return [[*random[:size], *zero[size:]], [*zero[:size], *random[size:]]]
 
 
 class _Attached(torch.autograd.Function):
@@ -203,7 +211,7 @@ class _Attached(torch.autograd.Function):
         total = torch.stack(rows).sum(0)
         if torch.is_grad_enabled():
             total = _Once.apply(total, *xs)  # type: ignore[no-untyped-call]
-        parts = total.split([x.numel() for x in xs])
+        parts = torch.split(total, [x.numel() for x in xs])
         return (None, None, *([None] * ctx.count), *(part.view_as(x) for part, x in zip(parts, xs, strict=True)))
 
 

@@ -188,9 +188,9 @@ class Segment:
         if not apart <= eps**0.5 * moved + 10.0 * eps * size:
             raise BilevelError(
                 f"Segments: {len(self.records)} steps of player {self.steps.follower.name!r}, taken again in backward, "
-                f"end {apart:.3g} from where they ended in the call, having moved by {moved:.3g}. Something outside the "
-                "game changed in between: a module's train() or eval(), data written in place, an objective with state "
-                "or random numbers of its own. Run backward before it changes, or use ReverseMode()."
+                f"end {apart:.3g} from where they ended in the call, having moved by {moved:.3g}. Something outside "
+                "the game changed in between: a module's train() or eval(), data written in place, an objective with "
+                "state or random numbers of its own. Run backward before it changes, or use ReverseMode()."
             )
 
 

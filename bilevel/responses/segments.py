@@ -25,10 +25,10 @@ class Segments(Differentiation):
         memory = m states + one segment's graphs,    about sqrt(2 K graph state) at its least, in place of K graphs
 
     `count` is m, the number of segments (fewer when there are fewer steps); `memory` is a budget in bytes, which the
-    fewest segments that fit it are chosen for, from the sizes of the first step's graph and of a state, measured in each
-    call; with neither, as many as need the least memory. Earlier segments are longer, since fewer states are held when
-    backward reaches them; the last one is not taken again. `offload=True` keeps the states of a game on a GPU in the
-    CPU's memory; for a game on the CPU it changes nothing.
+    fewest segments that fit it are chosen for, from the sizes of the first step's graph and of a state, measured in
+    each call; with neither, as many as need the least memory. Earlier segments are longer, since fewer states are
+    held when backward reaches them; the last one is not taken again. `offload=True` keeps the states of a game on a
+    GPU in the CPU's memory; for a game on the CPU it changes nothing.
 
     The hypergradient is `ReverseMode`'s up to the order of its sums: steps are taken again on the same batches (which
     are kept: a list of batches costs nothing, a loader that makes new ones costs its steps' batches), from the same

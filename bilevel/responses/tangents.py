@@ -72,14 +72,13 @@ class _Linear(Tangents):
 
     def step(self, y: list[Tensor], slopes: list[Tensor], along: Iterator[list[Tensor]]) -> list[Tensor]:
         """The leaves after one step."""
+        fresh = self._stepper.memory is None
         for column, optimizer, moved in zip(self._columns, self._optimizers, along, strict=True):
-            for tangent, slope in zip(column, moved, strict=True):
-                tangent.grad = slope
+            slope_of = dict(zip(map(id, column), moved, strict=True))
             for group in optimizer.param_groups:
                 for tangent in group["params"]:
+                    tangent.grad = slope_of[id(tangent)]
                     if tangent not in optimizer.state:  # the first step: as memory begins, so does its derivative
-                        fresh = self._stepper.memory is None
-                        assert tangent.grad is not None
                         seed = SEEDS[optim.SGD](tangent, tangent.grad, group)
                         optimizer.state[tangent] = seed if fresh else {k: torch.zeros_like(t) for k, t in seed.items()}
             optimizer.step()
@@ -123,13 +122,14 @@ class _Elementwise(Tangents):
         if stepper.memory is not None:
             for slot, remembered in zip(inputs, stepper.memory, strict=True):
                 slot |= {k: v.detach().requires_grad_() for k, v in remembered.items() if _moves(k, v)}
-            stepper.memory = [m | {k: slot[k] for k in m if k in slot} for m, slot in zip(stepper.memory, inputs)]
+            stepper.memory = [
+                m | {k: slot[k] for k in m if k in slot} for m, slot in zip(stepper.memory, inputs, strict=True)
+            ]
         with torch.enable_grad():
             after = stepper.step([slot["y"] for slot in inputs], [slot["slope"] for slot in inputs])
-            assert stepper.memory is not None
             outputs: list[Slot] = [
                 {"y": leaf} | {k: v for k, v in remembered.items() if _moves(k, v)}
-                for leaf, remembered in zip(after, stepper.memory, strict=True)
+                for leaf, remembered in zip(after, stepper.memory or (), strict=True)
             ]
             diagonals = _diagonals(outputs, inputs)
             shared = _Shared(outputs, self._chosen) if self._units[0] else None
@@ -190,8 +190,10 @@ def _diagonals(outputs: Sequence[Slot], inputs: Sequence[Slot]) -> list[dict[str
         owners = [index for index, slot in enumerate(outputs) if kind in slot]
         attached = [outputs[i][kind] for i in owners if outputs[i][kind].requires_grad]
         ones = [torch.ones_like(tensor) for tensor in attached]
-        given = [None] * len(flat) if not attached else torch.autograd.grad(
-            attached, flat, ones, retain_graph=True, allow_unused=True
+        given = (
+            [None] * len(flat)
+            if not attached
+            else torch.autograd.grad(attached, flat, ones, retain_graph=True, allow_unused=True)
         )
         slopes = iter(given)
         for index, slot in enumerate(inputs):

@@ -172,7 +172,9 @@ def test_automatic_casts_are_the_same_again():
     batch = torch.randn(6, 5), torch.randn(6, 1)
 
     def follow(x, y, batch):
-        return (functional_call(model, y, (batch[0],)).float() - batch[1]).square().mean() + x * flatten(y).square().sum()
+        return (functional_call(model, y, (batch[0],)).float() - batch[1]).square().mean() + x * flatten(
+            y
+        ).square().sum()
 
     game = bl.Game(
         x=bl.Player(lambda y: flatten(y).square().sum(), torch.tensor(0.1)), y=bl.Player(follow, model, [batch])
@@ -245,7 +247,7 @@ def test_joint_followers():
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-12, atol=0)
 
 
-# Memory ----------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1000])
@@ -348,6 +350,6 @@ def test_state_in_state_out():
     kept = copy.deepcopy(state)
     _, one = response(GAME, {"x": LEADER.clone().requires_grad_()}, state)
     assert str(state) == str(kept)
-    y, two = response(GAME, {"x": LEADER}, one)
+    y, _ = response(GAME, {"x": LEADER}, one)
     torch_y = plain(OPTIMISERS["Adam"], LEADER, steps=16)
     assert max((y[k] - torch_y[k]).abs().max().item() for k in y) <= 1e-12
