@@ -1,12 +1,9 @@
 """Peak memory and time of one hypergradient through long unrolled runs, by storing all, by segments, in forward mode.
 
 A network of a million weights (784-1024-256-10), 128 examples a step, SGD with momentum. Each case is a process of its
-own: its peak is the resident set at its highest less that before the work, and it is timed beside a plain training run
-of the same steps, in turns. Storing all is measured at few steps: it grows in a straight line. Writes JSON.
-
-glibc's allocator keeps freed blocks in a heap of holes, and the resident set then says as much about them as about the
-work. So blocks of a megabyte are mapped, and given back when they are freed: MALLOC_MMAP_THRESHOLD_=1000000. One case
-is measured as it comes, too.
+own, timed beside a plain training run of the same steps, in turns. `resident` is what its resident set grew by at most,
+holes of the allocator's included; `counted` the most bytes that tensors held at one time, from another pass, not timed.
+Storing all is measured at few steps: it grows in a straight line. Writes JSON.
 
     python benchmarks/memory.py --output memory.json
 """
@@ -34,6 +31,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from bilevel.comparison.memory import peak_bytes
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 Case = dict[str, Any]
@@ -102,7 +100,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """One case, in this process: peak first, then rounds of it and of the plain run in turns."""
+    """One case, in this process: rounds of it and of the plain run in turns, then its tensors counted."""
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)
     game = game_of(case["leaders"], case["hidden"])
@@ -112,16 +110,24 @@ def measured(case: Case) -> dict[str, Any]:
     before, slope = resident(), []
     if case["how"] == "plain":
         plain.append(timed(lambda: trained(game, case["steps"])))
-        return {"peak": resident() - before, "wall": plain[0][0], "cpu": plain[0][1]}
+        return {"resident": resident() - before, "wall": plain[0][0], "cpu": plain[0][1]}
     taken.append(timed(lambda: slope.append(hypergradient(game, case))))
-    peak = resident() - before
+    grown = resident() - before
     plain.append(timed(lambda: trained(game, case["steps"])))
     for _ in range(case["rounds"] - 1):
         taken.append(timed(lambda: hypergradient(game, case)))
         plain.append(timed(lambda: trained(game, case["steps"])))
     wall, cpu = (statistics.median(t[i] for t in taken) for i in (0, 1))
     ratio = statistics.median(t[1] / p[1] for t, p in zip(taken, plain, strict=True))
-    return {"peak": peak, "wall": wall, "cpu": cpu, "plain_runs": ratio, "slope": slope[0].tolist()}
+    counted = peak_bytes(lambda: hypergradient(game, case), torch.device("cpu")) if case["counted"] else None
+    return {
+        "resident": grown,
+        "counted": counted,
+        "wall": wall,
+        "cpu": cpu,
+        "plain_runs": ratio,
+        "slope": slope[0].tolist(),
+    }
 
 
 def resident() -> int:
@@ -133,13 +139,13 @@ def cases(quick: bool) -> list[Case]:
     few = [5, 10] if quick else [25, 50, 100]
     long = 40 if quick else 1000
     hidden = [64] if quick else [1024, 256]
-    common: Case = {"leaders": 3, "hidden": hidden, "rounds": 1, "mapped": True}
+    common: Case = {"leaders": 3, "hidden": hidden, "rounds": 1, "counted": True}
     found = [{**common, "how": "plain", "steps": long}]
     found += [{**common, "how": "all", "steps": k, "rounds": 2} for k in few]
     found += [{**common, "how": "segments", "steps": few[-1], "rounds": 2, "count": c} for c in (2, 5, None)]
     found += [{**common, "how": "segments", "steps": long}]
-    found += [{**common, "how": "segments", "steps": long, "mapped": False}]
-    found += [{**common, "how": "segments", "steps": long, "memory": 4_000_000 if quick else 1_500_000_000}]
+    budget = 12_000_000 if quick else 1_000_000_000
+    found += [{**common, "how": "segments", "steps": long, "memory": budget, "counted": False}]
     for wide in [hidden] if quick else [hidden, [1260]]:
         for leaders in (1, 3, 10):
             found.append({**common, "how": "forward", "steps": few[-1] // 2, "leaders": leaders, "hidden": wide})
@@ -161,13 +167,12 @@ def main() -> None:
     rows = []
     for case in cases(chosen.quick):
         told = json.dumps({**case, "threads": chosen.threads})
-        mapped = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if case["mapped"] else {}
         done = subprocess.run(
             [sys.executable, __file__, "--case", told],
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(chosen.threads)} | mapped,
+            env=os.environ | {"OMP_NUM_THREADS": str(chosen.threads)},
         )
         rows.append({**case, **json.loads(done.stdout)})
         print({k: v for k, v in rows[-1].items() if k != "slope"}, flush=True)

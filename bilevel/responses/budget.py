@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from bilevel.errors import BilevelError
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -69,7 +71,7 @@ def peak(segments: Sequence[int], sizes: Sizes) -> int:
 def plan(steps: int, sizes: Sizes, count: int | None, memory: int | None) -> list[int]:
     """The segments' lengths: `count` of them, or the fewest that fit `memory`, or those that need the least.
 
-    Raises `MemoryError` when none fit.
+    Raises `BilevelError` when none fit.
     """
     ratio = sizes.state / sizes.graph
     if count is not None:
@@ -82,7 +84,7 @@ def plan(steps: int, sizes: Sizes, count: int | None, memory: int | None) -> lis
         return best
     found = _first(len(best), lambda m: peak(lengths(steps, m, ratio), sizes) <= memory)
     if found is None:
-        raise MemoryError(
+        raise BilevelError(
             f"Segments(memory={memory:,}): {steps} steps need {peak(best, sizes):,} bytes at the least, in {len(best)} "
             f"segments: a step's graph has {sizes.graph:,}, a state {sizes.state:,}, a kept batch {sizes.batch:,}. "
             "Give it that much, differentiate fewer steps by Unrolled(backprop_steps=...), or use ForwardMode(), whose "

@@ -37,10 +37,11 @@ class Segments(Differentiation):
     A derivative of the hypergradient (`create_graph=True`) is right too, but holds every graph, as `ReverseMode` does.
     Inside a `torch.func` transform every step is stored, and `memory` is refused.
 
-    Raises `MemoryError` when the best segmentation does not fit `memory`, with the numbers; `CapturedTensorError` for a
-    tensor that requires grad and enters after the first step (those of the first step get their gradient);
-    `BilevelError` in backward when the steps taken again end elsewhere: something outside the
-    game changed in between, a module's train()/eval() for example.
+    Raises `BilevelError` when the best segmentation does not fit `memory`, with the numbers, and in backward when the
+    steps taken again end elsewhere: something outside the game changed in between, a module's train()/eval() for
+    example. Raises `CapturedTensorError` for a tensor that requires grad and enters after the first step (those of the
+    first step get their gradient). On a GPU, kernels that are not deterministic differ by rounding, which long segments
+    may magnify until the check refuses them: take more of them.
     Source: Chen et al. 2016 (arXiv 1604.06174); Shaban et al. 2019 (arXiv 1810.10667).
 
     >>> Segments(memory=500_000_000).count is None
