@@ -164,6 +164,13 @@ def main() -> None:
     if chosen.case is not None:
         print(json.dumps(measured(chosen.case)))
         return
+    machine = {
+        "machine": platform.machine(),
+        "threads": chosen.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seed": 0,
+    }
     rows = []
     for case in cases(chosen.quick):
         told = json.dumps({**case, "threads": chosen.threads})
@@ -176,14 +183,8 @@ def main() -> None:
         )
         rows.append({**case, **json.loads(done.stdout)})
         print({k: v for k, v in rows[-1].items() if k != "slope"}, flush=True)
-    machine = {
-        "machine": platform.machine(),
-        "threads": chosen.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "seed": 0,
-    }
-    chosen.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        # After each case: some take minutes.
+        chosen.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ def segments(rows):
     body = []
     for row in sorted(shown, key=lambda r: r["steps"]):
         share = "" if row["how"] == "plain" else f"{row['cpu'] / row['steps'] / all_steps:.2f}"
-        body.append([named(row), f"{row['steps']:,}", f"{row['peak'] / 1e6:,.0f} MB", f"{row['cpu']:.1f} s", share])
-    return table(
-        ["Differentiation", "steps", "tensors", "resident set", "seconds", "time a step, of storing all"], body
-    )
+        size = f"{row['resident'] / 1e6:,.0f} MB"
+        body.append([named(row), f"{row['steps']:,}", counted(row), size, f"{row['cpu']:.1f} s", share])
+    heads = ["Differentiation", "steps", "tensors", "resident set", "seconds", "time a step, of storing all"]
+    return table(heads, body)
 
 
 def forward(rows):
