@@ -123,22 +123,52 @@ class DifferentiableOptimizer:
             self._groups.append([places[id(p)] for p in group["params"]])
         self.memory: Memory | None = memory
 
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        """The user's, as it was built."""
+        return self._optimizer
+
     def step(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """The leaves after one step along the gradients `slopes`; differentiable in both and in the memory."""
+        self._seed(leaves, slopes)
+        return self._moved([leaf.clone() for leaf in leaves], slopes, torch.clone)
+
+    def step_in_place(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The same numbers, written over the leaves, the gradients and the memory, none of which has a graph."""
+        self._seed(leaves, slopes)
+        self._optimizer.defaults["differentiable"] = False  # which is where torch looks whether to build a graph
+        try:
+            return self._moved(list(leaves), list(slopes), lambda tensor: tensor)
+        finally:
+            self._optimizer.defaults["differentiable"] = True
+
+    def own_memory(self) -> None:
+        """Copy the memory, so that steps in place write to nobody else's."""
+        if self.memory is not None:
+            self.memory = [
+                {key: value.clone() if isinstance(value, Tensor) else value for key, value in slot.items()}
+                for slot in self.memory
+            ]
+
+    def _seed(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        """What torch's optimiser would remember before its first step."""
+        if self.memory is not None:
+            return
+        self.memory = [{} for _ in leaves]
+        for group, indices in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for index in indices:
+                self.memory[index] = SEEDS[type(self._optimizer)](leaves[index], slopes[index], group)
+
+    def _moved(self, fresh: list[Tensor], slopes: Sequence[Tensor], kept: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Let the optimiser write to `fresh`, and to its memory as `kept` hands it over."""
         optimizer = self._optimizer
-        if self.memory is None:
-            self.memory = [{} for _ in leaves]
-            for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
-                for index in indices:
-                    self.memory[index] = SEEDS[type(optimizer)](leaves[index], slopes[index], group)
-        fresh = [leaf.clone() for leaf in leaves]
         optimizer.state.clear()
         for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
             group["params"] = [fresh[index] for index in indices]
-        for parameter, slope, remembered in zip(fresh, slopes, self.memory, strict=True):
+        for parameter, slope, remembered in zip(fresh, slopes, self.memory or (), strict=True):
             parameter.grad = slope
             optimizer.state[parameter] = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in remembered.items()
+                key: kept(value) if isinstance(value, Tensor) else value for key, value in remembered.items()
             }
         if isinstance(optimizer, optim.NAdam) and torch.get_default_dtype() != torch.float64:
             self._round_as_nadam(fresh)

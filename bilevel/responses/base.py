@@ -79,7 +79,7 @@ class Follower:
         self.position = state["data"]
         self.buffers: Buffers = {self.name: state["buffers"]} if state["buffers"] else {}
         self.gradient_count = 0
-        self._fixed = batch is not None
+        self.fixed = batch is not None
         self.batch = batch
         if batch is None:
             self.advance()
@@ -91,7 +91,7 @@ class Follower:
 
     def advance(self) -> None:
         """Move on to the next batch, unless one batch was given for the whole call."""
-        if not self._fixed:
+        if not self.fixed:
             self.batch, self.position = self.game.draw(self.name, self.position)
 
     def loss(self, y: Variables, others: Mapping[str, Variables], *, advance_buffers: bool = False) -> Tensor:

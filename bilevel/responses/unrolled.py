@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 from bilevel.autodiff import concrete, transforms_active
 from bilevel.data import Batch
 from bilevel.game import Game
-from bilevel.inner.differentiable import DifferentiableOptimizer, refuse_undifferentiable
+from bilevel.inner.differentiable import refuse_undifferentiable
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.responses.base import Follower, Response, State, fresh_state
+from bilevel.responses.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 
@@ -24,19 +24,22 @@ from bilevel.tree import Variables, flatten, leaves, map_leaves
 class Unrolled(Response):
     r"""The follower's variables after `steps` optimiser steps, differentiated through every one of them.
 
-        y_{k+1} = y_k - step(grad_y f(x, y_k)),    dy_K/dx by reverse mode
+        y_{k+1} = y_k - step(grad_y f(x, y_k)),    dy_K/dx
 
     `optimizer` is a callable from a list of tensors to an *unmodified* torch.optim optimiser: SGD, Adam, AdamW,
     RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta or ASGD, with any of their options and parameter groups. The
     trajectory is torch's own. A tensor `lr` receives its exact gradient; further parameters of the callable named
     after players receive those players' variables: `Unrolled(lambda params, lr: SGD(params, lr=lr), steps=20)`.
 
+    `differentiation` is how, and changes memory and time alone: `ReverseMode()` holds the graph of every step;
+    `Segments(memory=...)` takes most of them again in backward, for a small part of the memory; `ForwardMode()` carries
+    the derivatives along, for a few leader's entries and any number of steps.
     `backprop_steps` differentiates only the last so many steps (truncated: biased towards short horizons).
     `warm_start` continues from the last call's variables and optimiser memory; else each call starts at `init`.
 
     The derivative is exact for `steps` steps from the start, which is what the leader then anticipates; it is the
     best response's only as the steps converge, with an error like k rho^k. Costs `steps` gradients, as many
-    Hessian-vector products in backward, and the memory of every step's graph.
+    Hessian-vector products in backward, and by `ReverseMode` the memory of every step's graph.
     Raises `TypeError` for optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, ...).
     Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785).
 
@@ -49,6 +52,7 @@ class Unrolled(Response):
     steps: int = 100
     backprop_steps: int | None = None
     warm_start: bool = True
+    differentiation: Differentiation = field(default_factory=ReverseMode)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -56,6 +60,11 @@ class Unrolled(Response):
         if self.backprop_steps is not None and not 1 <= self.backprop_steps <= self.steps:
             raise ValueError(
                 f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None."
+            )
+        if not isinstance(self.differentiation, Differentiation):
+            raise TypeError(
+                f"Unrolled: differentiation={self.differentiation!r}; expected ReverseMode(), Segments(...) or "
+                "ForwardMode()."
             )
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
@@ -68,7 +77,10 @@ class Unrolled(Response):
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
-        """The variables after `steps` steps, and the state to continue from."""
+        """The variables after `steps` steps, and the state to continue from.
+
+        Work is counted when it is called, as for one backward pass.
+        """
         follower = Follower(game, others, state, batch)
         lift = _lifting(follower.xs) if transforms_active() else torch.clone
         y = [
@@ -77,39 +89,26 @@ class Unrolled(Response):
         ]
         memory = state["optimizer"] if self.warm_start else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
-        players = {name: value for name, value in others.items() if name in game.names}
-        stepper = DifferentiableOptimizer(self.optimizer, y, players, lifted)
-        first = self.steps - (self.steps if self.backprop_steps is None else self.backprop_steps)
-        tracked = torch.is_grad_enabled()
-        slope_norm = math.nan
-        for step in range(self.steps):
-            if step:
-                follower.advance()
-            differentiated = tracked and step >= first
-            with torch.set_grad_enabled(differentiated):
-                if not differentiated:
-                    y = [leaf.detach() for leaf in y]
-                loss, slopes = follower.gradients(y, others if differentiated else follower.others)
-            y = stepper.step(y, slopes)
-            if not differentiated:
-                y = [leaf.detach() for leaf in y]
-                stepper.memory = [map_leaves(_only_tensors(Tensor.detach), slot) for slot in stepper.memory or ()]
-            if step == self.steps - 1:
-                slope_norm = concrete(torch.linalg.vector_norm(flatten(slopes)))
-        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(loss))
+        steps = Steps(self.optimizer, follower, others)
+        differentiated = self.steps if self.backprop_steps is None else self.backprop_steps
+        if torch.is_grad_enabled():
+            start = steps.stand_still(Point(y, lifted), self.steps - differentiated)
+            followed = self.differentiation.follow(steps, start, differentiated)
+        else:
+            followed = Followed(steps.stand_still(Point(y, lifted), self.steps), 0, 0)
+        y, after = followed.end.y, followed.end.memory or ()
+        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(steps.loss))
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
-        backward = self.steps - first if any(leaf.requires_grad for leaf in y) else 0
+        slope_norm = concrete(torch.linalg.vector_norm(flatten(steps.slopes)))
         return variables, state | {
             "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
-            "optimizer": [
-                map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in stepper.memory or ()
-            ],
+            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + follower.gradient_count,
-            "products": state["products"] + backward,
+            "gradients": state["gradients"] + follower.gradient_count + followed.gradients,
+            "products": state["products"] + followed.products,
             "stationarity": follower.relative(slope_norm, state),
         }
 

@@ -17,6 +17,8 @@ SGD = partial(optim.SGD, lr=0.5)
 RESPONSES = {
     "unrolled": bl.Unrolled(SGD, steps=50),
     "unrolled, momentum": bl.Unrolled(partial(optim.SGD, lr=0.3, momentum=0.5), steps=50),
+    "unrolled, segments": bl.Unrolled(SGD, steps=50, differentiation=bl.Segments(count=4)),
+    "unrolled, forward mode": bl.Unrolled(SGD, steps=50, differentiation=bl.ForwardMode()),
     "implicit, CG": bl.Implicit(SGD, steps=50, tolerance=1e-8),
     "implicit, GMRES": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.GMRES()),
     "implicit, Neumann": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.Neumann(max_steps=200)),
