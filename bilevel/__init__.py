@@ -58,7 +58,21 @@ from bilevel.linear import (
     Preconditioner,
     Recycled,
 )
-from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
+from bilevel.responses import (
+    MLP,
+    Elementwise,
+    Hypernetwork,
+    Implicit,
+    LeafNetwork,
+    Linear,
+    LowRank,
+    LowRankLayers,
+    Response,
+    RowColumnScaled,
+    RowScaled,
+    SelfTuning,
+    Unrolled,
+)
 from bilevel.root import root
 from bilevel.solution import Solution
 from bilevel.solve import solve
@@ -94,12 +108,14 @@ __all__ = [
     "Implicit",
     "IndefiniteSystemError",
     "InnerSolver",
+    "LeafNetwork",
     "Linear",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
     "LookAhead",
     "LowRank",
+    "LowRankLayers",
     "NegativeMomentum",
     "Neumann",
     "NonConvergenceWarning",
@@ -112,8 +128,11 @@ __all__ = [
     "Preconditioner",
     "Recycled",
     "Response",
+    "RowColumnScaled",
+    "RowScaled",
     "Scipy",
     "ScipyRoot",
+    "SelfTuning",
     "Simultaneous",
     "SingularSystemError",
     "Solution",
