@@ -2,9 +2,10 @@
 
 One step of plain Adam, and one step of fitting a learned response, on the same MLP, loss and batch of 128 (eight log
 decays, and the sizes of two noises), float32. Calls of five fitting steps are interleaved with plain steps in one
-process; a ratio is the median of a call's CPU seconds a step, its recentring and its answer to the leader included, over
-those of the plain steps beside it. A round adds the leader's own gradient to both. Memory is the peak of a process of
-its own for each case, less what it held after its imports, and the peak of the bytes that its tensors hold, counted.
+process; a ratio is the median of a call's CPU seconds a step, its recentring and its answer to the leader included,
+over those of the plain steps beside it. A round adds the leader's own gradient to both. Memory is the peak of the bytes
+that the tensors of weights, fit and leader hold, counted; and the peak of a process of its own for each case, less what
+it held after its imports, which has two more copies of the weights, the game's own and its player's.
 
 Then three games whose Jacobian is known: ridge regression on whitened digits, which rows can follow exactly; on digits
 as they are, which they cannot; and an MLP. For each network the cosine and the relative error of the learned Jacobian,
@@ -210,21 +211,23 @@ def memory(name: str, widths: Sequence[int]) -> dict[str, int]:
     small(torch.zeros(1, 4)).sum().backward()
     ADAM(list(small.parameters())).step()
 
-    def work() -> None:
-        if name == "plain":
-            step, _ = plain(widths)
+    def work(game: bl.Game | None) -> None:
+        if game is None:
+            step, validate = plain(widths)
             for _ in range(2):
                 step()
+                validate()
         else:
-            call = learned(CASES[name], large_game(widths), widths)
+            call = learned(CASES[name], game, widths)
             for _ in range(2):
                 call()()
 
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: the imports' is not the case's
-    work()
+    game = None if name == "plain" else large_game(widths)
+    work(game)
     whole = resident("VmHWM") - before
-    return {"process": whole, "tensors": peak_bytes(work, torch.device("cpu"))}
+    return {"process": whole, "tensors": peak_bytes(partial(work, game), torch.device("cpu"))}
 
 
 def resident(which: str) -> int:

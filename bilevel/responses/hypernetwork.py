@@ -287,7 +287,7 @@ class Hypernetwork(Response):
             weights = state["network"] | state["constants"]
             there = self._around(follower, state["centre"]).answer(own, weights, x)
             there = [_apart(moved, leaf) for moved, leaf in zip(there, own, strict=True)]
-        if self.in_place:  # the old leaves go now, and whoever still differentiates the last answer keeps them
+        if self.in_place:  # the old leaves go now, before a gradient is made
             state.update(centre=x.clone(), w0=there, variables=follower.form.build(there))
         return x.clone(), there, network
 
