@@ -53,29 +53,42 @@ class Hypernetwork(Response):
     `scale` is the perturbations' standard deviation, in the leader's own units (.1 to .5 on log or logit scales);
     s = scale * sqrt(n) for n others' entries, so that a network sees inputs of norm one and learns as fast as w0.
     `network` is `Linear()`, `LowRank(rank)`, `MLP(hidden)`, `Elementwise()`, any callable `(inputs, outputs) ->
-    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied; its buffers are constants).
+    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied; its buffers are constants). For
+    large followers it is a `LeafNetwork`, which moves each layer by itself and is centred: `RowScaled()`,
+    `RowColumnScaled()`, `SelfTuning()`, `LowRankLayers(rank)`, or your own.
 
     Each call takes `steps` steps of fitting at the present leader, `warmup` more before the first answer. Together
     they are the paper's algorithms: `Hypernetwork(opt, scale=1.5, network=MLP((50,)), warmup=5000, steps=0,
     around={"decay": mean})` learns one map for a whole range and then leaves it (Algorithm 2); `steps=1` fits
     jointly with the leader, locally and linearly (Algorithms 3 and 4). `scheduler` makes a learning-rate scheduler
     over the optimiser, stepped once a step of fitting: a slope is only as steady as the last steps are small. Each
-    step uses `perturbations` draws in one vmapped pass, each with both signs when `antithetic`, which takes the
-    gradient at the centre out of the slope's noise.
+    step uses `perturbations` draws in one vmapped pass (of a `LeafNetwork` one after the other), each with both signs
+    when `antithetic`, which takes the gradient at the centre out of the slope's noise, for twice the gradients.
 
     `sampler(others, generator)` draws x from any p(x) instead, one draw a call: uniform over a box, a fixed set, a
     distribution that the leaders themselves hold. `scale` is then only the unit s; `around` and `antithetic` do not
     apply, and the centre stays where the game starts.
 
-    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it
-    on a fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave
-    standing? 0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so, as it
-    does when the follower's own gradient is above that share of its value at the start (`tolerance=None` asks for
-    no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it is
-    stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and
-    its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
-    Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
-    memory of the network and its optimiser.
+    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. The first call, and every
+    `examine_every`-th from there on, measures it on a fresh draw: when the leader moves, how much of the change of the
+    follower's gradient does the slope leave standing? 0 is exact, 1 no better than no response; above `tolerance` a
+    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at
+    the start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last,
+    and say how many calls ago. It weighs directions by their curvature, as a residual does: where the follower is stiff
+    it is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified
+    and its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
+
+    `in_place=True` saves the copies of w0, network and optimiser that each call makes: it fits in the tensors of the
+    state that it is passed, and returns that very state. Earlier answers keep their values; to differentiate one after
+    the next call raises torch's `RuntimeError`. A call that raises leaves in that state what was fitted until then,
+    around the present leader, with counts, batches and generator as before the call; a loss of NaN is refused before
+    it is written. `solve` then saves no checkpoint of an interrupted step: the file keeps the last one written. Where
+    states are asked more than once a step (several followers, extragradient) `solve` raises `ValueError`.
+
+    Costs `steps` * `perturbations` gradients a call, twice that when antithetic, 3 more when it is examined, and no
+    Hessian-vector product. Memory: of w0 and network, once for themselves, once for their gradients, the optimiser's
+    for them (twice for Adam), and once more for the copies of all but gradients. `init` raises `MemoryError` with
+    these bytes, before it takes any, when they are more than `memory_limit` (default: what is available now).
     Source: Lorraine and Duvenaud 2018 (arXiv 1802.09419); centring: Bae and Grosse 2020 (arXiv 2010.13514).
 
     >>> from functools import partial
