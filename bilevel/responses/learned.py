@@ -53,7 +53,7 @@ class FlatMap(LearnedMap):
         else:
             moved = functional_call(self.network, dict(weights), (rows,))
         parts = moved.split([shape.numel() for shape in self.form.shapes], dim=-1)
-        return [leaf + part.reshape(*u.shape[:-1], *leaf.shape) for leaf, part in zip(w0, parts, strict=True)]
+        return [leaf + part.reshape((*u.shape[:-1], *leaf.shape)) for leaf, part in zip(w0, parts, strict=True)]
 
 
 @final

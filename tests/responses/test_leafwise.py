@@ -165,6 +165,17 @@ def test_what_it_cannot_say_its_residual_tells():
     assert state["residual"] == pytest.approx(left, abs=0.3)
 
 
+@pytest.mark.parametrize("network", [bl.Linear(), bl.RowScaled()], ids=["dense", "rows"])
+def test_scalars_answer_too(network):
+    played = bl.Game(
+        x=bl.Player(lambda y: y**2, torch.tensor(1.0, dtype=D)),
+        y=bl.Player(lambda x, y: (y - 2 * x) ** 2, torch.tensor(0.0, dtype=D)),
+    )
+    fitting, x = response(network, warmup=400), torch.tensor(1.0, dtype=D, requires_grad=True)
+    answer, _ = fitting(played, {"x": x}, fitting.init(played))
+    assert answer.shape == () and abs(torch.autograd.grad(answer, x)[0].item() - 2) < 1e-3
+
+
 def test_many_draws_are_the_mean_of_their_gradients():
     played = game(best_rows)
     fitting = bl.Hypernetwork(
