@@ -137,6 +137,12 @@ class _Run:
         self.leaders = [name for name in game.names if name not in responses]
         if not self.leaders or game.names[0] in responses:
             raise ValueError(f"solve: {game.names[0]!r} moves first and leads; it can have no response.")
+        self._in_place = [name for name, response in self.followers.items() if response.in_place]
+        if self._in_place and len(self.followers) > 1:
+            raise ValueError(
+                f"solve: {self._in_place} write into their states at every call, and with several followers the others "
+                "call them too. Use in_place=False."
+            )
         self.states: dict[str, Any] = {}
         for name, response in reversed(list(self.followers.items())):
             view = self._nest(self.states)[name]
@@ -208,10 +214,17 @@ class _Run:
             self.batches[name], positions[name] = self.game.draw(name, self.positions[name])
         found: dict[str, Any] = {}
         random = random_state(self.game.device)
+        # A response that writes into its state is of two minds from its call on.
+        self.whole = not self._in_place
 
         def play(point: Mapping[str, list[Tensor]], wanted: Sequence[str]) -> dict[str, Tensor]:
             """The wanted players' losses at a point, on this step's batches, random numbers and states."""
             if "losses" in found:  # again within the step: the same dropout masks as the first time
+                if self._in_place:
+                    raise ValueError(
+                        f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time "
+                        f"{self._in_place} would move on the states that they write into. Use in_place=False."
+                    )
                 set_random_state(random, self.game.device)
             trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
             variables, states = self.respond(trees, self.states)

@@ -67,11 +67,13 @@ def remember(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> 
     return [dict(optimizer.state.get(p, {})) for p in parameters]
 
 
-def recall(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None) -> None:
-    """Give the optimiser a copy of what it remembered; nothing when it is new."""
+def recall(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None, *, copy: bool = True
+) -> None:
+    """Give the optimiser what it remembered, or a copy of it; nothing when it is new."""
     for parameter, remembered in zip(parameters, memory or (), strict=False):
         if remembered:
-            optimizer.state[parameter] = _copied(remembered)
+            optimizer.state[parameter] = _copied(remembered) if copy else dict(remembered)
 
 
 def build_scheduler(

@@ -6,6 +6,7 @@ from bilevel.responses.forward_mode import ForwardMode
 from bilevel.responses.hypernetwork import Hypernetwork
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
+from bilevel.responses.leafwise import LeafNetwork, LowRankLayers, RowColumnScaled, RowScaled, SelfTuning
 from bilevel.responses.networks import MLP, Elementwise, Linear, LowRank
 from bilevel.responses.segments import Segments
 from bilevel.responses.unrolled import Unrolled
@@ -20,11 +21,16 @@ __all__ = [
     "Hypernetwork",
     "Implicit",
     "Inexactness",
+    "LeafNetwork",
     "Linear",
     "LowRank",
+    "LowRankLayers",
     "Response",
     "ReverseMode",
+    "RowColumnScaled",
+    "RowScaled",
     "Segments",
+    "SelfTuning",
     "State",
     "Unrolled",
 ]

@@ -32,7 +32,14 @@ class Response(ABC):
     The variables returned are differentiable in the others' variables: a loss of them, and plain autograd, give the
     leader's hypergradient. Nothing that is passed is changed. Inside a `torch.func` transform a response is a pure
     function of the others' variables at the given state, and returns that state as it came.
+
+    A response that says `in_place` is the exception, for size: a call moves on the very state that it is passed.
     """
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a call writes into the state that it is passed, and returns that one."""
+        return False
 
     @abstractmethod
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:

@@ -28,11 +28,17 @@ from bilevel.inner.torch_optim import (
 )
 from bilevel.randomness import random_kept
 from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.fitting import Fitting
+from bilevel.responses.footprint import available, footprint, told
+from bilevel.responses.leafwise import LeafNetwork
+from bilevel.responses.learned import FlatMap, LeafMap, LearnedMap
 from bilevel.responses.networks import Linear
-from bilevel.tree import Variables, flatten
+from bilevel.tree import Structure, Variables, flatten, leaves
 
 Sampler = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
 """p(x): from the others' present variables and a generator to one draw of their variables."""
+
+Network = Callable[[int, int], nn.Module] | nn.Module | LeafNetwork
 
 
 @final
@@ -47,29 +53,42 @@ class Hypernetwork(Response):
     `scale` is the perturbations' standard deviation, in the leader's own units (.1 to .5 on log or logit scales);
     s = scale * sqrt(n) for n others' entries, so that a network sees inputs of norm one and learns as fast as w0.
     `network` is `Linear()`, `LowRank(rank)`, `MLP(hidden)`, `Elementwise()`, any callable `(inputs, outputs) ->
-    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied; its buffers are constants).
+    nn.Module`, or a module from `[..., inputs]` to `[..., outputs]` (deep-copied; its buffers are constants). For
+    large followers it is a `LeafNetwork`, which moves each layer by itself and is centred: `RowScaled()`,
+    `RowColumnScaled()`, `SelfTuning()`, `LowRankLayers(rank)`, or your own.
 
     Each call takes `steps` steps of fitting at the present leader, `warmup` more before the first answer. Together
     they are the paper's algorithms: `Hypernetwork(opt, scale=1.5, network=MLP((50,)), warmup=5000, steps=0,
     around={"decay": mean})` learns one map for a whole range and then leaves it (Algorithm 2); `steps=1` fits
     jointly with the leader, locally and linearly (Algorithms 3 and 4). `scheduler` makes a learning-rate scheduler
     over the optimiser, stepped once a step of fitting: a slope is only as steady as the last steps are small. Each
-    step uses `perturbations` draws in one vmapped pass, each with both signs when `antithetic`, which takes the
-    gradient at the centre out of the slope's noise.
+    step uses `perturbations` draws in one vmapped pass (of a `LeafNetwork` one after the other), each with both signs
+    when `antithetic`, which takes the gradient at the centre out of the slope's noise, for twice the gradients.
 
     `sampler(others, generator)` draws x from any p(x) instead, one draw a call: uniform over a box, a fixed set, a
     distribution that the leaders themselves hold. `scale` is then only the unit s; `around` and `antithetic` do not
     apply, and the centre stays where the game starts.
 
-    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. Each call measures it
-    on a fresh draw: when the leader moves, how much of the change of the follower's gradient does the slope leave
-    standing? 0 is exact, 1 no better than no response; above `tolerance` a `NonConvergenceWarning` says so, as it
-    does when the follower's own gradient is above that share of its value at the start (`tolerance=None` asks for
-    no accuracy). It weighs directions by their curvature, as a residual does: where the follower is stiff it is
-    stricter than the hypergradient's own error. Without centring or without noise the slope is not identified and
-    its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
-    Costs `steps` * `perturbations` (twice that when antithetic) + 3 gradients a call and no Hessian-vector product;
-    memory of the network and its optimiser.
+    It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. The first call, and every
+    `examine_every`-th from there on, measures it on a fresh draw: when the leader moves, how much of the change of the
+    follower's gradient does the slope leave standing? 0 is exact, 1 no better than no response; above `tolerance` a
+    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at
+    the start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last,
+    and say how many calls ago. It weighs directions by their curvature, as a residual does: where the follower is stiff
+    it is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified
+    and its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
+
+    `in_place=True` saves the copies of w0, network and optimiser that each call makes: it fits in the tensors of the
+    state that it is passed, and returns that very state. Earlier answers keep their values; to differentiate one after
+    the next call raises torch's `RuntimeError`. A call that raises leaves in that state what was fitted until then,
+    around the present leader, with counts, batches and generator as before the call; a loss of NaN is refused before
+    it is written. `solve` then saves no checkpoint of an interrupted step: the file keeps the last one written. Where
+    states are asked more than once a step (several followers, extragradient) `solve` raises `ValueError`.
+
+    Costs `steps` * `perturbations` gradients a call, twice that when antithetic, 3 more when it is examined, and no
+    Hessian-vector product. Memory: of w0 and network, once for themselves, once for their gradients, the optimiser's
+    for them (twice for Adam), and once more for the copies of all but gradients. `init` raises `MemoryError` with
+    these bytes, before it takes any, when they are more than `memory_limit` (default: what is available now).
     Source: Lorraine and Duvenaud 2018 (arXiv 1802.09419); centring: Bae and Grosse 2020 (arXiv 2010.13514).
 
     >>> from functools import partial
@@ -79,7 +98,7 @@ class Hypernetwork(Response):
 
     optimizer: OptimizerFactory
     scale: float = 0.1
-    network: Callable[[int, int], nn.Module] | nn.Module = field(default_factory=Linear)
+    network: Network = field(default_factory=Linear)
     steps: int = 1
     warmup: int = 0
     perturbations: int = 1
@@ -89,8 +108,13 @@ class Hypernetwork(Response):
     sampler: Sampler | None = None
     scheduler: SchedulerFactory | None = None
     tolerance: float | None = 0.5
+    examine_every: int = 1
+    in_place: bool = False
+    memory_limit: int | None = None
     # The network's form without its numbers, by its sizes: only a memo, the numbers are in the state.
-    _skeletons: dict[tuple[int, int], nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _skeletons: dict[tuple[int, tuple[torch.Size, ...]], nn.Module] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.scale >= 0.0:
@@ -99,6 +123,8 @@ class Hypernetwork(Response):
             raise ValueError(f"Hypernetwork: steps={self.steps}, warmup={self.warmup}; together at least 1.")
         if self.perturbations < 1:
             raise ValueError(f"Hypernetwork: perturbations={self.perturbations}; expected at least 1.")
+        if self.examine_every < 1:
+            raise ValueError(f"Hypernetwork: examine_every={self.examine_every}; expected at least 1.")
         if self.sampler is not None and self.around is not None:
             raise ValueError("Hypernetwork: both sampler= and around= are given, and both say where it is fitted.")
         if not self.scale > 0.0:
@@ -122,18 +148,15 @@ class Hypernetwork(Response):
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
         refuse_captured(game, state)
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
-        x, w0 = flatten(others), flatten(state["variables"])
+        x, w0 = flatten(others), leaves(state["variables"])
+        form = game.structure(state["follower"])
+        self._require_room(state["follower"], x.numel(), form, w0)
         with random_kept(start=seed):
-            network = self._module(x.numel(), w0.numel()).to(w0)
+            network = self._module(x.numel(), form).to(w0[0])
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         constants = {name: b.detach().clone() for name, b in network.named_buffers()}
-        self._skeletons[(x.numel(), w0.numel())] = network.to("meta")
-        probe = functional_call(network, weights | constants, (torch.zeros_like(x),))
-        if probe.shape != w0.shape:
-            raise ValueError(
-                f"Hypernetwork: the network maps [{x.numel()}] to {list(probe.shape)}; expected [{w0.numel()}], the "
-                f"size of player {state['follower']!r}."
-            )
+        self._skeletons[(x.numel(), form.shapes)] = network.to("meta")
+        self._try(state["follower"], form, w0, weights | constants, torch.zeros_like(x))
         generator = torch.Generator(device=x.device).manual_seed(seed)
         return state | {
             "players": list(others),
@@ -145,6 +168,7 @@ class Hypernetwork(Response):
             "scheduler": None,
             "generator": generator.get_state(),
             "fits": 0,
+            "calls": 0,
             "residual": math.nan,
         }
 
@@ -154,15 +178,22 @@ class Hypernetwork(Response):
         """The learned response at `others`, differentiable in them, and the state to continue from."""
         given = {name: others[name] for name in state["players"] if name in others}
         follower = Follower(game, given, state, batch)
-        if transforms_active():
-            answer = self._map(state, flatten(given), state["centre"])
-            return follower.form.unflatten(answer), state
         x = flatten(given)
-        after = self._fit(game, follower, x.detach(), state)
-        answer = self._map(after, x, after["centre"])
-        follower.require_finite([answer], "Lower the learning rate of Hypernetwork(optimizer), or its scale.")
-        after["variables"] = follower.form.unflatten(answer.detach().clone())
-        return follower.form.unflatten(answer), after
+        weights = state["network"] | state["constants"]
+        if transforms_active():
+            answer = self._around(follower, state["centre"]).answer(state["w0"], weights, x)
+            return follower.form.build(answer), state
+        after = self._fit(follower, x.detach(), state)
+        weights = after["network"] | after["constants"]
+        answer = self._around(follower, after["centre"]).answer(after["w0"], weights, x)
+        follower.require_finite(answer, "Lower the learning rate of Hypernetwork(optimizer), or its scale.")
+        # At its centre the map is w0, which the state holds anyway.
+        held = after["w0"] if self._follows else [leaf.detach().clone() for leaf in answer]
+        after["variables"] = follower.form.build(held)
+        if self.in_place:
+            state.update(after)
+            after = state
+        return follower.form.build(answer), after
 
     @property
     def _local(self) -> bool:
@@ -185,133 +216,168 @@ class Hypernetwork(Response):
         anchor = x if self.around is None else flatten({name: self.around[name] for name in state["players"]}).to(x)
         return anchor + self.scale * noise
 
-    def _module(self, inputs: int, outputs: int) -> nn.Module:
-        return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network(inputs, outputs)
+    def _module(self, inputs: int, form: Structure) -> nn.Module:
+        if isinstance(self.network, LeafNetwork):
+            return self.network.build(inputs, form.shapes)
+        return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network(inputs, form.size)
 
-    def _map(self, state: State, x: Tensor, centre: Tensor) -> Tensor:
-        """y `[..., outputs]` at x `[..., inputs]`."""
-        network = self._skeleton(state, x.shape[-1])
-        # Inputs in units of a perturbation's length: the network's rate of learning is then w0's.
-        unit = (self.scale if self.scale > 0.0 else 1.0) * x.shape[-1] ** 0.5
-        weights = state["network"] | state["constants"]
-        if not self.centred:
-            return state["w0"] + functional_call(network, weights, (x / unit,))  # type: ignore[no-any-return]
-        # The origin rides along as one more row: a second pass would cost a second gradient of every weight.
-        moves = torch.cat([(x - centre).reshape(-1, centre.numel()) / unit, torch.zeros_like(centre)[None]])
-        moved = functional_call(network, weights, (moves,))
-        return state["w0"] + (moved[:-1] - moved[-1]).reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
-
-    def _skeleton(self, state: State, inputs: int) -> nn.Module:
-        sizes = (inputs, state["w0"].shape[-1])
-        if sizes not in self._skeletons:
-            with torch.device("meta"):  # its parameters come from the state
-                self._skeletons[sizes] = self._module(*sizes)
-        return self._skeletons[sizes]
-
-    def _fit(self, game: Game, follower: Follower, x: Tensor, state: State) -> State:
-        """The state after fitting the map around the leader's present value x `[n]`."""
-        start = state["centre"]
-        if self.centred and self._local:
-            with torch.no_grad():  # the same map, written around the new centre
-                start, w0 = x.clone(), self._map(state, x, state["centre"])
+    def _require_room(self, follower: str, inputs: int, form: Structure, w0: list[Tensor]) -> None:
+        """Raise `MemoryError` when fitting would take more than there is, before any of it is taken."""
+        if isinstance(self.network, nn.Module):
+            module: nn.Module = self.network
         else:
-            w0 = state["w0"].clone()
-        parameters = [w0, *(p.clone() for p in state["network"].values())]
-        names = list(state["network"])
+            with torch.device("meta"):
+                module = self._module(inputs, form)
+        parameters = [torch.empty(p.shape, dtype=w0[0].dtype, device="meta") for p in module.parameters()]
+        needed = footprint(self.optimizer, [*w0, *parameters], in_place=self.in_place)
+        limit = available(w0[0].device) if self.memory_limit is None else self.memory_limit
+        if limit is not None and needed.total > limit:
+            name = type(self.network).__name__ if isinstance(self.network, nn.Module) else repr(self.network)
+            allowed = "available are" if self.memory_limit is None else "memory_limit is"
+            raise MemoryError(
+                f"Hypernetwork: {name} from {inputs:,} entries to the {form.size:,} of player {follower!r} has "
+                f"{sum(p.numel() for p in parameters):,} parameters; with w0 its fit takes {needed}; {allowed} "
+                f"{told(limit)}. Use a network that knows the layers: RowScaled(), RowColumnScaled() or "
+                "LowRankLayers(rank), or one with fewer numbers, LowRank(rank); in_place=True saves the copies, and "
+                "memory_limit= (in bytes) allows more."
+            )
+
+    def _try(self, follower: str, form: Structure, w0: list[Tensor], weights: dict[str, Tensor], u: Tensor) -> None:
+        """Refuse a network whose answer at u = 0 has not the follower's form."""
+        if not isinstance(self.network, LeafNetwork):
+            probe = functional_call(self._skeleton(u.numel(), form), weights, (u,))
+            if probe.shape != (form.size,):
+                raise ValueError(
+                    f"Hypernetwork: the network maps [{u.numel()}] to {list(probe.shape)}; expected [{form.size}], the "
+                    f"size of player {follower!r}."
+                )
+            return
+        answer = functional_call(self._skeleton(u.numel(), form), weights, (u, w0))
+        came = [tuple(leaf.shape) for leaf in answer]
+        if came != [tuple(shape) for shape in form.shapes]:
+            raise ValueError(
+                f"Hypernetwork: {self.network!r} answers with leaves {came}; expected those of player {follower!r}, "
+                f"{[tuple(shape) for shape in form.shapes]}."
+            )
+        if not all(torch.equal(leaf, start) for leaf, start in zip(answer, w0, strict=True)):
+            raise ValueError(
+                f"Hypernetwork: {self.network!r} does not answer with w0 at a displacement of zero. A network of "
+                "leaves is centred: return w0 plus something that vanishes with u."
+            )
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the centre moves along with the leader."""
+        return self.centred and self._local
+
+    def _around(self, follower: Follower, centre: Tensor) -> Fitting:
+        """The map around a centre `[n]`, as this follower answers by it."""
+        skeleton = self._skeleton(centre.numel(), follower.form)
+        learned: LearnedMap = (
+            LeafMap(skeleton)
+            if isinstance(self.network, LeafNetwork)
+            else FlatMap(skeleton, follower.form, self.centred)
+        )
+        # Inputs in units of a perturbation's length: the network's rate of learning is then w0's.
+        unit = (self.scale if self.scale > 0.0 else 1.0) * centre.numel() ** 0.5
+        return Fitting(follower, learned, centre if self.centred else torch.zeros_like(centre), unit)
+
+    def _skeleton(self, inputs: int, form: Structure) -> nn.Module:
+        key = (inputs, form.shapes)
+        if key not in self._skeletons:
+            with torch.device("meta"):  # its parameters come from the state
+                self._skeletons[key] = self._module(inputs, form)
+        return self._skeletons[key]
+
+    def _start(self, follower: Follower, x: Tensor, state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The centre, w0's leaves and the network's parameters that a call goes on from: copies, or the state's own."""
+        network = list(state["network"].values())
+        network = network if self.in_place else _clones(network)
+        own: list[Tensor] = state["w0"]
+        if not self._follows:
+            return state["centre"], own if self.in_place else _clones(own), network
+        with torch.no_grad():  # the same map, written around the new centre
+            weights = state["network"] | state["constants"]
+            there = self._around(follower, state["centre"]).answer(own, weights, x)
+            there = [_apart(moved, leaf) for moved, leaf in zip(there, own, strict=True)]
+        if self.in_place:  # the old leaves go now, before a gradient is made
+            state.update(centre=x.clone(), w0=there, variables=follower.form.build(there))
+        return x.clone(), there, network
+
+    def _fit(self, follower: Follower, x: Tensor, state: State) -> State:
+        """The state after fitting the map around the leader's present value x `[n]`."""
+        centre, own, learned = self._start(follower, x, state)
+        parameters = [p.detach() for p in (*own, *learned)]
+        w0, network = parameters[: len(own)], dict(zip(state["network"], parameters[len(own) :], strict=True))
+        fitting = self._around(follower, centre)
         optimizer = build(self.optimizer, parameters)
-        recall(optimizer, parameters, state["optimizer"])
+        recall(optimizer, parameters, state["optimizer"], copy=not self.in_place)
         scheduler = self.scheduler and build_scheduler(self.scheduler, optimizer, state["scheduler"])
         generator = torch.Generator(device=x.device)
         generator.set_state(state["generator"])
-
-        def expected_loss(w0: Tensor, *network: Tensor) -> Tensor:
-            points = self._points(follower, x, state, generator)
-            fitted = {"w0": w0, "network": dict(zip(names, network, strict=True)), "constants": state["constants"]}
-            return self._losses(follower, points, self._map(fitted, points, start)).mean()
-
         fits = self.steps + (self.warmup if state["fits"] == 0 else 0)
         rows = self.perturbations * (2 if self.antithetic and self.sampler is None else 1)
         for step in range(fits):
             if step:
                 follower.advance()
-            leaves = [p.detach().requires_grad_() for p in parameters]
-            with torch.enable_grad():
-                loss = expected_loss(*leaves)
-                slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            if step == fits - 1:
-                follower.require_finite(
-                    [w0], "Lower the learning rate of Hypernetwork, or its scale.", float(loss.detach())
-                )
+            points = self._points(follower, x, state, generator)
+            loss, slopes = fitting.gradients(w0, network, state["constants"], points)
+            if step == fits - 1 or self.in_place:  # in place, what comes from NaN could not be taken back
+                follower.require_finite([], "Lower the learning rate of Hypernetwork, or its scale.", float(loss))
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
+            del slopes
             optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
             if scheduler is not None:
                 scheduler.step()
-        network = dict(zip(names, parameters[1:], strict=True))
-        fitted = {"w0": parameters[0], "network": network, "constants": state["constants"]}
-        stationarity, residual = self._examine(follower, fitted, x, start, generator)
-        if self.tolerance is not None and self.scale > 0.0:
-            self._warn(follower, state["fits"] + fits, residual, follower.relative(stationarity, state))
-        return state | {
-            "centre": start,
-            "w0": parameters[0].detach(),
-            "network": {name: p.detach() for name, p in zip(names, parameters[1:], strict=True)},
+        after = state | {
+            "centre": centre,
+            "w0": w0,
+            "network": network,
             "optimizer": remember(optimizer, parameters),
             "scheduler": scheduler and remember_scheduler(scheduler, optimizer),
-            "generator": generator.get_state(),
             "fits": state["fits"] + fits,
+            "calls": state["calls"] + 1,
+            "gradients": state["gradients"] + fits * rows,
+        }
+        age = state["calls"] % self.examine_every
+        if age == 0:
+            direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * self.scale
+            norm, after["residual"] = fitting.examine(w0, network | state["constants"], x, direction)
+            after["stationarity"] = follower.relative(norm, state)
+            after["gradients"] += 3
+        if self.tolerance is not None and self.scale > 0.0:
+            self._warn(follower, after, age)
+        return after | {
+            "generator": generator.get_state(),
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + 3 + fits * rows,
-            "stationarity": follower.relative(stationarity, state),
-            "residual": residual,
         }
 
-    def _warn(self, follower: Follower, fits: int, residual: float, stationarity: float) -> None:
+    def _warn(self, follower: Follower, state: State, age: int) -> None:
         """Say what the fit leaves, of the slope's equation and of the follower's own gradient."""
         advice = (
             "Do not trust the hypergradient on its word. Give it warmup=, another learning rate, more steps or "
             "perturbations, or a network that suits the game; compare with Implicit, and accept it by tolerance=None."
         )
-        name, wanted = f"player {follower.name!r}", f"after {fits} steps of fitting; wanted {self.tolerance:g}"
-        if not residual <= float(self.tolerance or 0.0):
+        residual, stationarity, allowed = state["residual"], state["stationarity"], float(self.tolerance or 0.0)
+        name, wanted = f"player {follower.name!r}", f"after {state['fits']} steps of fitting; wanted {allowed:g}"
+        if not residual <= allowed:
             told = f"the learned slope of {name} leaves {residual:.2g} of the change that it should answer {wanted}"
-        elif not stationarity <= float(self.tolerance or 0.0):
+        elif not stationarity <= allowed:
             told = f"the gradient of {name} is still {stationarity:.2g} of its value at the start {wanted}"
         else:
             return
+        told += f" (measured {age} calls ago)" if age else ""
         warnings.warn(f"Hypernetwork: {told}. {advice}", NonConvergenceWarning, stacklevel=5)
 
-    def _examine(
-        self, follower: Follower, fitted: State, x: Tensor, start: Tensor, generator: torch.Generator
-    ) -> tuple[float, float]:
-        """|grad_y f| at the centre, and how much of the slope's equation H J + f_yx = 0 is left, on a fresh draw.
 
-        When the leader moves by e, the follower's gradient changes by f_yx e; a right slope undoes that change.
-        """
-        gradient = follower.held_residual()
-        step = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * self.scale
-        there = follower.input_form.split(x + step)
-        with torch.no_grad():
-            y = self._map(fitted, x, start)
-            here = gradient(y, *follower.input_form.split(x))
-            unanswered = torch.linalg.vector_norm(gradient(y, *there) - here)
-            answered = torch.linalg.vector_norm(gradient(self._map(fitted, x + step, start), *there) - here)
-        left = float(answered / unanswered) if float(unanswered) > 0.0 else math.nan if self.scale == 0.0 else 0.0
-        return float(torch.linalg.vector_norm(here)), left
+def _clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
 
-    def _losses(self, follower: Follower, points: Tensor, answers: Tensor) -> Tensor:
-        """The follower's loss `[rows]` at each perturbed x `[rows, inputs]` and its y `[rows, outputs]`."""
 
-        def one(x: Tensor, y: Tensor) -> Tensor:
-            return follower.loss(follower.form.unflatten(y), follower.input_form.unflatten(x))
-
-        if follower.buffers:
-            # BatchNorm's statistics advance in place, which vmap refuses: one row after the other.
-            rows = zip(points, answers, strict=True)
-            losses = [
-                follower.loss(follower.form.unflatten(y), follower.input_form.unflatten(x), advance_buffers=True)
-                for x, y in rows
-            ]
-            return torch.stack(losses)
-        return torch.func.vmap(one, randomness="different")(points, answers)
+def _apart(moved: Tensor, leaf: Tensor) -> Tensor:
+    """A tensor that shares nothing with a leaf of the state: a network may return a leaf as it came."""
+    return moved.clone() if moved.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr() else moved

@@ -53,7 +53,11 @@ NETWORKS = {
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_a_quadratic_game_is_learned(network):
-    response = bl.Hypernetwork(partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500, perturbations=2)
+    # A rate that falls: at a constant one Adam bursts now and then, and when is a matter of rounding.
+    response = bl.Hypernetwork(
+        partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500, perturbations=2,
+        scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=2501),
+    )  # fmt: skip
     found, _, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
     assert cosine(found, JACOBIAN) >= (0.98 if isinstance(network, bl.MLP) else 0.999)
     assert state["residual"] < 0.3 and state["gradients"] == 2501 * 4 + 3
@@ -62,9 +66,10 @@ def test_a_quadratic_game_is_learned(network):
 def test_recentring_keeps_the_map():
     response = bl.Hypernetwork(partial(optim.SGD, lr=0.0), scale=0.3, tolerance=None)
     played = game()
-    state = response.init(played) | {"network": {"weight": torch.randn(6, 3, dtype=D)}}
+    weight = torch.randn(6, 3, dtype=D)
+    state = response.init(played) | {"network": {"weight": weight}}
     x = torch.tensor([2.0, 0.0, -1.0], dtype=D)
-    before = response._map(state, x, state["centre"])
+    before = weight @ (x - state["centre"]) / (0.3 * 3**0.5)
     y, after = response(played, {"x": x}, state)
     torch.testing.assert_close(y, before)
     assert torch.equal(after["centre"], x)

@@ -38,9 +38,13 @@ def test_our_responses_obey_the_laws(name):
         assert {"exact", "budget", "exact, float32", "scalar = vector", "vmap = loop", "resume"} <= held, str(report)
 
 
+NETWORKS = (bl.Linear(), bl.RowScaled(), bl.LowRankLayers(2))
+
+
 @pytest.mark.slow
-def test_a_learned_response_obeys_those_that_a_fit_can():
-    learned = bl.Hypernetwork(partial(optim.Adam, lr=1e-2), scale=0.1, warmup=200)
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: type(network).__name__)
+def test_a_learned_response_obeys_those_that_a_fit_can(network):
+    learned = bl.Hypernetwork(partial(optim.Adam, lr=1e-2), scale=0.1, warmup=200, network=network)
     chosen = ["nothing silent", "nothing mutated", "resume", "vmap = loop", "chunks", "exact"]
     report = check_response(learned, laws=[law for law in LAWS if law.name in chosen], examples=4)
     assert {"nothing silent", "nothing mutated", "resume", "vmap = loop"} <= {
