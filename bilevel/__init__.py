@@ -58,9 +58,11 @@ from bilevel.linear import (
     Preconditioner,
     Recycled,
 )
+from bilevel.many import Games
 from bilevel.responses import MLP, Elementwise, Hypernetwork, Implicit, Linear, LowRank, Response, Unrolled
 from bilevel.root import root
 from bilevel.solution import Solution
+from bilevel.solutions import Solutions
 from bilevel.solve import solve
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "Extragradient",
     "FollowTheRidge",
     "Game",
+    "Games",
     "Hypernetwork",
     "Identity",
     "Implicit",
@@ -117,6 +120,7 @@ __all__ = [
     "Simultaneous",
     "SingularSystemError",
     "Solution",
+    "Solutions",
     "Standing",
     "SymplecticAdjustment",
     "TotalGradient",

@@ -15,9 +15,19 @@ from bilevel.data import Batch
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
+from bilevel.inner.each import Each
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.linear import ConjugateGradient, LinearSolver
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import (
+    Follower,
+    Response,
+    Size,
+    State,
+    fresh_state,
+    refuse_captured,
+    refuse_optimizer_hyper,
+)
+from bilevel.responses.many import linear_solver_of, worst_above
 from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -66,7 +76,7 @@ class Implicit(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
-        state = fresh_state(game, follower, seed)
+        state = fresh_state(game, follower, seed, many=True)
         factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
         refuse_optimizer_hyper(self, game, state["follower"], factory)
         refuse_captured(game, state)
@@ -77,7 +87,9 @@ class Implicit(Response):
                 f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        blank = Receipt.blank(flatten(state["variables"]), self.linear_solver)
+        blank = Receipt.blank(
+            flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
+        )
         return state | {"optimizer": None, "linear": vars(blank).copy()}
 
     def __call__(
@@ -104,7 +116,7 @@ class Implicit(Response):
             follower.held_residual(),
             y,
             follower.xs,
-            linear_solver=self.linear_solver,
+            linear_solver=linear_solver_of(game, follower.name, self.linear_solver),
             symmetric=not follower.joint,
             receipt=receipt,
         )
@@ -115,19 +127,22 @@ class Implicit(Response):
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
-        reference = float(state["reference"])
-        threshold = 0.0 if self.tolerance is None else self.tolerance * reference
+        reference: Size = state["reference"]
+        threshold = (0.0 if self.tolerance is None else self.tolerance) * reference
+        if game.count is not None:
+            solver = Each(solver)
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             loss, slopes = follower.gradients(y)
             follower.require_finite(y, advice, float(loss))
-            norm = float(torch.linalg.vector_norm(join(slopes)))
-        relative = norm / reference
-        if self.tolerance is not None and not norm <= threshold:
+            norm = follower.norm(slopes)
+        relative = follower.relative(norm, state)
+        missed = None if self.tolerance is None else worst_above(norm, threshold, relative)
+        if missed is not None:
             message = (
-                f"Implicit: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
+                f"Implicit: the gradient of player {follower.name!r} is still {missed} "
                 f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased to that order. Give "
                 "it more steps or another optimiser, or accept it by tolerance=."
             )

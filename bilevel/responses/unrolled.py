@@ -16,7 +16,8 @@ from bilevel.game import Game
 from bilevel.inner.differentiable import DifferentiableOptimizer, refuse_undifferentiable
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.responses.base import Follower, Response, State, fresh_state
-from bilevel.tree import Variables, flatten, leaves, map_leaves
+from bilevel.responses.many import refuse_mixing
+from bilevel.tree import Variables, leaves, map_leaves
 
 
 @final
@@ -60,7 +61,8 @@ class Unrolled(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
-        state = fresh_state(game, follower, seed)
+        state = fresh_state(game, follower, seed, many=True)
+        refuse_mixing("Unrolled", self.optimizer, game, state["follower"])
         players = {name: game.initial(name) for name in game.names if name != state["follower"]}
         refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
         return state | {"optimizer": None}
@@ -95,7 +97,7 @@ class Unrolled(Response):
                 y = [leaf.detach() for leaf in y]
                 stepper.memory = [map_leaves(_only_tensors(Tensor.detach), slot) for slot in stepper.memory or ()]
             if step == self.steps - 1:
-                slope_norm = concrete(torch.linalg.vector_norm(flatten(slopes)))
+                slope_norm = follower.norm(slopes)
         follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(loss))
         variables = follower.form.build(y)
         if transforms_active():
