@@ -543,7 +543,8 @@ def _kind(value: object) -> str:
     return f"{value!r}" if value is None else f"a {type(value).__name__}"
 
 
-def _lifting(tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
     """Make a buffer a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
-    zero = sum((torch.zeros_like(t).sum() for t in tensors if t.is_floating_point()), torch.zeros(()))
+    numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]  # a batch may hold other things
+    zero = sum((torch.zeros_like(t).sum() for t in numbers), torch.zeros(()))
     return lambda buffer: buffer + zero.to(buffer)
