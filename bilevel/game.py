@@ -389,7 +389,9 @@ class Game:
         """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards."""
         advanced: Buffers = {}
         lent: list[tuple[str, str, nn.Module, str, Tensor]] = []
-        lift = _lifting(leaves(dict(arguments))) if transforms_active() else torch.clone
+        lift: Callable[[Tensor], Tensor] = torch.clone
+        if transforms_active() and any(buffers.values()):
+            lift = _lifting(leaves(dict(arguments)))
         try:
             for player, tensors in buffers.items():
                 advanced[player] = {}
