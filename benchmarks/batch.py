@@ -175,7 +175,7 @@ def logistic(count: int, seed: int) -> bl.Games:
     """A penalty for each of 10 weights, 50 examples to fit and 50 to judge by."""
 
     def error(inputs: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-        # vmap takes torch's fused binary_cross_entropy_with_logits to pieces, at half the gain.
+        # vmap takes torch's fused binary_cross_entropy_with_logits to pieces, and gains less.
         logits = inputs @ weights
         return (softplus(logits) - targets * logits).mean()
 

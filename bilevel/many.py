@@ -96,7 +96,7 @@ class Games(Game):
 
     def chosen(self, indices: Sequence[int]) -> Games:
         """Some of them, in this order: those without one that fails, say."""
-        rows = torch.arange(self.count, device=self.device)[torch.as_tensor(indices, device=self.device)]
+        rows = torch.arange(self.count)[torch.as_tensor(indices)]  # on the CPU: data may be, whatever the variables are
         games = object.__new__(Games)
         games.__dict__.update(self.__dict__)
         games._count = len(rows)

@@ -113,6 +113,8 @@ def solve(
     simultaneous gradient play: everybody assumes that the others stand still. With responses for b and c of players
     a, b, c in order of play, a anticipates both and b anticipates c.
 
+    `Games` are many games, played at once and each to its own end: `Solutions`.
+
     `optimizer`: a callable from tensors to a torch.optim optimiser (default Adam, lr 0.01), or one per leader by name.
     `scheduler`: from that optimiser to a torch learning-rate scheduler, stepped once a step. `clip_norm`: largest
     norm of a leader's gradient. `dynamics`: how several leaders follow their field (default `Simultaneous()`).

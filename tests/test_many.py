@@ -276,6 +276,19 @@ def test_history_tells_the_median_and_the_worst():
     assert "Solution after 2 steps" in str(found[-1])
     with pytest.raises(IndexError, match="no game 4 among 4"):
         found[4]
+    with pytest.raises(IndexError, match="no game -5 among 4"):
+        found[-5]
+
+
+def test_one_of_many_is_certified_like_any_other():
+    games = quadratic()
+    y = bl.Implicit(bl.ClosedForm(lambda x, batch: batch["slope"] @ x + batch["shift"]), linear_solver=bl.Dense())
+    found = bl.solve(games, y=y, optimizer=partial(SGD, lr=0.05), steps=2)
+    together, alone = (
+        bl.certify(games.game(2), found[2]),
+        bl.certify(games.game(2), bl.solve(games.game(2), y=y, optimizer=partial(SGD, lr=0.05), steps=2)),
+    )
+    torch.testing.assert_close(together.hypergradient, alone.hypergradient)
 
 
 def test_the_layer_has_one_hypergradient_a_game():

@@ -169,7 +169,7 @@ class _Counts:
         count = len(parameters[0])
         # In float32, in which torch counts, a power of beta would be off by 1e-8.
         like = torch.zeros(count, dtype=torch.float64, device=parameters[0].device)
-        self.taken = like if remembered is None else like + remembered.reshape(-1)
+        self.taken = like if remembered is None else like + remembered.to(like).reshape(-1)
         self.equal = remembered is None or remembered.ndim == 0
         if not self.equal:
             self._spread()
