@@ -152,6 +152,11 @@ class Game:
         """How many games are played as one, each loss being `[count]`; None for one by itself. See `Games`."""
         return None
 
+    def require_one(self, asker: str) -> None:
+        """Raise `TypeError` when these are many games, and say how to ask one by one."""
+        if self.count is not None:
+            raise TypeError(f"{asker} looks at one game, not at {self.count}: give it games.game(i) and solutions[i].")
+
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""

@@ -106,6 +106,12 @@ class Games(Game):
         games._streams = self._picked(rows)
         return games
 
+    def joined(self, **groups: Sequence[str]) -> Games:
+        """The same games, in each of which players who move together make up one joint player; as `Game.joined`."""
+        games = super().joined(**groups)
+        games._one = self._one.joined(**groups)  # type: ignore[attr-defined]
+        return games  # type: ignore[return-value]
+
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, that of every game where they differ, and the next position."""
         batch, after = super().draw(player, position)

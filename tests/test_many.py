@@ -179,10 +179,14 @@ def test_players_who_answer_together():
         x=bl.Player(lambda x, a, b: ((a - 1) ** 2 + (b + x) ** 2).sum(), torch.zeros(2, dtype=D)),
         a=bl.Player(lambda x, a, b, batch: own(a, b, x, batch), torch.zeros(2, dtype=D), [curvature[0]]),
         b=bl.Player(lambda x, a, b, batch: own(b, a, 2 * x, batch), torch.zeros(2, dtype=D), [curvature[0]]),
-    ).joined(firms=("a", "b"))
-    games = bl.Games(game, 3, init={"x": randn(3, 2)}, data={"a": [curvature], "b": [curvature]})
-    firms = bl.Implicit(partial(SGD, lr=0.1), steps=500, tolerance=1e-9, linear_solver=bl.GMRES(rtol=1e-12))
-    assert_as_alone(games, firms=firms, optimizer=partial(SGD, lr=0.1), steps=3)
+    )
+    options = {"init": {"x": randn(3, 2)}, "data": {"a": [curvature], "b": [curvature]}}
+    firms = bl.Implicit(partial(SGD, lr=0.1), steps=500, tolerance=1e-4, linear_solver=bl.GMRES(rtol=1e-12))
+    for games in (
+        bl.Games(game.joined(firms=("a", "b")), 3, **options),
+        bl.Games(game, 3, **options).joined(firms=("a", "b")),
+    ):
+        assert_as_alone(games, firms=firms, optimizer=partial(SGD, lr=0.1), steps=2)
 
 
 def test_modules_and_their_buffers_are_one_each():
@@ -289,6 +293,51 @@ def test_one_of_many_is_certified_like_any_other():
         bl.certify(games.game(2), bl.solve(games.game(2), y=y, optimizer=partial(SGD, lr=0.05), steps=2)),
     )
     torch.testing.assert_close(together.hypergradient, alone.hypergradient)
+    for ask in (
+        lambda: bl.certify(games, found),
+        lambda: bl.certify_nash(games, found.variables),
+        lambda: bl.exploitability(games, found.variables),
+        lambda: bl.testing.check_hypergradient(games, y),
+    ):
+        with pytest.raises(TypeError, match=r"looks at one game, not at 4: give it games\.game\(i\)"):
+            ask()
+
+
+def test_a_game_whose_leader_asks_nothing_of_its_follower():
+    # Its linear system has the right-hand side 0, beside others that have not.
+    def lead(x, y, batch):
+        return (batch * (y - 1) ** 2).sum() + (x**2).sum()
+
+    weights = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 1.0]], dtype=D)
+    game = bl.Game(
+        x=bl.Player(lead, torch.ones(2, dtype=D), [weights[0]]),
+        y=bl.Player(lambda x, y: ((y - 2 * x) ** 2).sum() + (y[0] * y[1]) / 2, torch.zeros(2, dtype=D)),
+    )
+    games = bl.Games(game, 3, data={"x": [weights]})
+    for solver in (CG, bl.GMRES(rtol=1e-12), bl.Dense(), bl.Neumann(step_size=0.3, rtol=1e-10, max_steps=500)):
+        y = bl.Implicit(partial(SGD, lr=0.3), steps=100, tolerance=1e-8, linear_solver=solver)
+        assert_as_alone(games, y=y, optimizer=partial(SGD, lr=0.1), steps=2)
+
+
+def test_it_composes_with_functorch_and_differentiates_twice():
+    games = ridge()
+    batch, _ = games.draw("decay", games.start("decay"))
+    for name in ("unrolled", "implicit"):
+        response = RESPONSES[name]
+
+        def lead(played, decay, response=response):
+            weights, _ = response(played, {"decay": decay}, response.init(played))
+            return played.total(played.loss("decay", {"decay": decay, "weights": weights}, batch))
+
+        def twice(played):
+            decay = played.initial("decay").requires_grad_()
+            (slope,) = torch.autograd.grad(lead(played, decay), decay, create_graph=True)
+            return slope, torch.autograd.grad(slope, decay, torch.ones_like(decay))[0]
+
+        slope, second = twice(games)
+        torch.testing.assert_close(torch.func.grad(partial(lead, games))(games.initial("decay")), slope)
+        for index in range(COUNT):
+            torch.testing.assert_close(second[index], twice(games.game(index))[1], rtol=0.0, atol=1e-10)
 
 
 def test_the_layer_has_one_hypergradient_a_game():
