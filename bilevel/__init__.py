@@ -61,6 +61,7 @@ from bilevel.linear import (
     SecondMoment,
     Settled,
 )
+from bilevel.many import Games
 from bilevel.responses import (
     MLP,
     AsLeaderMoves,
@@ -85,6 +86,7 @@ from bilevel.responses import (
 )
 from bilevel.root import root
 from bilevel.solution import Solution
+from bilevel.solutions import Solutions
 from bilevel.solve import solve
 
 __all__ = [
@@ -116,6 +118,7 @@ __all__ = [
     "FollowTheRidge",
     "ForwardMode",
     "Game",
+    "Games",
     "Geometric",
     "Hypernetwork",
     "Identity",
@@ -156,6 +159,7 @@ __all__ = [
     "Simultaneous",
     "SingularSystemError",
     "Solution",
+    "Solutions",
     "Standing",
     "SymplecticAdjustment",
     "TotalGradient",

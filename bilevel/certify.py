@@ -78,6 +78,7 @@ def certify(
     >>> certify(game, {"x": zero + 0.4, "y": zero + 0.8}).standing.value
     'certified'
     """
+    game.require_one("certify")
     _check_settings(tolerance, lanczos_steps)
     _refuse_joint(game)
     first = game.names[0] if leader is None else leader
@@ -170,6 +171,7 @@ def certify_nash(
     >>> certify_nash(game, {"x": 0 * one, "y": 0 * one}).standing.value
     'certified'
     """
+    game.require_one("certify_nash")
     _check_settings(tolerance, lanczos_steps)
     _refuse_joint(game)
     variables, buffers, given = _variables(game, point), _buffers(game, point), _batches(game, batches)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import gradient, transforms_active
 from bilevel.data import Batch, Position, Stream
 from bilevel.randomness import random_kept
-from bilevel.tree import Structure, Variables, detached, leaves, map_leaves, named_leaves, structure_of
+from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Buffers = dict[str, dict[str, Tensor]]
 """Non-differentiated state of the players' modules: player -> buffer's name -> tensor."""
@@ -74,7 +75,7 @@ class Player:
                     "exhausted after one pass. Pass something re-iterable: a list of batches or a DataLoader."
                 )
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The parameters that the objective must be called with."""
         return tuple(
@@ -149,9 +150,27 @@ class Game:
         return frozenset(self._anticipated)
 
     @property
+    def count(self) -> int | None:
+        """How many games are played as one, each loss being `[count]`; None for one by itself. See `Games`."""
+        return None
+
+    def require_one(self, asker: str) -> None:
+        """Raise `TypeError` when these are many games, and say how to ask one by one."""
+        if self.count is not None:
+            raise TypeError(f"{asker} looks at one game, not at {self.count}: give it games.game(i) and solutions[i].")
+
+    @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
         return leaves(self._initial[self.names[0]])[0].device  # type: ignore[no-any-return]
+
+    def total(self, loss: Tensor) -> Tensor:
+        """What is differentiated in place of `loss`, which `evaluate` gave: of many games the sum, else itself."""
+        return loss
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
+        return torch.linalg.vector_norm(join(tensors))  # type: ignore[no-any-return]
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -239,7 +258,7 @@ class Game:
             def alone(*own: Tensor) -> Tensor:
                 value, advanced = self.evaluate(player, {**others, player: form.build(own)}, batch, current)
                 after.update(advanced)
-                return value
+                return self.total(value)
 
             value, found = gradient(alone, *y)
             return value, list(found), current | {name: after[name] for name in (player,) if name in after}
@@ -257,7 +276,7 @@ class Game:
                 value, after = self.evaluate(member, {**others, player: form.build(moved)}, part, current)
                 if player in after:
                     current[player] = after[player]
-                return value
+                return self.total(value)
 
             value, found = gradient(loss, *(y[index] for index in mine))
             losses.append(value)
@@ -289,7 +308,7 @@ class Game:
         >>> game.joined(both=("a", "b")).names
         ('x', 'both')
         """
-        game = object.__new__(Game)
+        game = object.__new__(type(self))
         game.__dict__.update(self.__dict__)
         for name, members in groups.items():
             game._join(name, tuple(members))
@@ -300,7 +319,7 @@ class Game:
 
         A loss that names such a player calls its function instead of looking its variables up.
         """
-        game = object.__new__(Game)
+        game = object.__new__(type(self))
         game.__dict__.update(self.__dict__)
         game._anticipated = {**self._anticipated, **responses}
         return game
@@ -386,7 +405,9 @@ class Game:
         """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards."""
         advanced: Buffers = {}
         lent: list[tuple[str, str, nn.Module, str, Tensor]] = []
-        lift = _lifting(leaves(dict(arguments))) if transforms_active() else torch.clone
+        lift: Callable[[Tensor], Tensor] = torch.clone
+        if transforms_active() and any(buffers.values()):
+            lift = _lifting(leaves(dict(arguments)))
         try:
             for player, tensors in buffers.items():
                 advanced[player] = {}
@@ -540,7 +561,8 @@ def _kind(value: object) -> str:
     return f"{value!r}" if value is None else f"a {type(value).__name__}"
 
 
-def _lifting(tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
     """Make a buffer a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
-    zero = sum((torch.zeros_like(t).sum() for t in tensors if t.is_floating_point()), torch.zeros(()))
+    numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]  # a batch may hold other things
+    zero = sum((torch.zeros_like(t).sum() for t in numbers), torch.zeros(()))
     return lambda buffer: buffer + zero.to(buffer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 import warnings
@@ -10,13 +9,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from bilevel import checkpoint as checkpoints
-from bilevel.dynamics import Dynamics, Field, Simultaneous
+from bilevel.dynamics import (
+    LOLA,
+    Alternating,
+    Consensus,
+    Dynamics,
+    ExactLOLA,
+    Extragradient,
+    Field,
+    LookAhead,
+    NegativeMomentum,
+    Optimistic,
+    Simultaneous,
+    SymplecticAdjustment,
+    TwoTimescale,
+)
 from bilevel.errors import (
     BilevelWarning,
     CheckpointError,
@@ -26,14 +39,56 @@ from bilevel.errors import (
 )
 from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.many import Games
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response
+from bilevel.responses.base import among
+from bilevel.responses.many import refuse_mixing
 from bilevel.solution import Solution
-from bilevel.tree import Variables, flatten, leaves, map_leaves
+from bilevel.solutions import Solutions, summary
+from bilevel.tree import Variables, leaves, map_leaves
 
 Record = dict[str, float]
 Callback = Callable[[int, Record, Mapping[str, Variables]], object]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+@overload
+def solve(  # type: ignore[overload-overlap]  # who says Game and means Games gets Solutions, typed Solution
+    game: Games,
+    *,
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    steps: int = 100,
+    scheduler: SchedulerFactory | None = None,
+    clip_norm: float | None = None,
+    dynamics: Dynamics | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+    **responses: Response,
+) -> Solutions: ...
+
+
+@overload
+def solve(
+    game: Game,
+    *,
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    steps: int = 100,
+    scheduler: SchedulerFactory | None = None,
+    clip_norm: float | None = None,
+    dynamics: Dynamics | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+    **responses: Response,
+) -> Solution: ...
 
 
 def solve(
@@ -51,12 +106,14 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     **responses: Response,
-) -> Solution:
+) -> Solution | Solutions:
     """Play a game: every player without a response leads; the others answer by theirs.
 
     `solve(game, weights=Implicit(...), optimizer=partial(Adam, lr=0.05), steps=200)`. With no response at all it is
     simultaneous gradient play: everybody assumes that the others stand still. With responses for b and c of players
     a, b, c in order of play, a anticipates both and b anticipates c.
+
+    `Games` are many games, played at once and each to its own end: `Solutions`.
 
     `optimizer`: a callable from tensors to a torch.optim optimiser (default Adam, lr 0.01), or one per leader by name.
     `scheduler`: from that optimiser to a torch learning-rate scheduler, stepped once a step. `clip_norm`: largest
@@ -152,6 +209,10 @@ class _Run:
         if isinstance(optimizer, Mapping) and set(optimizer) != set(self.leaders):
             raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.leaders}.")
         factories = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(self.leaders, optimizer or default)
+        if game.count is not None:
+            _refuse_mixing_dynamics(dynamics, game.count)
+            for name in self.leaders:
+                refuse_mixing("solve", factories[name], game, name)
         self.optimizers = {name: build(factories[name], self.points[name]) for name in self.leaders}
         self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
         self.positions = {name: game.start(name, seed) for name in self.leaders}
@@ -229,12 +290,13 @@ class _Run:
             trees = {name: self.game.structure(name).build(point[name]) for name in self.leaders}
             variables, states = self.respond(trees, self.states)
             buffers = self._buffers(states)
-            losses = {}
+            losses, values = {}, {}
             for name in self.leaders if "losses" not in found else wanted:
-                losses[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
+                values[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
+                losses[name] = self.game.total(values[name])
                 advanced = {n: b for n, b in after.items() if n in self.leaders and b}
             if "losses" not in found:  # what the step is remembered by is where the players are
-                found["losses"] = {name: float(loss.detach()) for name, loss in losses.items()}
+                found["losses"] = {name: value.detach() for name, value in values.items()}
                 found["variables"], found["states"], found["buffers"] = variables, states, advanced
             return losses
 
@@ -264,7 +326,8 @@ class _Run:
                 return play(point, self.leaders)
 
         moving = [(name,) for name in self.leaders] if self.dynamics.alternates else [tuple(self.leaders)]
-        norms, memory = [], self.memory
+        norms: list[Tensor] = []
+        memory = self.memory
         for movers in moving:
             with self._gathering():
                 field = Field(evaluate, self.points, movers, losses)
@@ -279,12 +342,14 @@ class _Run:
         self.seconds += time.perf_counter() - began
         record: Record = {
             "step": self.step_count,
-            "gradient_norm": math.sqrt(sum(n * n for n in norms)),
-            **found["losses"],
+            **summary("gradient_norm", torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)),
         }
+        shown = dict(found["losses"])
         for name in self.followers:
-            record |= self._shown_losses(name, found["variables"], self.states)
-            record[f"{name}.stationarity"] = self.states[name]["stationarity"]
+            shown |= self._shown_losses(name, found["variables"], self.states)
+            shown[f"{name}.stationarity"] = self.states[name]["stationarity"]
+        for name, value in shown.items():
+            record |= summary(name, value)
         record |= {"gradients": self._gradients(), "products": self._products(), "seconds": self.seconds}
         record["work"] = record["gradients"] + record["products"]
         self.history.append(record)
@@ -298,16 +363,20 @@ class _Run:
             )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
 
-    def _apply(self, name: str, direction: list[Tensor]) -> float:
-        norm = float(torch.linalg.vector_norm(flatten(direction)))
-        if not math.isfinite(norm):
+    def _apply(self, name: str, direction: list[Tensor]) -> Tensor:
+        """Step one player along a direction; its norm, of many games one each."""
+        norm = self.game.norms(direction)
+        if not bool(torch.isfinite(norm).all()):
+            where = f"norm {float(norm)}" if self.game.count is None else f"no finite norm{among(norm)}"
             raise NonFiniteError(
-                f"Player {name!r}: its gradient at step {self.step_count + 1} has norm {norm}. Lower the learning "
+                f"Player {name!r}: its gradient at step {self.step_count + 1} has {where}. Lower the learning "
                 "rates; its variables are still those of the step before."
             )
-        scale = 1.0 if self.clip_norm is None or norm <= self.clip_norm else self.clip_norm / norm
         for parameter, slope in zip(self.points[name], direction, strict=True):
-            parameter.grad = slope * scale if scale != 1.0 else slope
+            parameter.grad = slope
+            if self.clip_norm is not None:
+                scale = torch.where(norm <= self.clip_norm, 1.0, self.clip_norm / norm)
+                parameter.grad = slope * scale.reshape(-1, *[1] * (slope.ndim - 1)) if scale.ndim else slope * scale
         self.optimizers[name].step()
         if name in self.schedulers:
             self.schedulers[name].step()
@@ -318,7 +387,7 @@ class _Run:
 
     def _shown_losses(
         self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used.
 
         Of a joint player, its members'.
@@ -332,10 +401,8 @@ class _Run:
             detached, buffers = map_leaves(lambda t: t.detach(), dict(variables)), self._buffers(states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: float(self.game.loss(name, detached, batch, buffers))}
-            return {
-                m: float(self.game.loss(m, detached, None if batch is None else batch[m], buffers)) for m in members
-            }
+                return {name: self.game.loss(name, detached, batch, buffers)}
+            return {m: self.game.loss(m, detached, None if batch is None else batch[m], buffers) for m in members}
 
     def _gradients(self) -> int:
         return self.gradients + sum(int(state["gradients"]) for state in self.states.values())
@@ -408,7 +475,7 @@ class _Run:
         self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
         self.history, self.warned, self.memory = saved["history"], saved["warned"], saved["memory"]
 
-    def solution(self) -> Solution:
+    def solution(self) -> Solution | Solutions:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
         point = {name: self.game.structure(name).build(self.points[name]) for name in self.leaders}
         with torch.no_grad(), random_kept(self.game.device), self._gathering(counted=False):
@@ -422,22 +489,41 @@ class _Run:
             )
             if last >= self.step_count:
                 warnings.warn(told[-1], _CATEGORIES.get(kind, BilevelWarning), stacklevel=3)
-        return Solution(
-            variables=map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
-            values=values,
-            history=list(self.history),
-            stationarity={name: state["stationarity"] for name, state in states.items()},
-            # The last backward solve belongs to the last step; the answer here needs none.
-            residuals={
-                **{n: float(s["linear"]["residual"]) for n, s in self.states.items() if "linear" in s},
-                **{n: float(s["residual"]) for n, s in states.items() if "residual" in s},
-            },
-            gradients=self.gradients + sum(state["gradients"] for state in states.values()),
-            products=self._products(),
-            seconds=self.seconds,
-            warnings=tuple(told),
-            states=states,
-            buffers=buffers,
+        # The last backward solve belongs to the last step; the answer here needs none.
+        solves = {n: s["linear"] for n, s in self.states.items() if "linear" in s}
+        ended: dict[str, Any] = {
+            "variables": map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
+            "history": list(self.history),
+            "stationarity": {name: state["stationarity"] for name, state in states.items()},
+            "gradients": self.gradients + sum(state["gradients"] for state in states.values()),
+            "products": self._products(),
+            "seconds": self.seconds,
+            "warnings": tuple(told),
+            "states": states,
+            "buffers": buffers,
+        }
+        if self.game.count is not None:
+            residuals = {n: solve["memory"]["residuals"].clone() for n, solve in solves.items()}
+            return Solutions(values=values, residuals=residuals, **ended)
+        residuals = {n: float(solve["residual"]) for n, solve in solves.items()}
+        residuals |= {n: float(s["residual"]) for n, s in states.items() if "residual" in s}
+        return Solution(values={n: float(value) for n, value in values.items()}, residuals=residuals, **ended)
+
+
+_SEPARABLE = (
+    *(Simultaneous, Alternating, TwoTimescale, Extragradient, Optimistic, NegativeMomentum),
+    *(Consensus, LookAhead, LOLA, ExactLOLA),
+)
+
+
+def _refuse_mixing_dynamics(dynamics: Dynamics, count: int) -> None:
+    """Refuse a rule with a number that is made of the whole field, such as a sign or a solver's step length."""
+    fixed = isinstance(dynamics, SymplecticAdjustment) and not dynamics.aligned
+    if not (isinstance(dynamics, _SEPARABLE) or fixed):
+        raise TypeError(
+            f"solve: {dynamics!r} follows the whole field of {count} games by common numbers, which would mix them. "
+            f"Use {', '.join(rule.__name__ for rule in _SEPARABLE)} or SymplecticAdjustment(aligned=False), or solve "
+            "them one by one: solve(games.game(i), ...)."
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"errors", "tree", "autodiff", "randomness", "data"}
-GAME = BASE | {"game"}
+GAME = BASE | {"game", "many"}
 # A room -> the rooms it may import. A room that is not named here fails the test.
 MAY = {
     "errors": set(),
@@ -18,6 +18,7 @@ MAY = {
     "randomness": set(),
     "data": BASE,
     "game": BASE,
+    "many": BASE | {"game"},
     "linear": BASE,
     "inner": GAME,
     "root": BASE | {"linear"},
@@ -25,8 +26,9 @@ MAY = {
     "dynamics": BASE | {"linear"},
     "checkpoint": BASE,
     "solution": BASE,
+    "solutions": BASE | {"solution"},
     "testing": GAME | {"linear", "inner", "responses", "solve"},
-    "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution"},
+    "solve": GAME | {"inner", "responses", "dynamics", "checkpoint", "solution", "solutions"},
     "comparison": GAME | {"linear", "inner", "responses", "solve", "testing"},
     "certificate": {"tree"},
     "held": GAME | {"linear", "responses", "root"},

@@ -232,13 +232,13 @@ def _played(
         if step in wanted:
             seen.append((step, record["work"], record[setting.leader], variables[setting.leader]))
 
-    solution = solve(
+    solution = solve(  # type: ignore[call-overload]
         setting.game,
         optimizer=optimizer,
         steps=steps,
         seed=setting.seed,
         callbacks=(look,),
-        **{setting.follower: response},  # type: ignore[arg-type]
+        **{setting.follower: response},
     )
     value = Valuation(setting, reference)
     history = tuple(Step(step, work, value(leader), seen_loss) for step, work, seen_loss, leader in seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,16 @@ from bilevel.data import Batch
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
+from bilevel.many import Games
 from bilevel.randomness import random_kept, random_state
 from bilevel.root import refuse_captures
-from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
+
+Size = Any
+"""A float; of many games a tensor `[count]` with one for each."""
 
 
 class Response(ABC):
@@ -123,13 +127,43 @@ class Follower:
         """Whether it is several players, who answer together and have no single loss."""
         return self.game.members(self.name) != (self.name,)
 
+    @property
+    def batch_dims(self) -> Any:
+        """Of many games: which leaves of the batch differ from game to game, as `in_dims` of vmap."""
+        return self._many().batch_dims(self.name, self.batch)
+
+    def alone(self, index: int) -> Follower:
+        """Of many games: one game's follower, on its part of the present batch for good."""
+        games = self._many()
+        if games.anticipated:
+            raise TypeError(
+                f"Player {self.name!r}: its inner solver takes many games one after the other, but "
+                f"{sorted(games.anticipated)} answers for all at once. Use a torch.optim optimiser that moves each "
+                "entry by itself, such as SGD or Adam."
+            )
+        buffers, others = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), self.others))
+        state = {"follower": self.name, "data": self.position, "buffers": buffers}
+        return Follower(games.game(index), others, state, games.batch_of(self.name, self.batch, index))
+
+    def _many(self) -> Games:
+        if not isinstance(self.game, Games):
+            raise TypeError(f"Player {self.name!r} plays one game; this is for the followers of many.")
+        return self.game
+
     def held_residual(self) -> HeldResidual:
         """F(y, *xs), the own gradients, for ever on the present batch, buffers and random numbers."""
         return HeldResidual(self)
 
-    def relative(self, slopes_norm: float, state: State) -> float:
+    def norm(self, slopes: Sequence[Tensor]) -> Size:
+        """A gradient's norm; of many games one each."""
+        if self.game.count is not None:
+            return self.game.norms(slopes).detach()
+        return concrete(self.game.norms(slopes))
+
+    def relative(self, slopes_norm: Size, state: State) -> Size:
         """A gradient's norm in units of the one at the start of the game."""
-        return slopes_norm / float(state["reference"])
+        reference: Size = state["reference"]
+        return slopes_norm / reference
 
     def require_finite(self, y: list[Tensor], advice: str, loss: float = 0.0) -> None:
         """Raise `NonFiniteError` when a solution holds NaN or infinity, or the loss at it is neither.
@@ -138,12 +172,20 @@ class Follower:
         """
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"Player {self.name!r}: its loss became {loss} in its inner steps: they left its domain. {advice}"
+                f"Player {self.name!r}: its loss became {loss} in its inner steps{self._among_losses(y)}: they left "
+                f"its domain. {advice}"
             )
         if not math.isfinite(sum(concrete(torch.linalg.vector_norm(leaf)) for leaf in y)):
+            where = "" if self.game.count is None else among(self.game.norms(y))
             raise NonFiniteError(
-                f"Player {self.name!r}: its variables became NaN or infinite in its inner steps. {advice}"
+                f"Player {self.name!r}: its variables became NaN or infinite in its inner steps{where}. {advice}"
             )
+
+    def _among_losses(self, y: list[Tensor]) -> str:
+        if self.game.count is None:
+            return ""
+        with torch.no_grad(), random_kept(self.game.device):
+            return among(self.loss(self.form.build(y), self.others))
 
 
 class HeldResidual:
@@ -164,7 +206,8 @@ class HeldResidual:
         others = follower.input_form.build(xs)
 
         def loss(y: Tensor) -> Tensor:
-            return game.loss(name, {**others, name: follower.form.unflatten(y)}, self._batch, self._buffers)
+            variables = {**others, name: follower.form.unflatten(y)}
+            return game.total(game.loss(name, variables, self._batch, self._buffers))
 
         # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
         with random_kept(game.device, start=self._random):
@@ -179,12 +222,19 @@ class HeldResidual:
         return slope
 
 
-def fresh_state(game: Game, follower: str | None, seed: int) -> State:
+def among(values: Tensor) -> str:
+    """Which of many games' `values: [count]` are not finite, in words."""
+    wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    return f" in {len(wrong)} of {len(values)} games, the first being game {wrong[0]}" if wrong else ""
+
+
+def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False) -> State:
     """What every response's state holds before its first call.
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start.
+    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`; who
+    does not say so is refused there.
     """
     name = game.names[-1] if follower is None else follower
     if name not in game.names:
@@ -193,6 +243,11 @@ def fresh_state(game: Game, follower: str | None, seed: int) -> State:
         raise ValueError(
             f"Player {name!r} moves first and has nobody to respond to. A follower is declared after its leader in "
             f"Game(...); players in order of play: {list(game.names)}."
+        )
+    if game.count is not None and not many:
+        raise TypeError(
+            f"The response of player {name!r} answers for one game, not for {game.count} at once as Unrolled and "
+            "Implicit do. Use one of these, or solve the games one by one: solve(games.game(i), ...)."
         )
     state: State = {
         "follower": name,
@@ -209,8 +264,11 @@ def fresh_state(game: Game, follower: str | None, seed: int) -> State:
     )
     with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
-    norm = float(torch.linalg.vector_norm(flatten(slopes)))
     # Stationarity is told in units of the gradient at the start, so that a loss's scale does not matter.
+    if game.count is not None:
+        norms = game.norms(slopes)
+        return state | {"reference": torch.where(norms > 0.0, norms, 1.0)}
+    norm = float(game.norms(slopes))
     return state | {"reference": norm if norm > 0.0 else 1.0}
 
 

@@ -15,18 +15,21 @@ from bilevel.data import Batch
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
+from bilevel.inner.each import Each
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.responses.base import (
     Follower,
     HeldResidual,
     Response,
+    Size,
     State,
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
+from bilevel.responses.many import linear_solver_of, worst_above
 from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -77,7 +80,7 @@ class Implicit(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
-        state = fresh_state(game, follower, seed)
+        state = fresh_state(game, follower, seed, many=True)
         factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
         refuse_optimizer_hyper(self, game, state["follower"], factory)
         refuse_captured(game, state)
@@ -88,10 +91,17 @@ class Implicit(Response):
                 f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        blank = Receipt.blank(flatten(state["variables"]), self.linear_solver)
+        blank = Receipt.blank(
+            flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
+        )
         state |= {"optimizer": None, "linear": vars(blank).copy()}
         if self.inexactness is None:
             return state
+        if game.count is not None:
+            raise TypeError(
+                f"Implicit: inexactness={self.inexactness} follows one leader's progress, and these are {game.count} "
+                "games. Leave it out, or solve them one by one: solve(games.game(i), ...)."
+            )
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
         return state | {"leader": {"calls": 0, "last": flatten(others), "first": 0.0}}
 
@@ -117,13 +127,14 @@ class Implicit(Response):
             after["products"] += int(receipt.products)
             receipt.products.zero_()
             kept = after["optimizer"]
-            self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
+            if game.count is None:  # of many games, each solve starts with a blank preconditioner
+                self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             after["linear"] = vars(receipt).copy()
         attached = attach(
             residual,
             y,
             follower.xs,
-            linear_solver=self.linear_solver.loosened(looser),
+            linear_solver=linear_solver_of(game, follower.name, self.linear_solver.loosened(looser)),
             symmetric=not follower.joint,
             receipt=receipt,
             products=products,
@@ -137,9 +148,12 @@ class Implicit(Response):
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
-        reference, looser = float(state["reference"]), self._looser(follower, state)
+        reference: Size = state["reference"]
+        looser = self._looser(follower, state)
         tolerance = 0.0 if self.tolerance is None else max(self.tolerance, min(0.5, looser * self.tolerance))
         threshold = tolerance * reference
+        if game.count is not None:
+            solver = Each(solver)
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
@@ -149,11 +163,12 @@ class Implicit(Response):
         slope, products = self._judged(residual, flat, follower.xs, tracked)
         follower.gradient_count += 1
         follower.require_finite(y, advice, residual.loss)
-        norm = float(torch.linalg.vector_norm(slope))
-        relative = norm / reference
-        if self.tolerance is not None and not norm <= threshold:
+        norm = follower.norm(follower.form.split(slope))
+        relative = follower.relative(norm, state)
+        missed = None if self.tolerance is None else worst_above(norm, threshold, relative)
+        if missed is not None:
             message = (
-                f"Implicit: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
+                f"Implicit: the gradient of player {follower.name!r} is still {missed} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased to that order. Give "
                 "it more steps or another optimiser, or accept it by tolerance=."
             )

@@ -16,7 +16,8 @@ from bilevel.inner.differentiable import refuse_undifferentiable
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.responses.base import Follower, Response, State, fresh_state
 from bilevel.responses.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
-from bilevel.tree import Variables, flatten, leaves, map_leaves
+from bilevel.responses.many import refuse_mixing
+from bilevel.tree import Variables, leaves, map_leaves
 
 
 @final
@@ -69,7 +70,8 @@ class Unrolled(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
-        state = fresh_state(game, follower, seed)
+        state = fresh_state(game, follower, seed, many=True)
+        refuse_mixing("Unrolled", self.optimizer, game, state["follower"])
         players = {name: game.initial(name) for name in game.names if name != state["follower"]}
         refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
         return state | {"optimizer": None}
@@ -101,7 +103,7 @@ class Unrolled(Response):
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
-        slope_norm = concrete(torch.linalg.vector_norm(flatten(steps.slopes)))
+        slope_norm = follower.norm(steps.slopes)
         return variables, state | {
             "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
             "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],

@@ -129,6 +129,7 @@ def check_hypergradient(
     >>> bool(check_hypergradient(known.game(), Implicit(Scipy("L-BFGS-B"), tolerance=1e-6)))
     True
     """
+    game.require_one("check_hypergradient")
     began = time.perf_counter()
     leader, follower = _named(game, leader, follower)
     if not isinstance(response, Response):

@@ -77,7 +77,10 @@ class CrossValidated:
     `leader_losses: [n]` are means over the leader's whole data, `follower_losses: [n]` are on the follower's last
     batch; `stationarity: [n]` is |gradient| of the follower in units of that at its init, at most the tolerance where
     `converged: [n]`. `best` is the candidate of least leader loss, `answer` the follower's variables there.
-    `gradients` are those of all retraining together.
+    `gradients` are those of all retraining together; one of a stack counts once.
+
+    Of folds these are means over the folds, and the largest stationarity; `fold_losses: [n, folds]` are the leader's in
+    each, and `answer` has a leading dimension of folds.
     """
 
     candidates: Sequence[Candidate]
@@ -88,6 +91,7 @@ class CrossValidated:
     gradients: int
     best_index: int
     answer: Any = field(repr=False)
+    fold_losses: Tensor = field(repr=False)
 
     @property
     def best(self) -> Candidate:
@@ -106,6 +110,11 @@ class CrossValidation:
     default; it stops by the gradient's norm, or after `steps` steps, which is then told. The norm is taken on the last
     batch drawn: a follower that should converge has its whole data as one batch. `jobs` processes work side by side
     (joblib; -1: one a core). Works for any game of leaders and one `follower` (default: the last player).
+
+    `together` candidates are retrained at once in one process, stacked as `bl.Games` are, each to its own end: for
+    small followers and an optimiser that can (SGD, Adam, `ClosedForm`) tens of times faster, with the numbers that they
+    have one by one; memory grows with it. A `bl.Games` in place of the game is the folds: games that differ in their
+    data. Each candidate, still of one game's form, is then retrained in all folds at once, and judged by the mean.
 
     `CrossValidation()(game, candidates)` costs a whole training for each candidate, and the number of candidates that
     cover a box grows exponentially with the leader's entries. The least of many noisy losses is biased downwards:
@@ -126,12 +135,18 @@ class CrossValidation:
     steps: int = 10_000
     tolerance: float = 1e-5
     jobs: int = 1
+    together: int = 1
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0.0:
             raise ValueError(f"CrossValidation: tolerance={self.tolerance}; expected a number above 0.")
         if self.jobs == 0:
             raise ValueError("CrossValidation: jobs=0; expected a number of processes, or -1 for one a core.")
+        if self.together < 1 or (self.together > 1 and self.jobs != 1):
+            raise ValueError(
+                f"CrossValidation: together={self.together}, jobs={self.jobs}; expected at least 1 candidate at a "
+                "time, and one process when there are more."
+            )
         bl.Implicit(self.optimizer, steps=self.steps)  # it says what is wrong with these
 
     def __call__(
@@ -153,20 +168,26 @@ class CrossValidation:
         Raises `ValueError` for no candidates or variables that are not the game's, `CheckpointError` when `folder` is
         of another search, and what retraining raises; warns (`NonConvergenceWarning`) of what did not converge.
         """
+        if isinstance(game, bl.Games) and self.jobs != 1:
+            raise ValueError(f"CrossValidation: jobs={self.jobs}; folds are retrained in one process. Use together=.")
+        one = game.game(0) if isinstance(game, bl.Games) else game
         name = game.names[-1] if follower is None else follower
         if not candidates:
             raise ValueError("CrossValidation: there are no candidates; expected at least one.")
         for candidate in candidates:
             for player, variables in candidate.items():
                 _require_player(game, player)
-                game.check(player, variables)
+                one.check(player, variables)
         files = [None if folder is None else Path(folder) / f"{index:05d}.pt" for index in range(len(candidates))]
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        work = [(self, game, candidate, name, file, seed) for candidate, file in zip(candidates, files, strict=True)]
+        if isinstance(game, bl.Games) or self.together > 1:
+            work = _stacked(self, game, candidates, name, files, seed)
+        else:
+            work = self._each([(self, game, c, name, file, seed) for c, file in zip(candidates, files, strict=True)])
         found: list[dict[str, Any] | None] = [None] * len(candidates)
         with _bar(progress, len(candidates)) as show:
-            for index, end in self._each(work):
+            for index, end in work:
                 found[index] = end
                 show(end["leader_loss"])
         ends = [end for end in found if end is not None]
@@ -205,23 +226,15 @@ def _retrained(
     """One candidate's end, from its file when that is there."""
     others = {name: candidate.get(name, game.initial(name)) for name in game.names if name != follower}
     identity = _identity(search, game, others, follower, seed)
-    if file is not None and file.exists():
-        kept = checkpoints.load(file)
-        if kept.get("identity") != identity:
-            raise bl.CheckpointError(
-                f"{file} is of another search: other candidates, settings or start. Choose another folder."
-            )
+    kept = _kept(file, identity)
+    if kept is not None:
         return kept
-    response = bl.Implicit(search.optimizer, steps=search.steps, tolerance=search.tolerance, warm_start=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bl.NonConvergenceWarning)  # told once, for all candidates together
-        answer, state = response(game, others, response.init(game, follower=follower, seed=seed))
-    answer = detached(answer)
+    answer, state = _answered(search, game, others, follower, seed)
     batch, _ = game.draw(follower, game.start(follower, seed))
     with torch.no_grad():
         end = {
             "identity": identity,
-            "leader_loss": _whole_loss(game, {**others, follower: answer}, seed),
+            "leader_loss": float(_whole_loss(game, {**others, follower: answer}, seed)),
             "follower_loss": float(game.loss(follower, {**others, follower: answer}, batch)),
             "stationarity": float(state["stationarity"]),
             "gradients": int(state["gradients"]),
@@ -232,17 +245,93 @@ def _retrained(
     return end
 
 
-def _whole_loss(game: bl.Game, variables: Mapping[str, Any], seed: int) -> float:
+def _kept(file: Path | None, identity: str) -> dict[str, Any] | None:
+    """What an earlier run left of a candidate."""
+    if file is None or not file.exists():
+        return None
+    kept = checkpoints.load(file)
+    if kept.get("identity") != identity:
+        raise bl.CheckpointError(
+            f"{file} is of another search: other candidates, settings or start. Choose another folder."
+        )
+    return kept
+
+
+def _answered(
+    search: CrossValidation, game: bl.Game, others: Candidate, follower: str, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The retrained follower and its response's state."""
+    response = bl.Implicit(search.optimizer, steps=search.steps, tolerance=search.tolerance, warm_start=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bl.NonConvergenceWarning)  # told once, for all candidates together
+        answer, state = response(game, others, response.init(game, follower=follower, seed=seed))
+    return detached(answer), state
+
+
+def _stacked(
+    search: CrossValidation,
+    game: bl.Game,
+    candidates: Sequence[Candidate],
+    follower: str,
+    files: Sequence[Path | None],
+    seed: int,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every candidate's end, `search.together` of them at once, in all folds at once when `game` is many."""
+    folds = game if isinstance(game, bl.Games) else bl.Games(game, 1)
+    count, alone = folds.count, folds.game(0)
+    missing: list[tuple[int, str]] = []
+    for index, candidate in enumerate(candidates):
+        start = {name: candidate.get(name, alone.initial(name)) for name in game.names if name != follower}
+        if game is folds:
+            start = map_leaves(lambda leaf: leaf.expand(count, *leaf.shape), start)
+        identity = _identity(search, game, start, follower, seed)
+        kept = _kept(files[index], identity)
+        if kept is None:
+            missing.append((index, identity))
+        else:
+            yield index, kept
+    for first in range(0, len(missing), search.together):
+        some = missing[first : first + search.together]
+        games = folds.chosen(list(range(count)) * len(some))
+        others = {}
+        for name in (n for n in game.names if n != follower):
+            rows = [candidates[index].get(name, alone.initial(name)) for index, _ in some]
+            others[name] = map_leaves(lambda *leaves: torch.stack(leaves).repeat_interleave(count, 0), *rows)
+        answer, state = _answered(search, games, others, follower, seed)
+        batch, _ = games.draw(follower, games.start(follower, seed))
+        with torch.no_grad():
+            everybody = {**others, follower: answer}
+            leader = _whole_loss(games, everybody, seed).reshape(len(some), count)
+            own = games.loss(follower, everybody, batch).reshape(len(some), count)
+        stationarity = state["stationarity"].reshape(len(some), count)
+        for row, (index, identity) in enumerate(some):
+            places = slice(row * count, (row + 1) * count) if game is folds else row
+            end = {
+                "identity": identity,
+                "leader_loss": float(leader[row].mean()),
+                "fold_losses": leader[row].tolist(),
+                "follower_loss": float(own[row].mean()),
+                "stationarity": float(stationarity[row].max()),
+                "gradients": int(state["gradients"]) if row == 0 else 0,
+                "answer": map_leaves(lambda leaf, places=places: leaf[places].clone(), answer),
+            }
+            file = files[index]
+            if file is not None:
+                checkpoints.save(file, end)
+            yield index, end
+
+
+def _whole_loss(game: bl.Game, variables: Mapping[str, Any], seed: int) -> Tensor:
     """The first player's loss, meaned over one pass of its batches."""
     leader = game.names[0]
     if game.players[leader].data is None:
-        return float(game.loss(leader, variables, None))
-    losses: list[float] = []
+        return game.loss(leader, variables, None)
+    losses: list[Tensor] = []
     batch, position = game.draw(leader, game.start(leader, seed))
     while position is not None and position["epoch"] == 0:
-        losses.append(float(game.loss(leader, variables, batch)))
+        losses.append(game.loss(leader, variables, batch))
         batch, position = game.draw(leader, position)
-    return sum(losses) / len(losses)
+    return torch.stack(losses).double().mean(0)
 
 
 def _identity(search: CrossValidation, game: bl.Game, others: Candidate, follower: str, seed: int) -> str:
@@ -251,7 +340,7 @@ def _identity(search: CrossValidation, game: bl.Game, others: Candidate, followe
     for name, variables in sorted(start.items()):
         batch, _ = game.draw(name, game.start(name, seed))
         with torch.no_grad():  # of the same data as well, as far as one loss can tell
-            digest.update(repr(float(game.loss(name, start, batch))).encode())
+            digest.update(repr(float(game.total(game.loss(name, start, batch)))).encode())
         digest.update(name.encode() + flatten(variables).detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -270,6 +359,7 @@ def _gathered(candidates: Sequence[Candidate], ends: Sequence[dict[str, Any]], t
         gradients=sum(end["gradients"] for end in ends),
         best_index=best,
         answer=ends[best]["answer"],
+        fold_losses=torch.tensor([end.get("fold_losses", [end["leader_loss"]]) for end in ends], dtype=torch.float64),
     )
 
 

@@ -127,3 +127,64 @@ def test_candidates_fill_pytrees_and_stay_within_bounds():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(game())
+
+
+def ridge(count):
+    """A penalty for each weight; every fold has examples of its own, the leader's in two batches."""
+
+    def train(decay, weights, batch):
+        return ((batch[0] @ weights - batch[1]) ** 2).mean() + (decay.exp() * weights**2).sum()
+
+    def valid(weights, batch):
+        return ((batch[0] @ weights - batch[1]) ** 2).mean()
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((count, 12, 4), (count, 12))
+    to_fit, *to_judge = [tuple(torch.randn(s, generator=generator, dtype=D) for s in shapes) for _ in range(3)]
+
+    def made(index):
+        return bl.Game(
+            decay=bl.Player(valid, torch.zeros(4, dtype=D), [tuple(t[index] for t in batch) for batch in to_judge]),
+            weights=bl.Player(train, torch.zeros(4, dtype=D), [tuple(t[index] for t in to_fit)]),
+        )
+
+    return [made(i) for i in range(count)], bl.Games(made(0), count, data={"decay": to_judge, "weights": [to_fit]})
+
+
+OPTIMIZERS = {"SGD": lambda p: torch.optim.SGD(p, lr=0.1), "Scipy": bl.Scipy("L-BFGS-B")}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_stack_finds_what_one_by_one_finds(optimizer, tmp_path):
+    (alone,), _ = ridge(1)
+    candidates = random(alone, {"decay": (-3.0, 1.0)}, count=5)
+    apart = CrossValidation(optimizer, tolerance=1e-6)(alone, candidates, folder=tmp_path)
+    (tmp_path / "00003.pt").unlink()
+    for folder in (tmp_path, None):  # the files of one serve the other
+        stacked = CrossValidation(optimizer, tolerance=1e-6, together=3)(alone, candidates, folder=folder)
+        # SciPy's line search amplifies rounding, up to what its tolerance lets through.
+        atol = 1e-12 if optimizer is OPTIMIZERS["SGD"] else 1e-6
+        for name in ("leader_losses", "follower_losses", "stationarity", "answer"):
+            torch.testing.assert_close(getattr(stacked, name), getattr(apart, name), rtol=0.0, atol=atol)
+        assert stacked.best_index == apart.best_index
+        assert stacked.fold_losses.shape == (5, 1)
+
+
+def test_folds_are_judged_by_their_mean(tmp_path):
+    games, folds = ridge(3)
+    candidates = grid(games[0], {"decay": [-3.0, -1.0, 1.0]})
+    each = [CrossValidation(OPTIMIZERS["SGD"], tolerance=1e-6)(one, candidates) for one in games]
+    expected = torch.stack([one.leader_losses for one in each], dim=1)
+    for together in (1, 2):
+        search = CrossValidation(OPTIMIZERS["SGD"], tolerance=1e-6, together=together)
+        found = search(folds, candidates, folder=tmp_path / str(together))
+        torch.testing.assert_close(found.fold_losses, expected, rtol=0.0, atol=1e-12)
+        torch.testing.assert_close(found.leader_losses, expected.mean(1), rtol=0.0, atol=1e-12)
+        torch.testing.assert_close(found.stationarity, torch.stack([one.stationarity for one in each]).amax(0))
+        assert found.answer.shape == (3, 4)
+        again = search(folds, candidates, folder=tmp_path / str(together))
+        assert torch.equal(again.leader_losses, found.leader_losses)
+    with pytest.raises(ValueError, match="folds are retrained in one process"):
+        CrossValidation(jobs=2)(folds, candidates)
+    with pytest.raises(ValueError, match="together=2, jobs=2"):
+        CrossValidation(jobs=2, together=2)
