@@ -91,6 +91,7 @@ def entrywise(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
             optimizer.step()
         return parameters
 
+    build(factory, [leaf.clone() for leaf in start])  # what is wrong with the factory itself is told as ever
     try:
         together, *alone = (end(part) for part in (lambda t: t, lambda t: t[0], lambda t: t[1]))
     except Exception:  # LBFGS wants a closure, Muon matrices: whatever it is, it is not taken at once
