@@ -55,7 +55,8 @@ def game_of(leaders: int, hidden: list[int]) -> bl.Game:
     def follow(hyper: Tensor, weights: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         images, classes = batch
         if leaders == 10:
-            return cross_entropy(functional_call(model, weights, (images,)), classes, weight=hyper.exp())
+            each = cross_entropy(functional_call(model, weights, (images,)), classes, reduction="none")
+            return (hyper.exp()[classes] * each).mean()
         loss = cross_entropy(functional_call(model, weights, (images,)), classes)
         decayed = [w for w in weights.values() if w.ndim == 2]
         return loss + sum((hyper[i % leaders].exp() * w.square()).sum() for i, w in enumerate(decayed))
