@@ -109,8 +109,9 @@ class Hypernetwork(Response):
     scheduler: SchedulerFactory | None = None
     tolerance: float | None = 0.5
     examine_every: int = 1
-    in_place: bool = False
-    memory_limit: int | None = None
+    # The numbers are the same with either: a run is known by its repr, and may go on with another of these.
+    in_place: bool = field(default=False, repr=False)
+    memory_limit: int | None = field(default=None, repr=False)
     # The network's form without its numbers, by its sizes: only a memo, the numbers are in the state.
     _skeletons: dict[tuple[int, tuple[torch.Size, ...]], nn.Module] = field(
         default_factory=dict, init=False, repr=False, compare=False
