@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,9 @@ FlatResidual = Callable[..., Tensor]
 class Receipt:
     """What a backward solve leaves behind, written in place when backward runs.
 
-    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` and `wanted`
-    are 0-d, the residual norm and the tolerance it was held against, both relative to |v|; `products` counts; `error`
-    is the solver's estimate of the derivative's relative error, NaN if it makes none; `memory` is what it keeps from
-    system to system.
+    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` is 0-d, the
+    residual norm relative to |v|; `products` counts; `error` is the solver's estimate of the derivative's relative
+    error, NaN if it makes none and infinite if it saw too little; `memory` is what it keeps from system to system.
     """
 
     adjoint: Tensor
@@ -125,8 +124,8 @@ def attach(
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
 
-    `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: backward then
-    takes its products from that graph instead of building it again.
+    `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
+    backward then takes its products from that graph instead of building it again, and lets it go.
     """
     system = _System(residual, linear_solver, symmetric, receipt, products)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
@@ -162,6 +161,8 @@ class _Root(torch.autograd.Function):
         (cotangent,) = grads
         y, *xs = ctx.saved_tensors
         system: _System = ctx.system
+        # Taken once: whoever keeps the loss after backward keeps no graph with it. A second backward builds its own.
+        ctx.system = replace(system, products=None)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
 
         def partial(y: Tensor, *some: Tensor) -> Tensor:

@@ -496,3 +496,20 @@ def test_hyperparameters_of_the_optimiser_are_refused():
     )
     with pytest.raises(TypeError, match="'rate' tunes the inner optimiser"):
         bl.Games(game, 3)
+
+
+def test_a_schedule_of_one_leader_is_refused():
+    implicit = bl.Implicit(partial(SGD, lr=0.05), steps=10, inexactness=bl.Geometric())
+    with pytest.raises(TypeError, match="inexactness=Geometric"):
+        implicit.init(quadratic())
+
+
+def test_solves_that_stop_when_settled_are_as_right_as_asked():
+    games = quadratic()
+    tight = bl.Implicit(
+        partial(SGD, lr=0.1), steps=2000, tolerance=1e-10, linear_solver=bl.ConjugateGradient(rtol=1e-12)
+    )
+    solver = bl.ConjugateGradient(rtol=1e-12, stopping=bl.Settled(1e-6))
+    settled = bl.Implicit(partial(SGD, lr=0.1), steps=2000, tolerance=1e-10, linear_solver=solver)
+    run = partial(bl.solve, games, optimizer=partial(SGD, lr=0.1), steps=5)
+    torch.testing.assert_close(run(y=settled).variables["x"], run(y=tight).variables["x"], rtol=1e-5, atol=1e-7)

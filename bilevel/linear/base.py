@@ -60,8 +60,9 @@ class LinearSolution:
 
     `solution`: u `[n]`. `residual_norm`: |b - (A + damping I) u|, a 0-d tensor, computed from u itself. `products`:
     how many products with A it took. `converged`: whether it is as good as was asked for. `error`: the estimated
-    relative error of what u is needed for, where the solver was asked to look at it, else NaN. Inside
-    `torch.func.vmap` the first two are one per system; the others are plain numbers that speak for the whole batch.
+    relative error of what u is needed for, where the solver was asked to look at it, else NaN; infinite where the
+    solve was over before it had looked often enough. Inside `torch.func.vmap` the first two are one per system; the
+    others are plain numbers that speak for the whole batch.
     """
 
     solution: Tensor
@@ -195,7 +196,7 @@ def norm(vector: Tensor) -> Tensor:
         plain: Tensor = torch.linalg.vector_norm(vector)
         # Far from where squares underflow or overflow: a sixth of what the careful way below costs.
         limits = torch.finfo(vector.dtype)
-        if limits.tiny**0.5 / limits.eps < float(plain) < limits.max**0.5:
+        if limits.tiny**0.5 / limits.eps < float(plain.detach()) < limits.max**0.5:
             return plain
     # The squares of a float32 gradient of 1e-23 underflow, and a residual of 0 would be a lie.
     largest = vector.abs().amax()

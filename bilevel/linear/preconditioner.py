@@ -218,6 +218,13 @@ class Recycled(Preconditioner):
             memory |= {f"base.{name}": value for name, value in theirs.items()}
         keep_pairs(memory, directions, products, self.size)
 
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the base."""
+        if self.base is not None:
+            theirs = self._theirs(memory)
+            self.base.inform(theirs, optimizer)
+            memory |= {f"base.{name}": value for name, value in theirs.items()}
+
     @staticmethod
     def _theirs(memory: Memory) -> Memory:
         return {name.removeprefix("base."): value for name, value in memory.items() if name.startswith("base.")}

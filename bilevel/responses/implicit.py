@@ -102,8 +102,7 @@ class Implicit(Response):
                 f"Implicit: inexactness={self.inexactness} follows one leader's progress, and these are {game.count} "
                 "games. Leave it out, or solve them one by one: solve(games.game(i), ...)."
             )
-        others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
-        return state | {"leader": {"calls": 0, "last": flatten(others), "first": 0.0}}
+        return state | {"leader": self._track(state)}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -124,6 +123,7 @@ class Implicit(Response):
             y, after, residual, products = self._solve(game, follower, state)
             receipt = Receipt(**map_leaves(torch.clone, state["linear"]))
             receipt.residual.fill_(torch.nan)
+            receipt.error.fill_(torch.nan)
             after["products"] += int(receipt.products)
             receipt.products.zero_()
             kept = after["optimizer"]
@@ -184,28 +184,36 @@ class Implicit(Response):
             "stationarity": relative,
         }
         if self.inexactness is not None:
-            after["leader"] = self._track(follower, state["leader"])
+            after["leader"] = self._track(state, follower)
         return flat, after, residual, products
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
         if self.inexactness is None:
             return 1.0
-        track = state["leader"]
+        track = self._track(state)
         moved = self._moved(follower, track)
         first = track["first"] or moved
         return self.inexactness.factor(track["calls"], moved / first if first else 1.0)
 
-    def _track(self, follower: Follower, track: dict[str, Any]) -> dict[str, Any]:
-        """What `_looser` will want to know of the leader."""
-        moved = self._moved(follower, track)
-        last = flatten(follower.others).clone()
+    def _track(self, state: State, follower: Follower | None = None) -> dict[str, Any]:
+        """What `_looser` knows of the leader; after a call, of `follower`, what it will want to know in the next."""
+        # A state of a response without inexactness has none: then this call is the first.
+        track = state.get("leader") or {"calls": 0, "last": {}, "first": 0.0}
+        if follower is None:
+            return track
+        moved, last = self._moved(follower, track), map_leaves(torch.clone, follower.others)
         return {"calls": track["calls"] + 1, "last": last, "first": track["first"] or moved}
 
     @staticmethod
     def _moved(follower: Follower, track: dict[str, Any]) -> float:
-        """How far the others are from where they were in the last call."""
-        return concrete(torch.linalg.vector_norm(join([x.detach() for x in follower.xs]) - track["last"]))
+        """How far the others, those that were there in the last call too, are from where they were; 0 in the first."""
+        then = track["last"]
+        both = [name for name in follower.inputs if name in then]
+        pairs = [(x, old) for n in both for x, old in zip(leaves(follower.inputs[n]), leaves(then[n]), strict=True)]
+        if not pairs:
+            return 0.0
+        return concrete(torch.linalg.vector_norm(join([x.detach() - old for x, old in pairs])))
 
     @staticmethod
     def _judged(

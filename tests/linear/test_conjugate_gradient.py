@@ -170,3 +170,15 @@ def test_a_preconditioner_that_is_not_definite_is_refused(spd, normal):
     operator = LinearOperator(spd(1, 5, 10.0).mv, symmetric=True)
     with pytest.raises(IndefiniteSystemError, match="preconditioner"):
         ConjugateGradient(preconditioner=lambda r: -r).solve(operator, normal(2, 5))
+
+
+def test_a_right_hand_side_that_requires_grad_does_not_warn(spd, normal):
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch's warning of a tensor that is made a number comes once a process otherwise
+    try:
+        found = ConjugateGradient().solve(
+            LinearOperator(spd(0, 5, 10.0).mv, symmetric=True), normal(0, 5).requires_grad_()
+        )
+    finally:
+        torch.set_warn_always(always)
+    assert found.converged

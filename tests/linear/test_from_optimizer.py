@@ -7,7 +7,7 @@ import torch
 from torch import optim
 
 import bilevel as bl
-from bilevel.linear import ConjugateGradient, InnerPairs, SecondMoment
+from bilevel.linear import ConjugateGradient, InnerPairs, LinearOperator, Recycled, SecondMoment
 
 D = torch.float64
 SCALES = torch.logspace(-2.0, 2.0, 30, dtype=D)
@@ -106,3 +106,15 @@ def test_another_optimiser_is_refused(optimizer, kind):
 def test_settings_that_cannot_work_are_refused(made):
     with pytest.raises(ValueError, match="expected"):
         made()
+
+
+def test_pairs_of_earlier_solves_over_second_moments():
+    base = SecondMoment(power=1.0, floor=1e-3)
+    kind = Recycled(size=5, base=base)
+    memory, moments = kind.init(SCALES), SCALES.square()
+    kind.inform(memory, [{"exp_avg_sq": moments}])
+    assert torch.equal(memory["base.moments"], moments)
+    system = LinearOperator(lambda v: SCALES * v, symmetric=True)
+    alone = base.init(SCALES)
+    base.inform(alone, [{"exp_avg_sq": moments}])
+    assert torch.equal(kind.prepare(system, memory)(SCALES), base.prepare(system, alone)(SCALES))

@@ -72,6 +72,16 @@ def test_a_small_residual_ends_it_as_well(spd, normal):
     assert found.converged and float(found.residual_norm) <= 1e-3 * float(normal(0, 10).norm())
 
 
+def test_a_solve_down_to_rounding_is_enough_however_few_its_looks():
+    curvature = torch.tensor([1.0, 2.0, 4.0], dtype=D)
+    system, b = LinearOperator(lambda v: curvature * v, symmetric=True), torch.ones(3, dtype=D)
+    solver = ConjugateGradient(rtol=None, strict=True, stopping=Settled(1e-3))
+    for start in (None, b / curvature):
+        found = solver.solve(system, b, start)
+        assert found.converged and found.error == float("inf")
+        assert torch.allclose(found.solution, b / curvature, rtol=1e-14)
+
+
 def test_the_looks_are_counted_and_the_answer_is_the_same_as_without_them(spd, normal):
     matrix, b = spd(2, 40, 1e6), normal(1, 40)
     looks = []

@@ -1,6 +1,7 @@
 """The implicit-function theorem, against closed forms, re-solved followers and the other strategies."""
 
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -245,3 +246,48 @@ def test_leaving_the_domain_of_the_loss_raises():
     game, response = known.game(), bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-5)
     with pytest.raises(bl.NonFiniteError, match="left its domain"):
         response(game, {"x": known.x0}, response.init(game))
+
+
+def test_backward_lets_the_graph_go_and_can_be_repeated():
+    alive = []
+
+    def follow(x, y):
+        between = y - x.exp()
+        alive.append(weakref.ref(between))  # the square's graph saves it
+        return (between**2).sum() + (between**4).sum()
+
+    game = bl.Game(
+        x=bl.Player(lambda y: (y**2).sum(), torch.zeros(3, dtype=D)), y=bl.Player(follow, torch.zeros(3, dtype=D))
+    )
+    response = bl.Implicit(bl.ClosedForm(lambda x: x.exp()))
+    x = torch.tensor([0.1, -0.3, 0.2], dtype=D, requires_grad=True)
+    answer, _ = response(game, {"x": x}, response.init(game))
+    loss = (answer**2).sum()
+    for again in (True, False):
+        (slope,) = torch.autograd.grad(loss, x, retain_graph=again)
+        assert torch.allclose(slope, 2.0 * (2.0 * x).exp(), rtol=1e-6)
+    assert loss.requires_grad  # a user may keep it, as in a list of losses
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_what_one_of_two_leaders_gets_does_not_depend_on_the_other_being_asked():
+    def follow(a, b, y):
+        return ((y - a.exp() * b) ** 2).sum()
+
+    start = torch.full((2,), 0.5, dtype=D)
+    game = bl.Game(
+        a=bl.Player(lambda a, y: (y**2).sum() + a.sum(), start),
+        b=bl.Player(lambda a, b, y: (y**2).sum() + (a * b).sum(), start),
+        y=bl.Player(follow, start),
+    )
+    response = bl.Implicit(bl.ClosedForm(lambda a, b: a.exp() * b))
+    for wanted, tracked in ([0], [0, 1]), ([1], [0, 1]), ([0], [0]), ([1], [1]), ([0, 1], [0, 1]):
+        leaders = [torch.tensor([0.1, -0.3], dtype=D), torch.tensor([2.0, 1.5], dtype=D)]
+        for index in tracked:
+            leaders[index].requires_grad_()
+        a, b = leaders
+        answer, _ = response(game, {"b": b, "a": a}, response.init(game))
+        slopes = torch.autograd.grad((answer**2).sum(), [leaders[index] for index in wanted])
+        exact = [2.0 * (2.0 * a).exp() * b**2, 2.0 * (2.0 * a).exp() * b]
+        for index, slope in zip(wanted, slopes, strict=True):
+            assert torch.allclose(slope, exact[index].detach(), rtol=1e-6)

@@ -75,6 +75,37 @@ def test_both_tolerances_are_loosened_but_never_beyond_one_half(game):
     assert (0, 1.0) in seen and any(calls == 2 and movement == pytest.approx(0.5) for calls, movement in seen)
 
 
+def test_movement_goes_by_name_and_a_state_without_it_begins_anew():
+    seen = []
+
+    class Spy(bl.Inexactness):
+        def factor(self, calls, movement):
+            seen.append((calls, movement))
+            return 1.0
+
+    one, three = torch.ones(1, dtype=D), torch.zeros(3, dtype=D)
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y**2).sum() + x.sum(), one),
+        z=bl.Player(lambda x, z, y: ((z - x) ** 2).sum() + (y**2).sum(), three),
+        y=bl.Player(lambda x, y: ((y - x) ** 2).sum(), one),
+    )
+    kind, plain = (bl.Implicit(partial(torch.optim.SGD, lr=0.5), inexactness=i) for i in (Spy(), None))
+    state = plain.init(game)  # inexactness may be given to a run that began without it
+    for others in {"x": one, "z": three}, {"z": three, "x": one + 2.0}, {"x": one + 3.0}:
+        _, state = kind(game, others, state)
+    assert set(seen) == {(0, 1.0), (1, 1.0), (2, 0.5)}
+
+
+def test_an_error_is_not_told_twice(game):
+    kind = response(None, stopping=bl.Settled(1e-3))
+    x = torch.full((12,), -2.0, dtype=D, requires_grad=True)
+    y, state = kind(game, {"x": x}, kind.init(game))
+    game.loss("x", {"x": x, "y": y}).backward()
+    assert float(state["linear"]["error"]) >= 0.0
+    _, state = kind(game, {"x": x}, state)
+    assert torch.isnan(state["linear"]["error"]) and torch.isnan(state["linear"]["residual"])
+
+
 def test_solvers_without_a_tolerance_stay_as_they_are():
     still = bl.Neumann(max_steps=5, rtol=None)
     assert still.loosened(100.0) is still
