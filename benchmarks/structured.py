@@ -11,7 +11,7 @@ Then three games whose Jacobian is known: ridge regression on whitened digits, w
 as they are, which they cannot; and an MLP. For each network the cosine and the relative error of the learned Jacobian,
 the residual that the response reports of itself, and the best that rows, or rows and columns, could do.
 
-    python benchmarks/structured.py --output structured.json      # about six minutes; --quick takes one
+    python benchmarks/structured.py --output structured.json      # about eight minutes; --quick takes one
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def main() -> None:
     machine = {"machine": platform.machine(), "processor": processor(), "threads": 1}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "bilevel": "0.1.0"}
     content = {"machine": machine, "versions": versions, "seed": 0, "quick": chosen.quick, **results}
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(json.dumps(content, indent=2) + "\n")
     show(content)
 
