@@ -37,13 +37,12 @@ def accuracies(found: dict) -> list[list[str]]:
 
 
 def orderings(found: dict) -> list[list[str]]:
-    """How well wrong labels are told from right ones, case by means; seconds of both weightings."""
-    lines = [["labels", *(said for *_, said in FOUND), "seconds"]]
+    """How well wrong labels are told from right ones, case by means."""
+    lines = [["labels", *(said for *_, said in FOUND)]]
     for case, methods in found.items():
         if "oracle" in methods:
             numbers = [methods[method][key] for method, key, _ in FOUND]
-            seconds = [f"{methods[method]['seconds']:.0f}" for method in ("per example", "network")]
-            lines.append([case, *(f"{n:.3f}" for n in numbers), ", ".join(seconds)])
+            lines.append([case, *(f"{n:.3f}" for n in numbers)])
     return lines
 
 
