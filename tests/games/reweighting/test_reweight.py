@@ -268,9 +268,8 @@ def test_the_goals_that_the_page_reports():
     assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
     for case, ways in list(found.items())[:-1]:
         assert ways["network, capped"]["recovered"] >= 0.8, case
-        assert ways["network, capped"]["accuracy"] > max(ways[n]["accuracy"] for n in ("plain", "clean set alone")), (
-            case
-        )
+        beaten = max(ways[name]["accuracy"] for name in ("plain", "clean set alone"))
+        assert ways["network, capped"]["accuracy"] > beaten, case
         assert ways["network"]["auc_of_losses"] >= 0.98, case
         assert ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.015, case
     # What the page says does not reach it.
@@ -286,3 +285,15 @@ def test_the_goals_for_a_network():
     for case, ways in found.items():
         assert ways["network"]["recovered"] >= 0.8, case
         assert ways["network"]["accuracy"] > ways["clean set alone"]["accuracy"] > ways["plain"]["accuracy"], case
+
+
+def test_what_the_page_reports_of_fashion():
+    """The share of .8 is missed with symmetric noise, and the page says so; wrong labels are found all the same."""
+    found = measured("fashion")
+    assert list(found) == ["symmetric 0.4", "symmetric 0.6", "class-dependent 0.4"]
+    shares = [ways["network, capped"]["recovered"] for ways in found.values()]
+    assert 0.5 < shares[0] < shares[1] < 0.8
+    assert shares[2] > 0.9
+    assert found["symmetric 0.4"]["network"]["recovered"] < 0.0
+    assert all(ways["network"]["auc_of_losses"] > 0.975 for ways in found.values())
+    assert all(ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.01 for ways in found.values())
