@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -186,7 +186,7 @@ def rows(wanted: Mixture, results: Results, *, spread: bool = True) -> list[dict
     return table
 
 
-def untimed(runs: Sequence[Result]) -> bool:
+def untimed(runs: Iterable[Result]) -> bool:
     """Whether a run's seconds were struck out, being those of a machine that others used too."""
     return any(moment.get("seconds", 0.0) is None for run in runs for moment in run["moments"])
 
@@ -195,7 +195,7 @@ def draw_mixture(wanted: Mixture, results: Results) -> Figure:
     """Modes and share of high quality against work and against seconds: medians, and the worst seed thin."""
     measures = (("modes", f"modes hit, of {len(wanted.centres)}"), ("high_quality", "share of high quality"))
     clocks = [("work", "gradients and products, thousands", 1e-3), ("seconds", "seconds, one core", 1.0)]
-    if untimed(list(results.values())):
+    if untimed(results.values()):
         clocks.pop()
         figure = blank(13.0, 5.5)
         panels = figure.subplots(1, 2)[:, None]
