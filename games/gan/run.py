@@ -40,15 +40,17 @@ def play(
     evaluations: int,
     seed: int,
     moments: int,
+    spread: float = 1.0,
     look: Callable[[dict[str, Tensor]], Result],
 ) -> list[Result]:
     """Play for `evaluations` gradients and products; `look(averaged weights of the generator)` `moments` times.
 
+    `spread` is about how far examples are from 0.
     Each entry is what `look` returned with its `work`, `seconds` (the processor's, looks included) and `step`. The
     generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what
     it had: its last entry has `failure`.
     """
-    options = METHODS[method].options(setting, generator, latent)
+    options = METHODS[method].options(setting, generator, latent, spread)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.BilevelWarning)  # responses to one minibatch are rough; the samples tell
         first = bl.solve(game, steps=3, seed=seed, **options).history
@@ -117,6 +119,7 @@ def mixture_run(
         evaluations=evaluations,
         seed=seed,
         moments=moments,
+        spread=radius,
         look=look,
     )
     return {"moments": seen}
