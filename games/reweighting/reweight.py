@@ -31,9 +31,10 @@ class Reweighted:
     """What `reweight` learned.
 
     `weights` `[n]` in (0, 1), in the order of the training set; `labels` `[n]` as they came; `model`, a copy of the one
-    given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set. `weighting` and `leader`
-    weigh other examples: `weigh(inputs, labels)`. `solution` is the run: its history,
-    residuals, work, seconds and warnings. `started` `[n]` are the weights before the first step.
+    given, trained at these weights, in eval mode; `losses` `[n]` its own on the training set, which tell wrong labels
+    from right ones often better than the weights do. `weighting` and `leader` weigh other examples: `weigh(inputs,
+    labels)`. `solution` is the run: its history, residuals, work, seconds and warnings. `started` `[n]` are the weights
+    before the first step.
     """
 
     weights: Tensor
@@ -60,6 +61,17 @@ class Reweighted:
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"Reweighted.kept: share={share}; expected a number from 0 to 1.")
         return self.weights > share * self.started
+
+    def capped(self, share: float = 1.0) -> Tensor:
+        """Weights `[n]` in (0, 1] to train anew at: min(1, weights / (share * what they began with)).
+
+        What weighs no less than it did at the start counts fully, so that hard but right examples are not lost, and
+        the rest in proportion. It needs no threshold, which `kept` does: the right one depends on how many labels are
+        wrong. Raises `ValueError` for a share that is not positive.
+        """
+        if not share > 0.0:
+            raise ValueError(f"Reweighted.capped: share={share}; expected a positive number.")
+        return (self.weights / (share * self.started)).clamp(max=1.0)
 
     def weigh(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Weights `[m]` of other examples; raises `TypeError` when weights belong to the training set's alone."""

