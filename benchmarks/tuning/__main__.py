@@ -111,6 +111,7 @@ def main() -> None:
     """Run what is missing and write it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=Path("tuning.json"))
+    options.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the five")
     options.add_argument("--quick", action="store_true", help="one seed, six trials")
     options.add_argument("--choose", action="store_true", help="try the settings of our methods on seeds of their own")
     chosen = options.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # Optuna's, of its own insides
     trials = 6 if chosen.quick else TRIALS
     names: list[tuple[str, ...]] = []
-    for seed in CHOOSING if chosen.choose else list(SEEDS)[: 1 if chosen.quick else None]:
+    for seed in CHOOSING if chosen.choose else SEEDS[: 1 if chosen.quick else chosen.seeds]:
         for problem in PROBLEMS:
             if chosen.choose:
                 names += [(problem, m, str(i), str(seed)) for m in METHODS for i in range(len(settings(m)))]
@@ -158,6 +159,8 @@ def run(
             if key not in found:
                 if (name[0], seed) not in problems:
                     problems = {(name[0], seed): PROBLEMS[name[0]](int(seed))}
+                    # Nobody pays for what torch does only once in a process.
+                    problems[name[0], seed].valid_loss(problems[name[0], seed].low, steps=2)
                 found[key] = work(name, problems[name[0], seed])
                 file.write(json.dumps({"name": key, "result": found[key]}) + "\n")
                 file.flush()

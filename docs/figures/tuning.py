@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SKY, SMALL, blank, tidy
 
@@ -127,7 +128,11 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def told(page: str) -> str:
     """The page with the files' numbers in its tables."""
     found = read("results")
+    seeds, made = len(by_method(found, "ten")["TPE"]), found["machine"]
+    suggesting = found["seconds to suggest"]["7850"]
     tables = {
+        "measured": f"{seeds} seeds; python {made['python']}, torch {made['torch']}, Optuna {made['optuna']}. "
+        f"TPE takes {suggesting:.1f} CPU seconds to suggest 7,850 numbers once its random trials are over.\n",
         "ten": main_table(found, "ten"),
         "many": main_table(found, "many"),
         "ten_converged": converged_table(found, "ten"),
@@ -154,6 +159,7 @@ def figure(found: dict[str, Any]) -> Any:
     names = ("training steps (gradients + Hessian-vector products)", "CPU seconds")
     for row, problem in zip(panels, titles, strict=True):
         runs = by_method(found, problem)
+        tips: dict[Any, list[tuple[float, float, str]]] = {panel: [] for panel in row}
         for axis, panel in enumerate(row):
             for method, results in runs.items():
                 colour, line = LOOKS[method]
@@ -162,8 +168,9 @@ def figure(found: dict[str, Any]) -> Any:
                 lines = np.array([along(run, axis, at, method in SEARCHES) for run in results])
                 middle = np.median(lines, axis=0)
                 panel.fill_between(at, lines.min(0), lines.max(0), color=colour, alpha=0.10, linewidth=0)
-                panel.plot(at, middle, line, color=colour, linewidth=2.4, label=method)
+                panel.plot(at, middle, line, color=colour, linewidth=2.4)
                 panel.plot(at[-1], middle[-1], "o", color=colour, markersize=6)
+                tips[panel].append((float(at[-1]), float(middle[-1]), method))
             if axis == 0:
                 twentieth = runs["TPE"][0]["curve"][-1][0] / 20
                 panel.axvline(twentieth, color="0.55", linewidth=1.2, linestyle=":")
@@ -177,9 +184,30 @@ def figure(found: dict[str, Any]) -> Any:
         high = max(np.median([run["curve"][0][2] for run in results]) for results in runs.values())
         row[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
         row[0].set_title(titles[problem], fontsize=LARGE, loc="left")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=8, fontsize=SMALL, frameon=False, handlelength=2.6)
+        for panel, ends in tips.items():
+            name_lines(panel, ends)
     return drawn
+
+
+def name_lines(panel: Any, ends: list[tuple[float, float, str]]) -> None:
+    """Each line's name beside its end; names that would meet are moved apart, upwards and downwards alike."""
+    low, high = panel.get_ylim()
+    gap = 0.052 * (high - low)
+    panel.set_xlim(right=max(x for x, _, _ in ends) * 3.5)
+    while ends:
+        x = min(end[0] for end in ends)
+        near = sorted((end for end in ends if end[0] <= 2.2 * x), key=lambda end: end[1])
+        ends = [end for end in ends if end[0] > 2.2 * x]
+        places = [y for _, y, _ in near]
+        for _ in range(200):
+            for i in range(len(places) - 1):
+                lack = gap - (places[i + 1] - places[i])
+                if lack > 0:
+                    places[i], places[i + 1] = places[i] - lack / 2, places[i + 1] + lack / 2
+        beside = 1.12 * max(end[0] for end in near)
+        for (_, _, method), place in zip(near, places, strict=True):
+            name = panel.text(beside, place, method, color=LOOKS[method][0], fontsize=SMALL, va="center")
+            name.set_path_effects([withStroke(linewidth=4, foreground="white")])
 
 
 if __name__ == "__main__":
