@@ -1,5 +1,6 @@
 """Writes the tables of docs/search.md and docs/search/curves.png from docs/search/*.json, made by benchmarks/tuning."""
 
+import itertools
 import json
 import re
 import statistics
@@ -167,7 +168,8 @@ def figure(found: dict[str, Any]) -> Any:
                 at = np.geomspace(max(starts), min(ends), 400)
                 lines = np.array([along(run, axis, at, method in SEARCHES) for run in results])
                 middle = np.median(lines, axis=0)
-                panel.fill_between(at, lines.min(0), lines.max(0), color=colour, alpha=0.10, linewidth=0)
+                if method in ("unrolled", "TPE"):  # more bands than two hide each other
+                    panel.fill_between(at, lines.min(0), lines.max(0), color=colour, alpha=0.13, linewidth=0)
                 panel.plot(at, middle, line, color=colour, linewidth=2.4)
                 panel.plot(at[-1], middle[-1], "o", color=colour, markersize=6)
                 tips[panel].append((float(at[-1]), float(middle[-1]), method))
@@ -194,20 +196,16 @@ def name_lines(panel: Any, ends: list[tuple[float, float, str]]) -> None:
     low, high = panel.get_ylim()
     gap = 0.052 * (high - low)
     panel.set_xlim(right=max(x for x, _, _ in ends) * 3.5)
-    while ends:
-        x = min(end[0] for end in ends)
-        near = sorted((end for end in ends if end[0] <= 2.2 * x), key=lambda end: end[1])
-        ends = [end for end in ends if end[0] > 2.2 * x]
-        places = [y for _, y, _ in near]
-        for _ in range(200):
-            for i in range(len(places) - 1):
-                lack = gap - (places[i + 1] - places[i])
-                if lack > 0:
-                    places[i], places[i + 1] = places[i] - lack / 2, places[i + 1] + lack / 2
-        beside = 1.12 * max(end[0] for end in near)
-        for (_, _, method), place in zip(near, places, strict=True):
-            name = panel.text(beside, place, method, color=LOOKS[method][0], fontsize=SMALL, va="center")
-            name.set_path_effects([withStroke(linewidth=4, foreground="white")])
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [y for _, y, _ in ends]
+    for _ in range(200):
+        for i, j in itertools.combinations(range(len(ends)), 2):
+            lack = gap - (places[j] - places[i])
+            if lack > 0 and abs(np.log(ends[i][0] / ends[j][0])) < np.log(3.5):
+                places[i], places[j] = places[i] - lack / 2, places[j] + lack / 2
+    for (x, _, method), place in zip(ends, places, strict=True):
+        name = panel.text(1.12 * x, place, method, color=LOOKS[method][0], fontsize=SMALL, va="center")
+        name.set_path_effects([withStroke(linewidth=4, foreground="white")])
 
 
 if __name__ == "__main__":
