@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def work(self) -> int:
-        """Gradients and products of a leader's step, at most; one is the validation loss's gradient."""
+        """Gradients and products of a leader's step, as planned; one is the validation loss's gradient."""
         # Implicit: the gradient at the end; a product each for its warm start and its true residual.
         own = {
             "unrolled": 2 * self.inner,
