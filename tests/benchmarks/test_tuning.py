@@ -44,8 +44,7 @@ def test_the_file_is_whole_and_of_these_settings(script, found):
     assert found["trials"] == TRIALS
     assert found["settings"] == {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
     seeds = {len(results) for p in PROBLEMS for results in script.by_method(found, p).values()}
-    assert len(seeds) == 1
-    assert 3 <= seeds.pop() <= len(SEEDS)
+    assert seeds == {len(SEEDS)}
     assert {result["failure"] for result in found["results"].values()} == {None}
 
 
@@ -84,13 +83,12 @@ def middle(results, *path):
 
 def test_ten_are_no_win(script, found):
     runs = script.by_method(found, "ten")
-    seeds = len(runs["TPE"])
-    assert 0 < script.beaten(runs["unrolled"], runs["TPE"]) < seeds
-    assert script.beaten(runs["unrolled, longer"], runs["TPE"]) < seeds
+    assert script.beaten(runs["unrolled"], runs["TPE"]) == script.beaten(runs["unrolled, longer"], runs["TPE"]) == 1
+    assert statistics.median(script.saved(runs["unrolled"], runs["TPE"])) < 2
     assert script.beaten(runs["implicit"], runs["TPE"]) == script.beaten(runs["hypernetwork"], runs["TPE"]) == 0
     for method in ("TPE", "Hyperband", "grid"):
         assert middle(runs[method], "standard", "test") < middle(runs["unrolled"], "standard", "test")
-    assert middle(runs["grid"], "standard", "valid") < 1.02 * middle(runs["TPE"], "standard", "valid")
+    assert middle(runs["grid"], "standard", "valid") < 1.03 * middle(runs["TPE"], "standard", "valid")
 
 
 EDGE = 3
