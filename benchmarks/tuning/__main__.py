@@ -1,0 +1,185 @@
+"""Tuning by hypergradients against black-box search: TPE, Hyperband, random, a grid. One core, one process.
+
+    python -m benchmarks.tuning --choose --output docs/search/choice.json     # settings, on seeds that are not reported
+    python -m benchmarks.tuning --output docs/search/results.json             # everything; --quick: one minute's worth
+
+Needs Optuna (`pip install 'bilevel[benchmarks]'`). Each part is written as it finishes, as a line of a file beside the
+output; the same command again goes on with the parts that are missing. Seconds are CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from benchmarks.tuning.ours import Curve, Setting, settings, tuned
+from benchmarks.tuning.problems import Problem, many, ten
+from benchmarks.tuning.search import TRIALS, searched, seconds_to_suggest
+
+PROBLEMS = {"ten": ten, "many": many}
+SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
+LONGER = "unrolled, longer"
+"""Four times the budget of the others."""
+SEEDS, CHOOSING = range(5), (100, 101)
+SHARE, LONG, POINTS = 20, 5, 9
+"""Ours may spend a 20th of TPE's steps; all are judged after 5 times a trial's steps; a curve of ours has 9 points."""
+CHOSEN = {
+    ("ten", "unrolled"): Setting("unrolled", 10, 0.4),
+    ("ten", "implicit"): Setting("implicit", 5, 0.2, 0.1),
+    ("ten", "hypernetwork"): Setting("hypernetwork", 4, 0.2, 0.5),
+    ("many", "unrolled"): Setting("unrolled", 5, 0.2),
+    ("many", "implicit"): Setting("implicit", 5, 0.4, 0.1),
+    ("many", "hypernetwork"): Setting("hypernetwork", 4, 0.2, 0.5),
+}
+"""By problem and method: the least mean validation loss of docs/search/choice.json."""
+
+
+def started(problem: Problem, seed: int) -> Tensor:
+    """Where everybody begins: uniform in the box; for many one decay for all, drawn so."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.rand(10, generator=generator)
+    return (place if problem.size == 10 else place[:1].expand(problem.size)).logit()
+
+
+def worth(problem: Problem, values: Tensor, steps: int) -> dict[str, float]:
+    """Hyperparameters after a training from scratch; `gradient` is the training loss's norm over that at the start."""
+    weights, digits, loss = problem.trained(values, steps), problem.digits, problem.prepared(values)
+
+    def slope(at: dict[str, Tensor]) -> float:
+        leaves = {name: w.detach().requires_grad_() for name, w in at.items()}
+        return float(sum(g.square().sum() for g in torch.autograd.grad(loss(leaves), list(leaves.values()))).sqrt())
+
+    with torch.no_grad():
+        valid, test = float(problem.loss(weights, digits.valid)), float(problem.loss(weights, digits.test))
+    accuracy = problem.accuracy(weights, digits.test)
+    return {"valid": valid, "test": test, "accuracy": accuracy, "gradient": slope(weights) / slope(problem.start)}
+
+
+def improvements(curve: Curve) -> Curve:
+    """The points at which a falling curve falls, and its last."""
+    kept = [point for i, point in enumerate(curve) if i == 0 or point[2] < curve[i - 1][2] or i == len(curve) - 1]
+    return [(work, round(seconds, 3), round(loss, 5)) for work, seconds, loss in kept]
+
+
+def part(problem: Problem, method: str, seed: int, trials: int) -> dict[str, Any]:
+    """One method on one problem and seed: its curve, and what it found is worth."""
+    start, failure = started(problem, seed), None
+    if method in SEARCHES:
+        curve, values = searched(problem, start, method, seed, trials)
+        curve = improvements(curve)
+    else:
+        budget = problem.steps * max(trials // SHARE, 3) * (4 if method == LONGER else 1)
+        setting = CHOSEN[problem.name, method.split(",", maxsplit=1)[0]]
+        curve, values, failure = tuned(problem, start, setting, budget=budget, points=POINTS, seed=seed)
+        curve = [(work, round(seconds, 3), round(loss, 5)) for work, seconds, loss in curve]
+    found: dict[str, Any] = {"curve": curve, "failure": failure}
+    found["standard"] = worth(problem, values, problem.steps)
+    found["converged"] = worth(problem, values, LONG * problem.steps)
+    if problem.size == 10:
+        found["values"] = values.tolist()
+    elif method in ("grid", "unrolled"):
+        # The rival of validation data that teach decays: the same data as training data. A penalty is a prior, whose
+        # part in a mean over more digits is smaller.
+        both = many(seed, both=True)
+        more = len(both.digits.train) / len(problem.digits.train)
+        found["both"] = worth(both, values - math.log(more), LONG * problem.steps)
+    return found
+
+
+def choose(problem: Problem, method: str, number: int, seed: int) -> dict[str, Any]:
+    """One setting on one seed: the validation loss at the end of the budget."""
+    budget = problem.steps * TRIALS // SHARE
+    setting = settings(method)[number]
+    curve, _, _ = tuned(problem, started(problem, seed), setting, budget=budget, points=1, seed=seed)
+    return {"setting": asdict(setting), "valid": curve[-1][2], "work": curve[-1][0]}
+
+
+def main() -> None:
+    """Run what is missing and write it."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--output", type=Path, default=Path("tuning.json"))
+    options.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the five")
+    options.add_argument("--quick", action="store_true", help="one seed, six trials")
+    options.add_argument("--choose", action="store_true", help="try the settings of our methods on seeds of their own")
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # Optuna's, of its own insides
+    trials = 6 if chosen.quick else TRIALS
+    names: list[tuple[str, ...]] = []
+    for seed in CHOOSING if chosen.choose else SEEDS[: 1 if chosen.quick else chosen.seeds]:
+        for problem in PROBLEMS:
+            if chosen.choose:
+                names += [(problem, m, str(i), str(seed)) for m in METHODS for i in range(len(settings(m)))]
+            else:
+                names += [(problem, m, str(seed)) for m in (*METHODS, LONGER, *SEARCHES)]
+
+    def work(name: tuple[str, ...], problem: Problem) -> dict[str, Any]:
+        if chosen.choose:
+            return choose(problem, name[1], int(name[2]), int(name[3]))
+        return part(problem, name[1], int(name[2]), trials)
+
+    results = run(names, work, chosen.output.with_suffix(".jsonl"))
+    machine = {"machine": platform.machine(), "threads": 1, "python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "optuna", "numpy")}
+    told: dict[str, Any] = {"machine": machine | versions, "trials": trials, "results": results}
+    if not chosen.choose:
+        told["settings"] = {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
+        told["seconds to suggest"] = {str(n): seconds_to_suggest(n) for n in (10, 785 if chosen.quick else 7850)}
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def run(
+    names: list[tuple[str, ...]], work: Callable[[tuple[str, ...], Problem], dict[str, Any]], lines: Path
+) -> dict[str, Any]:
+    """The results by name, in the order of names; those that are in the file of lines are not made again."""
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+    found = {entry["name"]: entry["result"] for entry in kept}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    problems: dict[tuple[str, str], Problem] = {}
+    with Progress(*columns, TimeRemainingColumn()) as bar, lines.open("a", encoding="utf-8") as file:
+        task = bar.add_task("", total=len(names))
+        for name in names:
+            key, seed = " ".join(name), name[-1]
+            bar.update(task, description=key)
+            if key not in found:
+                if (name[0], seed) not in problems:
+                    problems = {(name[0], seed): PROBLEMS[name[0]](int(seed))}
+                    # Nobody pays for what torch does only once in a process.
+                    problems[name[0], seed].valid_loss(problems[name[0], seed].low, steps=2)
+                found[key] = work(name, problems[name[0], seed])
+                file.write(json.dumps({"name": key, "result": found[key]}) + "\n")
+                file.flush()
+            bar.advance(task)
+    return {key: found[key] for key in (" ".join(name) for name in names)}
+
+
+def best(results: dict[str, Any]) -> dict[tuple[str, str], Setting]:
+    """The setting of least mean validation loss, for each problem and method of a file of choices."""
+    found = {}
+    for problem in PROBLEMS:
+        for method in METHODS:
+            means = [
+                statistics.fmean(results[f"{problem} {method} {i} {seed}"]["valid"] for seed in CHOOSING)
+                for i in range(len(settings(method)))
+            ]
+            found[problem, method] = settings(method)[means.index(min(means))]
+    return found
+
+
+if __name__ == "__main__":
+    main()

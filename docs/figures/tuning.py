@@ -1,0 +1,214 @@
+"""Writes the tables of docs/search.md and docs/search/curves.png from docs/search/*.json, made by benchmarks/tuning."""
+
+import itertools
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.patheffects import withStroke
+
+from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SKY, SMALL, blank, tidy
+
+DOCS = Path(__file__).resolve().parents[1]
+PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
+SEARCHES = ("TPE", "Hyperband", "random", "grid")
+LOOKS = {
+    "unrolled": (BLUE, "-"),
+    "implicit": (GREEN, "-"),
+    "hypernetwork": (PURPLE, "-"),
+    "unrolled, longer": (BLUE, ":"),
+    "TPE": (RED, "--"),
+    "Hyperband": (ORANGE, "--"),
+    "random": (SKY, "--"),
+    "grid": (BLACK, "--"),
+}
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of docs/search."""
+    return json.loads((DOCS / "search" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def by_method(found: dict[str, Any], problem: str) -> Runs:
+    """Method -> its results, seed by seed."""
+    runs: Runs = {method: [] for method in LOOKS}
+    for key, result in found["results"].items():
+        name, rest = key.split(" ", 1)
+        if name == problem:
+            runs[rest.rsplit(" ", 1)[0]].append(result)
+    return runs
+
+
+def reached(curve: list[list[float]], loss: float) -> float:
+    """The work at which a falling curve is first at or below a loss; infinite when it never is."""
+    return next((work for work, _, value in curve if value <= loss), float("inf"))
+
+
+def saved(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[float]:
+    """How many times our whole work theirs took to the validation loss that ours ended with, seed by seed."""
+    ends = [run["curve"][-1] for run in ours]
+    return [reached(their["curve"], end[2]) / end[0] for end, their in zip(ends, theirs, strict=True)]
+
+
+def beaten(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
+    """In how many seeds ours ended at or below the validation loss that theirs ended with."""
+    return sum(a["curve"][-1][2] <= b["curve"][-1][2] for a, b in zip(ours, theirs, strict=True))
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    """Median, lowest and highest."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+def times(ratios: list[float], most: float) -> str:
+    """The median of ratios; those that are infinite are only known to be above `most`."""
+    median = statistics.median(ratios)
+    return f"over {most:.0f}" if median == float("inf") else f"{median:.1f}"
+
+
+def main_table(found: dict[str, Any], problem: str) -> str:
+    """What each method spent and found."""
+    runs = by_method(found, problem)
+    heads = ["method", "steps", "CPU s", "validation", "test", "accuracy", "at TPE's", "TPE's steps to this"]
+    rows = []
+    for method, results in runs.items():
+        ends = [run["curve"][-1] for run in results]
+        most = runs["TPE"][0]["curve"][-1][0] / statistics.median(end[0] for end in ends)
+        ours = method not in SEARCHES
+        rows.append(
+            [
+                method,
+                f"{statistics.median(end[0] for end in ends):,.0f}",
+                f"{statistics.median(end[1] for end in ends):.1f}",
+                spread([run["standard"]["valid"] for run in results]),
+                spread([run["standard"]["test"] for run in results]),
+                f"{statistics.median(run['standard']['accuracy'] for run in results):.3f}",
+                f"{beaten(results, runs['TPE'])} of {len(results)}" if method != "TPE" else "",
+                f"{times(saved(results, runs['TPE']), most)} times" if ours else "",
+            ]
+        )
+    return table(heads, rows)
+
+
+def converged_table(found: dict[str, Any], problem: str) -> str:
+    """The same hyperparameters after a training of five times the steps."""
+    rows = [
+        [method, *[spread([run["converged"][key] for run in results]) for key in ("valid", "test", "accuracy")]]
+        for method, results in by_method(found, problem).items()
+    ]
+    if problem == "many":
+        for method, results in by_method(found, problem).items():
+            if "both" in results[0]:
+                told = [spread([run["both"][key] for run in results]) for key in ("test", "accuracy")]
+                rows.append([f"{method}, trained on both", "", *told])
+    return table(["method", "validation", "test", "accuracy"], rows)
+
+
+def tried(choice: dict[str, Any]) -> str:
+    """Every setting that was tried: its mean validation loss on the seeds of the choice."""
+    losses: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for key, result in choice["results"].items():
+        problem, s = key.split(" ", 1)[0], result["setting"]
+        row = (s["method"], str(s["inner"]), str(s["lr"]), str(s["strength"] or ""))
+        losses.setdefault(row, {}).setdefault(problem, []).append(result["valid"])
+    rows = [[*row, *[f"{statistics.fmean(by[p]):.3f}" for p in ("ten", "many")]] for row, by in losses.items()]
+    return table(["method", "inner steps", "rate", "damping or scale", "ten", "many"], rows)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text and the others numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def told(page: str) -> str:
+    """The page with the files' numbers in its tables."""
+    found = read("results")
+    seeds, made = len(by_method(found, "ten")["TPE"]), found["machine"]
+    suggesting = found["seconds to suggest"]["7850"]
+    tables = {
+        "measured": f"{seeds} seeds; python {made['python']}, torch {made['torch']}, Optuna {made['optuna']}. "
+        f"TPE takes {suggesting:.1f} CPU seconds to suggest 7,850 numbers once its random trials are over.\n",
+        "ten": main_table(found, "ten"),
+        "many": main_table(found, "many"),
+        "ten_converged": converged_table(found, "ten"),
+        "many_converged": converged_table(found, "many"),
+        "tried": tried(read("choice")),
+    }
+    return PLACE.sub(lambda m: f"<!-- {m['name']} -->\n{tables[m['name']]}<!-- /{m['name']} -->\n", page)
+
+
+def along(run: dict[str, Any], axis: int, at: np.ndarray, stepwise: bool) -> np.ndarray:
+    """A curve's loss at places along work (axis 0) or seconds (1); nothing outside it, but the best so far stays."""
+    x, y = (np.array([point[i] for point in run["curve"]]) for i in (axis, 2))
+    if stepwise:
+        place = np.searchsorted(x, at * (1 + 1e-9), side="right") - 1
+        return np.where((place >= 0) & (at <= x[-1] * 1.001), y[np.maximum(place, 0)], np.nan)
+    return np.interp(at, x, y, left=np.nan, right=np.nan)
+
+
+def figure(found: dict[str, Any]) -> Any:
+    """Validation loss over training steps and over seconds, a row for each problem."""
+    drawn = blank(15.0, 11.0)
+    panels = drawn.subplots(2, 2, sharey="row")
+    titles = {"ten": "10 hyperparameters of a network", "many": "7,850 decays of a softmax classifier"}
+    names = ("training steps (gradients + Hessian-vector products)", "CPU seconds")
+    for row, problem in zip(panels, titles, strict=True):
+        runs = by_method(found, problem)
+        tips: dict[Any, list[tuple[float, float, str]]] = {panel: [] for panel in row}
+        for axis, panel in enumerate(row):
+            for method, results in runs.items():
+                colour, line = LOOKS[method]
+                starts, ends = ([run["curve"][i][axis] for run in results] for i in (0, -1))
+                at = np.geomspace(max(starts), min(ends), 400)
+                lines = np.array([along(run, axis, at, method in SEARCHES) for run in results])
+                middle = np.median(lines, axis=0)
+                if method in ("unrolled", "TPE"):  # more bands than two hide each other
+                    panel.fill_between(at, lines.min(0), lines.max(0), color=colour, alpha=0.13, linewidth=0)
+                panel.plot(at, middle, line, color=colour, linewidth=2.4)
+                panel.plot(at[-1], middle[-1], "o", color=colour, markersize=6)
+                tips[panel].append((float(at[-1]), float(middle[-1]), method))
+            if axis == 0:
+                twentieth = runs["TPE"][0]["curve"][-1][0] / 20
+                panel.axvline(twentieth, color="0.55", linewidth=1.2, linestyle=":")
+                panel.annotate(
+                    "a twentieth of TPE's", (twentieth, 1.0), (5, -4), xycoords=("data", "axes fraction"), va="top",
+                    textcoords="offset points", fontsize=SMALL, color="0.35",
+                )  # fmt: skip
+            panel.set_xscale("log")
+            tidy(panel, x=names[axis], y="validation loss (nats)" if axis == 0 else "")
+        low = min(run["curve"][-1][2] for results in runs.values() for run in results)
+        high = max(np.median([run["curve"][0][2] for run in results]) for results in runs.values())
+        row[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+        row[0].set_title(titles[problem], fontsize=LARGE, loc="left")
+        for panel, ends in tips.items():
+            name_lines(panel, ends)
+    return drawn
+
+
+def name_lines(panel: Any, ends: list[tuple[float, float, str]]) -> None:
+    """Each line's name beside its end; names that would meet are moved apart, upwards and downwards alike."""
+    low, high = panel.get_ylim()
+    gap = 0.052 * (high - low)
+    panel.set_xlim(right=max(x for x, _, _ in ends) * 3.5)
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [y for _, y, _ in ends]
+    for _ in range(200):
+        for i, j in itertools.combinations(range(len(ends)), 2):
+            lack = gap - (places[j] - places[i])
+            if lack > 0 and abs(np.log(ends[i][0] / ends[j][0])) < np.log(3.5):
+                places[i], places[j] = places[i] - lack / 2, places[j] + lack / 2
+    for (x, _, method), place in zip(ends, places, strict=True):
+        name = panel.text(1.12 * x, place, method, color=LOOKS[method][0], fontsize=SMALL, va="center")
+        name.set_path_effects([withStroke(linewidth=4, foreground="white")])
+
+
+if __name__ == "__main__":
+    target = DOCS / "search.md"
+    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
+    figure(read("results")).savefig(DOCS / "search" / "curves.png", dpi=100)
