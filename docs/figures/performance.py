@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
 from games.paper.style import COLOURS, DPI, LINES, SMALL, blank, tidy
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -187,6 +189,9 @@ def draw_accuracy() -> None:
                 at = len(names) - 1 - names.index(row["method"])
                 axes.plot(row["seconds"], at - shift, mark, color=colour, markersize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         tidy(axes, x="seconds of the processor", y="", title=problem)
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     figure.suptitle("To a relative error of 1e-3 (circles) and of 1e-6 (diamonds)", fontsize=SMALL)
