@@ -227,8 +227,7 @@ class Hypernetwork(Response):
         if isinstance(self.network, nn.Module):
             module: nn.Module = self.network
         else:
-            with torch.device("meta"):
-                module = self._module(inputs, form)
+            module = self._without_numbers(inputs, form)
         parameters = [torch.empty(p.shape, dtype=w0[0].dtype, device="meta") for p in module.parameters()]
         needed = footprint(self.optimizer, [*w0, *parameters], in_place=self.in_place)
         limit = available(w0[0].device) if self.memory_limit is None else self.memory_limit
@@ -286,9 +285,18 @@ class Hypernetwork(Response):
     def _skeleton(self, inputs: int, form: Structure) -> nn.Module:
         key = (inputs, form.shapes)
         if key not in self._skeletons:
-            with torch.device("meta"):  # its parameters come from the state
-                self._skeletons[key] = self._module(inputs, form)
+            self._skeletons[key] = self._without_numbers(inputs, form)  # they come from the state
         return self._skeletons[key]
+
+    def _without_numbers(self, inputs: int, form: Structure) -> nn.Module:
+        """The network's form on the meta device, which takes no memory."""
+        try:
+            with torch.device("meta"):
+                return self._module(inputs, form)
+        except RuntimeError:
+            # Who computes with numbers of its own while it is made can only be made whole.
+            with random_kept():
+                return self._module(inputs, form).to("meta")
 
     def _start(self, follower: Follower, x: Tensor, state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The centre, w0's leaves and the network's parameters that a call goes on from: copies, or the state's own."""

@@ -91,3 +91,20 @@ def test_bytes_are_told():
     assert [told(size) for size in (12, 1500, 2_640_000_000)] == ["12 bytes", "1.5 kB", "2.64 GB"]
     found = available(torch.device("cpu"))
     assert found is None or found > 0
+
+
+def test_a_network_that_computes_while_it_is_made_is_made_whole_and_draws_no_numbers():
+    def zeroed(inputs, outputs):
+        layer = nn.Linear(inputs, outputs, bias=False)
+        layer.weight.data = 0.0 * (torch.ones(outputs, inputs, device="cpu") + layer.weight)
+        return layer
+
+    before = torch.random.get_rng_state()
+    response = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=zeroed, tolerance=None)
+    state = response.init(GAME)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    x = torch.zeros(10, requires_grad=True)
+    y, _ = response(GAME, {"x": x}, state)
+    assert torch.isfinite(torch.autograd.grad(lead(y), x)[0]).all()
+    with pytest.raises(MemoryError, match="10,000 parameters"):
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=zeroed, memory_limit=1000).init(GAME)
