@@ -22,7 +22,7 @@ class Games(Game):
 
         games = Games(game, 1000, init={"w": starts}, data={"w": [(inputs, targets)]})
         solutions = solve(games, w=Unrolled(...), steps=200)
-        solutions[17]                                       # what solve(games.game(17), ...) finds
+        solutions[17]                                       # where solve(games.game(17), ...) ends
 
     `game` is one of them, and its objectives are written for one: `torch.func.vmap` runs them over all. `init`: player
     -> variables, each leaf `[count, ...]`; who is left out starts in every game where it starts in `game`. `data`:
@@ -96,6 +96,9 @@ class Games(Game):
 
     def chosen(self, indices: Sequence[int]) -> Games:
         """Some of them, in this order: those without one that fails, say."""
+        beyond = [index for index in indices if not -self.count <= index < self.count]
+        if beyond or not len(indices):
+            raise IndexError(f"There is no game {beyond[0] if beyond else 'chosen'} among {self.count}.")
         rows = torch.arange(self.count)[torch.as_tensor(indices)]  # on the CPU: data may be, whatever the variables are
         games = object.__new__(Games)
         games.__dict__.update(self.__dict__)
@@ -207,6 +210,13 @@ class Games(Game):
                 raise ValueError(f"Games: data or data_dims names {name!r}; players are {list(self._one.players)}.")
             if name not in data:
                 raise ValueError(f"Games: data_dims names {name!r}, who has no data of its own here: give data= too.")
+        for name, dims in self._dims.items():
+            wrong = [dim for dim in pytree.tree_leaves(dims) if dim not in (0, None) or isinstance(dim, bool)]
+            if wrong:
+                raise ValueError(
+                    f"Games: data_dims of player {name!r} holds {wrong[0]!r}; expected 0, the leading dimension, or "
+                    "None for what all games share."
+                )
         for name, batches in data.items():
             if name not in self._streams:
                 raise ValueError(f"Games: player {name!r} was given data, but its objective takes no `batch`.")

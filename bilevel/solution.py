@@ -15,12 +15,13 @@ class Solution:
     """The end of a run.
 
     `variables`: player -> its variables, detached. `values`: player -> its loss there, on its last batch. `history`:
-    one record a step, with the loss of each player (by name), "step", "gradient_norm" (the leaders' hypergradient),
-    and "work" (gradients + products so far). `stationarity`: follower -> |gradient of its own loss| in units of that
-    at the start; `residuals`: follower -> relative residual of the equation for its derivative: of its last linear
-    solve, or of the learned slope; Unrolled has none. `gradients`,
-    `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know before trusting
-    it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
+    one record a step, with the loss of each player (by name), each follower's "name.stationarity", "step",
+    "gradient_norm" (the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so far.
+    `stationarity`: follower -> |gradient of its own loss| in units of that at the start; `residuals`: follower ->
+    relative residual of the equation for its derivative: of its last linear solve, or of the learned slope; Unrolled
+    has none. `errors`: follower -> the last hypergradient's relative error as `Settled` estimated it, where it did.
+    `gradients`, `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know
+    before trusting it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
     """
 
     variables: Mapping[str, Variables]
@@ -34,6 +35,7 @@ class Solution:
     warnings: tuple[str, ...]
     states: Mapping[str, Any] = field(repr=False)
     buffers: Mapping[str, Any] = field(repr=False)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A table of the players, the work, and the warnings."""
@@ -41,7 +43,8 @@ class Solution:
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title=f"Solution after {len(self.history)} steps")
-        for column in ("player", "loss at start", "loss", "stationarity", "derivative residual"):
+        columns = ("player", "loss at start", "loss", "stationarity", "derivative residual")
+        for column in (*columns, *(["hypergradient error"] * bool(self.errors))):
             table.add_column(column, justify="left" if column == "player" else "right")
         first = self.history[0] if self.history else {}
         for name, value in self.values.items():
@@ -51,6 +54,7 @@ class Solution:
                 f"{value:.4g}",
                 f"{self.stationarity[name]:.2e}" if name in self.stationarity else "",
                 f"{self.residuals[name]:.2e}" if name in self.residuals else "",
+                *([f"{self.errors[name]:.0e}" if name in self.errors else ""] * bool(self.errors)),
             )
         text = io.StringIO()
         console = Console(file=text, width=100)

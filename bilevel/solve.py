@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -484,11 +485,18 @@ class _Run:
         values = {k: v for name in self.game.names for k, v in self._shown_losses(name, variables, states).items()}
         told = []
         for count, last, text, kind in self.warned.values():
-            told.append(
-                f"{kind} in {count} of {self.step_count} steps, last in step {min(last, self.step_count)}: {text}"
-            )
+            when = f"in {count} of {self.step_count} steps, last in step {min(last, self.step_count)}"
+            told.append(f"{kind} {when if count else 'in the answer to where the leaders ended'}: {text}")
             if last >= self.step_count:
                 warnings.warn(told[-1], _CATEGORIES.get(kind, BilevelWarning), stacklevel=3)
+        for name, state in self.states.items():
+            looser = state["leader"]["factor"] if "leader" in state and state["leader"]["calls"] else 1.0
+            if looser > 1.0:
+                told.append(
+                    f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its "
+                    "tolerances: the leader's last step was taken with that. Give it more steps, or a faster schedule."
+                )
+                warnings.warn(told[-1], NonConvergenceWarning, stacklevel=3)
         # The last backward solve belongs to the last step; the answer here needs none.
         solves = {n: s["linear"] for n, s in self.states.items() if "linear" in s}
         ended: dict[str, Any] = {
@@ -507,7 +515,13 @@ class _Run:
             return Solutions(values=values, residuals=residuals, **ended)
         residuals = {n: float(solve["residual"]) for n, solve in solves.items()}
         residuals |= {n: float(s["residual"]) for n, s in states.items() if "residual" in s}
-        return Solution(values={n: float(value) for n, value in values.items()}, residuals=residuals, **ended)
+        estimates = {n: float(solve["error"]) for n, solve in solves.items()}
+        return Solution(
+            values={n: float(value) for n, value in values.items()},
+            residuals=residuals,
+            errors={n: error for n, error in estimates.items() if not math.isnan(error)},
+            **ended,
+        )
 
 
 _SEPARABLE = (

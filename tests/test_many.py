@@ -513,3 +513,27 @@ def test_solves_that_stop_when_settled_are_as_right_as_asked():
     settled = bl.Implicit(partial(SGD, lr=0.1), steps=2000, tolerance=1e-10, linear_solver=solver)
     run = partial(bl.solve, games, optimizer=partial(SGD, lr=0.1), steps=5)
     torch.testing.assert_close(run(y=settled).variables["x"], run(y=tight).variables["x"], rtol=1e-5, atol=1e-7)
+
+
+def test_forward_mode_is_refused_and_second_moments_serve():
+    with pytest.raises(TypeError, match="ForwardMode carries a derivative"):
+        bl.Unrolled(partial(SGD, lr=0.05), steps=3, differentiation=bl.ForwardMode()).init(quadratic())
+    solver = bl.ConjugateGradient(rtol=1e-10, preconditioner=bl.SecondMoment())
+    adam = bl.Implicit(partial(ADAM, lr=0.05), steps=400, tolerance=None, linear_solver=solver)
+    plain = bl.Implicit(
+        partial(ADAM, lr=0.05), steps=400, tolerance=None, linear_solver=bl.ConjugateGradient(rtol=1e-10)
+    )
+    run = partial(bl.solve, quadratic(), optimizer=partial(SGD, lr=0.1), steps=3)
+    torch.testing.assert_close(run(y=adam).variables["x"], run(y=plain).variables["x"], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("indices", "text"), [([0, 6], "no game 6"), ([], "no game chosen")])
+def test_games_that_are_not_there_are_not_chosen(indices, text):
+    with pytest.raises(IndexError, match=text):
+        quadratic().chosen(indices)
+
+
+def test_other_dimensions_are_refused():
+    one = bl.Game(x=bl.Player(lambda x, batch: ((x - batch) ** 2).sum(), torch.zeros(4), data=[torch.ones(4)]))
+    with pytest.raises(ValueError, match="data_dims of player 'x' holds 1"):
+        bl.Games(one, 4, data={"x": [torch.ones(4, 4)]}, data_dims={"x": 1})

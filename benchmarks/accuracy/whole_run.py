@@ -43,7 +43,9 @@ def game_of() -> bl.Game:
 
 def responses() -> dict[str, bl.Response]:
     """One more means a row."""
-    inner = partial(torch.optim.LBFGS, max_iter=50, history_size=30, line_search_fn="strong_wolfe")
+    # torch's LBFGS would stop by tolerances of its own, far from 1e-6 of the start.
+    ends = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+    inner = partial(torch.optim.LBFGS, max_iter=50, history_size=30, line_search_fn="strong_wolfe", **ends)
 
     def made(warm: bool, inexactness: bl.Inexactness | None, **options: object) -> bl.Implicit:
         solver = bl.ConjugateGradient(rtol=1e-6, max_steps=5000, **options)  # type: ignore[arg-type]

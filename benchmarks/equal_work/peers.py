@@ -160,32 +160,34 @@ def jaxopt(problem: Problem, kind: str) -> Run | None:
         picked = jnp.take_along_axis(jax.nn.log_softmax(hidden), data[1][:, None], axis=1)
         return -picked.mean()
 
-    def follow(weights, decays):  # type: ignore[no-untyped-def]
+    def follow(weights, decays, train):  # type: ignore[no-untyped-def]
         penalty = sum((jnp.exp(d) * w**2).sum() for d, w in zip(decays, weights, strict=True))
-        return fit(weights, sets["train"]) + penalty
+        return fit(weights, train) + penalty
 
     if kind == "neumann":
         return None
 
-    def slopes_of_unrolled(decays):  # type: ignore[no-untyped-def]
+    # Everything is an argument: XLA would spend minutes on folding constants of this size.
+    def slopes_of_unrolled(decays, start, train, valid):  # type: ignore[no-untyped-def]
         solver = theirs.GradientDescent(
             follow, stepsize=problem.lr, acceleration=False, maxiter=problem.unroll, tol=-1.0, implicit_diff=False
         )
-        return jax.grad(lambda d: fit(solver.run(start, d).params, sets["valid"]))(decays)
+        return jax.grad(lambda d: fit(solver.run(start, d, train).params, valid))(decays)
 
-    def slopes_of_root(decays):  # type: ignore[no-untyped-def]
+    def slopes_of_root(decays, start, train, valid):  # type: ignore[no-untyped-def]
         def solve(matvec, b):  # type: ignore[no-untyped-def]
             return theirs.linear_solve.solve_cg(matvec, b, maxiter=problem.cg, tol=0.0)
 
-        (found,) = theirs.implicit_diff.root_vjp(
-            jax.grad(follow), start, (decays,), jax.grad(fit)(start, sets["valid"]), solve=solve
+        found, _ = theirs.implicit_diff.root_vjp(
+            jax.grad(follow), start, (decays, train), jax.grad(fit)(start, valid), solve=solve
         )
         return found
 
     compiled = jax.jit(slopes_of_unrolled if kind == "unroll" else slopes_of_root)
 
     def run() -> Leaves:
-        return tuple(torch.from_numpy(jax.device_get(g).copy()) for g in jax.block_until_ready(compiled(decays)))
+        slopes = jax.block_until_ready(compiled(decays, start, sets["train"], sets["valid"]))
+        return tuple(torch.from_numpy(jax.device_get(g).copy()) for g in slopes)
 
     return run
 

@@ -23,13 +23,12 @@ from ours_and_hand import Run, hand, ours
 from peers import flat, peers
 from problem import Problem, problems
 
-import bilevel as bl
 from bilevel.comparison.memory import peak_bytes
 
 KINDS = ("unroll", "cg", "neumann")
 
 
-def row(problem: Problem, kind: str, *, rounds: int, threads: int) -> list[dict[str, object]]:
+def row(problem: Problem, kind: str, *, rounds: int) -> list[dict[str, object]]:
     """Every method on one problem by one kind of derivative."""
     runs: dict[str, Run] = {"hand-written": hand(problem, kind), "bilevel": ours(problem, kind)}
     failures: dict[str, str] = {}
@@ -85,14 +84,13 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
     rows = []
+    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+    machine["threads"] = str(chosen.threads)
     for problem in problems(chosen.problem):
         for kind in chosen.kind or KINDS:
-            rows += row(problem, kind, rounds=chosen.rounds, threads=chosen.threads)
-    machine = {"machine": platform.platform(), "processor": platform.processor(), "python": platform.python_version()}
-    machine |= {"torch": torch.__version__, "threads": str(chosen.threads), "bilevel": bl.__name__}
-    chosen.output.write_text(
-        json.dumps({"machine": machine, "seed": 0, "rounds": chosen.rounds, "rows": rows}, indent=1) + "\n"
-    )
+            rows += row(problem, kind, rounds=chosen.rounds)
+            whole = {"machine": machine, "seed": 0, "rounds": chosen.rounds, "rows": rows}
+            chosen.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,17 @@ def remember(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> 
     return [dict(optimizer.state.get(p, {})) for p in parameters]
 
 
+def after_one_step(factory: OptimizerFactory, leaves: Sequence[Tensor]) -> Memory:
+    """What the factory's optimiser remembers of each leaf after a step that goes nowhere; [] when it is nothing."""
+    parameters = [leaf.detach().clone() for leaf in leaves]
+    optimizer = build(factory, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step((lambda: 0.0) if isinstance(optimizer, torch.optim.LBFGS) else None)
+    remembered = remember(optimizer, parameters)
+    return remembered if any(value is not None for slot in remembered for value in slot.values()) else []
+
+
 def recall(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None, *, copy: bool = True
 ) -> None:

@@ -14,7 +14,7 @@ from bilevel.errors import IndefiniteSystemError, NotSymmetricError
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
 from bilevel.linear.preconditioner import Memory, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
-from bilevel.linear.stopping import Settled, Watch
+from bilevel.linear.stopping import Stopping, Watch
 
 
 @final
@@ -48,12 +48,22 @@ class ConjugateGradient(LinearSolver):
 
     max_steps: int | None = None
     preconditioner: Preconditioner | Callable[[Tensor], Tensor] | None = None
-    stopping: Settled | None = None
+    stopping: Stopping | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")
+        given = self.preconditioner
+        if isinstance(given, type) or not (given is None or isinstance(given, Preconditioner) or callable(given)):
+            raise TypeError(
+                f"ConjugateGradient was given preconditioner={given!r}; it wants one such as Diagonal(), a function "
+                "from r to M^-1 r, or None."
+            )
+        if not (self.stopping is None or isinstance(self.stopping, Stopping)):
+            raise TypeError(
+                f"ConjugateGradient was given stopping={self.stopping!r}; it wants Settled(1e-3), say, or None."
+            )
 
     @property
     def needs_symmetry(self) -> bool:
@@ -95,7 +105,8 @@ class ConjugateGradient(LinearSolver):
             run.inverse = self.preconditioner
 
         run.start = initial
-        watch = run.watch = self.stopping and self.stopping.watch(damped.interest or (lambda u: u))
+        watch = None if self.stopping is None else self.stopping.watch(damped.interest or (lambda u: u))
+        run.watch = watch
 
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
             found, steps = run.correct(residual, target, most, first=most == limit)

@@ -44,6 +44,11 @@ class SecondMoment(Preconditioner):
         if not self.power > 0.0 or not self.floor >= 0.0:
             raise ValueError(f"{self}: expected a power above 0 and a floor of at least 0.")
 
+    @property
+    def from_optimizer(self) -> bool:
+        """It is."""
+        return True
+
     def init(self, like: Tensor) -> Memory:
         """Second moments `[n]`, 0 while there are none."""
         return {"moments": torch.zeros_like(like)}
@@ -64,10 +69,10 @@ class SecondMoment(Preconditioner):
     def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
         """1 / M."""
         moments = memory["moments"].pow(self.power)
-        mean = float(moments.mean())
-        if mean == 0.0:
-            return lambda r: r
-        diagonal = (moments + self.floor * mean).clamp(min=torch.finfo(moments.dtype).tiny)
+        mean = moments.mean()
+        # Tensors throughout: under vmap there is no number to branch on.
+        floored = (moments + self.floor * mean).clamp(min=torch.finfo(moments.dtype).tiny)
+        diagonal = torch.where(mean > 0.0, floored, 1.0)
         return lambda r: r / diagonal
 
 
@@ -88,6 +93,11 @@ class InnerPairs(Preconditioner):
         """Refuse settings that cannot work."""
         if self.size < 1:
             raise ValueError(f"{self}: expected a size of at least 1.")
+
+    @property
+    def from_optimizer(self) -> bool:
+        """It is."""
+        return True
 
     def init(self, like: Tensor) -> Memory:
         """Directions and products `[size, n]`, oldest first, and how many are filled."""

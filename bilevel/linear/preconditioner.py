@@ -44,6 +44,11 @@ class Preconditioner(ABC):
         """Take note of what the follower's torch.optim optimiser remembers of each leaf; `[]` where it has none."""
 
     @property
+    def from_optimizer(self) -> bool:
+        """Whether it knows nothing but what it is informed of."""
+        return False
+
+    @property
     def pairs(self) -> int:
         """How many pairs (p, A p) it wants to `learn` from a solve."""
         return 0
@@ -188,6 +193,13 @@ class Recycled(Preconditioner):
         """Refuse settings that cannot work."""
         if self.size < 1:
             raise ValueError(f"{self}: expected a size of at least 1.")
+        if not (self.base is None or isinstance(self.base, Preconditioner)):
+            raise TypeError(f"Recycled was given base={self.base!r}; it wants one such as Diagonal(), or None.")
+
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether its base is."""
+        return self.base is not None and self.base.from_optimizer
 
     @property
     def pairs(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
@@ -14,9 +15,23 @@ from bilevel.autodiff import concrete
 from bilevel.linear.base import norm
 
 
+class Stopping(ABC):
+    """When a solver has enough, besides its residual."""
+
+    rtol: float
+
+    @abstractmethod
+    def loosened(self, factor: float) -> Stopping:
+        """The same, content with an error this many times larger."""
+
+    @abstractmethod
+    def watch(self, interest: Callable[[Tensor], Tensor]) -> Watch:
+        """Looks for one solve; `interest: [n]` to what matters of it `[m]`."""
+
+
 @final
 @dataclass(frozen=True)
-class Settled:
+class Settled(Stopping):
     r"""Enough, once the hypergradient itself has settled to a relative error of about `rtol`.
 
     A residual says little about the hypergradient C'u on an ill-conditioned follower: the part of u that C' sees can be
@@ -48,7 +63,10 @@ class Settled:
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         if not 0.0 < self.rtol < 1.0 or self.first < 1 or not self.spacing > 1.0:
-            raise ValueError(f"{self}: expected rtol between 0 and 1, first of at least 1, and a spacing above 1.")
+            raise ValueError(
+                f"{self}: expected 0 < rtol < 1, first of at least 1, and a spacing above 1. Leave stopping= out to "
+                "stop by the residual."
+            )
 
     def loosened(self, factor: float) -> Settled:
         """The same with `rtol` this many times larger, up to 1/2 where it is below that."""

@@ -16,8 +16,8 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetric
 from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.each import Each
-from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
+from bilevel.linear import ConjugateGradient, LinearSolver, Preconditioner
 from bilevel.responses.base import (
     Follower,
     HeldResidual,
@@ -77,6 +77,14 @@ class Implicit(Response):
                 f"Implicit: optimizer is {self.optimizer!r}; expected a callable from parameters to a torch.optim "
                 "optimiser, or an inner solver: bilevel.Scipy('L-BFGS-B'), bilevel.ClosedForm(function)."
             )
+        if not isinstance(self.linear_solver, LinearSolver):
+            raise TypeError(
+                f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
+            )
+        if not (self.inexactness is None or isinstance(self.inexactness, Inexactness)):
+            raise TypeError(
+                f"Implicit: inexactness is {self.inexactness!r}; expected Geometric(), AsLeaderMoves() or None."
+            )
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
@@ -95,6 +103,9 @@ class Implicit(Response):
             flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
         )
         state |= {"optimizer": None, "linear": vars(blank).copy()}
+        if self._from_optimizer and game.count is None:
+            remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
+            self.linear_solver.inform(self.linear_solver.init(flatten(state["variables"])), remembered)
         if self.inexactness is None:
             return state
         if game.count is not None:
@@ -170,7 +181,8 @@ class Implicit(Response):
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {missed} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased to that order. Give "
-                "it more steps or another optimiser, or accept it by tolerance=."
+                "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
+                "tolerance_change), or accept it by tolerance=."
             )
             if self.strict:
                 raise ConvergenceError(message)
@@ -187,9 +199,18 @@ class Implicit(Response):
             after["leader"] = self._track(state, follower)
         return flat, after, residual, products
 
+    @property
+    def _from_optimizer(self) -> bool:
+        """Whether the linear solver depends on what the inner optimiser remembers."""
+        solver = self.linear_solver
+        if not isinstance(solver, ConjugateGradient) or not isinstance(solver.preconditioner, Preconditioner):
+            return False
+        return solver.preconditioner.from_optimizer
+
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
-        if self.inexactness is None:
+        # What is not differentiated is an end, not a step on the way.
+        if self.inexactness is None or not (torch.is_grad_enabled() or transforms_active()):
             return 1.0
         track = self._track(state)
         moved = self._moved(follower, track)
@@ -202,8 +223,9 @@ class Implicit(Response):
         track = state.get("leader") or {"calls": 0, "last": {}, "first": 0.0}
         if follower is None:
             return track
-        moved, last = self._moved(follower, track), map_leaves(torch.clone, follower.others)
-        return {"calls": track["calls"] + 1, "last": last, "first": track["first"] or moved}
+        factor, moved = self._looser(follower, state), self._moved(follower, track)
+        last = map_leaves(torch.clone, follower.others)
+        return {"calls": track["calls"] + 1, "last": last, "first": track["first"] or moved, "factor": factor}
 
     @staticmethod
     def _moved(follower: Follower, track: dict[str, Any]) -> float:

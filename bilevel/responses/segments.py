@@ -55,6 +55,8 @@ class Segments(Differentiation):
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
             raise ValueError(f"Segments: count={self.count}; expected at least 1, or None.")
+        if self.memory is not None and not isinstance(self.memory, int | float):
+            raise TypeError(f"Segments: memory={self.memory!r}; expected a number of bytes, as 500e6, or None.")
         if self.memory is not None and self.memory < 1:
             raise ValueError(f"Segments: memory={self.memory}; expected a number of bytes, or None.")
         if self.count is not None and self.memory is not None:

@@ -16,6 +16,7 @@ from bilevel.inner.differentiable import refuse_undifferentiable
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.responses.base import Follower, Response, State, fresh_state
 from bilevel.responses.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
+from bilevel.responses.forward_mode import ForwardMode
 from bilevel.responses.many import refuse_mixing
 from bilevel.tree import Variables, leaves, map_leaves
 
@@ -72,6 +73,11 @@ class Unrolled(Response):
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
         state = fresh_state(game, follower, seed, many=True)
         refuse_mixing("Unrolled", self.optimizer, game, state["follower"])
+        if game.count is not None and isinstance(self.differentiation, ForwardMode):
+            raise TypeError(
+                f"Unrolled: ForwardMode carries a derivative for every leader's entry, of all {game.count} games. Use "
+                "Segments() or ReverseMode(), or solve them one by one: solve(games.game(i), ...)."
+            )
         players = {name: game.initial(name) for name in game.names if name != state["follower"]}
         refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
         return state | {"optimizer": None}

@@ -90,6 +90,9 @@ def test_they_do_nothing_before_they_know_anything():
     ("optimizer", "kind"),
     [
         (partial(optim.SGD, lr=1e-3, momentum=0.9), SecondMoment()),
+        (partial(optim.SGD, lr=1e-3), SecondMoment()),
+        (partial(optim.SGD, lr=1e-3), InnerPairs()),
+        (partial(optim.LBFGS, lr=1.0), SecondMoment()),
         (partial(optim.Adam, lr=1e-3), InnerPairs()),
         (bl.ClosedForm(lambda x: x.clone()), SecondMoment()),
         (bl.ClosedForm(lambda x: x.clone()), InnerPairs()),

@@ -123,3 +123,21 @@ def test_under_vmap_the_slowest_system_is_waited_for(spd, normal):
 def test_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ValueError, match="Settled"):
         Settled(**settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stopping": 1e-3}, {"stopping": Settled}, {"preconditioner": bl.Diagonal}, {"preconditioner": "jacobi"}],
+)
+def test_what_is_no_object_of_the_kind_is_refused(options):
+    with pytest.raises(TypeError, match=f"ConjugateGradient was given {next(iter(options))}="):
+        ConjugateGradient(**options)
+
+
+def test_a_run_tells_the_estimate():
+    game, *_ = ridge(0, 2)
+    solver = ConjugateGradient(rtol=1e-12, max_steps=2000, stopping=Settled(1e-2))
+    response = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, tolerance=None, linear_solver=solver)
+    solution = bl.solve(game, y=response, steps=2)
+    assert 0.0 < solution.errors["y"] <= 1e-2
+    assert "hypergradient error" in str(solution)

@@ -46,6 +46,7 @@ def test_the_end_is_the_same_for_less_work(game, kind):
     assert loose.stationarity["y"] <= 1e-8 and loose.residuals["y"] <= 1e-8
 
 
+@pytest.mark.filterwarnings("ignore:The run ended while")
 def test_a_run_with_it_resumes_bit_for_bit(game, tmp_path):
     kind = response(bl.AsLeaderMoves(start=1e3))
     run = partial(bl.solve, game, y=kind, optimizer=partial(torch.optim.SGD, lr=0.5))
@@ -70,8 +71,8 @@ def test_both_tolerances_are_loosened_but_never_beyond_one_half(game):
     y, state = kind(game, {"x": x}, state)
     game.loss("x", {"x": x, "y": y}).backward()
     assert 1e-3 < state["stationarity"] <= 0.5 and 1e-6 < float(state["linear"]["residual"]) <= 0.5
-    _, state = kind(game, {"x": x.detach() + 0.5}, state)
-    _, state = kind(game, {"x": x.detach() + 0.75}, state)
+    _, state = kind(game, {"x": x + 0.5}, state)
+    _, state = kind(game, {"x": x + 0.75}, state)
     assert (0, 1.0) in seen and any(calls == 2 and movement == pytest.approx(0.5) for calls, movement in seen)
 
 
@@ -125,3 +126,17 @@ def test_solvers_without_a_tolerance_stay_as_they_are():
 def test_settings_that_cannot_work_are_refused(made):
     with pytest.raises(ValueError, match="expected a start"):
         made()
+
+
+def test_a_run_that_ends_loose_says_so_and_its_end_is_solved_as_asked(game):
+    loose = response(bl.Geometric(start=1e5, rate=0.9))
+    with pytest.warns(bl.NonConvergenceWarning, match=r"inexactness= of 'y' was still 8.1e\+04 times looser"):
+        solution = bl.solve(game, y=loose, optimizer=partial(torch.optim.SGD, lr=0.5), steps=3)
+    assert solution.stationarity["y"] <= 1e-8
+    assert any("times looser" in told for told in solution.warnings)
+
+
+@pytest.mark.parametrize("wrong", [10.0, bl.Geometric])
+def test_what_is_no_schedule_is_refused(wrong):
+    with pytest.raises(TypeError, match="inexactness is"):
+        response(wrong)
