@@ -1,11 +1,14 @@
 """Imports run downhill only."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"errors", "tree", "autodiff", "randomness", "data"}
@@ -67,3 +70,8 @@ def test_importing_is_light() -> None:
     code = f"import sys, bilevel; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_references_index_names_every_public_name():
+    page = (ROOT / "docs/reference/index.md").read_text(encoding="utf-8")
+    assert [name for name in bilevel.__all__ if not re.search(rf"\b{name}\b", page)] == []
