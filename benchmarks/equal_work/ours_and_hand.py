@@ -40,8 +40,8 @@ def ours(problem: Problem, kind: str) -> Run:
     return run
 
 
-def hand(problem: Problem, kind: str) -> Run:
-    """The floor."""
+def hand(problem: Problem, kind: str, *, measured: bool = False) -> Run:
+    """The floor; `measured`: with one more product, for the residual that is left, as the library has it."""
     decays = tuple(d.clone().requires_grad_() for d in problem.decays)
 
     def unroll() -> Leaves:
@@ -67,6 +67,8 @@ def hand(problem: Problem, kind: str) -> Run:
             return torch.cat([row.reshape(-1) for row in rows])
 
         u = _cg(product, b, problem.cg) if kind == "cg" else _neumann(product, b, problem.neumann)
+        if measured:
+            float((b - product(u)).norm() / b.norm())
         return tuple(-g for g in torch.autograd.grad(slopes, decays, split(u)))
 
     return unroll if kind == "unroll" else implicit
