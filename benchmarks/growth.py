@@ -34,7 +34,7 @@ def game_of(weights: int, leaders: int) -> tuple[bl.Game, dict[str, Tensor]]:
     torch.manual_seed(0)
     width = max(4, round((-74 + math.sqrt(74**2 + 4 * weights)) / 2))
     widths = (64, width, width, 10)
-    start = [b**-0.5 * torch.randn(b, a) for a, b in itertools.pairwise(widths)]
+    start = [a**-0.5 * torch.randn(b, a) for a, b in itertools.pairwise(widths)]
     images, labels = torch.randn(256, 64), torch.randint(10, (256,))
     count = sum(w.numel() for w in start)
     leaders = min(leaders, count)

@@ -145,7 +145,7 @@ class LinearSolver(ABC):
                 f"{name} was given a right-hand side {list(rhs.shape)} of {rhs.dtype}; it wants one floating-point "
                 "vector [n], n >= 1. Flatten what you have, and use torch.func.vmap for several systems."
             )
-        largest = concrete(rhs.abs().amax())
+        largest = _largest(rhs)
         if not math.isfinite(largest):
             raise NonFiniteError(
                 f"{name} was given a right-hand side [{rhs.numel()}] with NaN or infinite entries. It is usually the "
@@ -157,7 +157,7 @@ class LinearSolver(ABC):
                     f"{name} was given an initial {list(initial.shape)} of {initial.dtype}; the right-hand side is "
                     f"{list(rhs.shape)} of {rhs.dtype}. Give one like it, or None to start from 0."
                 )
-            if not math.isfinite(concrete(initial.abs().amax())):
+            if not math.isfinite(_largest(initial)):
                 raise NonFiniteError(f"{name} was given an initial with NaN or infinite entries. Start from None.")
         return largest == 0.0
 
@@ -188,6 +188,14 @@ class LinearSolver(ABC):
         if self.strict:
             raise ConvergenceError(message)
         warnings.warn(message, NonConvergenceWarning, stacklevel=4)
+
+
+def _largest(vector: Tensor) -> float:
+    """The largest absolute value, NaN if there is one; in a batch over all of it."""
+    if transforms_active():
+        return concrete(vector.abs().amax())
+    low, high = torch.aminmax(vector.detach())  # no vector of its own
+    return float(torch.maximum(-low, high))
 
 
 def norm(vector: Tensor) -> Tensor:

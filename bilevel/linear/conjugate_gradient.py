@@ -163,7 +163,7 @@ class _Run:
         # Unit size, because curvatures are squares, and squares of small float32 numbers underflow to "indefinite".
         scale = torch.where(size > 0.0, size, 1.0)
         r, goal = residual / scale, target / scale
-        e = torch.zeros_like(r)
+        e: Tensor | None = None
         z = self._preconditioned(r)
         p, rho = z, torch.dot(r, z)
         # One flag a system: those in a batch that are done stand still while the others go on.
@@ -185,7 +185,7 @@ class _Run:
             if single and not concrete(moving):
                 break
             step = rho / curvature if single else torch.where(moving, rho / torch.where(moving, curvature, 1.0), 0.0)
-            e = torch.addcmul(e, step, p)
+            e = step * p if e is None else torch.addcmul(e, step, p)
             r = torch.addcmul(r, step, product, value=-1.0)
             z = self._preconditioned(r)
             new_rho = torch.dot(r, z)
@@ -201,7 +201,9 @@ class _Run:
             moving = moving & ((rho.sqrt() if self.inverse is None else norm(r)) > goal)
             if self.inverse is not None:
                 _refuse_preconditioner(moving, rho)
-        return scale * e, steps
+        if e is None:
+            return torch.zeros_like(r), steps
+        return e.mul_(scale) if single else scale * e, steps
 
     def _preconditioned(self, residual: Tensor) -> Tensor:
         return residual if self.inverse is None else self.inverse(residual)

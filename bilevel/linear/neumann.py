@@ -65,12 +65,12 @@ class Neumann(LinearSolver):
             return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
         damped = operator.damped(self.damping)
         tolerance = self.tolerance(rhs)
-        solution = torch.zeros_like(rhs) if initial is None else initial
+        solution = initial
         residual = rhs if initial is None else rhs - damped.matvec(initial)
         products = 0 if initial is None else 1
         adding = self._adding(residual, tolerance)
         if not concrete(adding):
-            return self._conclude(solution, residual, rhs, products)
+            return self._conclude(torch.zeros_like(rhs) if solution is None else solution, residual, rhs, products)
 
         step, taken = self._step(damped, rhs)
         products += taken
@@ -80,7 +80,8 @@ class Neumann(LinearSolver):
         ceiling = torch.where(ceiling > 0.0, ceiling, 1.0)  # a zero system among others in a batch
         for number in range(self.max_steps + 1):
             # u + a (b - A u) adds the series' next term to u: the same products, and the true residual at every step.
-            solution = torch.addcmul(solution, torch.where(adding, step, 0.0), residual)
+            length = torch.where(adding, step, 0.0)
+            solution = length * residual if solution is None else torch.addcmul(solution, length, residual)
             last = number == self.max_steps
             residual = damped.residual(rhs, solution) if last else rhs - damped.matvec(solution)
             products += 1
@@ -95,7 +96,7 @@ class Neumann(LinearSolver):
                 adding = adding & self._adding(residual, tolerance)
                 if not concrete(adding):
                     break
-        return self._conclude(solution, residual, rhs, products)
+        return self._conclude(torch.zeros_like(rhs) if solution is None else solution, residual, rhs, products)
 
     def _adding(self, residual: Tensor, tolerance: Tensor) -> Tensor:
         size = norm(residual)

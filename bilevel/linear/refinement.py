@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete
+from bilevel.autodiff import concrete, transforms_active
 from bilevel.linear.base import LinearOperator, norm
 
 # From a residual [n], the norm to bring it to and the most steps to take: a correction [n] and the steps it took.
@@ -37,14 +37,14 @@ def refine(
     """
     # A recurrence goes on shrinking below what rounding lets the true residual reach.
     target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
-    solution = torch.zeros_like(rhs) if initial is None else initial
+    solution = initial
     residual = rhs if initial is None else rhs - operator.matvec(initial)
     products = 0 if initial is None else 1
     size = norm(residual)
     steps = 0
     while steps < max_steps and concrete(size > target):
         correction, taken = correct(residual, target, max_steps - steps)
-        candidate = solution + correction
+        candidate = correction if solution is None else solution + correction
         remaining = operator.residual(rhs, candidate)
         products += taken + 1
         remaining_size = norm(remaining)
@@ -53,10 +53,14 @@ def refine(
         # Written so that a NaN is accepted, and reported by whoever judges the residual.
         accepted = accepted | ~torch.isfinite(remaining_size)
         helped = concrete((size > target) & (remaining_size < stalled * size))
-        solution = torch.where(accepted, candidate, solution)
-        residual = torch.where(accepted, remaining, residual)
-        size = torch.where(accepted, remaining_size, size)
+        if not transforms_active():  # one system: nothing to mix, and vectors can be long
+            if concrete(accepted):
+                solution, residual, size = candidate, remaining, remaining_size
+        else:
+            solution = torch.where(accepted, candidate, 0.0 if solution is None else solution)
+            residual = torch.where(accepted, remaining, residual)
+            size = torch.where(accepted, remaining_size, size)
         steps += taken
         if not helped or enough():
             break
-    return solution, residual, products
+    return torch.zeros_like(rhs) if solution is None else solution, residual, products
