@@ -38,7 +38,7 @@ def equal_work() -> list[dict[str, str]]:
             if row is None:
                 line[name] = ""
                 continue
-            wrong = "" if row["difference"] < 0.05 or name == "jaxopt" else " (wrong)"
+            wrong = "" if row["difference"] < 0.05 or name == "jaxopt" else " (another answer)"
             memory = "" if row["peak bytes"] is None else f" / {row['peak bytes'] / floor['peak bytes']:.2f}"
             line[name] = f"{row['ratio']:.2f}{memory}{wrong}"
         table.append(line)

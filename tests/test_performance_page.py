@@ -1,0 +1,52 @@
+"""docs/performance.md says what its files say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("performance", DOCS / "figures/performance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_the_files(script):
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert script.told(page) == page, "run python docs/figures/performance.py"
+    for name in ("equal_work", "accuracy", "whole_run", "growth"):
+        assert script.read(name) is not None, name
+
+
+def test_unrolled_steps_cost_what_they_cost_by_hand(script):
+    rows = [r for r in script.read("equal_work")["rows"] if r["method"] == "bilevel" and r["kind"] == "unroll"]
+    floors = {
+        r["problem"]: r["peak bytes"]
+        for r in script.read("equal_work")["rows"]
+        if r["method"] == "hand-written" and r["kind"] == "unroll"
+    }
+    assert len(rows) == 3
+    for row in rows:
+        assert row["ratio"] <= 1.05 and row["peak bytes"] <= 1.05 * floors[row["problem"]]
+
+
+def test_the_diagonal_and_a_warm_start_save_ten_times_where_scales_differ(script):
+    rows = script.read("accuracy")["rows"]
+    seconds = {
+        (r["method"], r["wanted"]): r["seconds"] for r in rows if r["problem"].startswith("pen") and "seconds" in r
+    }
+    for wanted in (1e-3, 1e-6):
+        best = script.best_elsewhere(rows, "penalties over six decades", wanted)
+        assert best >= 16.0 * seconds["ours, diagonal", wanted] * 0.95
+        assert best >= 22.0 * seconds["ours, warm, diagonal", wanted]
+
+
+def test_what_stopped_by_itself_is_as_right_as_was_asked(script):
+    settled = [r for r in script.read("accuracy")["rows"] if "settled" in r["method"]]
+    assert len(settled) == 18
+    assert all(r["error"] <= r["wanted"] for r in settled)
