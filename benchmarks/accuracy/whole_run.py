@@ -2,7 +2,8 @@
 
 Softmax regression on 500 digits with a penalty for each of 7,850 weights, starting over four decades; the leader takes
 Adam steps down the validation loss, the follower is followed by L-BFGS. Each row changes one thing of the row before.
-The first is the reference: everything anew in each step, the follower solved to 1e-4, its derivative to 1e-6. Float64, one thread.
+The first is the reference: everything anew in each step, the follower solved to 1e-4 and its derivative to 1e-6.
+Float64, one thread.
 
     python benchmarks/accuracy/whole_run.py --output docs/performance/whole_run.json
 """
