@@ -63,10 +63,10 @@ def responses() -> dict[str, bl.Response]:
         "+ recycled pairs": made(True, None, preconditioner=over_diagonal),
         "+ stopped when settled (1e-3)": made(True, None, preconditioner=over_diagonal, stopping=settled),
         "+ inexact at first": made(
-            True, bl.Geometric(start=1e4, rate=0.6), preconditioner=over_diagonal, stopping=settled
+            True, bl.Geometric(start=100.0, rate=0.5), preconditioner=over_diagonal, stopping=settled
         ),
         "L-BFGS's own pairs instead": made(
-            True, bl.Geometric(start=1e4, rate=0.6), preconditioner=bl.InnerPairs(size=30), stopping=settled
+            True, bl.Geometric(start=100.0, rate=0.5), preconditioner=bl.InnerPairs(size=30), stopping=settled
         ),
     }
 

@@ -165,7 +165,10 @@ def draw_growth() -> None:
                 x = [point[axis] for point in sweep["rows"]]
                 y = [scale * point[key] for point in sweep["rows"]]
                 axes.loglog(x, y, LINES[at], color=COLOURS[at], marker="o", markersize=4, label=sweep["response"])
-            tidy(axes, x=said[axis] if row is panels[1] else "", y=unit if axis == axes_of[0] else "")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            tidy(axes, x=said[axis] if key == "bytes" else "", y=unit if axis == axes_of[0] else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=SMALL, frameon=False)
     figure.savefig(DOCS / "performance" / "growth.png", dpi=DPI // 2)
