@@ -122,9 +122,11 @@ class Hypernetwork(Response):
             raise ValueError(f"Hypernetwork: scale={self.scale}; expected a standard deviation >= 0.")
         if self.steps < 0 or self.warmup < 0 or self.steps + self.warmup == 0:
             raise ValueError(f"Hypernetwork: steps={self.steps}, warmup={self.warmup}; together at least 1.")
-        if isinstance(self.network, type) or (not callable(self.network) and not isinstance(self.network, LeafNetwork)):
+        given = self.network
+        module_class = isinstance(given, type) and issubclass(given, nn.Module)
+        if (isinstance(given, type) and not module_class) or not (callable(given) or isinstance(given, LeafNetwork)):
             raise TypeError(
-                f"Hypernetwork: network={self.network!r}; expected one such as RowScaled() or LowRank(10), a module, "
+                f"Hypernetwork: network={given!r}; expected one such as RowScaled() or LowRank(10), a module, "
                 "or a function of (inputs, outputs) that makes one."
             )
         if self.perturbations < 1:

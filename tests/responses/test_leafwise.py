@@ -271,3 +271,9 @@ def test_it_warns_of_nothing_when_it_fits():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learned(bl.RowScaled(), best_rows, tolerance=0.1)
+
+
+@pytest.mark.parametrize("wrong", [bl.RowScaled, bl.Linear, "rows"])
+def test_what_makes_no_network_is_refused_where_it_is_given(wrong):
+    with pytest.raises(TypeError, match="Hypernetwork: network="):
+        bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-3), network=wrong)
