@@ -50,8 +50,8 @@ class RowScaled(LeafNetwork):
     Source: MacKay et al. 2019 (arXiv 1903.03088); centred as in Bae and Grosse 2020 (arXiv 2010.13514).
 
     >>> shapes = [torch.Size([3, 2]), torch.Size([3])]
-    >>> [tuple(p.shape) for p in RowScaled().build(10, shapes).parameters()]
-    [(3, 10), (3, 10)]
+    >>> sum(p.numel() for p in RowScaled().build(10, shapes).parameters())  # 3 x 10 for the rows, 3 x 10 for the bias
+    60
     """
 
     def build(self, inputs: int, shapes: Sequence[torch.Size]) -> nn.Module:
