@@ -381,9 +381,9 @@ class Hypernetwork(Response):
         residual, stationarity, allowed = state["residual"], state["stationarity"], float(self.tolerance or 0.0)
         name, wanted = f"player {follower.name!r}", f"after {state['fits']} steps of fitting; wanted {allowed:g}"
         if not residual <= allowed:
-            told = f"the learned slope of {name} leaves {residual:.2g} of the change that it should answer {wanted}"
+            told = f"the learned slope of {name} leaves {residual:.3g} of the change that it should answer {wanted}"
         elif not stationarity <= allowed:
-            told = f"the gradient of {name} is still {stationarity:.2g} of its value at the start {wanted}"
+            told = f"the gradient of {name} is still {stationarity:.3g} of its value at the start {wanted}"
         else:
             return
         told += f" (measured {age} calls ago)" if age else ""
