@@ -90,3 +90,16 @@ def test_every_method_makes_images(method):
     assert end["frechet"] > found["floor"] > 0.0
     assert end["samples"].shape == (20, 64)
     assert found["accuracy"] > 0.9
+
+
+def test_mnist_is_as_the_page_says():
+    found = results("mnist")["results"]
+    runs = {name.rpartition("-")[0]: result for name, result in found.items()}
+    assert set(found) == {"simultaneous-0", "alternating-0", "unrolled 1-0", "learned-0"}
+    moments = {method: [m["frechet"] for m in run["moments"]] for method, run in runs.items()}
+    for method, others in moments.items():
+        if method != "alternating":
+            assert all(ours < theirs for ours, theirs in zip(moments["alternating"], others))
+            assert moments["alternating"][-1] < 0.56 * others[-1]
+    assert runs["alternating"]["floor"] < 0.1 * moments["alternating"][-1]
+    assert min(moments["learned"]) > 700.0 and runs["learned"]["moments"][-1]["classes"] == 1
