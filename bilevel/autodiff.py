@@ -111,24 +111,22 @@ def concrete(tensor: Tensor) -> float:
     return box.value
 
 
-def captured_tensor(outputs: Sequence[Tensor], passed: Iterable[Tensor]) -> Tensor | None:
-    """A leaf that requires grad, was not passed, and yet reaches `outputs`; None when there is none.
-
-    Walks the graph behind `outputs`, which must have been built from `passed`, fresh leaves of their own.
-    """
+def captured_leaves(outputs: Iterable[Tensor], passed: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and reach `outputs` otherwise than through `passed`, where the walk stops."""
     own = {id(tensor) for tensor in passed}
+    borders = {tensor.grad_fn for tensor in passed if tensor.grad_fn is not None}
     pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
+    seen, found = {*pending, *borders}, []
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have it: the leaves of the graph
         if leaf is not None and id(leaf) not in own:
-            return leaf  # type: ignore[no-any-return]
+            found.append(leaf)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
-    return None
+    return found
 
 
 def tracked_at_any_level(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import Pullback, captured_tensor, concrete, pullback, tracked_at_any_level, transforms_active
+from bilevel.autodiff import Pullback, captured_leaves, concrete, pullback, tracked_at_any_level, transforms_active
 from bilevel.errors import CapturedTensorError, NonFiniteError
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
@@ -103,7 +103,7 @@ def refuse_captures(residual: FlatResidual, y: Tensor, xs: list[Tensor]) -> None
         passed = [tensor.detach().clone().requires_grad_() for tensor in (y, *xs)]
         with torch.enable_grad():
             value = residual(*passed)
-        captured = captured_tensor([value], passed)
+        captured = next(iter(captured_leaves([value], passed)), None)
     if captured is not None:
         shape = "" if captured is value else f" of shape {tuple(captured.shape)}"
         raise CapturedTensorError(

@@ -1,8 +1,8 @@
-"""Tensors that a computation uses and was not handed: found in its graph."""
+"""Leaves that a computation makes itself, and that are nobody's capture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,21 +30,3 @@ class BornInside(TorchFunctionMode):
         if isinstance(made, Tensor) and made.requires_grad and made.is_leaf and not (made is first and before):
             self.leaves.append(made)
         return result
-
-
-def captured_leaves(outputs: Iterable[Tensor], passed: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that require grad and reach `outputs` otherwise than through `passed`, where the walk stops."""
-    own = {id(tensor) for tensor in passed}
-    borders = {tensor.grad_fn for tensor in passed if tensor.grad_fn is not None}
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen, found = {*pending, *borders}, []
-    while pending:
-        node = pending.pop()
-        leaf = getattr(node, "variable", None)  # only AccumulateGrad nodes have it: the leaves of the graph
-        if leaf is not None and id(leaf) not in own:
-            found.append(leaf)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return found

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bilevel.autodiff import captured_leaves
 from bilevel.data import Batch
 from bilevel.errors import BilevelError, CapturedTensorError
 from bilevel.game import Buffers
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses.base import Follower
 from bilevel.responses.budget import Sizes, measured_graph, unique_bytes
-from bilevel.responses.captures import BornInside, captured_leaves
+from bilevel.responses.captures import BornInside
 from bilevel.responses.differentiation import Point, Steps
 
 # What torch's optimisers count in tensors: the same at every x.
