@@ -101,6 +101,11 @@ class LinearSolver(ABC):
         """Whether it refuses a system that is not symmetric."""
         return False
 
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether it depends on what the follower's own optimiser remembers, and refuses one that remembers nothing."""
+        return False
+
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """What the method keeps from one system to the next like it, for `like: [n]` unknowns; {} if nothing.
 
@@ -112,7 +117,7 @@ class LinearSolver(ABC):
         """The same solver with `rtol` this many times larger, up to 1/2 where it is below that."""
         if self.rtol is None or factor <= 1.0:
             return self
-        return replace(self, rtol=max(self.rtol, min(0.5, factor * self.rtol)))
+        return replace(self, rtol=loosened(self.rtol, factor))
 
     def inform(self, memory: dict[str, Tensor], optimizer: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
         """Take note of what the follower's torch.optim optimiser remembers of each leaf; writes `memory` in place."""
@@ -188,6 +193,11 @@ class LinearSolver(ABC):
         if self.strict:
             raise ConvergenceError(message)
         warnings.warn(message, NonConvergenceWarning, stacklevel=4)
+
+
+def loosened(tolerance: float, factor: float) -> float:
+    """A tolerance this many times larger, up to 1/2 where it is below that."""
+    return max(tolerance, min(0.5, factor * tolerance))
 
 
 def _largest(vector: Tensor) -> float:

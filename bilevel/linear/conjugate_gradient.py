@@ -70,6 +70,11 @@ class ConjugateGradient(LinearSolver):
         """Its algebra holds for symmetric systems only."""
         return True
 
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether its preconditioner does."""
+        return isinstance(self.preconditioner, Preconditioner) and self.preconditioner.from_optimizer
+
     def loosened(self, factor: float) -> LinearSolver:
         """The same solver with `rtol`, and that of `stopping`, this many times larger, up to 1/2."""
         looser = super().loosened(factor)
@@ -110,7 +115,8 @@ class ConjugateGradient(LinearSolver):
 
         def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
             found, steps = run.correct(residual, target, most, first=most == limit)
-            run.start = found if run.start is None else run.start + found
+            if watch is not None:  # whose looks are at the whole solution
+                run.start = found if run.start is None else run.start + found
             return found, steps
 
         def settled() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import norm
+from bilevel.linear.base import loosened, norm
 
 
 class Stopping(ABC):
@@ -70,7 +70,7 @@ class Settled(Stopping):
 
     def loosened(self, factor: float) -> Settled:
         """The same with `rtol` this many times larger, up to 1/2 where it is below that."""
-        return replace(self, rtol=max(self.rtol, min(0.5, factor * self.rtol)))
+        return replace(self, rtol=loosened(self.rtol, factor))
 
     def watch(self, interest: Callable[[Tensor], Tensor]) -> Watch:
         """Looks for one solve; `interest: [n]` to what matters of it `[m]`."""

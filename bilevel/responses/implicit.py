@@ -17,7 +17,8 @@ from bilevel.game import Game
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.each import Each
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
-from bilevel.linear import ConjugateGradient, LinearSolver, Preconditioner
+from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.linear.base import loosened
 from bilevel.responses.base import (
     Follower,
     HeldResidual,
@@ -103,7 +104,7 @@ class Implicit(Response):
             flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
         )
         state |= {"optimizer": None, "linear": vars(blank).copy()}
-        if self._from_optimizer and game.count is None:
+        if self.linear_solver.from_optimizer and game.count is None:
             remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
             self.linear_solver.inform(self.linear_solver.init(flatten(state["variables"])), remembered)
         if self.inexactness is None:
@@ -131,7 +132,7 @@ class Implicit(Response):
             follower.batch = solver.held(follower)
             residual = follower.held_residual()
         else:
-            y, after, residual, products = self._solve(game, follower, state)
+            y, after, residual, products = self._solve(game, follower, state, looser)
             receipt = Receipt(**map_leaves(torch.clone, state["linear"]))
             receipt.residual.fill_(torch.nan)
             receipt.error.fill_(torch.nan)
@@ -153,15 +154,14 @@ class Implicit(Response):
         return follower.form.unflatten(attached), after
 
     def _solve(
-        self, game: Game, follower: Follower, state: State
+        self, game: Game, follower: Follower, state: State, looser: float
     ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
         reference: Size = state["reference"]
-        looser = self._looser(follower, state)
-        tolerance = 0.0 if self.tolerance is None else max(self.tolerance, min(0.5, looser * self.tolerance))
+        tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         if game.count is not None:
             solver = Each(solver)
@@ -196,16 +196,8 @@ class Implicit(Response):
             "stationarity": relative,
         }
         if self.inexactness is not None:
-            after["leader"] = self._track(state, follower)
+            after["leader"] = self._tracked(state, follower, looser)
         return flat, after, residual, products
-
-    @property
-    def _from_optimizer(self) -> bool:
-        """Whether the linear solver depends on what the inner optimiser remembers."""
-        solver = self.linear_solver
-        if not isinstance(solver, ConjugateGradient) or not isinstance(solver.preconditioner, Preconditioner):
-            return False
-        return solver.preconditioner.from_optimizer
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
@@ -217,15 +209,17 @@ class Implicit(Response):
         first = track["first"] or moved
         return self.inexactness.factor(track["calls"], moved / first if first else 1.0)
 
-    def _track(self, state: State, follower: Follower | None = None) -> dict[str, Any]:
-        """What `_looser` knows of the leader; after a call, of `follower`, what it will want to know in the next."""
-        # A state of a response without inexactness has none: then this call is the first.
-        track = state.get("leader") or {"calls": 0, "last": {}, "first": 0.0}
-        if follower is None:
-            return track
-        factor, moved = self._looser(follower, state), self._moved(follower, track)
+    @staticmethod
+    def _track(state: State) -> dict[str, Any]:
+        """What is known of the leader: nothing before a first call, or one of a response without inexactness."""
+        return state.get("leader") or {"calls": 0, "last": {}, "first": 0.0}
+
+    def _tracked(self, state: State, follower: Follower, looser: float) -> dict[str, Any]:
+        """What the next call will want to know of the leader."""
+        track = self._track(state)
+        first = track["first"] or self._moved(follower, track)
         last = map_leaves(torch.clone, follower.others)
-        return {"calls": track["calls"] + 1, "last": last, "first": track["first"] or moved, "factor": factor}
+        return {"calls": track["calls"] + 1, "last": last, "first": first, "factor": looser}
 
     @staticmethod
     def _moved(follower: Follower, track: dict[str, Any]) -> float:
@@ -264,7 +258,7 @@ class _Solve:
 
     def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
         follower = Follower(self.game, self.form.build(xs), self.state, self.batch)
-        y, *_ = self.response._solve(self.game, follower, self.state)
+        y, *_ = self.response._solve(self.game, follower, self.state, self.response._looser(follower, self.state))
         self.last = follower.batch
         return y
 
