@@ -1,6 +1,5 @@
 """docs/choosing.md says what docs/choosing/comparison.json says, and that is of the present suite."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -24,12 +23,9 @@ def measured(found):
     return {(s.response, s.game): s for s in found.summaries}
 
 
-def test_the_tables_are_the_files():
-    script = importlib.util.spec_from_file_location("choosing", ROOT / "docs/figures/choosing.py")
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
+def test_the_tables_are_the_files(page_script):
     page = (ROOT / "docs/choosing.md").read_text(encoding="utf-8")
-    assert module.told(page) == page, "run python docs/figures/choosing.py"
+    assert page_script("choosing").told(page) == page, "run python docs/figures/choosing.py"
     assert "| implicit CG |" in page
     for name in re.findall(r"\]\((choosing/[\w.]+)\)", page):
         assert (ROOT / "docs" / name).exists(), name

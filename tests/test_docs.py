@@ -1,6 +1,5 @@
 """Every python block of README.md and the docs runs as it stands, in order, page by page."""
 
-import importlib.util
 import json
 import re
 import warnings
@@ -84,13 +83,15 @@ def test_every_exported_name_has_its_place_in_the_reference() -> None:
     assert public <= told, f"missing in docs/reference: {sorted(public - told)}"
 
 
-def test_the_papers_page_says_what_its_figures_say() -> None:
-    script = importlib.util.spec_from_file_location("paper", ROOT / "docs/figures/paper.py")
-    assert script is not None and script.loader is not None
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
+@pytest.mark.parametrize("name", ["networks", "unrolling"])
+def test_the_tables_of_a_page_are_its_files(page_script, name) -> None:
+    page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    assert page_script(name).told(page) == page, f"run python docs/figures/{name}.py"
+
+
+def test_the_papers_page_says_what_its_figures_say(page_script) -> None:
     page = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
-    assert module.told(page) == page, "run python docs/figures/paper.py"
+    assert page_script("paper").told(page) == page, "run python docs/figures/paper.py"
     named = set(re.findall(r"<!-- see ([\w-]+) -->", page))
     assert named == set(experiments()) == set(re.findall(r"\]\(paper/([\w-]+)\.png\)", page))
     for name in named:

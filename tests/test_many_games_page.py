@@ -1,18 +1,14 @@
 """The page's table is the benchmark's file, and the words about it hold there."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_table_is_the_file():
-    script = importlib.util.spec_from_file_location("many_games", ROOT / "docs/figures/many_games.py")
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
+def test_the_table_is_the_file(page_script):
     page = (ROOT / "docs/many-games.md").read_text(encoding="utf-8")
-    assert module.told(page) == page, "run python docs/figures/many_games.py"
+    assert page_script("many_games").told(page) == page, "run python docs/figures/many_games.py"
     found = json.loads((ROOT / "docs/many-games/batch.json").read_text(encoding="utf-8"))
     ratios = [row["ratio"] for row in found["results"] if row["games"] == 1000]
     # "50 to 300 times sooner", in the page, README and CHANGELOG.

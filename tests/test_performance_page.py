@@ -1,6 +1,5 @@
 """docs/performance.md says what its files say."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("performance", DOCS / "figures/performance.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(page_script):
+    return page_script("performance")
 
 
 def test_the_tables_are_the_files(script):

@@ -61,17 +61,18 @@ def forward(rows):
     return table(["Network", "entries p", "steps", "tensors", "plain runs", "plain runs / (p + 1)"], body)
 
 
-def main():
+def told(page):
+    """The page with the file's numbers in its tables."""
     rows = json.loads((DOCS / "unrolling" / "memory.json").read_text())["rows"]
-    page = DOCS / "unrolling.md"
     tables = {"segments": segments(rows), "forward": forward(rows)}
 
     def filled(match):
         name = match["name"]
         return f"<!-- {name} -->\n{tables[name]}<!-- /{name} -->\n"
 
-    page.write_text(PLACE.sub(filled, page.read_text()))
+    return PLACE.sub(filled, page)
 
 
 if __name__ == "__main__":
-    main()
+    target = DOCS / "unrolling.md"
+    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,6 +1,5 @@
 """docs/search.md says what its files say, the files are of these settings, and what is tuned is what is trained."""
 
-import importlib.util
 import json
 import math
 import statistics
@@ -21,11 +20,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("tuning_figures", DOCS / "figures/tuning.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(page_script):
+    return page_script("tuning")
 
 
 @pytest.fixture(scope="module")

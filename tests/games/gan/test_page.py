@@ -1,6 +1,5 @@
 """docs/gan.md says what its files say, and the files are of the settings that `bilevel gan` has."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -20,14 +19,9 @@ def results(name):
     return json.loads((DOCS / "gan" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_the_tables_are_the_files():
-    script = importlib.util.spec_from_file_location("gan", DOCS / "figures/gan.py")
-    assert script is not None
-    assert script.loader is not None
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
+def test_the_tables_are_the_files(page_script):
     page = (DOCS / "gan.md").read_text(encoding="utf-8")
-    assert module.told(page) == page, "run python docs/figures/gan.py"
+    assert page_script("gan").told(page) == page, "run python docs/figures/gan.py"
     named = set(re.findall(r"\]\(gan/(\w+)(?:-samples)?\.png\)", page))
     assert named <= set(experiments())
     assert {name for name in named if not (DOCS / "gan" / f"{name}.json").exists()} == set()

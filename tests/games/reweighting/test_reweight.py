@@ -1,6 +1,5 @@
 """Example weights: the hypergradient against retraining, wrong labels found, resuming, and what is refused."""
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -248,13 +247,9 @@ def test_the_command_refuses():
     assert done.exit_code == 2 and CASES[0].name in done.output
 
 
-def test_the_page_says_what_its_file_says():
-    root = Path(__file__).resolve().parents[3]
-    script = importlib.util.spec_from_file_location("reweighting_page", root / "docs/figures/reweighting.py")
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
-    page = (root / "docs/reweighting.md").read_text(encoding="utf-8")
-    assert module.told(page) == page, "run python docs/figures/reweighting.py"
+def test_the_page_says_what_its_file_says(page_script):
+    page = (Path(__file__).resolve().parents[3] / "docs/reweighting.md").read_text(encoding="utf-8")
+    assert page_script("reweighting").told(page) == page, "run python docs/figures/reweighting.py"
 
 
 def measured(name):
