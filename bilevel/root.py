@@ -17,11 +17,12 @@ from bilevel.tree import Variables, flatten, join, leaves, structure_of
 FlatResidual = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Receipt:
-    """What a backward solve leaves behind, written in place when backward runs.
+    """What a backward solve leaves behind: its fields are set when backward runs.
 
-    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next; `residual` is 0-d, the
+    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next, `[0]` as long as there is
+    none; `residual` is 0-d, the
     residual norm relative to |v|; `products` counts; `error` is the solver's estimate of the derivative's relative
     error, NaN if it makes none and infinite if it saw too little; `memory` is what it keeps from system to system.
     """
@@ -37,7 +38,7 @@ class Receipt:
         """A receipt for `like: [n]` unknowns before any backward solve."""
         nothing = torch.full_like(like[0], torch.nan)
         memory = {} if solver is None else solver.init(like)
-        return Receipt(torch.zeros_like(like), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
+        return Receipt(torch.empty_like(like[:0]), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
 
 
 def root(
@@ -210,21 +211,23 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     plain = receipt is not None and not transforms_active()
     with torch.no_grad():
-        start = receipt.adjoint if plain and receipt is not None and bool(receipt.adjoint.any()) else None
+        start = receipt.adjoint if plain and receipt is not None and receipt.adjoint.numel() else None
         kept = {"memory": receipt.memory} if plain and receipt is not None and receipt.memory else {}
         found = system.solver.solve(operator, rhs.detach() if plain else rhs, start, **kept)
         if plain and receipt is not None:
             size = torch.linalg.vector_norm(rhs)
-            receipt.adjoint.copy_(found.solution)
-            receipt.residual.copy_(found.residual_norm / size if concrete(size) > 0 else found.residual_norm)
-            receipt.products.add_(found.products)
-            receipt.error.fill_(found.error)
+            some = concrete(size) > 0
+            # As long as the follower: taken over and not copied. To start from 0 costs a product and gives nothing.
+            receipt.adjoint = found.solution if some else found.solution[:0]
+            receipt.residual = found.residual_norm / size if some else found.residual_norm
+            receipt.products = receipt.products + found.products
+            receipt.error = torch.full_like(receipt.error, found.error)
     if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
     if not single:
         return found.solution, ()  # to be differentiated themselves
     for answer, mixed in last:
-        if torch.equal(answer, found.solution):
+        if answer is found.solution or torch.equal(answer, found.solution):
             return found.solution, mixed
     return found.solution, products(found.solution, slice(1, None))
 

@@ -128,8 +128,12 @@ class LinearSolver(ABC):
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
+        return self._tolerance(norm(rhs))
+
+    def _tolerance(self, size: Tensor) -> Tensor:
+        """The same from |rhs|, which one pass over a long vector gives."""
         relative = 0.0 if self.rtol is None else self.rtol
-        return torch.clamp(relative * norm(rhs), min=self.atol)
+        return torch.clamp(relative * size, min=self.atol)
 
     def _require(self, name: str, fulfilled: bool, wanted: str) -> None:
         if not fulfilled:
@@ -142,16 +146,17 @@ class LinearSolver(ABC):
                 "or Dense() for a few hundred unknowns."
             )
 
-    def _vanishes(self, rhs: Tensor, initial: Tensor | None) -> bool:
-        """Refuse a system that cannot be solved, and say whether its solution is 0 because `rhs` is."""
+    def _size(self, rhs: Tensor, initial: Tensor | None) -> Tensor:
+        """|rhs|, a 0-d tensor, of a system that can be solved; refuse others. Where it is 0, so is the solution."""
         name = type(self).__name__
         if rhs.dim() != 1 or rhs.numel() == 0 or not rhs.is_floating_point():
             raise ValueError(
                 f"{name} was given a right-hand side {list(rhs.shape)} of {rhs.dtype}; it wants one floating-point "
                 "vector [n], n >= 1. Flatten what you have, and use torch.func.vmap for several systems."
             )
-        largest = _largest(rhs)
-        if not math.isfinite(largest):
+        size = norm(rhs)
+        # Only a norm that overflows leaves open whether all entries are finite.
+        if not math.isfinite(concrete(size)) and not math.isfinite(_largest(rhs)):
             raise NonFiniteError(
                 f"{name} was given a right-hand side [{rhs.numel()}] with NaN or infinite entries. It is usually the "
                 "gradient of an objective: look for what made that non-finite."
@@ -164,26 +169,25 @@ class LinearSolver(ABC):
                 )
             if not math.isfinite(_largest(initial)):
                 raise NonFiniteError(f"{name} was given an initial with NaN or infinite entries. Start from None.")
-        return largest == 0.0
+        return size
 
     def _conclude(
-        self, solution: Tensor, residual: Tensor, rhs: Tensor, products: int, *, remedy: str = "more max_steps"
+        self, solution: Tensor, residual_norm: Tensor, size: Tensor, products: int, *, remedy: str = "more max_steps"
     ) -> LinearSolution:
-        """Judge `residual: [n]` = rhs - (A + damping I) solution: warn or raise when it misses the tolerance."""
-        residual_norm = norm(residual)
+        """Judge |rhs - (A + damping I) solution| beside `size` = |rhs|: warn or raise when it misses the tolerance."""
         worst = concrete(residual_norm)
         if not math.isfinite(worst):
             raise NonFiniteError(
                 f"{type(self).__name__} met NaN or infinite numbers within {products} products. Either the products "
                 "with A are not finite, or the system is so close to singular that its solution overflows: add damping."
             )
-        converged = self.rtol is not None and concrete(residual_norm - self.tolerance(rhs)) <= 0.0
+        converged = self.rtol is not None and concrete(residual_norm - self._tolerance(size)) <= 0.0
         if self.rtol is not None and not converged:
             message = (
                 f"{type(self).__name__} stopped after {products} products at a residual of {worst:.3g} "
-                f"(|b| = {concrete(norm(rhs)):.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it "
-                f"{remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {rhs.dtype} "
-                f"resolves {torch.finfo(rhs.dtype).eps:.1g}."
+                f"(|b| = {concrete(size):.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it "
+                f"{remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {size.dtype} "
+                f"resolves {torch.finfo(size.dtype).eps:.1g}."
             )
             self._complain(message)
         return LinearSolution(solution, residual_norm, products, converged)

@@ -96,8 +96,9 @@ class ConjugateGradient(LinearSolver):
     ) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
         self._require_symmetric(operator)
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         damped = operator.damped(self.damping)
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
         run = _Run(damped.matvec)
@@ -113,8 +114,8 @@ class ConjugateGradient(LinearSolver):
         watch = None if self.stopping is None else self.stopping.watch(damped.interest or (lambda u: u))
         run.watch = watch
 
-        def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            found, steps = run.correct(residual, target, most, first=most == limit)
+        def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
+            found, steps = run.correct(residual, left, target, most, first=most == limit)
             if watch is not None:  # whose looks are at the whole solution
                 run.start = found if run.start is None else run.start + found
             return found, steps
@@ -123,26 +124,28 @@ class ConjugateGradient(LinearSolver):
             return watch is not None and watch.satisfied
 
         # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
-        wanted = self.tolerance(rhs)
-        solution, residual, products = refine(damped, rhs, initial, correct, wanted, limit, stalled=0.5, enough=settled)
+        wanted = self._tolerance(size)
+        solution, left, products = refine(
+            damped, rhs, size, initial, correct, wanted, limit, stalled=0.5, enough=settled
+        )
         if run.wanted and isinstance(self.preconditioner, Preconditioner):
             self.preconditioner.learn(kept, run.directions, run.products)
         products += run.spent
         if watch is None or self.stopping is None:
-            return self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
+            return self._conclude(solution, left, size, products, remedy="more max_steps, a preconditioner")
         products += watch.looks
         if not settled():
             told = (
                 f"ConjugateGradient stopped after {products} products before its answer settled: its error was about "
                 f"{watch.error:.2g} at the last look; wanted {self.stopping.rtol:g}. Give it more max_steps."
             )
-            found = self._conclude(solution, residual, rhs, products, remedy="more max_steps, a preconditioner")
+            found = self._conclude(solution, left, size, products, remedy="more max_steps, a preconditioner")
             # A residual of rounding is all there is to be had: a small system, or a warm start, gets there unwatched.
-            exact = concrete(found.residual_norm - torch.finfo(rhs.dtype).eps * norm(rhs)) <= 0.0
+            exact = concrete(found.residual_norm - torch.finfo(rhs.dtype).eps * size) <= 0.0
             if self.rtol is None and not exact:
                 self._complain(told)
             return replace(found, error=watch.error, converged=found.converged or exact)
-        return LinearSolution(solution, norm(residual), products, True, watch.error)
+        return LinearSolution(solution, left, products, True, watch.error)
 
 
 class _Run:
@@ -163,9 +166,8 @@ class _Run:
         self.spent += 1
         return self.matvec(vector)
 
-    def correct(self, residual: Tensor, target: Tensor, most: int, first: bool) -> tuple[Tensor, int]:
-        """The e `[n]` that takes A e from 0 towards `residual`, and the steps taken."""
-        size = norm(residual)
+    def correct(self, residual: Tensor, size: Tensor, target: Tensor, most: int, first: bool) -> tuple[Tensor, int]:
+        """The e `[n]` that takes A e from 0 towards `residual`, of norm `size`, and the steps taken."""
         # Unit size, because curvatures are squares, and squares of small float32 numbers underflow to "indefinite".
         scale = torch.where(size > 0.0, size, 1.0)
         r, goal = residual / scale, target / scale
@@ -173,9 +175,10 @@ class _Run:
         z = self._preconditioned(r)
         p, rho = z, torch.dot(r, z)
         # One flag a system: those in a batch that are done stand still while the others go on.
-        moving = norm(r) > goal
+        moving = (size / scale) > goal
         single = not transforms_active()  # then the loop's end says what the flag would
-        before: tuple[Tensor, Tensor] | None = None
+        in_place = single and not torch.is_grad_enabled() and not self.wanted
+        before: tuple[Tensor, Tensor, Tensor] | None = None
         steps = 0
         while steps < most and concrete(moving):
             product = self.matvec(p)
@@ -185,19 +188,24 @@ class _Run:
             if first:
                 _refuse_indefinite(moving, curvature, p)
                 if steps == 2 and before is not None:
-                    _refuse_asymmetric(moving, *before, p, product)
+                    _refuse_asymmetric(moving, *before, p, product, curvature)
+                    before = None
             # After a restart the directions are rounding's; one without curvature ends the search, and proves nothing.
             moving = moving & ((curvature > 0.0) | torch.isnan(curvature))
             if single and not concrete(moving):
                 break
             step = rho / curvature if single else torch.where(moving, rho / torch.where(moving, curvature, 1.0), 0.0)
-            e = step * p if e is None else torch.addcmul(e, step, p)
-            r = torch.addcmul(r, step, product, value=-1.0)
+            e = step * p if e is None else torch.addcmul(e, step, p, out=e if in_place else None)
+            # Where p is r itself, in the first step, it is needed once more.
+            over = in_place and steps > 1
+            r = torch.addcmul(r, step, product, value=-1.0, out=r if over else None)
+            if first and steps == 1:
+                before = p, product, curvature
+            del product
             z = self._preconditioned(r)
             new_rho = torch.dot(r, z)
-            before = p, product
             turn = new_rho / rho if single else torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0)
-            p = torch.addcmul(z, turn, p)
+            p = torch.addcmul(z, turn, p, out=p if over else None)
             rho = new_rho if single else torch.where(moving, new_rho, rho)
             if self.watch is not None and self.watch.due(self._seen):
                 self.watch.look(self._seen, scale * e if self.start is None else self.start + scale * e)
@@ -239,9 +247,15 @@ def _refuse_indefinite(moving: Tensor, curvature: Tensor, direction: Tensor) -> 
         )
 
 
-def _refuse_asymmetric(moving: Tensor, p: Tensor, product_p: Tensor, q: Tensor, product_q: Tensor) -> None:
+def _refuse_asymmetric(
+    moving: Tensor, p: Tensor, product_p: Tensor, bend_p: Tensor, q: Tensor, product_q: Tensor, bend_q: Tensor
+) -> None:
+    gap = (torch.dot(p, product_q) - torch.dot(q, product_p)).abs()
+    # The curvatures `bend_p` = p'Ap and `bend_q` bound |p| |Aq| or |q| |Ap| from below, and spare long vectors' norms.
+    if not transforms_active() and concrete(gap) <= asymmetry_tolerance(p.dtype) * concrete((bend_p * bend_q).sqrt()):
+        return
     scale = torch.maximum(norm(p) * norm(product_q), norm(q) * norm(product_p))
-    apart = (torch.dot(p, product_q) - torch.dot(q, product_p)).abs() / torch.where(scale > 0.0, scale, 1.0)
+    apart = gap / torch.where(scale > 0.0, scale, 1.0)
     most_apart = concrete(torch.where(moving, apart, 0.0))
     if most_apart > asymmetry_tolerance(p.dtype):
         raise NotSymmetricError(

@@ -34,8 +34,9 @@ class Dense(LinearSolver):
 
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs."""
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         damped = operator.damped(self.damping)
         n = rhs.numel()
         # One at a time: vmap over matvec would forbid the retained graphs that products are taken from.
@@ -44,7 +45,7 @@ class Dense(LinearSolver):
         self._refuse_singular(matrix)
         solution = torch.linalg.solve(matrix, rhs)
         # One more product: a matvec that is not linear shows in the residual, and nowhere else.
-        return self._conclude(solution, damped.residual(rhs, solution), rhs, n + 1, remedy="float64")
+        return self._conclude(solution, norm(damped.residual(rhs, solution)), size, n + 1, remedy="float64")
 
     def _refuse_singular(self, matrix: Tensor) -> None:
         n = matrix.shape[0]

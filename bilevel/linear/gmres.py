@@ -49,27 +49,30 @@ class GMRES(LinearSolver):
 
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         damped = operator.damped(self.damping)
 
-        def correct(residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            return _correction(damped.matvec, residual, target, min(most, self.restart))
+        def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
+            return _correction(damped.matvec, residual, left, target, min(most, self.restart))
 
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
         # Slow is not stalled; a restart that gains nothing will gain nothing again.
-        solution, residual, products = refine(damped, rhs, initial, correct, self.tolerance(rhs), limit, stalled=0.999)
-        return self._conclude(solution, residual, rhs, products, remedy="a larger restart, more max_steps")
+        wanted = self._tolerance(size)
+        solution, left, products = refine(damped, rhs, size, initial, correct, wanted, limit, stalled=0.999)
+        return self._conclude(solution, left, size, products, remedy="a larger restart, more max_steps")
 
 
-def _correction(matvec: Callable[[Tensor], Tensor], residual: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-    """The e `[n]` that minimises |residual - A e| over the Krylov space, and the steps taken.
+def _correction(
+    matvec: Callable[[Tensor], Tensor], residual: Tensor, size: Tensor, target: Tensor, most: int
+) -> tuple[Tensor, int]:
+    """The e `[n]` that minimises |residual - A e| over the Krylov space, and the steps taken; `size` is |residual|.
 
     A V_k = V_(k+1) H_k with orthonormal rows in `basis: [k+1, n]`; Givens rotations, gathered in `rotations`, make H_k
     the triangular R_k as it grows, and the last entry of the rotated right-hand side is the residual.
     """
     rounding = 10.0 * torch.finfo(residual.dtype).eps
-    size = norm(residual)
     # Systems that are done go on with v = 0, which adds a zero column, and so nothing, to what they have found.
     searching = size > target
     basis = torch.where(searching, residual / torch.where(searching, size, 1.0), 0.0).unsqueeze(0)

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.autodiff import concrete
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
 
 
 @final
@@ -39,8 +40,9 @@ class Identity(LinearSolver):
 
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """scale * rhs `[n]`."""
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         solution = self.scale * rhs
         residual = operator.damped(self.damping).residual(rhs, solution)
-        return self._conclude(solution, residual, rhs, 1, remedy="another scale, another solver")
+        return self._conclude(solution, norm(residual), size, 1, remedy="another scale, another solver")

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete
+from bilevel.autodiff import concrete, transforms_active
 from bilevel.errors import ConvergenceError
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
 from bilevel.linear.gaussian import gaussian
@@ -61,31 +61,40 @@ class Neumann(LinearSolver):
 
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` near (A + damping I)^-1 rhs, started from `initial: [n]`."""
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         damped = operator.damped(self.damping)
-        tolerance = self.tolerance(rhs)
+        tolerance = self._tolerance(size)
         solution = initial
         residual = rhs if initial is None else rhs - damped.matvec(initial)
         products = 0 if initial is None else 1
-        adding = self._adding(residual, tolerance)
+        left = size if initial is None else norm(residual)
+        adding = self._adding(left, tolerance)
         if not concrete(adding):
-            return self._conclude(torch.zeros_like(rhs) if solution is None else solution, residual, rhs, products)
+            return self._conclude(torch.zeros_like(rhs) if solution is None else solution, left, size, products)
 
         step, taken = self._step(damped, rhs)
         products += taken
         # Only a symmetric residual that grows at all proves divergence. Against |b| too, for a start that was close.
         most_growth = 2.0 if operator.symmetric else 100.0
-        ceiling = most_growth * torch.maximum(norm(residual), norm(rhs))
+        ceiling = most_growth * torch.maximum(left, size)
         ceiling = torch.where(ceiling > 0.0, ceiling, 1.0)  # a zero system among others in a batch
+        single = not transforms_active() and not torch.is_grad_enabled()  # then vectors of its own are written over
         for number in range(self.max_steps + 1):
             # u + a (b - A u) adds the series' next term to u: the same products, and the true residual at every step.
-            length = torch.where(adding, step, 0.0)
-            solution = length * residual if solution is None else torch.addcmul(solution, length, residual)
+            length = step if single else torch.where(adding, step, 0.0)
+            if solution is None:
+                solution = length * residual
+            elif number and single:  # its own by now
+                solution.addcmul_(length, residual)
+            else:
+                solution = torch.addcmul(solution, length, residual)
             last = number == self.max_steps
             residual = damped.residual(rhs, solution) if last else rhs - damped.matvec(solution)
             products += 1
-            growth = concrete(norm(residual) / ceiling)
+            left = norm(residual)
+            growth = concrete(left / ceiling)
             if not growth <= 1.0:
                 raise ConvergenceError(
                     f"Neumann diverges: after {products} products the residual is over {most_growth * growth:.2g} "
@@ -93,13 +102,12 @@ class Neumann(LinearSolver):
                     f"(step_size={self.step_size}). Use a smaller step_size, some damping, or GMRES()."
                 )
             if self.rtol is not None:
-                adding = adding & self._adding(residual, tolerance)
+                adding = adding & self._adding(left, tolerance)
                 if not concrete(adding):
                     break
-        return self._conclude(torch.zeros_like(rhs) if solution is None else solution, residual, rhs, products)
+        return self._conclude(torch.zeros_like(rhs) if solution is None else solution, left, size, products)
 
-    def _adding(self, residual: Tensor, tolerance: Tensor) -> Tensor:
-        size = norm(residual)
+    def _adding(self, size: Tensor, tolerance: Tensor) -> Tensor:
         return torch.ones_like(size, dtype=torch.bool) if self.rtol is None else size > tolerance
 
     def _step(self, operator: LinearOperator, rhs: Tensor) -> tuple[Tensor, int]:

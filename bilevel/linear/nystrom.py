@@ -59,13 +59,14 @@ class Nystrom(LinearSolver):
     def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
         """u `[n]` with (N + damping I) u = rhs."""
         self._require_symmetric(operator)
-        if self._vanishes(rhs, initial):
-            return self._conclude(torch.zeros_like(rhs), rhs, rhs, 0)
+        size = self._size(rhs, initial)
+        if concrete(size) == 0.0:
+            return self._conclude(torch.zeros_like(rhs), size, size, 0)
         vectors, values = eigenpairs(operator, rhs, self.rank, self.seed)
         inside = vectors.mT @ rhs
         solution = vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping
         residual = operator.damped(self.damping).residual(rhs, solution)
-        return self._conclude(solution, residual, rhs, len(values) + 1, remedy="a larger rank")
+        return self._conclude(solution, norm(residual), size, len(values) + 1, remedy="a larger rank")
 
     def preconditioner(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
         """r `[n]` to M^-1 r, M as close to A + damping I as the rank allows; `like: [n]` gives n, dtype and device.

@@ -10,8 +10,8 @@ from torch import Tensor
 from bilevel.autodiff import concrete, transforms_active
 from bilevel.linear.base import LinearOperator, norm
 
-# From a residual [n], the norm to bring it to and the most steps to take: a correction [n] and the steps it took.
-Correction = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
+# From a residual [n], its norm, the norm to bring it to and the most steps: a correction [n] and the steps it took.
+Correction = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, int]]
 
 
 def default_steps(unknowns: int) -> int:
@@ -22,6 +22,7 @@ def default_steps(unknowns: int) -> int:
 def refine(
     operator: LinearOperator,
     rhs: Tensor,
+    whole: Tensor,
     initial: Tensor | None,
     correct: Correction,
     tolerance: Tensor,
@@ -31,19 +32,19 @@ def refine(
 ) -> tuple[Tensor, Tensor, int]:
     """Correct until the residual, computed anew from the solution, is within `tolerance`.
 
-    Returns the solution `[n]`, its residual `[n]`, and how many products were taken. Ends early when a correction
-    leaves more than `stalled` of the residual: a tolerance below what the dtype can resolve costs one or two of them in
-    vain, not `max_steps`. Ends as well when `enough` says so after a correction.
+    `whole` is |rhs|. Returns the solution `[n]`, its residual's norm, and how many products were taken. Ends early when
+    a correction leaves more than `stalled` of the residual: a tolerance below what the dtype can resolve costs one or
+    two of them in vain, not `max_steps`. Ends as well when `enough` says so after a correction.
     """
     # A recurrence goes on shrinking below what rounding lets the true residual reach.
-    target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * norm(rhs))
+    target = torch.maximum(tolerance, torch.finfo(rhs.dtype).eps * whole)
     solution = initial
     residual = rhs if initial is None else rhs - operator.matvec(initial)
     products = 0 if initial is None else 1
-    size = norm(residual)
+    size = whole if initial is None else norm(residual)
     steps = 0
     while steps < max_steps and concrete(size > target):
-        correction, taken = correct(residual, target, max_steps - steps)
+        correction, taken = correct(residual, size, target, max_steps - steps)
         candidate = correction if solution is None else solution + correction
         remaining = operator.residual(rhs, candidate)
         products += taken + 1
@@ -63,4 +64,4 @@ def refine(
         steps += taken
         if not helped or enough():
             break
-    return torch.zeros_like(rhs) if solution is None else solution, residual, products
+    return torch.zeros_like(rhs) if solution is None else solution, size, products

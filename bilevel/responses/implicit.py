@@ -133,15 +133,19 @@ class Implicit(Response):
             residual = follower.held_residual()
         else:
             y, after, residual, products = self._solve(game, follower, state, looser)
-            receipt = Receipt(**map_leaves(torch.clone, state["linear"]))
-            receipt.residual.fill_(torch.nan)
-            receipt.error.fill_(torch.nan)
-            after["products"] += int(receipt.products)
-            receipt.products.zero_()
+            before = state["linear"]
+            after["products"] += int(before["products"])
+            receipt = Receipt(
+                before["adjoint"],
+                torch.full_like(before["residual"], torch.nan),
+                torch.zeros_like(before["products"]),
+                torch.full_like(before["error"], torch.nan),
+                map_leaves(torch.clone, before["memory"]),  # which a solve writes in place
+            )
             kept = after["optimizer"]
             if game.count is None:  # of many games, each solve starts with a blank preconditioner
                 self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
-            after["linear"] = vars(receipt).copy()
+            after["linear"] = vars(receipt)  # the receipt's own dict, so that the state sees what backward sets
         attached = attach(
             residual,
             y,
@@ -169,7 +173,8 @@ class Implicit(Response):
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
-        residual, flat = follower.held_residual(), join(y)
+        residual = follower.held_residual()
+        flat = join(y) if len(y) > 1 else y[0].detach().clone().reshape(-1)  # never the inner solver's own memory
         tracked = [x.requires_grad and torch.is_grad_enabled() for x in follower.xs]
         slope, products = self._judged(residual, flat, follower.xs, tracked)
         follower.gradient_count += 1
@@ -188,7 +193,7 @@ class Implicit(Response):
                 raise ConvergenceError(message)
             warnings.warn(message, NonConvergenceWarning, stacklevel=3)
         after: dict[str, Any] = state | {
-            "variables": follower.form.build([leaf.detach().clone() for leaf in y]),
+            "variables": follower.form.unflatten(flat),
             "optimizer": memory,
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
