@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 EVERY = slice(None)
 
@@ -47,10 +48,12 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
         value = function(*aliases)
+        # The place in the graph and not the value, which would be held as long as the products are.
+        outcome = get_gradient_edge(value) if value.requires_grad else value
 
     def products(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            value,
+            outcome,
             aliases[part],
             vector,
             retain_graph=True,

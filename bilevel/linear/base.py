@@ -49,9 +49,10 @@ class LinearOperator:
             self.interest,
         )
 
-    def residual(self, rhs: Tensor, solution: Tensor) -> Tensor:
-        """rhs - A u `[n]`, at one product, for a u `[n]` that may be the answer."""
-        return rhs - (self.checked or self.matvec)(solution)
+    def residual(self, rhs: Tensor, solution: Tensor, *, last: bool = True, out: Tensor | None = None) -> Tensor:
+        """rhs - A u `[n]`, at one product, for a u `[n]` that may be the answer if `last`; written into `out: [n]`."""
+        product = self.checked if last and self.checked is not None else self.matvec
+        return torch.sub(rhs, product(solution), out=out)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class _Run:
         moving = (size / scale) > goal
         single = not transforms_active()  # then the loop's end says what the flag would
         in_place = single and not torch.is_grad_enabled() and not self.wanted
-        before: tuple[Tensor, Tensor, Tensor] | None = None
+        before: _Before | None = None
         steps = 0
         while steps < most and concrete(moving):
             product = self.matvec(p)
@@ -187,8 +187,8 @@ class _Run:
             curvature = torch.dot(p, product)
             if first:
                 _refuse_indefinite(moving, curvature, p)
-                if steps == 2 and before is not None:
-                    _refuse_asymmetric(moving, *before, p, product, curvature)
+                if before is not None:
+                    _refuse_asymmetric(moving, before, p, product, curvature)
                     before = None
             # After a restart the directions are rounding's; one without curvature ends the search, and proves nothing.
             moving = moving & ((curvature > 0.0) | torch.isnan(curvature))
@@ -199,13 +199,20 @@ class _Run:
             # Where p is r itself, in the first step, it is needed once more.
             over = in_place and steps > 1
             r = torch.addcmul(r, step, product, value=-1.0, out=r if over else None)
-            if first and steps == 1:
-                before = p, product, curvature
-            del product
             z = self._preconditioned(r)
             new_rho = torch.dot(r, z)
             turn = new_rho / rho if single else torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0)
-            p = torch.addcmul(z, turn, p, out=p if over else None)
+            start, p = p, torch.addcmul(z, turn, p, out=p if over else None)
+            if first and steps == 1:
+                before = _Before(
+                    residual if self.inverse is None else start,
+                    scale if self.inverse is None else torch.ones_like(scale),
+                    norm(start),
+                    norm(product),
+                    curvature,
+                    torch.dot(p, product),
+                )
+            del start, product
             rho = new_rho if single else torch.where(moving, new_rho, rho)
             if self.watch is not None and self.watch.due(self._seen):
                 self.watch.look(self._seen, scale * e if self.start is None else self.start + scale * e)
@@ -247,17 +254,28 @@ def _refuse_indefinite(moving: Tensor, curvature: Tensor, direction: Tensor) -> 
         )
 
 
-def _refuse_asymmetric(
-    moving: Tensor, p: Tensor, product_p: Tensor, bend_p: Tensor, q: Tensor, product_q: Tensor, bend_q: Tensor
-) -> None:
-    gap = (torch.dot(p, product_q) - torch.dot(q, product_p)).abs()
-    # The curvatures `bend_p` = p'Ap and `bend_q` bound |p| |Aq| or |q| |Ap| from below, and spare long vectors' norms.
-    if not transforms_active() and concrete(gap) <= asymmetry_tolerance(p.dtype) * concrete((bend_p * bend_q).sqrt()):
+@dataclass(frozen=True)
+class _Before:
+    """What is kept of the first step until the second: p = `direction` / `scale`, |p|, |Ap|, p'Ap, and q'Ap."""
+
+    direction: Tensor
+    scale: Tensor
+    size: Tensor
+    product_size: Tensor
+    curvature: Tensor
+    across: Tensor
+
+
+def _refuse_asymmetric(moving: Tensor, before: _Before, q: Tensor, product: Tensor, curvature: Tensor) -> None:
+    gap = (torch.dot(before.direction, product) / before.scale - before.across).abs()
+    # Curvatures p'Ap and q'Aq bound |p| |Aq| or |q| |Ap| from below, and spare long vectors' norms.
+    bound = asymmetry_tolerance(q.dtype) * (before.curvature * curvature).sqrt()
+    if not transforms_active() and concrete(gap) <= concrete(bound):
         return
-    scale = torch.maximum(norm(p) * norm(product_q), norm(q) * norm(product_p))
+    scale = torch.maximum(before.size * norm(product), norm(q) * before.product_size)
     apart = gap / torch.where(scale > 0.0, scale, 1.0)
     most_apart = concrete(torch.where(moving, apart, 0.0))
-    if most_apart > asymmetry_tolerance(p.dtype):
+    if most_apart > asymmetry_tolerance(q.dtype):
         raise NotSymmetricError(
             f"ConjugateGradient was promised symmetric=True, but p'(Aq) and q'(Ap) differ by {most_apart:.2g} of their "
             "size. Use GMRES(), or Dense() for a few hundred unknowns, and give the operator symmetric=False."

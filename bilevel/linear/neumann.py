@@ -84,14 +84,13 @@ class Neumann(LinearSolver):
         for number in range(self.max_steps + 1):
             # u + a (b - A u) adds the series' next term to u: the same products, and the true residual at every step.
             length = step if single else torch.where(adding, step, 0.0)
+            over = single and number > 0  # both vectors are its own by then
             if solution is None:
                 solution = length * residual
-            elif number and single:  # its own by now
-                solution.addcmul_(length, residual)
             else:
-                solution = torch.addcmul(solution, length, residual)
+                solution = torch.addcmul(solution, length, residual, out=solution if over else None)
             last = number == self.max_steps
-            residual = damped.residual(rhs, solution) if last else rhs - damped.matvec(solution)
+            residual = damped.residual(rhs, solution, out=residual if over else None, last=last)
             products += 1
             left = norm(residual)
             growth = concrete(left / ceiling)
