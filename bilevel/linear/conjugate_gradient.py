@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, transforms_active
-from bilevel.errors import IndefiniteSystemError, NotSymmetricError
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
+from bilevel.autodiff import concrete
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.iteration import Iteration
 from bilevel.linear.preconditioner import Memory, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
-from bilevel.linear.stopping import Stopping, Watch
+from bilevel.linear.stopping import Stopping
 
 
 @final
@@ -101,12 +101,12 @@ class ConjugateGradient(LinearSolver):
             return self._conclude(torch.zeros_like(rhs), size, size, 0)
         damped = operator.damped(self.damping)
         limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
-        run = _Run(damped.matvec)
+        run = Iteration(damped.matvec)
         kept = self.init(rhs) if memory is None else memory
         if isinstance(self.preconditioner, Preconditioner):
             # Its own products are part of the price.
             run.inverse = self.preconditioner.prepare(LinearOperator(run.counted, symmetric=True), kept)
-            run.wanted = self.preconditioner.pairs if memory is not None else 0
+            run.pairs = self.preconditioner.pairs if memory is not None else 0
         else:
             run.inverse = self.preconditioner
 
@@ -128,7 +128,7 @@ class ConjugateGradient(LinearSolver):
         solution, left, products = refine(
             damped, rhs, size, initial, correct, wanted, limit, stalled=0.5, enough=settled
         )
-        if run.wanted and isinstance(self.preconditioner, Preconditioner):
+        if run.pairs and isinstance(self.preconditioner, Preconditioner):
             self.preconditioner.learn(kept, run.directions, run.products)
         products += run.spent
         if watch is None or self.stopping is None:
@@ -146,146 +146,3 @@ class ConjugateGradient(LinearSolver):
                 self._complain(told)
             return replace(found, error=watch.error, converged=found.converged or exact)
         return LinearSolution(solution, left, products, True, watch.error)
-
-
-class _Run:
-    """One solve: the iteration, and the pairs (p, A p) that it went through, evenly spaced."""
-
-    def __init__(self, matvec: Callable[[Tensor], Tensor]) -> None:
-        self.matvec = matvec
-        self.inverse: Callable[[Tensor], Tensor] | None = None
-        self.wanted, self.spent = 0, 0
-        self.watch: Watch | None = None
-        self.start: Tensor | None = None
-        self.directions: list[Tensor] = []
-        self.products: list[Tensor] = []
-        self._stride, self._seen = 1, 0
-
-    def counted(self, vector: Tensor) -> Tensor:
-        """A product that is no step."""
-        self.spent += 1
-        return self.matvec(vector)
-
-    def correct(self, residual: Tensor, size: Tensor, target: Tensor, most: int, first: bool) -> tuple[Tensor, int]:
-        """The e `[n]` that takes A e from 0 towards `residual`, of norm `size`, and the steps taken."""
-        # Unit size, because curvatures are squares, and squares of small float32 numbers underflow to "indefinite".
-        scale = torch.where(size > 0.0, size, 1.0)
-        r, goal = residual / scale, target / scale
-        e: Tensor | None = None
-        z = self._preconditioned(r)
-        p, rho = z, torch.dot(r, z)
-        # One flag a system: those in a batch that are done stand still while the others go on.
-        moving = (size / scale) > goal
-        single = not transforms_active()  # then the loop's end says what the flag would
-        in_place = single and not torch.is_grad_enabled() and not self.wanted
-        before: _Before | None = None
-        steps = 0
-        while steps < most and concrete(moving):
-            product = self.matvec(p)
-            steps += 1
-            self._note(p, product)
-            curvature = torch.dot(p, product)
-            if first:
-                _refuse_indefinite(moving, curvature, p)
-                if before is not None:
-                    _refuse_asymmetric(moving, before, p, product, curvature)
-                    before = None
-            # After a restart the directions are rounding's; one without curvature ends the search, and proves nothing.
-            moving = moving & ((curvature > 0.0) | torch.isnan(curvature))
-            if single and not concrete(moving):
-                break
-            step = rho / curvature if single else torch.where(moving, rho / torch.where(moving, curvature, 1.0), 0.0)
-            e = step * p if e is None else torch.addcmul(e, step, p, out=e if in_place else None)
-            # Where p is r itself, in the first step, it is needed once more.
-            over = in_place and steps > 1
-            r = torch.addcmul(r, step, product, value=-1.0, out=r if over else None)
-            z = self._preconditioned(r)
-            new_rho = torch.dot(r, z)
-            turn = new_rho / rho if single else torch.where(moving, new_rho / torch.where(moving, rho, 1.0), 0.0)
-            start, p = p, torch.addcmul(z, turn, p, out=p if over else None)
-            if first and steps == 1:
-                before = _Before(
-                    residual if self.inverse is None else start,
-                    scale if self.inverse is None else torch.ones_like(scale),
-                    norm(start),
-                    norm(product),
-                    curvature,
-                    torch.dot(p, product),
-                )
-            del start, product
-            rho = new_rho if single else torch.where(moving, new_rho, rho)
-            if self.watch is not None and self.watch.due(self._seen):
-                self.watch.look(self._seen, scale * e if self.start is None else self.start + scale * e)
-                if self.watch.satisfied:
-                    break
-            # Without a preconditioner rho is |r|^2, of an r that was scaled to unit size.
-            moving = moving & ((rho.sqrt() if self.inverse is None else norm(r)) > goal)
-            if self.inverse is not None:
-                _refuse_preconditioner(moving, rho)
-        if e is None:
-            return torch.zeros_like(r), steps
-        return e.mul_(scale) if single else scale * e, steps
-
-    def _preconditioned(self, residual: Tensor) -> Tensor:
-        return residual if self.inverse is None else self.inverse(residual)
-
-    def _note(self, p: Tensor, product: Tensor) -> None:
-        if self.wanted and self._seen % self._stride == 0:
-            if len(self.directions) == self.wanted:
-                # Twice as far apart from here on, and so before.
-                self._stride *= 2
-                self.directions, self.products = self.directions[::2], self.products[::2]
-            if self._seen % self._stride == 0:
-                self.directions.append(p)
-                self.products.append(product)
-        self._seen += 1
-
-
-def _refuse_indefinite(moving: Tensor, curvature: Tensor, direction: Tensor) -> None:
-    # A single system that stands still does not come here.
-    seen = -curvature if not transforms_active() else torch.where(moving, -curvature, -torch.inf)
-    lowest = -concrete(seen)
-    if lowest <= 0.0:
-        relative = -concrete(torch.where(moving, -curvature / norm(direction).square(), -torch.inf))
-        raise IndefiniteSystemError(
-            f"ConjugateGradient met a direction p with curvature p'Ap / p'p = {relative:.3g}; it needs a positive "
-            "definite system. The follower is not at a strict minimum: solve its problem further, or add "
-            f"damping={max(-2.0 * relative, 1e-3):.1g} or more, or use GMRES(), which needs no definiteness."
-        )
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What is kept of the first step until the second: p = `direction` / `scale`, |p|, |Ap|, p'Ap, and q'Ap."""
-
-    direction: Tensor
-    scale: Tensor
-    size: Tensor
-    product_size: Tensor
-    curvature: Tensor
-    across: Tensor
-
-
-def _refuse_asymmetric(moving: Tensor, before: _Before, q: Tensor, product: Tensor, curvature: Tensor) -> None:
-    gap = (torch.dot(before.direction, product) / before.scale - before.across).abs()
-    # Curvatures p'Ap and q'Aq bound |p| |Aq| or |q| |Ap| from below, and spare long vectors' norms.
-    bound = asymmetry_tolerance(q.dtype) * (before.curvature * curvature).sqrt()
-    if not transforms_active() and concrete(gap) <= concrete(bound):
-        return
-    scale = torch.maximum(before.size * norm(product), norm(q) * before.product_size)
-    apart = gap / torch.where(scale > 0.0, scale, 1.0)
-    most_apart = concrete(torch.where(moving, apart, 0.0))
-    if most_apart > asymmetry_tolerance(q.dtype):
-        raise NotSymmetricError(
-            f"ConjugateGradient was promised symmetric=True, but p'(Aq) and q'(Ap) differ by {most_apart:.2g} of their "
-            "size. Use GMRES(), or Dense() for a few hundred unknowns, and give the operator symmetric=False."
-        )
-
-
-def _refuse_preconditioner(moving: Tensor, rho: Tensor) -> None:
-    lowest = -concrete(torch.where(moving, -rho, -torch.inf))
-    if lowest <= 0.0:
-        raise IndefiniteSystemError(
-            f"ConjugateGradient's preconditioner gave r'M^-1 r = {lowest:.3g} for a residual r; it has to be symmetric "
-            "positive definite. Leave it out, or damp it."
-        )

@@ -90,7 +90,9 @@ class Neumann(LinearSolver):
             else:
                 solution = torch.addcmul(solution, length, residual, out=solution if over else None)
             last = number == self.max_steps
-            residual = damped.residual(rhs, solution, out=residual if over else None, last=last)
+            if last:
+                residual = rhs  # lets its own go before the largest product
+            residual = damped.residual(rhs, solution, out=residual if over and not last else None, last=last)
             products += 1
             left = norm(residual)
             growth = concrete(left / ceiling)
