@@ -1,6 +1,6 @@
 """How much work a hypergradient of a given accuracy takes along a leader's run, where solves know the ones before.
 
-The three followers of run.py, each at its optimum at the places that Adam with steps of 0.05 takes the leader through. A
+The three followers of run.py, at their optima at the places that Adam with steps of 0.05 takes the leader through. A
 watched run tells how many iterations each solve takes to 1e-3 and to 1e-6, against solves to 1e-13; each run goes on
 from its own, inexact solutions. Then it is timed with that many, all methods in turn, medians over the rounds. By hand:
 plain conjugate gradients from 0, at the last place. "one iteration" rows are what a hypergradient costs that hardly
@@ -77,7 +77,7 @@ def run(problem: Problem, solvers: Sequence[bl.LinearSolver]) -> list[Step]:
     known = bl.ClosedForm(lambda x: problem.places[place][1])
     state = bl.Implicit(known, tolerance=None, linear_solver=solvers[0]).init(problem.game)
     steps = []
-    for place, solver in enumerate(solvers):  # noqa: B007
+    for place, solver in enumerate(solvers):
         response = bl.Implicit(known, tolerance=None, linear_solver=solver)
         x = problem.places[place][0].clone().requires_grad_()
         began = time.process_time()

@@ -49,7 +49,7 @@ def optimum(follow: Loss, x: Tensor, y: Tensor) -> Tensor:
 
 def _near(follow: Loss, x: Tensor, y: Tensor, **options: float) -> Tensor:
     """By L-BFGS."""
-    y = y.clone().requires_grad_()
+    y = y.detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([y], line_search_fn="strong_wolfe", **options)
 
     def closure() -> Tensor:

@@ -183,7 +183,6 @@ INPUTS = torch.randn(30, 25, generator=torch.Generator().manual_seed(2), dtype=D
 EVERY = [
     ConjugateGradient(rtol=1e-8),
     ConjugateGradient(rtol=1e-8, preconditioner=Recycled(size=6, base=Diagonal())),
-    ConjugateGradient(rtol=1e-8, preconditioner=InnerPairs()),
     ConjugateGradient(rtol=None, stopping=Settled(1e-6)),
 ]
 
