@@ -70,4 +70,7 @@ def test_where_solves_start_and_blocks_save_along_a_run(script):
         assert products[network, "ours, warm, blocks", wanted] <= 0.5 * products[network, "by hand", wanted]
         assert products[separable, "ours, warm, blocks", wanted] >= products[separable, "ours, warm", wanted]
         assert seconds[scales, "by hand", wanted] >= 20.0 * seconds[scales, "ours, extrapolated, diagonal", wanted]
-    assert all(max(r["errors"]) <= r["wanted"] for r in rows if "one iteration" not in r["method"])
+    for row in rows:
+        # By hand with as many iterations as ours: rounding takes them apart a little.
+        most = {"by hand": 1.05, "by hand, one iteration": 1e9, "ours, one iteration": 1e9}.get(row["method"], 1.0)
+        assert max(row["errors"]) <= most * row["wanted"]

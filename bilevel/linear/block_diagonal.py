@@ -25,7 +25,7 @@ _COLUMNS = 4  # a direction; of fewer the least of the eigenvalues that are told
 class BlockDiagonal(Preconditioner):
     r"""Blocks for the units of each layer, alike within a layer: what a network's layers share is their inputs.
 
-        M = diag(C_1 x I, C_2 x I, ...),    C_j^2 = mean over the columns y of leaf j of E[y y'],  Y = A v,  v_i = +-1
+        M = diag(C_1 x I, C_2 x I, ...),    C_j^2 = E[y y'],  y any column of leaf j of A v,  v_i = +-1
 
     `shapes` are those of the follower's leaves, in their order: `[p.shape for p in model.parameters()]`. A leaf is a
     matrix `[rows, columns]`, its first dimension against the others, whichever is longer being the rows; each column
