@@ -23,9 +23,9 @@ class Extrapolated(LinearSolver):
 
     A leader that moves smoothly takes the adjoints u_k along a smooth curve, of which a warm start at u_k knows only
     the last point. The coefficients are the Galerkin ones, so that the start is never farther from u* than u_k is, nor
-    than 0, in the norm of A + damping I and up to rounding. `size` is how many differences are kept. Inside an `Implicit`
-    response they are a part of its state, saved and resumed with it; called by hand, in a `torch.func` transform, and
-    for many games at once, `solver` starts where it would by itself.
+    than 0, in the norm of A + damping I and up to rounding. `size` is how many differences are kept. Inside an
+    `Implicit` response they are a part of its state, saved and resumed with it; called by hand, in a `torch.func`
+    transform, and for many games at once, `solver` starts where it would by itself.
 
     Costs a product for each difference, since A has changed: none before there is one, and none for one that the
     others span already. Memory `size` n, and thrice as much while it starts. Pays where the leader's steps are small,
