@@ -74,3 +74,12 @@ def test_where_solves_start_and_blocks_save_along_a_run(script):
         # By hand with as many iterations as ours: rounding takes them apart a little.
         most = {"by hand": 1.05, "by hand, one iteration": 1e9, "ours, one iteration": 1e9}.get(row["method"], 1.0)
         assert max(row["errors"]) <= most * row["wanted"]
+
+
+def test_what_could_be_had_is_what_the_page_says(script):
+    found, page = script.read("limits"), (DOCS / "performance.md").read_text(encoding="utf-8")
+    above, counts = found["above"], found["iterations"]
+    assert f"the largest eigenvalue is {found['largest over the penalty']:.0f} times the penalty" in page
+    assert f"{above['10']} of the 7,850 are above ten times" in page and f"{above['2']} above twice" in page
+    for kind in ("plain", "exact blocks, one a unit", "exact blocks, one for all", "BlockDiagonal"):
+        assert "{} and {}".format(*counts[kind]) in page, kind
