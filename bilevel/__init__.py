@@ -45,9 +45,11 @@ from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, InnerSolver, Scipy, ScipyRoot
 from bilevel.linear import (
     GMRES,
+    BlockDiagonal,
     ConjugateGradient,
     Dense,
     Diagonal,
+    Extrapolated,
     Identity,
     InnerPairs,
     LinearOperator,
@@ -97,6 +99,7 @@ __all__ = [
     "AsLeaderMoves",
     "BilevelError",
     "BilevelWarning",
+    "BlockDiagonal",
     "CapturedTensorError",
     "Certificate",
     "CheckpointError",
@@ -115,6 +118,7 @@ __all__ = [
     "ExhaustedDataError",
     "Exploitability",
     "Extragradient",
+    "Extrapolated",
     "FollowTheRidge",
     "ForwardMode",
     "Game",

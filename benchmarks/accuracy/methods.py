@@ -152,11 +152,12 @@ def torchopt(problem: Problem, iterations: int) -> tuple[Tensor, int, float]:
     return found, iterations, time.process_time() - began
 
 
-def kinds() -> dict[str, bl.Preconditioner | None]:
+def kinds(problem: Problem) -> dict[str, bl.Preconditioner | None]:
     """Preconditioners by name."""
     return {
         "": None,
         "diagonal": bl.Diagonal(),
+        "blocks": bl.BlockDiagonal(shapes=problem.shapes),
         "Nystroem": bl.NystromPreconditioner(rank=50),
         "recycled": bl.Recycled(),
         "recycled over diagonal": bl.Recycled(size=40, base=bl.Diagonal()),

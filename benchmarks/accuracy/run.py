@@ -57,7 +57,7 @@ def chosen_iterations(problem: Problem, truth: Tensor) -> tuple[Chosen, list[dic
                 failed.append({"problem": problem.name, "method": name, "wanted": wanted, "failure": f"not in {MOST}"})
         print(f"{problem.name}, {name}: {reached}", flush=True)
 
-    for kind, preconditioner in kinds().items():
+    for kind, preconditioner in kinds(problem).items():
         for warm in (False, True):
             if not warm and isinstance(preconditioner, bl.Recycled):
                 continue  # a first solve has nothing to recycle

@@ -48,8 +48,12 @@ def responses() -> dict[str, bl.Response]:
     ends = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
     inner = partial(torch.optim.LBFGS, max_iter=50, history_size=30, line_search_fn="strong_wolfe", **ends)
 
-    def made(warm: bool, inexactness: bl.Inexactness | None, **options: object) -> bl.Implicit:
-        solver = bl.ConjugateGradient(rtol=1e-6, max_steps=5000, **options)  # type: ignore[arg-type]
+    def made(
+        warm: bool, inexactness: bl.Inexactness | None, extrapolated: bool = False, **options: object
+    ) -> bl.Implicit:
+        solver: bl.LinearSolver = bl.ConjugateGradient(rtol=1e-6, max_steps=5000, **options)  # type: ignore[arg-type]
+        if extrapolated:
+            solver = bl.Extrapolated(solver)
         return bl.Implicit(
             inner, steps=60, tolerance=1e-4, linear_solver=solver, warm_start=warm, inexactness=inexactness
         )
@@ -62,8 +66,9 @@ def responses() -> dict[str, bl.Response]:
         "+ diagonal": made(True, None, preconditioner=bl.Diagonal()),
         "+ recycled pairs": made(True, None, preconditioner=over_diagonal),
         "+ stopped when settled (1e-3)": made(True, None, preconditioner=over_diagonal, stopping=settled),
+        "+ extrapolated starts": made(True, None, True, preconditioner=over_diagonal, stopping=settled),
         "+ inexact at first": made(
-            True, bl.Geometric(start=100.0, rate=0.5), preconditioner=over_diagonal, stopping=settled
+            True, bl.Geometric(start=100.0, rate=0.5), True, preconditioner=over_diagonal, stopping=settled
         ),
         "L-BFGS's own pairs instead": made(
             True, bl.Geometric(start=100.0, rate=0.5), preconditioner=bl.InnerPairs(size=30), stopping=settled

@@ -1,8 +1,10 @@
 """Solvers for u = (A + damping I)^-1 b from products with A: the inner half of an implicit derivative."""
 
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.block_diagonal import BlockDiagonal
 from bilevel.linear.conjugate_gradient import ConjugateGradient
 from bilevel.linear.dense import Dense
+from bilevel.linear.extrapolated import Extrapolated
 from bilevel.linear.from_optimizer import InnerPairs, SecondMoment
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.identity import Identity
@@ -13,9 +15,11 @@ from bilevel.linear.stopping import Settled
 
 __all__ = [
     "GMRES",
+    "BlockDiagonal",
     "ConjugateGradient",
     "Dense",
     "Diagonal",
+    "Extrapolated",
     "Identity",
     "InnerPairs",
     "LinearOperator",

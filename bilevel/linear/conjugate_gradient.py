@@ -25,10 +25,11 @@ class ConjugateGradient(LinearSolver):
     Minimises 1/2 u'(A + damping I)u - b'u over a Krylov space that grows by one product a step; exact after n steps
     in exact arithmetic, and the error falls by (sqrt(k) - 1)/(sqrt(k) + 1) a step for condition number k.
 
-    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `NystromPreconditioner()`,
-    `Recycled()`, `SecondMoment()` or `InnerPairs()`, which make M close to A + damping I and keep what they learned in
-    `memory`; or a map from `r: [n]` to `M^-1 r: [n]`, M symmetric positive definite. `stopping=Settled(1e-3)` ends the
-    solve, as converged, once what u is needed for has settled, whatever the residual. `initial` is used.
+    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `BlockDiagonal(shapes=)`,
+    `NystromPreconditioner()`, `Recycled()`, `SecondMoment()` or `InnerPairs()`, which make M close to A + damping I and
+    keep what they learned in `memory`; or a map from `r: [n]` to `M^-1 r: [n]`, M symmetric positive definite.
+    `stopping=Settled(1e-3)` ends the solve, as converged, once what u is needed for has settled, whatever the
+    residual. `initial` is used.
 
     Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
     gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests

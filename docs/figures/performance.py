@@ -5,6 +5,7 @@ The files are made by the programs that the page names.
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -80,6 +81,31 @@ def _cell(rows: list[dict], problem: str, name: str, wanted: float) -> str:
     return f"{_seconds(some[0]['seconds'])} ({some[0]['products']:,}; {gain:.1f} x)"
 
 
+def along() -> list[dict[str, str]]:
+    """Seconds of a later step of a run, and how many times the plain method's; those of the first."""
+    rows = (read("along") or {"rows": []})["rows"]
+    table = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        line = {"method": name}
+        for problem, wanted in dict.fromkeys((row["problem"], row["wanted"]) for row in rows):
+            some = {r["method"]: r for r in rows if (r["problem"], r["wanted"]) == (problem, wanted)}
+            if name in some:
+                first, seconds, products = later_step(some[name])
+                gain = later_step(some["by hand"])[1] / seconds
+                told = f"{_seconds(seconds)} ({products:,.0f}; {gain:.1f} x)"
+                alone = len(some[name]["seconds"]) == 1
+                line[f"{problem}, {wanted:.0e}"] = told if alone else f"{told}, first {_seconds(first)}"
+        table.append(line)
+    return table
+
+
+def later_step(row: dict) -> tuple[float, float, float]:
+    """Seconds of a run's first step; mean seconds and products of those from the third on, which know two before."""
+    seconds, products = row["seconds"], row["products"]
+    later = slice(2, None) if len(seconds) > 2 else slice(None)
+    return seconds[0], statistics.mean(seconds[later]), statistics.mean(products[later])
+
+
 def whole_run() -> list[dict[str, str]]:
     """Work of a leader's run, means by means."""
     whole = read("whole_run")
@@ -128,7 +154,7 @@ def _bytes(value: float) -> str:
     return f"{value / 1e3:.3g} kB"
 
 
-TABLES = {"equal work": equal_work, "accuracy": accuracy, "whole run": whole_run, "growth": growth}
+TABLES = {"equal work": equal_work, "accuracy": accuracy, "along": along, "whole run": whole_run, "growth": growth}
 
 
 def told(page: str) -> str:
