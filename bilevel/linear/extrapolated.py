@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.autodiff import concrete
 from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
 
 _OWN = "differences"
@@ -93,7 +94,7 @@ class Extrapolated(LinearSolver):
     ) -> LinearSolution:
         """u `[n]` with (A + damping I) u = rhs, from the best of `initial: [n]` and what is kept."""
         self._require_symmetric(operator)
-        if memory is None or self._vanishes(rhs, initial):
+        if memory is None or concrete(self._size(rhs, initial)) == 0.0:
             return self.solver.solve(operator, rhs, initial)
         start = _best(operator.damped(self.damping), rhs, initial, memory[_OWN])
         known = _Known(operator, start, self.damping)

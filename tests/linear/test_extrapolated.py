@@ -33,7 +33,8 @@ class Started(LinearSolver):
 
     def solve(self, operator, rhs, initial=None):
         place = torch.zeros_like(rhs) if initial is None else initial
-        return self._conclude(place, operator.damped(self.damping).residual(rhs, place), rhs, 1)
+        left = operator.damped(self.damping).residual(rhs, place)
+        return self._conclude(place, left.norm(), rhs.norm(), 1)
 
 
 STARTED = Started(rtol=None)
