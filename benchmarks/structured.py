@@ -5,7 +5,7 @@ decays, and the sizes of two noises), float32. Calls of ten fitting steps are in
 process; a ratio is the median of a call's CPU seconds a step, its recentring and its answer to the leader included,
 over those of the plain steps beside it. A round adds the leader's own gradient to both. Memory is the peak of the bytes
 that the tensors of weights, fit and leader hold, counted; and the peak of a process of its own for each case, less what
-it held after its imports, which has two more copies of the weights, the game's own and its player's.
+it held after its imports, in which is one more copy of the weights, where the game starts.
 
 Then three games whose Jacobian is known: ridge regression on whitened digits, which rows can follow exactly; on digits
 as they are, which they cannot; and an MLP. For each network the cosine and the relative error of the learned Jacobian,
