@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import time
@@ -215,6 +216,8 @@ class _Run:
             for name in self.leaders:
                 refuse_mixing("solve", factories[name], game, name)
         self.optimizers = {name: build(factories[name], self.points[name]) for name in self.leaders}
+        for name, built in self.optimizers.items():
+            _refuse_searching(name, built)
         self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
         self.positions = {name: game.start(name, seed) for name in self.leaders}
         self.batches: dict[str, Any] = {}
@@ -538,6 +541,17 @@ def _refuse_mixing_dynamics(dynamics: Dynamics, count: int) -> None:
             f"solve: {dynamics!r} follows the whole field of {count} games by common numbers, which would mix them. "
             f"Use {', '.join(rule.__name__ for rule in _SEPARABLE)} or SymplecticAdjustment(aligned=False), or solve "
             "them one by one: solve(games.game(i), ...)."
+        )
+
+
+def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that evaluates the loss itself: a leader's loss is a whole round of the followers."""
+    (_, *arguments) = inspect.signature(type(optimizer).step).parameters.values()
+    if any(argument.default is argument.empty for argument in arguments):
+        raise TypeError(
+            f"solve: the optimizer of {name!r} is {type(optimizer).__name__}, whose step() wants a closure to evaluate "
+            "the loss with, several times a step; solve gives it one gradient a step, on that step's batch and states. "
+            "Use one such as Adam or SGD here; a follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
         )
 
 
