@@ -72,11 +72,12 @@ class Hypernetwork(Response):
     It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. The first call, and every
     `examine_every`-th from there on, measures it on a fresh draw: when the leader moves, how much of the change of the
     follower's gradient does the slope leave standing? 0 is exact, 1 no better than no response; above `tolerance` a
-    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at
-    the start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last,
-    and say how many calls ago. It weighs directions by their curvature, as a residual does: where the follower is stiff
-    it is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified
-    and its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
+    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at the
+    start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last, and
+    say how many calls ago; `solve` counts the examinations alone. It weighs directions by their curvature, as a
+    residual does: where the follower is stiff it is stricter than the hypergradient's own error. Without centring or
+    without noise the slope is not identified and its sign may be wrong: such settings warn
+    (`UnreliableResponseWarning`).
 
     `in_place=True` saves the copies of w0, network and optimiser that each call makes: it fits in the tensors of the
     state that it is passed, and returns that very state. Earlier answers keep their values; to differentiate one after
@@ -370,7 +371,7 @@ class Hypernetwork(Response):
         else:
             return
         told += f" (measured {age} calls ago)" if age else ""
-        warnings.warn(f"Hypernetwork: {told}. {advice}", NonConvergenceWarning, stacklevel=5)
+        warnings.warn(NonConvergenceWarning(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
 
 
 def _clones(tensors: list[Tensor]) -> list[Tensor]:
