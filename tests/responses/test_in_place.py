@@ -155,6 +155,17 @@ def test_an_examination_now_and_then():
         bl.Hypernetwork(ADAM, examine_every=0)
 
 
+def test_a_run_counts_examinations_and_tells_what_still_holds():
+    rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=1e-6)
+    with pytest.warns(
+        bl.NonConvergenceWarning, match=r"in 2 of 5 steps, last in step 5: .*\(measured [12] calls ago\)"
+    ):
+        solution = bl.solve(
+            game(best_rows), weights=rare, steps=5
+        )  # examined in steps 1 and 4; the answer is a 6th call
+    assert len(solution.warnings) == 1
+
+
 def test_an_examination_now_and_then_resumes():
     played, x = game(best_rows), {"x": X}
     rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=None)
