@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 
 
 def head(*packages: str, seed: int = 0) -> dict[str, Any]:
-    """The head, with the versions of further `packages` that were measured; call it when the threads are set."""
-    versions = {name: version(name) for name in dict.fromkeys(("torch", "bilevel", *packages))}
+    """The head, with the versions of those of `packages` that are there; call it when the threads are set."""
+    versions = {}
+    for name in dict.fromkeys(("torch", "bilevel", *packages)):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "machine": {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **versions},

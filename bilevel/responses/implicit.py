@@ -52,7 +52,8 @@ class Implicit(Response):
     `tolerance` issues a `NonConvergenceWarning` with both numbers (`ConvergenceError` when `strict`);
     `tolerance=None` asks for no accuracy. `inexactness` (`Geometric()`, `AsLeaderMoves()`) loosens both tolerances
     while the leader is far from its goal. With minibatches, the held batch stands for the whole data.
-    Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph.
+    Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
+    wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
     >>> from functools import partial
