@@ -52,6 +52,7 @@ CASES = {
     "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"antithetic": True})),
     "rows and columns": bl.Hypernetwork(ADAM, network=bl.RowColumnScaled(), **LEAN),
     "low-rank layers, 4": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(4), **LEAN),
+    "low-rank layers, 10": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(10), **LEAN),
     "low-rank layers, 20": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(20), **LEAN),
     "self-tuning": bl.Hypernetwork(ADAM, network=bl.SelfTuning(), **LEAN),
     "low rank, 2": bl.Hypernetwork(ADAM, network=bl.LowRank(2), **LEAN),
