@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import bilevel as bl
+from benchmarks.head import head
 from bilevel.tree import flatten
 from games.tuning.cross_validation import CrossValidation, random
 
@@ -59,9 +59,8 @@ def main() -> None:
         for row in measured(problem, way, make, play, chosen)
     ]
     rows += [cross_validated(solver, optimizer, chosen) for solver, optimizer in SOLVERS.items()]
-    machine = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__, "seed": chosen.seed}
     settings = {"leader steps": STEPS, "rounds": chosen.rounds, "loop's games": chosen.sample, "dtype": "float64"}
-    chosen.output.write_text(json.dumps({"machine": machine, "settings": settings, "results": rows}, indent=2))
+    chosen.output.write_text(json.dumps({**head(seed=chosen.seed), "settings": settings, "results": rows}, indent=2))
 
 
 def measured(problem: str, way: str, make: Make, play: Play, chosen: argparse.Namespace) -> list[dict[str, Any]]:

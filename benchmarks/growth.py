@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import time
 import warnings
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from benchmarks.head import head
 from bilevel.comparison.memory import peak_bytes
 
 LR = 0.05
@@ -132,8 +132,7 @@ def main() -> None:
         for name, some in rows.items():
             slopes = {f"{key} slope": slope(some, key, axis) for key in ("seconds", "bytes")}
             found.append({"axis": axis, "response": name, **slopes, "rows": some})
-    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    chosen.output.write_text(json.dumps({"machine": machine, "seed": 0, "sweeps": found}, indent=1) + "\n")
+    chosen.output.write_text(json.dumps({**head(), "sweeps": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

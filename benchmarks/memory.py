@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from benchmarks.head import head
 from bilevel.comparison.memory import peak_bytes
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -165,13 +165,7 @@ def main() -> None:
     if chosen.case is not None:
         print(json.dumps(measured(chosen.case)))
         return
-    machine = {
-        "machine": platform.machine(),
-        "threads": chosen.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "seed": 0,
-    }
+    torch.set_num_threads(chosen.threads)
     rows = []
     for case in cases(chosen.quick):
         told = json.dumps({**case, "threads": chosen.threads})
@@ -185,7 +179,7 @@ def main() -> None:
         rows.append({**case, **json.loads(done.stdout)})
         print({k: v for k, v in rows[-1].items() if k != "slope"}, flush=True)
         # After each case: some take minutes.
-        chosen.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        chosen.output.write_text(json.dumps({**head(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

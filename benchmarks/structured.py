@@ -5,7 +5,7 @@ decays, and the sizes of two noises), float32. Calls of ten fitting steps are in
 process; a ratio is the median of a call's CPU seconds a step, its recentring and its answer to the leader included,
 over those of the plain steps beside it. A round adds the leader's own gradient to both. Memory is the peak of the bytes
 that the tensors of weights, fit and leader hold, counted; and the peak of a process of its own for each case, less what
-it held after its imports, which has two more copies of the weights, the game's own and its player's.
+it held after its imports, in which is one more copy of the weights, where the game starts.
 
 Then three games whose Jacobian is known: ridge regression on whitened digits, which rows can follow exactly; on digits
 as they are, which they cannot; and an MLP. For each network the cosine and the relative error of the learned Jacobian,
@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy, linear, one_hot
 
 import bilevel as bl
+from benchmarks.head import head
 from bilevel.comparison.memory import peak_bytes
 from bilevel.tree import Variables, flatten, leaves, structure_of
 
@@ -52,6 +52,8 @@ CASES = {
     "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"antithetic": True})),
     "rows and columns": bl.Hypernetwork(ADAM, network=bl.RowColumnScaled(), **LEAN),
     "low-rank layers, 4": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(4), **LEAN),
+    "low-rank layers, 10": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(10), **LEAN),
+    "low-rank layers, 20": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(20), **LEAN),
     "self-tuning": bl.Hypernetwork(ADAM, network=bl.SelfTuning(), **LEAN),
     "low rank, 2": bl.Hypernetwork(ADAM, network=bl.LowRank(2), **LEAN),
     "dense": bl.Hypernetwork(ADAM, network=bl.Linear(), **LEAN),
@@ -72,16 +74,15 @@ def main() -> None:
     if chosen.memory_of:
         print(json.dumps(memory(chosen.memory_of, widths)))
         return
+    fits = 150 if chosen.quick else 6000
     results = {
         "weights": sum(p.numel() for p in mlp(widths).parameters()),
         "steps_a_call": STEPS,
         "steps": seconds(widths, rounds=3 if chosen.quick else 5),
         "memory": {name: in_a_process(name, quick=chosen.quick) for name in ("plain", *CASES)},
-        "jacobians": {name: fidelity(made(), 150 if chosen.quick else 3000) for name, made in KNOWN.items()},
+        "jacobians": {name: fidelity(made(), fits) for name, made in KNOWN.items()},
     }
-    machine = {"machine": platform.machine(), "processor": processor(), "threads": 1}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "bilevel": "0.1.0"}
-    content = {"machine": machine, "versions": versions, "seed": 0, "quick": chosen.quick, **results}
+    content = {**head(), "quick": chosen.quick, "fits": fits, **results}
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(json.dumps(content, indent=2) + "\n")
     show(content)
@@ -329,6 +330,7 @@ NETWORKS = {
     "self-tuning": bl.SelfTuning(),
     "low-rank layers, 4": bl.LowRankLayers(4),
     "low-rank layers, 10": bl.LowRankLayers(10),
+    "low-rank layers, 20": bl.LowRankLayers(20),
 }
 
 
@@ -386,12 +388,6 @@ def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 # Telling -----------------------------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def show(content: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ Bad input is refused by plain `ValueError` and `TypeError`. These are for what o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class BilevelError(RuntimeError):
     """Base of every error that bilevel raises while running."""
@@ -43,7 +45,15 @@ class NonFiniteError(BilevelError):
 
 
 class BilevelWarning(UserWarning):
-    """Base of every warning of bilevel."""
+    """Base of every warning of bilevel.
+
+    `repeated`: whether it says again what an earlier call measured. `games`: those of many games that it speaks of, by
+    number; None for all.
+    """
+
+    def __init__(self, message: str = "", *, repeated: bool = False, games: Sequence[int] | None = None) -> None:
+        super().__init__(message)
+        self.repeated, self.games = repeated, games
 
 
 class NonConvergenceWarning(BilevelWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,9 @@ class Game:
     of each objective on its first batch: names, shapes, dtypes and devices, data, and that every leader reaches
     somebody's loss and every follower's loss depends on someone who moves before it.
 
+    It keeps a copy of where its players start, and none of the tensors that they were given: who writes into these, or
+    trains the module, changes no game. A module's numbers may go once the game is made, by `model.to("meta")`.
+
     Raises `TypeError` or `ValueError` naming player, argument, what came, what was expected and the way out.
 
     >>> def lead(x, y): return (y ** 2).sum() + (x ** 2).sum()
@@ -123,6 +126,8 @@ class Game:
         self._arguments = {n: tuple(a for a in p.names if a != "batch") for n, p in players.items()}
         self._initial = {name: player.variables() for name, player in players.items()}
         self._check_variables()
+        # The copy above is the only one: whoever lets go of the tensors that he passed holds them no longer.
+        self._players = {n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()}
         self._structures = {name: structure_of(value) for name, value in self._initial.items()}
         self._buffers = {name: player.buffers() for name, player in players.items()}
         self._streams = {name: Stream(name, p.data) for name, p in players.items() if p.data is not None}
@@ -132,8 +137,11 @@ class Game:
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """The players by name, in order of play; those of a joint one by their own names."""
-        return dict(self._players)
+        """The players by name, in order of play; those of a joint one by their own names.
+
+        Each comes with a copy of its initial variables, or with its module: to write into the copy changes no game.
+        """
+        return _Players(self._players, self._initial)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -553,6 +561,24 @@ class Game:
                 "before it; its response would have no derivative. Use that argument in the objective, or make the "
                 "leader Player(..., optimizer_hyper=True) when it tunes the inner optimiser."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Players(Mapping[str, Player]):
+    """Players of a game; what one starts from is copied when that one is asked for, which may be 10 million numbers."""
+
+    players: Mapping[str, Player]
+    initial: Mapping[str, Variables]
+
+    def __getitem__(self, name: str) -> Player:
+        player = self.players[name]
+        return player if isinstance(player.init, nn.Module) else replace(player, init=detached(self.initial[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.players)
+
+    def __len__(self) -> int:
+        return len(self.players)
 
 
 def _kind(value: object) -> str:

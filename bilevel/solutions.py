@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel.solution import Solution
-from bilevel.tree import Variables, map_leaves
+from bilevel.solution import End, Solution
+from bilevel.tree import map_leaves
 
 
 def summary(name: str, value: Any) -> dict[str, float]:
@@ -21,8 +20,9 @@ def summary(name: str, value: Any) -> dict[str, float]:
     return {name: float(value.median()), f"{name}.worst": float(value.max())}
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class Solutions:
+class Solutions(End[Tensor]):
     """The end of a run of many games. `solutions[17]` is the `Solution` of one, `len(solutions)` how many there are.
 
     `variables`: player -> its variables, each leaf `[count, ...]`. `values`: player -> its loss in each game `[count]`,
@@ -30,21 +30,11 @@ class Solutions:
     `residuals`: follower -> relative residual of its last linear solve, `[count]`. `history`: one record a step,
     with the median over games under each name, and the largest under `name.worst`. `gradients` and `products` are those
     of the whole run, each of which was one for every game at once; `seconds` is its time. `warnings` name how many
-    games, and the worst. `states`: follower -> its response's state, `buffers`: player -> its module's buffers
-    `[count, ...]`.
+    games, and the worst; `warned`: for each of them the games that it has spoken of in any step, None for all.
+    `states`: follower -> its response's state, `buffers`: player -> its module's buffers `[count, ...]`.
     """
 
-    variables: Mapping[str, Variables]
-    values: Mapping[str, Tensor]
-    history: list[dict[str, float]]
-    stationarity: Mapping[str, Tensor]
-    residuals: Mapping[str, Tensor]
-    gradients: int
-    products: int
-    seconds: float
-    warnings: tuple[str, ...]
-    states: Mapping[str, Any] = field(repr=False)
-    buffers: Mapping[str, Any] = field(repr=False)
+    warned: tuple[frozenset[int] | None, ...] = field(repr=False)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -55,10 +45,15 @@ class Solutions:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Solution:
-        """One game's end: its history has the whole run's counts and no losses, and it has no states to go on from."""
+        """One game's end.
+
+        Its history has the whole run's counts and no losses, and it has no states to go on from. Its warnings are those
+        that spoke of it in some step of the run, in the words that they had for all games.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no game {index} among {len(self)}.")
         kept = ("step", "gradients", "products", "seconds", "work")
+        mine = [games is None or index % len(self) in games for games in self.warned]
 
         def numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
             return {name: float(tensor[index]) for name, tensor in tensors.items()}
@@ -73,15 +68,14 @@ class Solutions:
             gradients=self.gradients,
             products=self.products,
             seconds=self.seconds,
-            warnings=self.warnings,
+            warnings=tuple(text for text, own in zip(self.warnings, mine, strict=True) if own),
             states={},
             buffers=buffers,
         )
 
     def __str__(self) -> str:
         """A table of the players over all games, the work, and the warnings."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
-        from rich.table import Table  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415 - only where something is printed
 
         table = Table(title=f"Solutions of {len(self):,} games after {len(self.history)} steps")
         right = ("median loss at start", "median loss", "worst loss", "in game", "worst stationarity", "worst residual")
@@ -101,14 +95,4 @@ class Solutions:
                 f"{float(self.stationarity[name].max()):.2e}" if name in self.stationarity else "",
                 f"{float(self.residuals[name].max()):.2e}" if name in self.residuals else "",
             )
-        text = io.StringIO()
-        console = Console(file=text, width=100)
-        console.print(table)
-        console.print(
-            f"{self.gradients:,} gradients and {self.products:,} Hessian-vector products, each of all games at once, "
-            f"{self.seconds:.1f} s",
-            highlight=False,
-        )
-        for warning in self.warnings:
-            console.print(f"Warning: {warning}", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+        return self._printed(table, each=", each of all games at once")

@@ -1,5 +1,7 @@
 """Everything wrong is refused before any work, by an error that says what to do."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -176,3 +178,67 @@ def test_buffers_advance_in_the_state_and_the_module_never_changes(response):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert solution.buffers["weights"]["norm.num_batches_tracked"] >= 6
     assert (solution.buffers["weights"]["norm.running_mean"] > 0.3).all()
+
+
+def by_plain_steps(tensor):
+    tensor.requires_grad_()
+    tensor.sum().backward()
+    optimizer = torch.optim.Adam([tensor], lr=0.5, fused=True)
+    optimizer.step()
+
+
+WRITES = {
+    "without grad": lambda tensor: tensor.detach().add_(1.0),
+    ".data": lambda tensor: tensor.data.add_(1.0),
+    "NumPy": lambda tensor: tensor.detach().numpy().__iadd__(1.0),
+    "an optimiser": by_plain_steps,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("form", ["tensor", "module", "handed out"])
+def test_where_a_game_starts_is_out_of_reach(form, write):
+    model, tensor = nn.Linear(3, 1, bias=False), torch.ones(3)
+    init = {"tensor": tensor, "handed out": tensor.clone(), "module": model}[form]
+
+    def own(y):
+        return (y["weight"] if isinstance(y, dict) else y).reshape(3)
+
+    played = game(leader=lambda x, y: lead(x, own(y)), follower=lambda x, y: follow(x, own(y)), y=init)
+    before = own(played.initial("y")).clone()
+    write({"tensor": tensor, "module": model.weight, "handed out": played.players["y"].init}[form])
+    assert torch.equal(own(played.initial("y")), before)
+
+
+def test_a_game_holds_one_copy_of_what_it_starts_from():
+    tensor = torch.ones(3)
+    kept = weakref.ref(tensor)
+    played = game(y=tensor)
+    del tensor
+    gc.collect()
+    assert kept() is None
+    assert torch.equal(played.players["y"].init, torch.ones(3))
+
+
+def test_a_module_may_leave_its_numbers_once_the_game_is_made():
+    def solved(*, leave):
+        torch.manual_seed(0)
+        model, inputs = Normed(), torch.linspace(-1.0, 1.0, 24).reshape(8, 3) + 2
+
+        def train(decay, weights):
+            fit = (functional_call(model, weights, (inputs,)) ** 2).mean()
+            return fit + decay.exp() * sum(w.square().sum() for w in weights.values())
+
+        model.out.bias = None
+        played = bl.Game(
+            decay=bl.Player(lambda weights: functional_call(model, weights, (inputs,)).mean(), ZERO.sum()),
+            weights=bl.Player(train, model),
+        )
+        if leave:
+            model.to("meta")
+        return bl.solve(played, weights=bl.Unrolled(partial(torch.optim.SGD, lr=0.05), steps=3), steps=2)
+
+    stayed, left = solved(leave=False), solved(leave=True)
+    assert torch.equal(stayed.variables["decay"], left.variables["decay"])
+    for path, tensor in stayed.buffers["weights"].items():
+        assert torch.equal(tensor, left.buffers["weights"][path])

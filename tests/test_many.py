@@ -375,6 +375,7 @@ def test_a_game_that_stops_short_is_named():
     with pytest.warns(bl.NonConvergenceWarning, match=r"in 1 of 3 games, the worst being game 2"):
         found = bl.solve(with_curvature(curvature), y=y, steps=2)
     assert "game 2" in str(found)
+    assert [len(alone.warnings) for alone in found] == [0, 0, 1] and found[-1].warnings == found.warnings
     y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=bl.ConjugateGradient(max_steps=1))
     with pytest.warns(bl.NonConvergenceWarning, match=r"ConjugateGradient.*in 1 of 3 games, the worst being game 2"):
         bl.solve(with_curvature(curvature), y=y, steps=1)

@@ -182,6 +182,8 @@ def test_what_cannot_be_is_refused():
         bl.solve(cournot(), folower=response)
     with pytest.raises(TypeError, match="is no response"):
         bl.solve(cournot(), follower=partial(SGD, lr=0.1))
+    with pytest.raises(TypeError, match="'leader' is LBFGS, whose step.. wants a closure.*Use one such as Adam"):
+        bl.solve(cournot(), follower=response, optimizer=torch.optim.LBFGS)
     with pytest.raises(ValueError, match="steps=0"):
         bl.solve(cournot(), steps=0)
 

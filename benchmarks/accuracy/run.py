@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from problem import MOST, Problem, problems
 from torch import Tensor
 
 import bilevel as bl
+from benchmarks.head import head
 
 ERRORS = (1e-3, 1e-6)
 
@@ -122,8 +122,7 @@ def main() -> None:
                 | {"seconds": statistics.median(taken[name, wanted]), "all seconds": taken[name, wanted]}
             )
             print(f"{problem.name}, {name}, {wanted:g}: {rows[-1]}", flush=True)
-        machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-        whole = {"machine": machine, "seed": 0, "rounds": chosen.rounds, "rows": rows}
+        whole = {**head("torchopt", "hypergrad"), "rounds": chosen.rounds, "rows": rows}
         chosen.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 

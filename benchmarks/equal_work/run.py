@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -23,6 +22,7 @@ from ours_and_hand import Run, hand, ours
 from peers import flat, peers
 from problem import Problem, problems
 
+from benchmarks.head import head
 from bilevel.comparison.memory import peak_bytes
 
 KINDS = ("unroll", "cg", "neumann")
@@ -86,12 +86,14 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
     rows = []
-    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    machine["threads"] = str(chosen.threads)
     for problem in problems(chosen.problem):
         for kind in chosen.kind or KINDS:
             rows += row(problem, kind, rounds=chosen.rounds)
-            whole = {"machine": machine, "seed": 0, "rounds": chosen.rounds, "rows": rows}
+            whole = {
+                **head("torchopt", "higher", "hypergrad", "boat-torch", "jaxopt"),
+                "rounds": chosen.rounds,
+                "rows": rows,
+            }
             chosen.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 

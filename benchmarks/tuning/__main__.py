@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from benchmarks.head import head
 from benchmarks.tuning.ours import Curve, Setting, settings, tuned
 from benchmarks.tuning.problems import Problem, many, ten
 from benchmarks.tuning.search import TRIALS, searched, seconds_to_suggest
@@ -132,9 +131,7 @@ def main() -> None:
         return part(problem, name[1], int(name[2]), trials)
 
     results = run(names, work, chosen.output.with_suffix(".jsonl"))
-    machine = {"machine": platform.machine(), "threads": 1, "python": platform.python_version()}
-    versions = {name: version(name) for name in ("torch", "optuna", "numpy")}
-    told: dict[str, Any] = {"machine": machine | versions, "trials": trials, "results": results}
+    told: dict[str, Any] = {**head("optuna", "numpy"), "trials": trials, "results": results}
     if not chosen.choose:
         told["settings"] = {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
         told["seconds to suggest"] = {str(n): seconds_to_suggest(n) for n in (10, 785 if chosen.quick else 7850)}

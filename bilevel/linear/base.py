@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -89,6 +90,15 @@ class LinearSolver(ABC):
     atol: float = 0.0
     damping: float = 0.0
     strict: bool = False
+
+    def __new__(cls, *args: object, **options: object) -> LinearSolver:
+        """Say who stops by more than a residual, where Python would only say that this solver does not."""
+        if "stopping" in options and "stopping" not in inspect.signature(cls.__init__).parameters:
+            raise TypeError(
+                f"{cls.__name__} was given stopping={options['stopping']!r}, but ends by its residual alone: rtol=. "
+                "On a symmetric system ConjugateGradient(stopping=...) looks at the hypergradient as well."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Refuse settings that no system can meet."""

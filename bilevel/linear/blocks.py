@@ -63,15 +63,14 @@ class Blocks(LinearSolver):
         missed = norms > wanted
         if self.solver.rtol is not None and bool(missed.any()):
             worst = int(torch.where(missed, relative, -1.0).argmax())
-            warnings.warn(
+            told = (
                 f"{type(self.solver).__name__} stopped after {products} products short of its tolerance in "
                 f"{int(missed.sum())} of {self.count} games, the worst being game {worst} with a residual of "
                 f"{float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
                 f"max({self.solver.rtol:g} |b|, {self.solver.atol:g}). Give it more steps, more damping, or a larger "
-                "rtol.",
-                NonConvergenceWarning,
-                stacklevel=2,
+                "rtol."
             )
+            warnings.warn(NonConvergenceWarning(told, games=missed.nonzero().flatten().tolist()), stacklevel=2)
         whole = torch.linalg.vector_norm(norms)
         return LinearSolution(self._flat(found), whole, products, not bool(missed.any()))
 

@@ -54,15 +54,21 @@ class Fitting:
         Takes three gradients, on one batch and one set of random numbers.
         """
         random = random_state(self.follower.game.device)
+        centred = self.learned.centred and torch.equal(x, self.origin)
 
         def slopes(at: Tensor, others: Tensor) -> tuple[Tensor, ...]:
             own = [leaf.detach().requires_grad_() for leaf in w0]  # y is w0 and a displacement: f_y is the slope in w0
             with torch.enable_grad(), random_kept(self.follower.game.device, start=random):
-                return torch.autograd.grad(self._loss(own, weights, at, others), own, materialize_grads=True)
+                # At its centre the answer is w0 itself: no second tensor of its size is needed.
+                loss = self._of(own, others) if centred and at is x else self._loss(own, weights, at, others)
+                return torch.autograd.grad(loss, own, materialize_grads=True)
 
+        # In this order no more than two gradients are held, and a displaced answer beside one only.
+        there = slopes(x + step, x + step)
         here = slopes(x, x)
+        answered = _distance(there, here)
+        del there
         unanswered = _distance(slopes(x, x + step), here)
-        answered = _distance(slopes(x + step, x + step), here)
         left = answered / unanswered if unanswered > 0.0 else 0.0 if bool(step.any()) else math.nan
         return _norm(here), left
 
@@ -71,8 +77,11 @@ class Fitting:
     ) -> Tensor:
         """The follower's loss at its answer to `at`, when the others play `others`."""
         # Nobody else holds the answer: backward frees each leaf of it as soon as it is through.
-        y = self.follower.form.build(self.answer(w0, weights, at))
-        return self.follower.loss(y, self.follower.input_form.unflatten(others), advance_buffers=advance)
+        return self._of(self.answer(w0, weights, at), others, advance=advance)
+
+    def _of(self, y: Sequence[Tensor], others: Tensor, *, advance: bool = False) -> Tensor:
+        form = self.follower.input_form
+        return self.follower.loss(self.follower.form.build(y), form.unflatten(others), advance_buffers=advance)
 
     def _losses(self, w0: Sequence[Tensor], weights: Weights, points: Tensor) -> Tensor:
         """The loss `[rows]` at each of `points: [rows, n]` and the answer to it."""

@@ -11,7 +11,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bilevel.autodiff import transforms_active
 from bilevel.data import Batch
@@ -33,6 +32,7 @@ from bilevel.responses.footprint import available, footprint, told
 from bilevel.responses.leafwise import LeafNetwork
 from bilevel.responses.learned import FlatMap, LeafMap, LearnedMap
 from bilevel.responses.networks import Linear
+from bilevel.responses.trial import made, refuse_flat, refuse_leaves, shown
 from bilevel.tree import Structure, Variables, flatten, leaves
 
 Sampler = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
@@ -72,11 +72,12 @@ class Hypernetwork(Response):
     It gives an estimate: the slope is as good as the fit, and before any warm-up it is zero. The first call, and every
     `examine_every`-th from there on, measures it on a fresh draw: when the leader moves, how much of the change of the
     follower's gradient does the slope leave standing? 0 is exact, 1 no better than no response; above `tolerance` a
-    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at
-    the start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last,
-    and say how many calls ago. It weighs directions by their curvature, as a residual does: where the follower is stiff
-    it is stricter than the hypergradient's own error. Without centring or without noise the slope is not identified
-    and its sign may be wrong: such settings warn (`UnreliableResponseWarning`).
+    `NonConvergenceWarning` says so, as it does when the follower's own gradient is above that share of its value at the
+    start (`tolerance=None` asks for no accuracy). The calls between report, and warn of, what was measured last, and
+    say how many calls ago; `solve` counts the examinations alone. It weighs directions by their curvature, as a
+    residual does: where the follower is stiff it is stricter than the hypergradient's own error. Without centring or
+    without noise the slope is not identified and its sign may be wrong: such settings warn
+    (`UnreliableResponseWarning`).
 
     `in_place=True` saves the copies of w0, network and optimiser that each call makes: it fits in the tensors of the
     state that it is passed, and returns that very state. Earlier answers keep their values; to differentiate one after
@@ -164,7 +165,11 @@ class Hypernetwork(Response):
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         constants = {name: b.detach().clone() for name, b in network.named_buffers()}
         self._skeletons[(x.numel(), form.shapes)] = network.to("meta")
-        self._try(state["follower"], form, w0, weights | constants, torch.zeros_like(x))
+        skeleton, numbers = self._skeleton(x.numel(), form), weights | constants
+        if isinstance(self.network, LeafNetwork):
+            refuse_leaves(self.network, skeleton, numbers, state["follower"], w0, x)
+        else:
+            refuse_flat(self.network, skeleton, numbers, state["follower"], form, x)
         generator = torch.Generator(device=x.device).manual_seed(seed)
         return state | {
             "players": list(others),
@@ -226,8 +231,10 @@ class Hypernetwork(Response):
 
     def _module(self, inputs: int, form: Structure) -> nn.Module:
         if isinstance(self.network, LeafNetwork):
-            return self.network.build(inputs, form.shapes)
-        return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network(inputs, form.size)
+            return made(self.network, self.network.build(inputs, form.shapes))
+        if isinstance(self.network, nn.Module):
+            return copy.deepcopy(self.network)
+        return made(self.network, self.network(inputs, form.size))
 
     def _require_room(self, follower: str, inputs: int, form: Structure, w0: list[Tensor]) -> None:
         """Raise `MemoryError` when fitting would take more than there is, before any of it is taken."""
@@ -239,37 +246,14 @@ class Hypernetwork(Response):
         needed = footprint(self.optimizer, [*w0, *parameters], in_place=self.in_place)
         limit = available(w0[0].device) if self.memory_limit is None else self.memory_limit
         if limit is not None and needed.total > limit:
-            name = type(self.network).__name__ if isinstance(self.network, nn.Module) else repr(self.network)
+            size = sum(p.numel() for p in parameters)
             allowed = "available are" if self.memory_limit is None else "memory_limit is"
             raise MemoryError(
-                f"Hypernetwork: {name} from {inputs:,} entries to the {form.size:,} of player {follower!r} has "
-                f"{sum(p.numel() for p in parameters):,} parameters; with w0 its fit takes {needed}; {allowed} "
+                f"Hypernetwork: {shown(self.network)} from {inputs:,} entries to the {form.size:,} of player "
+                f"{follower!r} has {size:,} parameters; with w0 its fit takes {needed}; {allowed} "
                 f"{told(limit)}. Use a network that knows the layers: RowScaled(), RowColumnScaled() or "
                 "LowRankLayers(rank), or one with fewer numbers, LowRank(rank); in_place=True saves the copies, and "
                 "memory_limit= (in bytes) allows more."
-            )
-
-    def _try(self, follower: str, form: Structure, w0: list[Tensor], weights: dict[str, Tensor], u: Tensor) -> None:
-        """Refuse a network whose answer at u = 0 has not the follower's form."""
-        if not isinstance(self.network, LeafNetwork):
-            probe = functional_call(self._skeleton(u.numel(), form), weights, (u,))
-            if probe.shape != (form.size,):
-                raise ValueError(
-                    f"Hypernetwork: the network maps [{u.numel()}] to {list(probe.shape)}; expected [{form.size}], the "
-                    f"size of player {follower!r}."
-                )
-            return
-        answer = functional_call(self._skeleton(u.numel(), form), weights, (u, w0))
-        came = [tuple(leaf.shape) for leaf in answer]
-        if came != [tuple(shape) for shape in form.shapes]:
-            raise ValueError(
-                f"Hypernetwork: {self.network!r} answers with leaves {came}; expected those of player {follower!r}, "
-                f"{[tuple(shape) for shape in form.shapes]}."
-            )
-        if not all(torch.equal(leaf, start) for leaf, start in zip(answer, w0, strict=True)):
-            raise ValueError(
-                f"Hypernetwork: {self.network!r} does not answer with w0 at a displacement of zero. A network of "
-                "leaves is centred: return w0 plus something that vanishes with u."
             )
 
     @property
@@ -387,7 +371,7 @@ class Hypernetwork(Response):
         else:
             return
         told += f" (measured {age} calls ago)" if age else ""
-        warnings.warn(f"Hypernetwork: {told}. {advice}", NonConvergenceWarning, stacklevel=5)
+        warnings.warn(NonConvergenceWarning(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
 
 
 def _clones(tensors: list[Tensor]) -> list[Tensor]:

@@ -30,7 +30,7 @@ from bilevel.responses.base import (
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
-from bilevel.responses.many import linear_solver_of, worst_above
+from bilevel.responses.many import games_above, linear_solver_of, worst_above
 from bilevel.root import Receipt, attach
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -52,7 +52,8 @@ class Implicit(Response):
     `tolerance` issues a `NonConvergenceWarning` with both numbers (`ConvergenceError` when `strict`);
     `tolerance=None` asks for no accuracy. `inexactness` (`Geometric()`, `AsLeaderMoves()`) loosens both tolerances
     while the leader is far from its goal. With minibatches, the held batch stands for the whole data.
-    Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph.
+    Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
+    wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
     >>> from functools import partial
@@ -126,7 +127,7 @@ class Implicit(Response):
         follower = Follower(game, others, state, batch)
         looser = self._looser(follower, state)
         if transforms_active():
-            solver = _Solve(self, game, follower, state, batch)
+            solver = _Solve(self, game, follower, state, batch, looser)
             y: Tensor = _Detached.apply(solver, *follower.xs)  # type: ignore[no-untyped-call]
             after, receipt, products = state, None, None
             follower.batch = solver.held(follower)
@@ -191,7 +192,7 @@ class Implicit(Response):
             )
             if self.strict:
                 raise ConvergenceError(message)
-            warnings.warn(message, NonConvergenceWarning, stacklevel=3)
+            warnings.warn(NonConvergenceWarning(message, games=games_above(norm, threshold)), stacklevel=3)
         after: dict[str, Any] = state | {
             "variables": follower.form.unflatten(flat),
             "optimizer": memory,
@@ -256,14 +257,16 @@ class Implicit(Response):
 class _Solve:
     """The plain solve, called from inside a torch.func transform; a class of its own, so that no pytree opens it."""
 
-    def __init__(self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch) -> None:
-        self.response, self.game, self.state, self.batch = response, game, state, batch
+    def __init__(
+        self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch, looser: float
+    ) -> None:
+        self.response, self.game, self.state, self.batch, self.looser = response, game, state, batch, looser
         self.form = follower.input_form
         self.last: Batch = batch
 
     def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
         follower = Follower(self.game, self.form.build(xs), self.state, self.batch)
-        y, *_ = self.response._solve(self.game, follower, self.state, self.response._looser(follower, self.state))
+        y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         return y
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -18,6 +18,9 @@ Weights = Mapping[str, Tensor]
 
 class LearnedMap(ABC):
     """y(u), the follower's leaves at a displacement u of the others' variables, in units of a perturbation's length."""
+
+    centred: bool
+    """Whether y(0) is w0, whatever the weights are."""
 
     @property
     @abstractmethod
@@ -62,6 +65,7 @@ class LeafMap(LearnedMap):
     """By a network that moves each leaf by itself, and is w0 at u = 0."""
 
     network: nn.Module
+    centred: bool = field(default=True, init=False)
 
     @property
     def batched(self) -> bool:

@@ -36,6 +36,11 @@ def worst_above(norm: Size, threshold: Size, relative: Size) -> str | None:
     )
 
 
+def games_above(norm: Size, threshold: Size) -> list[int] | None:
+    """The games whose follower's gradient is above its threshold; None where there is one game alone."""
+    return (~(norm <= threshold)).nonzero().flatten().tolist() if isinstance(norm, Tensor) else None
+
+
 def refuse_mixing(response: str, optimizer: OptimizerFactory, game: Game, follower: str) -> None:
     """Raise `TypeError` when a response steps many games by an optimiser that would mix them."""
     if game.count is None:

@@ -38,10 +38,13 @@ class LowRank:
 
     rank: int = 10
 
+    def __post_init__(self) -> None:
+        """Refuse a rank that tells nothing apart."""
+        if self.rank < 1:
+            raise ValueError(f"LowRank: rank={self.rank}; expected at least 1, the directions that it tells apart.")
+
     def __call__(self, inputs: int, outputs: int) -> nn.Module:
         """The network."""
-        if self.rank < 1:
-            raise ValueError(f"LowRank: rank={self.rank}; expected at least 1.")
         return nn.Sequential(
             nn.Linear(inputs, self.rank, bias=False), _zeroed(nn.Linear(self.rank, outputs, bias=False))
         )
@@ -53,6 +56,11 @@ class MLP:
     """A ReLU network with hidden layers, for a response over a wide range (Algorithm 2 of arXiv 1802.09419)."""
 
     hidden: tuple[int, ...] = (50,)
+
+    def __post_init__(self) -> None:
+        """Refuse a layer without units, which would hide the leader from the answer."""
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"MLP: hidden={self.hidden}; expected widths of at least 1.")
 
     def __call__(self, inputs: int, outputs: int) -> nn.Module:
         """The network."""

@@ -58,7 +58,7 @@ def versions(found: dict[str, Any]) -> str:
     entries = list(found.values())
     packages = {entry["package"]: entry["versions"][entry["package"]] for entry in entries}
     told = ", ".join(f"{package} {number}" for package, number in packages.items())
-    common = {f"torch {entry['versions']['torch']}, python {entry['machine']['python']}" for entry in entries}
+    common = {f"torch {entry['versions']['torch']}, python {entry['versions']['python']}" for entry in entries}
     examples = ", ".join(
         f"{count} for {', '.join(names)}"
         for count, names in sorted(

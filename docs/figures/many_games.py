@@ -25,10 +25,10 @@ def gains(found: dict[str, Any]) -> str:
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     searched = [row for row in found["results"] if row["problem"] == "cross-validation"]
     told = " and ".join(f"{number(row['ratio'])} times by {row['way']}" for row in searched)
-    settings, machine = found["settings"], found["machine"]
+    settings, machine, torch = found["settings"], found["machine"], found["versions"]["torch"]
     return (
         f"{text}\nCross-validation of the ridge regression, 100 candidates in 5 folds, all at once: {told}.\n\n"
-        f"{settings['dtype']}, {machine['threads']} thread of {machine['machine']}, torch {machine['torch']}, medians "
+        f"{settings['dtype']}, {machine['threads']} thread of {machine['processor']}, torch {torch}, medians "
         f"of {settings['rounds']} rounds.\n"
     )
 

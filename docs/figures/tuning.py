@@ -129,7 +129,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def told(page: str) -> str:
     """The page with the files' numbers in its tables."""
     found = read("results")
-    seeds, made = len(by_method(found, "ten")["TPE"]), found["machine"]
+    seeds, made = len(by_method(found, "ten")["TPE"]), found["versions"]
     suggesting = found["seconds to suggest"]["7850"]
     tables = {
         "measured": f"{seeds} seeds; python {made['python']}, torch {made['torch']}, Optuna {made['optuna']}. "

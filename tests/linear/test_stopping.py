@@ -134,6 +134,12 @@ def test_what_is_no_object_of_the_kind_is_refused(options):
         ConjugateGradient(**options)
 
 
+@pytest.mark.parametrize("solver", [bl.GMRES, bl.Neumann, bl.Dense, bl.Nystrom, bl.Identity])
+def test_who_ends_by_the_residual_says_who_looks_at_more(solver):
+    with pytest.raises(TypeError, match=rf"{solver.__name__} was given stopping=.*ConjugateGradient\(stopping="):
+        solver(stopping=Settled(1e-3))
+
+
 def test_a_run_tells_the_estimate():
     game, *_ = ridge(0, 2)
     solver = ConjugateGradient(rtol=1e-12, max_steps=2000, stopping=Settled(1e-2))

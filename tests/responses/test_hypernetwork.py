@@ -104,11 +104,27 @@ def test_an_unfitted_slope_warns_by_how_much():
         jacobian(bl.Hypernetwork(partial(optim.Adam, lr=1e-4)), game(), torch.ones(3, dtype=D))
 
 
-def test_networks_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"maps \[3\] to \[5\]; expected \[6\], the size of player 'y'"):
-        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=nn.Linear(3, 5)).init(game())
-    with pytest.raises(ValueError, match="there are 3 and 6"):
-        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=bl.Elementwise()).init(game())
+REFUSED = {
+    "answers": (nn.Linear(3, 5), ValueError, r"Linear maps \[2, 3\] to \[2, 5\]; expected \[2, 6\].*6 of player 'y'"),
+    "takes": (nn.Linear(4, 6), ValueError, r"Linear raised RuntimeError on \[2, 3\]: .*; expected \[2, 6\]"),
+    "one row alone": (lambda i, o: nn.Flatten(0), ValueError, r"maps \[2, 3\] to \[6\]; expected \[2, 6\]"),
+    "no tensor": (lambda i, o: nn.LSTM(i, o), ValueError, r"to a tuple; expected \[2, 6\]"),
+    "no module": (lambda i, o: None, TypeError, "made a NoneType; expected a module"),
+    "pairs": (bl.Elementwise(), ValueError, "there are 3 and 6"),
+}
+
+
+@pytest.mark.parametrize(("network", "kind", "text"), REFUSED.values(), ids=REFUSED)
+def test_networks_of_another_form_are_refused(network, kind, text):
+    with pytest.raises(kind, match=text):
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=network).init(game())
+
+
+def test_sizes_that_say_nothing_are_refused_when_they_are_written():
+    with pytest.raises(ValueError, match="LowRank: rank=0; expected at least 1"):
+        bl.LowRank(0)
+    with pytest.raises(ValueError, match=r"MLP: hidden=\(50, 0\); expected widths of at least 1"):
+        bl.MLP((50, 0))
 
 
 def test_it_is_its_seed_and_its_state():

@@ -8,6 +8,7 @@ import torch
 from torch import optim
 
 import bilevel as bl
+from bilevel.comparison.memory import peak_bytes
 from bilevel.testing.laws.state import same_bits
 
 from .test_leafwise import X, best_rows, game
@@ -154,6 +155,17 @@ def test_an_examination_now_and_then():
         bl.Hypernetwork(ADAM, examine_every=0)
 
 
+def test_a_run_counts_examinations_and_tells_what_still_holds():
+    rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=1e-6)
+    with pytest.warns(
+        bl.NonConvergenceWarning, match=r"in 2 of 5 steps, last in step 5: .*\(measured [12] calls ago\)"
+    ):
+        solution = bl.solve(
+            game(best_rows), weights=rare, steps=5
+        )  # examined in steps 1 and 4; the answer is a 6th call
+    assert len(solution.warnings) == 1
+
+
 def test_an_examination_now_and_then_resumes():
     played, x = game(best_rows), {"x": X}
     rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=None)
@@ -168,3 +180,27 @@ def test_an_examination_now_and_then_resumes():
             _, after = rare(played, x, after)
         ends.append(after)
     same_bits(*ends)
+
+
+def test_an_examination_needs_no_more_memory_than_a_step():
+    def follow(x, weights):
+        fit = (weights["a"] @ weights["b"]).square().mean() - weights["a"].sum()
+        return fit + sum(h.exp() * w.square().sum() for h, w in zip(x, weights.values(), strict=True))
+
+    def lead(weights):
+        return sum(w.sum() for w in weights.values())
+
+    start = {name: torch.ones(256, 256) for name in "ab"}
+    played = bl.Game(x=bl.Player(lead, torch.zeros(2)), weights=bl.Player(follow, start))
+
+    def peak(examine_every):
+        response = bl.Hypernetwork(
+            ADAM, network=bl.RowScaled(), in_place=True, examine_every=examine_every, antithetic=False, tolerance=None
+        )
+        state, x = response.init(played), {"x": torch.zeros(2)}
+        for _ in range(2):
+            response(played, x, state)
+        return peak_bytes(lambda: response(played, x, state), torch.device("cpu"))
+
+    matrix = start["a"].numel() * 4
+    assert peak(1) <= peak(100) + matrix / 4

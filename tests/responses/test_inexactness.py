@@ -76,6 +76,28 @@ def test_both_tolerances_are_loosened_but_never_beyond_one_half(game):
     assert (0, 1.0) in seen and any(calls == 2 and movement == pytest.approx(0.5) for calls, movement in seen)
 
 
+def test_both_are_loosened_alike_inside_a_transform(game):
+    x = torch.full((12,), -2.0, dtype=D)
+
+    def hypergradient(inexactness, *, inside):
+        kind = response(inexactness)
+        state = kind.init(game)
+
+        def loss(x):
+            return game.loss("x", {"x": x, "y": kind(game, {"x": x}, state)[0]})
+
+        if inside:
+            return torch.func.grad(loss)(x)
+        tracked = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(tracked), tracked)[0]
+
+    loose, exact = bl.Geometric(start=1e6), hypergradient(None, inside=True)
+    outside, inside = (hypergradient(loose, inside=where) for where in (False, True))
+    # The same stop of the follower and of the solve: what differs is rounding, far below what the looseness leaves.
+    torch.testing.assert_close(inside, outside, rtol=1e-9, atol=0.0)
+    assert (inside - exact).norm() > 1e-4 * exact.norm()
+
+
 def test_movement_goes_by_name_and_a_state_without_it_begins_anew():
     seen = []
 

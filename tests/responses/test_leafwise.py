@@ -263,6 +263,8 @@ def test_what_is_refused():
         response(Wrong(lambda leaf: leaf.sum(-1))).init(played)
     with pytest.raises(ValueError, match="does not answer with w0 at a displacement of zero"):
         response(Wrong(lambda leaf: leaf + 1)).init(played)
+    with pytest.raises(ValueError, match=r"raised RuntimeError on a displacement \[3\] and the leaves w0: .*'weights'"):
+        response(Wrong(lambda leaf: leaf @ torch.zeros(7))).init(played)
     with pytest.raises(ValueError, match="LowRankLayers: rank=0; expected at least 1"):
         bl.LowRankLayers(0)
 
