@@ -25,7 +25,7 @@ from benchmarks.head import head
 
 sys.path.insert(0, str(Path(__file__).parent / "equal_work"))
 
-from problem import Problem, problems  # noqa: E402  # a program beside this one
+from problem import Problem, problems  # a program beside this one
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
