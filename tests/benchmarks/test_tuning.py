@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import bilevel as bl
-from benchmarks.tuning.__main__ import CHOOSING, CHOSEN, METHODS, PROBLEMS, SEEDS, SHARE, best, started
+from benchmarks.tuning.__main__ import (
+    CHOOSING,
+    CHOSEN,
+    METHODS,
+    PROBLEMS,
+    SEEDS,
+    SHARE,
+    STARTS,
+    best,
+    started,
+)
 from benchmarks.tuning.ours import settings
 from benchmarks.tuning.problems import many, ten
 from benchmarks.tuning.search import TRIALS
@@ -39,19 +49,23 @@ def test_the_tables_are_the_files(script):
 def test_the_file_is_whole_and_of_these_settings(script, found):
     assert found["trials"] == TRIALS
     assert found["settings"] == {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
-    seeds = {len(results) for p in PROBLEMS for results in script.by_method(found, p).values()}
+    methods = (*script.LOOKS, *script.OWN, "start")
+    seeds = {len(results) for p in PROBLEMS for results in script.by_method(found, p, methods).values()}
     assert seeds == {len(SEEDS)}
     assert {result["failure"] for result in found["results"].values()} == {None}
 
 
 def test_what_was_chosen_is_what_other_seeds_found_best():
     choice = json.loads((DOCS / "search/choice.json").read_text(encoding="utf-8"))["results"]
-    assert not set(CHOOSING) & set(SEEDS)
+    assert not {*CHOOSING, *STARTS["ten"]} & set(SEEDS)
     assert best(choice) == CHOSEN
     for problem in PROBLEMS:
         for method in METHODS:
-            for i, setting in enumerate(settings(method)):
-                assert choice[f"{problem} {method} {i} {CHOOSING[0]}"]["setting"] == asdict(setting)
+            for i, setting in enumerate(settings(problem, method)):
+                tries = [choice[f"{problem} {method} {i} {s} {s}"] for s in CHOOSING]
+                if problem == "ten":
+                    tries = [choice[f"ten {method} {i} {start} {s}"] for s in CHOOSING for start in STARTS["ten"]]
+                assert all(found["setting"] == asdict(setting) for found in tries)
 
 
 def test_ours_spend_a_twentieth_and_all_start_alike(script, found):
