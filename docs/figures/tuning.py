@@ -16,17 +16,21 @@ from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SK
 DOCS = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
 SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
+GREY = "0.35"
 LOOKS = {
     "unrolled": (BLUE, "-"),
     "implicit": (GREEN, "-"),
     "hypernetwork": (PURPLE, "-"),
     "unrolled, longer": (BLUE, ":"),
+    "unrolled, forgetful": (GREY, "-"),
     "TPE": (RED, "--"),
     "Hyperband": (ORANGE, "--"),
     "random": (SKY, "--"),
     "grid": (BLACK, "--"),
 }
-OWN = tuple(f"{method}, own weights" for method in METHODS)
+OWN, FORGETS = "unrolled, own weights", "unrolled, forgetful"
+LATER = (FORGETS,)
+"""Measured in a run of its own: its seconds are not beside the others'."""
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -43,7 +47,7 @@ def by_method(found: dict[str, Any], problem: str, methods: Iterable[str] = LOOK
         method = rest.rsplit(" ", 1)[0]
         if name == problem and method in runs:
             runs[method].append(result)
-    return runs
+    return {method: results for method, results in runs.items() if results}
 
 
 def reached(curve: list[list[float]], loss: float) -> float:
@@ -86,7 +90,7 @@ def main_table(found: dict[str, Any], problem: str) -> str:
             [
                 method,
                 f"{statistics.median(end[0] for end in ends):,.0f}",
-                f"{statistics.median(end[1] for end in ends):.1f}",
+                f"{statistics.median(end[1] for end in ends):.1f}" if method not in LATER else "",
                 spread([run["standard"]["valid"] for run in results]),
                 spread([run["standard"]["test"] for run in results]),
                 f"{statistics.median(run['standard']['accuracy'] for run in results):.3f}",
@@ -113,7 +117,7 @@ def converged_table(found: dict[str, Any], problem: str) -> str:
 
 def own_table(found: dict[str, Any], problem: str) -> str:
     """The weights of a run that tunes while it trains, beside trainings that do not, with all steps that led there."""
-    runs = by_method(found, problem, (*LOOKS, *OWN, "start"))
+    runs = by_method(found, problem, (*LOOKS, OWN, "start"))
     trial, long = 200, 1000
     rows = []
 
@@ -121,27 +125,14 @@ def own_table(found: dict[str, Any], problem: str) -> str:
         told = [spread([end[key] for end in ends]) for key in ("valid", "test", "accuracy")]
         rows.append([name, f"{steps:,.0f}", *told])
 
-    for method in OWN:
-        row(method, statistics.median(run["work"] for run in runs[method]), [run["own"] for run in runs[method]])
+    row(OWN, statistics.median(run["work"] for run in runs[OWN]), [run["own"] for run in runs[OWN]])
     for label, part, steps in (("a trial", "standard", trial), (f"{long:,} steps", "converged", long)):
-        for method in ("start", "unrolled", "grid", "TPE"):
+        for method in ("start", FORGETS if FORGETS in runs else "unrolled", "grid", "TPE"):
             spent = 0.0 if method == "start" else statistics.median(run["curve"][-1][0] for run in runs[method])
             more = steps if method == "start" or part == "converged" else 0
-            where = "the start's" if method == "start" else f"{method}'s"
+            where = "the start's" if method == "start" else f"{method.split(',')[0]}'s"
             row(f"{label} at {where}", spent + more, [run[part] for run in runs[method]])
     return table(["weights of", "steps", "validation", "test", "accuracy"], rows)
-
-
-def short_table(found: dict[str, Any]) -> str:
-    """Truncated hypergradients beside whole ones: the median cosine, and how often the first decay's sign is right."""
-    rows: dict[int, list[str]] = {}
-    runs = list(found["results"].values())
-    for entries in zip(*runs, strict=True):
-        cosine = statistics.median(entry["cosine"] for entry in entries)
-        right = sum(entry["decay"] for entry in entries)
-        rows.setdefault(entries[0]["trained"], []).append(f"{cosine:.2f}, {right} of {len(entries)}")
-    horizons = [str(entry["horizon"]) for entry in runs[0] if entry["trained"] == runs[0][0]["trained"]]
-    return table(["steps taken before", *horizons], [[str(trained), *cells] for trained, cells in rows.items()])
 
 
 def tried(choice: dict[str, Any]) -> str:
@@ -179,7 +170,6 @@ def told(page: str) -> str:
         "many_converged": converged_table(found, "many"),
         "ten_own": own_table(found, "ten"),
         "many_own": own_table(found, "many"),
-        "short": short_table(read("horizons")),
         "tried": tried(read("choice")),
     }
     return PLACE.sub(lambda m: f"<!-- {m['name']} -->\n{tables[m['name']]}<!-- /{m['name']} -->\n", page)
@@ -205,6 +195,8 @@ def figure(found: dict[str, Any]) -> Any:
         tips: dict[Any, list[tuple[float, float, str]]] = {panel: [] for panel in row}
         for axis, panel in enumerate(row):
             for method, results in runs.items():
+                if axis == 1 and method in LATER:
+                    continue
                 colour, line = LOOKS[method]
                 starts, ends = ([run["curve"][i][axis] for run in results] for i in (0, -1))
                 at = np.geomspace(max(starts), min(ends), 400)

@@ -14,7 +14,9 @@ import bilevel as bl
 from benchmarks.tuning.__main__ import (
     CHOOSING,
     CHOSEN,
+    FORGETS,
     METHODS,
+    OWN,
     PROBLEMS,
     SEEDS,
     SHARE,
@@ -49,9 +51,11 @@ def test_the_tables_are_the_files(script):
 def test_the_file_is_whole_and_of_these_settings(script, found):
     assert found["trials"] == TRIALS
     assert found["settings"] == {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
-    methods = (*script.LOOKS, *script.OWN, "start")
-    seeds = {len(results) for p in PROBLEMS for results in script.by_method(found, p, methods).values()}
-    assert seeds == {len(SEEDS)}
+    methods = (*script.LOOKS, script.OWN, "start")
+    for problem in PROBLEMS:
+        runs = script.by_method(found, problem, methods)
+        assert set(runs) == set(methods) - (set() if problem == "ten" else {FORGETS})
+        assert {len(results) for results in runs.values()} == {len(SEEDS)}
     assert {result["failure"] for result in found["results"].values()} == {None}
 
 
@@ -99,6 +103,37 @@ def test_ten_are_no_win(script, found):
     for method in ("TPE", "Hyperband", "grid"):
         assert middle(runs[method], "standard", "test") < middle(runs["unrolled"], "standard", "test")
     assert middle(runs["grid"], "standard", "valid") < 1.03 * middle(runs["TPE"], "standard", "valid")
+
+
+def test_a_leader_that_forgets_fails_less(script, found):
+    runs = script.by_method(found, "ten")
+    ours, usual = runs[FORGETS], runs["unrolled"]
+    assert script.beaten(ours, runs["TPE"]) == 1
+    assert statistics.median(script.saved(ours, runs["TPE"])) > 2
+    assert middle(ours, "standard", "valid") < middle(usual, "standard", "valid") - 0.035
+    assert abs(middle(ours, "standard", "test") - middle(usual, "standard", "test")) < 0.005
+    worst, before = (max(run["standard"]["valid"] for run in of) for of in (ours, usual))
+    assert worst < 0.615
+    assert before > 0.685
+    assert sum(a["standard"]["valid"] > b["standard"]["valid"] for a, b in zip(ours, usual)) == 1
+
+
+def test_own_weights_beside_trainings_as_long(script, found):
+    runs = script.by_method(found, "ten", ("TPE", OWN, "start"))
+    assert all(run["work"] <= 200 * TRIALS / SHARE for run in runs[OWN])
+
+    def ahead(key, part):
+        return sum(ours["own"][key] < theirs[part][key] for ours, theirs in zip(runs[OWN], runs["TPE"]))
+
+    assert (ahead("valid", "converged"), ahead("test", "converged")) == (5, 4)
+    assert ahead("valid", "standard") == ahead("test", "standard") == 1
+    for method, worse in (("TPE", 5), ("start", 4)):
+        for key in ("valid", "test"):
+            assert sum(run["converged"][key] > run["standard"][key] for run in runs[method]) == worse
+    runs = script.by_method(found, "many", ("TPE", OWN))
+    for part in ("standard", "converged"):
+        assert middle(runs[OWN], "own", "test") < middle(runs["TPE"], part, "test")
+    assert middle(runs[OWN], "own", "test") > middle(runs[OWN], "standard", "test") + 0.02
 
 
 EDGE = 3
