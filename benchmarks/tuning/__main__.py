@@ -24,26 +24,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from benchmarks.head import head
-from benchmarks.tuning.ours import Curve, Setting, settings, tuned
-from benchmarks.tuning.problems import Problem, many, ten
+from benchmarks.tuning.ours import FORGETFUL, Curve, Setting, settings, tuned
+from benchmarks.tuning.problems import Problem, Weights, many, ten
 from benchmarks.tuning.search import TRIALS, searched, seconds_to_suggest
 
 PROBLEMS = {"ten": ten, "many": many}
 SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
-LONGER = "unrolled, longer"
-"""Four times the budget of the others."""
+LONGER, FORGETS = "unrolled, longer", "unrolled, forgetful"
+"""Four times the budget of the others; and, for ten, a leader that forgets, its setting tried from more starts."""
+OWN, START = "unrolled, own weights", "start"
+"""A run of ours whose own weights are judged, and a training at the hyperparameters where all begin."""
 SEEDS, CHOOSING = range(5), (100, 101)
+STARTS = {"ten": (100, 101, 102, 103), "many": CHOOSING}
+"""Where settings are tried from: ten, from each of these on either seed; many, from the seed's own."""
 SHARE, LONG, POINTS = 20, 5, 9
 """Ours may spend a 20th of TPE's steps; all are judged after 5 times a trial's steps; a curve of ours has 9 points."""
 CHOSEN = {
     ("ten", "unrolled"): Setting("unrolled", 10, 0.4),
     ("ten", "implicit"): Setting("implicit", 5, 0.2, 0.1),
     ("ten", "hypernetwork"): Setting("hypernetwork", 4, 0.2, 0.5),
+    ("ten", FORGETS): Setting("unrolled", 20, 0.6, 0.0, *FORGETFUL),
     ("many", "unrolled"): Setting("unrolled", 5, 0.2),
     ("many", "implicit"): Setting("implicit", 5, 0.4, 0.1),
     ("many", "hypernetwork"): Setting("hypernetwork", 4, 0.2, 0.5),
 }
-"""By problem and method: the least mean validation loss of docs/search/choice.json."""
+"""By problem and method: the least mean validation loss of docs/search/choice.json with the usual betas, from each
+seed's own start; the one that forgets, of all settings from all four starts."""
 
 
 def started(problem: Problem, seed: int) -> Tensor:
@@ -53,18 +59,22 @@ def started(problem: Problem, seed: int) -> Tensor:
     return (place if problem.size == 10 else place[:1].expand(problem.size)).logit()
 
 
+def told(problem: Problem, weights: Weights) -> dict[str, float]:
+    """What weights are worth, on digits that they were not trained on."""
+    with torch.no_grad():
+        valid, test = (float(problem.loss(weights, part)) for part in (problem.digits.valid, problem.digits.test))
+    return {"valid": valid, "test": test, "accuracy": problem.accuracy(weights, problem.digits.test)}
+
+
 def worth(problem: Problem, values: Tensor, steps: int) -> dict[str, float]:
     """Hyperparameters after a training from scratch; `gradient` is the training loss's norm over that at the start."""
-    weights, digits, loss = problem.trained(values, steps), problem.digits, problem.prepared(values)
+    weights, loss = problem.trained(values, steps), problem.prepared(values)
 
     def slope(at: dict[str, Tensor]) -> float:
         leaves = {name: w.detach().requires_grad_() for name, w in at.items()}
         return float(sum(g.square().sum() for g in torch.autograd.grad(loss(leaves), list(leaves.values()))).sqrt())
 
-    with torch.no_grad():
-        valid, test = float(problem.loss(weights, digits.valid)), float(problem.loss(weights, digits.test))
-    accuracy = problem.accuracy(weights, digits.test)
-    return {"valid": valid, "test": test, "accuracy": accuracy, "gradient": slope(weights) / slope(problem.start)}
+    return told(problem, weights) | {"gradient": slope(weights) / slope(problem.start)}
 
 
 def improvements(curve: Curve) -> Curve:
@@ -75,16 +85,23 @@ def improvements(curve: Curve) -> Curve:
 
 def part(problem: Problem, method: str, seed: int, trials: int) -> dict[str, Any]:
     """One method on one problem and seed: its curve, and what it found is worth."""
-    start, failure = started(problem, seed), None
-    if method in SEARCHES:
+    start = started(problem, seed)
+    found: dict[str, Any] = {"failure": None}
+    budget = problem.steps * max(trials // SHARE, 3) * (4 if method == LONGER else 1)
+    if method == START:
+        values = problem.values(start)
+    elif method in SEARCHES:
         curve, values = searched(problem, start, method, seed, trials)
-        curve = improvements(curve)
+        found["curve"] = improvements(curve)
     else:
-        budget = problem.steps * max(trials // SHARE, 3) * (4 if method == LONGER else 1)
-        setting = CHOSEN[problem.name, method.split(",", maxsplit=1)[0]]
-        curve, values, failure = tuned(problem, start, setting, budget=budget, points=POINTS, seed=seed)
-        curve = [(work, round(seconds, 3), round(loss, 5)) for work, seconds, loss in curve]
-    found: dict[str, Any] = {"curve": curve, "failure": failure}
+        setting = CHOSEN.get((problem.name, FORGETS if method == OWN else method), CHOSEN[problem.name, "unrolled"])
+        if method == OWN:
+            ours = tuned(problem, start, setting, budget=budget, points=1, seed=seed)
+            found |= {"work": ours.work, "own": told(problem, ours.weights)}
+        else:
+            ours = tuned(problem, start, setting, budget=budget - problem.steps, points=POINTS, seed=seed)
+            found["curve"] = [(work, round(seconds, 3), round(loss, 5)) for work, seconds, loss in ours.curve]
+        values, found["failure"] = ours.values, ours.failure
     found["standard"] = worth(problem, values, problem.steps)
     found["converged"] = worth(problem, values, LONG * problem.steps)
     if problem.size == 10:
@@ -98,12 +115,12 @@ def part(problem: Problem, method: str, seed: int, trials: int) -> dict[str, Any
     return found
 
 
-def choose(problem: Problem, method: str, number: int, seed: int) -> dict[str, Any]:
-    """One setting on one seed: the validation loss at the end of the budget."""
-    budget = problem.steps * TRIALS // SHARE
-    setting = settings(method)[number]
-    curve, _, _ = tuned(problem, started(problem, seed), setting, budget=budget, points=1, seed=seed)
-    return {"setting": asdict(setting), "valid": curve[-1][2], "work": curve[-1][0]}
+def choose(problem: Problem, method: str, number: int, start: int, seed: int) -> dict[str, Any]:
+    """One setting from one start on one seed: the validation loss at the end of the budget."""
+    budget = problem.steps * TRIALS // SHARE - problem.steps
+    setting = settings(problem.name, method)[number]
+    work, _, loss = tuned(problem, started(problem, start), setting, budget=budget, points=1, seed=seed).curve[-1]
+    return {"setting": asdict(setting), "valid": loss, "work": work}
 
 
 def main() -> None:
@@ -121,22 +138,29 @@ def main() -> None:
     for seed in CHOOSING if chosen.choose else SEEDS[: 1 if chosen.quick else chosen.seeds]:
         for problem in PROBLEMS:
             if chosen.choose:
-                names += [(problem, m, str(i), str(seed)) for m in METHODS for i in range(len(settings(m)))]
+                names += [
+                    (problem, method, str(i), str(start), str(seed))
+                    for method in METHODS
+                    for i in range(len(settings(problem, method)))
+                    for start in STARTS[problem]
+                    if start == seed or problem == "ten"
+                ]
             else:
-                names += [(problem, m, str(seed)) for m in (*METHODS, LONGER, *SEARCHES)]
+                ours = (*METHODS, LONGER, FORGETS) if problem == "ten" else (*METHODS, LONGER)
+                names += [(problem, method, str(seed)) for method in (*ours, *SEARCHES, OWN, START)]
 
     def work(name: tuple[str, ...], problem: Problem) -> dict[str, Any]:
         if chosen.choose:
-            return choose(problem, name[1], int(name[2]), int(name[3]))
+            return choose(problem, name[1], int(name[2]), int(name[3]), int(name[4]))
         return part(problem, name[1], int(name[2]), trials)
 
     results = run(names, work, chosen.output.with_suffix(".jsonl"))
-    told: dict[str, Any] = {**head("optuna", "numpy"), "trials": trials, "results": results}
+    written: dict[str, Any] = {**head("optuna", "numpy"), "trials": trials, "results": results}
     if not chosen.choose:
-        told["settings"] = {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
-        told["seconds to suggest"] = {str(n): seconds_to_suggest(n) for n in (10, 785 if chosen.quick else 7850)}
+        written["settings"] = {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
+        written["seconds to suggest"] = {str(n): seconds_to_suggest(n) for n in (10, 785 if chosen.quick else 7850)}
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    chosen.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def run(
@@ -167,15 +191,24 @@ def run(
 
 def best(results: dict[str, Any]) -> dict[tuple[str, str], Setting]:
     """The setting of least mean validation loss, for each problem and method of a file of choices."""
-    found = {}
-    for problem in PROBLEMS:
-        for method in METHODS:
-            means = [
-                statistics.fmean(results[f"{problem} {method} {i} {seed}"]["valid"] for seed in CHOOSING)
-                for i in range(len(settings(method)))
-            ]
-            found[problem, method] = settings(method)[means.index(min(means))]
-    return found
+
+    def least(problem: str, method: str, counts: Callable[[Setting, str, str], bool]) -> Setting:
+        tried = settings(problem, method)
+        losses: list[list[float]] = [[] for _ in tried]
+        for key, result in results.items():
+            problem_, method_, number, start, seed = key.split(" ")
+            if (problem_, method_) == (problem, method) and counts(tried[int(number)], start, seed):
+                losses[int(number)].append(result["valid"])
+        means = [statistics.fmean(of) if of else math.inf for of in losses]
+        return tried[means.index(min(means))]
+
+    usual = Setting("", 1, 1.0).memory
+    found = {
+        (problem, method): least(problem, method, lambda s, start, seed: s.memory == usual and start == seed)
+        for problem in PROBLEMS
+        for method in METHODS
+    }
+    return found | {("ten", FORGETS): least("ten", "unrolled", lambda s, start, seed: True)}
 
 
 if __name__ == "__main__":

@@ -13,25 +13,30 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from benchmarks.tuning.problems import Problem
+from benchmarks.tuning.problems import Problem, Weights
 
 Curve = list[tuple[float, float, float]]
 """Work, CPU seconds, validation loss: in order."""
 PRODUCTS = 5
 """Iterations of the linear solver in each step of Implicit."""
+FORGETFUL = (0.0, 0.5)
+"""Betas of a leader that turns when its hypergradient does: what early ones were is soon forgotten."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """`inner` training steps for each step of the leader's Adam, whose rate falls from `lr` to 0 along a cosine.
 
-    `strength` is what else a method has: Implicit's damping, Hypernetwork's scale of perturbations.
+    `strength` is what else a method has: Implicit's damping, Hypernetwork's scale of perturbations. `momentum` and
+    `memory` are the betas of the leader's Adam.
     """
 
     method: str
     inner: int
     lr: float
     strength: float = 0.0
+    momentum: float = 0.9
+    memory: float = 0.999
 
     def response(self, problem: Problem) -> bl.Response:
         """The response; its optimiser is that of the trials."""
@@ -65,28 +70,48 @@ class Setting:
         return own[self.method] + self.uncounted + 1
 
 
-def settings(method: str) -> list[Setting]:
-    """What was tried for a method, on other seeds than those that are reported."""
+def settings(problem: str, method: str) -> list[Setting]:
+    """What was tried for a problem and a method, on other seeds than those that are reported."""
     places = {
         "unrolled": [(5, 0.0), (10, 0.0)],
         "implicit": [(5, 0.1), (5, 0.3)],
         "hypernetwork": [(1, 0.5), (4, 0.5)],
     }
-    return [Setting(method, inner, lr, strength) for inner, strength in places[method] for lr in (0.2, 0.4)]
+    tried = [Setting(method, inner, lr, strength) for inner, strength in places[method] for lr in (0.2, 0.4)]
+    if problem == "many":
+        return tried
+    if method != "unrolled":
+        inner, strength = {"implicit": (5, 0.1), "hypernetwork": (4, 0.5)}[method]
+        return tried + [Setting(method, inner, lr, strength, *FORGETFUL) for lr in (0.2, 0.4)]
+    # Fewer steps of the leader are longer ones.
+    horizons = [(10, 0.4), (20, 0.6), (40, 1.0)]
+    tried += [Setting(method, *horizon) for horizon in horizons[1:]]
+    tried += [Setting(method, 10, 0.4, 0.0, 0.5, 0.9)]
+    return tried + [Setting(method, *horizon, 0.0, *FORGETFUL) for horizon in horizons]
 
 
-def tuned(
-    problem: Problem, start: Tensor, setting: Setting, *, budget: int, points: int, seed: int
-) -> tuple[Curve, Tensor, str | None]:
-    """The curve, the hyperparameters at the end of the budget, which includes a standard training, and what failed.
+@dataclass(frozen=True)
+class Tuned:
+    """What a run of ours leaves: a curve, hyperparameters, the run's own weights and what these cost, what failed.
 
     A point of the curve is what one has who stops there: the work and the time so far *and* a standard training, whose
     validation loss is shown. No best-so-far is taken. A run that fails ends with the hyperparameters that it had.
     """
-    steps = (budget - problem.steps) // setting.work
+
+    curve: Curve
+    values: Tensor
+    weights: Weights
+    work: float
+    failure: str | None
+
+
+def tuned(problem: Problem, start: Tensor, setting: Setting, *, budget: int, points: int, seed: int) -> Tuned:
+    """Hyperparameters from `start` for a budget of steps, to which the curve adds those of a standard training."""
+    steps = budget // setting.work
     judged = {round(steps * k / (points - 1)) for k in range(1, points)} if points > 1 else {steps}
     curve: Curve = []
-    judging, failure, last = 0.0, None, start
+    judging, failure, spent = 0.0, None, 0.0
+    last: Mapping[str, Any] = {"hyper": start, "weights": problem.start}
     began = time.process_time()
 
     def judge(work: float, coordinates: Tensor) -> None:
@@ -98,10 +123,10 @@ def tuned(
         judging += after - at
 
     def watch(step: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
-        nonlocal last
-        last = variables["hyper"]
+        nonlocal last, spent
+        last, spent = variables, record["work"] + step * setting.uncounted
         if step in judged:
-            judge(record["work"] + step * setting.uncounted, variables["hyper"])
+            judge(spent, variables["hyper"])
 
     if points > 1:
         judge(0, start)
@@ -111,7 +136,7 @@ def tuned(
             bl.solve(
                 problem.game(start),
                 weights=setting.response(problem),
-                optimizer=partial(torch.optim.Adam, lr=setting.lr),
+                optimizer=partial(torch.optim.Adam, lr=setting.lr, betas=(setting.momentum, setting.memory)),
                 scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
                 steps=steps,
                 callbacks=[watch],
@@ -119,4 +144,4 @@ def tuned(
             )
         except bl.BilevelError as error:
             failure = f"{type(error).__name__}: {error}"
-    return curve, problem.values(last), failure
+    return Tuned(curve, problem.values(last["hyper"]), dict(last["weights"]), spent, failure)

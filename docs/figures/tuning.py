@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SK
 
 DOCS = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
-SEARCHES = ("TPE", "Hyperband", "random", "grid")
+SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
+GREY = "0.35"
 LOOKS = {
     "unrolled": (BLUE, "-"),
     "implicit": (GREEN, "-"),
     "hypernetwork": (PURPLE, "-"),
     "unrolled, longer": (BLUE, ":"),
+    "unrolled, forgetful": (GREY, "-"),
     "TPE": (RED, "--"),
     "Hyperband": (ORANGE, "--"),
     "random": (SKY, "--"),
     "grid": (BLACK, "--"),
 }
+OWN, FORGETS = "unrolled, own weights", "unrolled, forgetful"
+LATER = (FORGETS,)
+"""Measured in a run of its own: its seconds are not beside the others'."""
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -33,14 +39,15 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((DOCS / "search" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def by_method(found: dict[str, Any], problem: str) -> Runs:
+def by_method(found: dict[str, Any], problem: str, methods: Iterable[str] = LOOKS) -> Runs:
     """Method -> its results, seed by seed."""
-    runs: Runs = {method: [] for method in LOOKS}
+    runs: Runs = {method: [] for method in methods}
     for key, result in found["results"].items():
         name, rest = key.split(" ", 1)
-        if name == problem:
-            runs[rest.rsplit(" ", 1)[0]].append(result)
-    return runs
+        method = rest.rsplit(" ", 1)[0]
+        if name == problem and method in runs:
+            runs[method].append(result)
+    return {method: results for method, results in runs.items() if results}
 
 
 def reached(curve: list[list[float]], loss: float) -> float:
@@ -59,10 +66,9 @@ def beaten(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
     return sum(a["curve"][-1][2] <= b["curve"][-1][2] for a, b in zip(ours, theirs, strict=True))
 
 
-def spread(values: list[float], form: str = ".3f") -> str:
-    """Median, lowest and highest."""
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}})"
+def spread(values: list[float], middle: Callable[[list[float]], float] = statistics.median) -> str:
+    """Median, or another middle, lowest and highest."""
+    return f"{middle(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def times(ratios: list[float], most: float) -> str:
@@ -84,7 +90,7 @@ def main_table(found: dict[str, Any], problem: str) -> str:
             [
                 method,
                 f"{statistics.median(end[0] for end in ends):,.0f}",
-                f"{statistics.median(end[1] for end in ends):.1f}",
+                f"{statistics.median(end[1] for end in ends):.1f}" if method not in LATER else "",
                 spread([run["standard"]["valid"] for run in results]),
                 spread([run["standard"]["test"] for run in results]),
                 f"{statistics.median(run['standard']['accuracy'] for run in results):.3f}",
@@ -109,15 +115,39 @@ def converged_table(found: dict[str, Any], problem: str) -> str:
     return table(["method", "validation", "test", "accuracy"], rows)
 
 
+def own_table(found: dict[str, Any], problem: str) -> str:
+    """The weights of a run that tunes while it trains, beside trainings that do not, with all steps that led there."""
+    runs = by_method(found, problem, (*LOOKS, OWN, "start"))
+    trial, long = 200, 1000
+    rows = []
+
+    def row(name: str, steps: float, ends: list[dict[str, float]]) -> None:
+        told = [spread([end[key] for end in ends]) for key in ("valid", "test", "accuracy")]
+        rows.append([name, f"{steps:,.0f}", *told])
+
+    row(OWN, statistics.median(run["work"] for run in runs[OWN]), [run["own"] for run in runs[OWN]])
+    for label, part, steps in (("a trial", "standard", trial), (f"{long:,} steps", "converged", long)):
+        for method in ("start", FORGETS if FORGETS in runs else "unrolled", "grid", "TPE"):
+            spent = 0.0 if method == "start" else statistics.median(run["curve"][-1][0] for run in runs[method])
+            more = steps if method == "start" or part == "converged" else 0
+            where = "the start's" if method == "start" else f"{method.split(',')[0]}'s"
+            row(f"{label} at {where}", spent + more, [run[part] for run in runs[method]])
+    return table(["weights of", "steps", "validation", "test", "accuracy"], rows)
+
+
 def tried(choice: dict[str, Any]) -> str:
     """Every setting that was tried: its mean validation loss on the seeds of the choice."""
     losses: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for key, result in choice["results"].items():
         problem, s = key.split(" ", 1)[0], result["setting"]
-        row = (s["method"], str(s["inner"]), str(s["lr"]), str(s["strength"] or ""))
+        betas = f"{s['momentum']}, {s['memory']}"
+        row = (s["method"], str(s["inner"]), str(s["lr"]), betas, str(s["strength"] or ""))
         losses.setdefault(row, {}).setdefault(problem, []).append(result["valid"])
-    rows = [[*row, *[f"{statistics.fmean(by[p]):.3f}" for p in ("ten", "many")]] for row, by in losses.items()]
-    return table(["method", "inner steps", "rate", "damping or scale", "ten", "many"], rows)
+    rows = []
+    for row in sorted(losses, key=lambda row: METHODS.index(row[0])):
+        ten, many = losses[row]["ten"], losses[row].get("many")
+        rows.append([*row, spread(ten, middle=statistics.fmean), f"{statistics.fmean(many):.3f}" if many else ""])
+    return table(["method", "inner steps", "rate", "betas", "damping or scale", "ten", "many"], rows)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -138,6 +168,8 @@ def told(page: str) -> str:
         "many": main_table(found, "many"),
         "ten_converged": converged_table(found, "ten"),
         "many_converged": converged_table(found, "many"),
+        "ten_own": own_table(found, "ten"),
+        "many_own": own_table(found, "many"),
         "tried": tried(read("choice")),
     }
     return PLACE.sub(lambda m: f"<!-- {m['name']} -->\n{tables[m['name']]}<!-- /{m['name']} -->\n", page)
@@ -163,6 +195,8 @@ def figure(found: dict[str, Any]) -> Any:
         tips: dict[Any, list[tuple[float, float, str]]] = {panel: [] for panel in row}
         for axis, panel in enumerate(row):
             for method, results in runs.items():
+                if axis == 1 and method in LATER:
+                    continue
                 colour, line = LOOKS[method]
                 starts, ends = ([run["curve"][i][axis] for run in results] for i in (0, -1))
                 at = np.geomspace(max(starts), min(ends), 400)

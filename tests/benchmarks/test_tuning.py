@@ -11,7 +11,19 @@ import pytest
 import torch
 
 import bilevel as bl
-from benchmarks.tuning.__main__ import CHOOSING, CHOSEN, METHODS, PROBLEMS, SEEDS, SHARE, best, started
+from benchmarks.tuning.__main__ import (
+    CHOOSING,
+    CHOSEN,
+    FORGETS,
+    METHODS,
+    OWN,
+    PROBLEMS,
+    SEEDS,
+    SHARE,
+    STARTS,
+    best,
+    started,
+)
 from benchmarks.tuning.ours import settings
 from benchmarks.tuning.problems import many, ten
 from benchmarks.tuning.search import TRIALS
@@ -39,19 +51,25 @@ def test_the_tables_are_the_files(script):
 def test_the_file_is_whole_and_of_these_settings(script, found):
     assert found["trials"] == TRIALS
     assert found["settings"] == {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
-    seeds = {len(results) for p in PROBLEMS for results in script.by_method(found, p).values()}
-    assert seeds == {len(SEEDS)}
+    methods = (*script.LOOKS, script.OWN, "start")
+    for problem in PROBLEMS:
+        runs = script.by_method(found, problem, methods)
+        assert set(runs) == set(methods) - (set() if problem == "ten" else {FORGETS})
+        assert {len(results) for results in runs.values()} == {len(SEEDS)}
     assert {result["failure"] for result in found["results"].values()} == {None}
 
 
 def test_what_was_chosen_is_what_other_seeds_found_best():
     choice = json.loads((DOCS / "search/choice.json").read_text(encoding="utf-8"))["results"]
-    assert not set(CHOOSING) & set(SEEDS)
+    assert not {*CHOOSING, *STARTS["ten"]} & set(SEEDS)
     assert best(choice) == CHOSEN
     for problem in PROBLEMS:
         for method in METHODS:
-            for i, setting in enumerate(settings(method)):
-                assert choice[f"{problem} {method} {i} {CHOOSING[0]}"]["setting"] == asdict(setting)
+            for i, setting in enumerate(settings(problem, method)):
+                tries = [choice[f"{problem} {method} {i} {s} {s}"] for s in CHOOSING]
+                if problem == "ten":
+                    tries = [choice[f"ten {method} {i} {start} {s}"] for s in CHOOSING for start in STARTS["ten"]]
+                assert all(found["setting"] == asdict(setting) for found in tries)
 
 
 def test_ours_spend_a_twentieth_and_all_start_alike(script, found):
@@ -85,6 +103,37 @@ def test_ten_are_no_win(script, found):
     for method in ("TPE", "Hyperband", "grid"):
         assert middle(runs[method], "standard", "test") < middle(runs["unrolled"], "standard", "test")
     assert middle(runs["grid"], "standard", "valid") < 1.03 * middle(runs["TPE"], "standard", "valid")
+
+
+def test_a_leader_that_forgets_fails_less(script, found):
+    runs = script.by_method(found, "ten")
+    ours, usual = runs[FORGETS], runs["unrolled"]
+    assert script.beaten(ours, runs["TPE"]) == 1
+    assert statistics.median(script.saved(ours, runs["TPE"])) > 2
+    assert middle(ours, "standard", "valid") < middle(usual, "standard", "valid") - 0.035
+    assert abs(middle(ours, "standard", "test") - middle(usual, "standard", "test")) < 0.005
+    worst, before = (max(run["standard"]["valid"] for run in of) for of in (ours, usual))
+    assert worst < 0.615
+    assert before > 0.685
+    assert sum(a["standard"]["valid"] > b["standard"]["valid"] for a, b in zip(ours, usual)) == 1
+
+
+def test_own_weights_beside_trainings_as_long(script, found):
+    runs = script.by_method(found, "ten", ("TPE", OWN, "start"))
+    assert all(run["work"] <= 200 * TRIALS / SHARE for run in runs[OWN])
+
+    def ahead(key, part):
+        return sum(ours["own"][key] < theirs[part][key] for ours, theirs in zip(runs[OWN], runs["TPE"]))
+
+    assert (ahead("valid", "converged"), ahead("test", "converged")) == (5, 4)
+    assert ahead("valid", "standard") == ahead("test", "standard") == 1
+    for method, worse in (("TPE", 5), ("start", 4)):
+        for key in ("valid", "test"):
+            assert sum(run["converged"][key] > run["standard"][key] for run in runs[method]) == worse
+    runs = script.by_method(found, "many", ("TPE", OWN))
+    for part in ("standard", "converged"):
+        assert middle(runs[OWN], "own", "test") < middle(runs["TPE"], part, "test")
+    assert middle(runs[OWN], "own", "test") > middle(runs[OWN], "standard", "test") + 0.02
 
 
 EDGE = 3
