@@ -28,14 +28,27 @@ def test_unrolled_steps_cost_what_they_cost_by_hand(script):
     }
     assert len(rows) == 3
     for row in rows:
-        most = 1.06 if row["problem"] == "7,850 weights" else 1.0
+        most = 1.11 if row["problem"] == "7,850 weights" else 1.015
         assert row["ratio"] <= most and row["peak bytes"] <= 1.05 * floors[row["problem"]]
 
 
-def test_implicit_derivatives_cost_more_than_by_hand(script):
-    rows = [r for r in script.read("equal_work")["rows"] if r["method"] == "bilevel" and r["kind"] != "unroll"]
-    assert len(rows) == 6
-    assert all(1.055 <= row["ratio"] <= 1.245 for row in rows)
+def test_implicit_derivatives_cost_no_memory_more_and_a_product(script):
+    rows = {(r["problem"], r["kind"], r["method"]): r for r in script.read("equal_work")["rows"] if "failure" not in r}
+    for (problem, kind, method), row in rows.items():
+        if method != "bilevel" or kind == "unroll":
+            continue
+        assert row["peak bytes"] <= 1.005 * rows[problem, kind, "hand-written"]["peak bytes"]
+        measured = rows[problem, kind, "hand-written, residual measured"]["ratio"]
+        assert row["ratio"] <= (1.12 if problem == "7,850 weights" else 1.015) * measured
+        if kind == "cg" and problem != "7,850 weights":
+            assert row["ratio"] <= 0.985
+
+
+def test_compiled_products_gain_nothing(script):
+    ratios = {(r["problem"], r["way"]): r["ratio"] for r in script.read("compiled")["rows"]}
+    for problem in ("7,850 weights", "1M weights"):
+        assert 1.0 <= ratios[problem, "reverse over reverse, compiled"] <= 1.08
+        assert ratios[problem, "forward over reverse, compiled"] >= 1.25
 
 
 def test_the_diagonal_and_a_warm_start_save_ten_times_where_scales_differ(script):
