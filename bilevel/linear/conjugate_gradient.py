@@ -27,7 +27,7 @@ class ConjugateGradient(LinearSolver):
 
     `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `BlockDiagonal(shapes=)`,
     `NystromPreconditioner()`, `Recycled()`, `SecondMoment()` or `InnerPairs()`, which make M close to A + damping I and
-    keep what they learned in `memory`; or a map from `r: [n]` to `M^-1 r: [n]`, M symmetric positive definite.
+    keep what they learned in `memory`; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
     `stopping=Settled(1e-3)` ends the solve, as converged, once what u is needed for has settled, whatever the
     residual. `initial` is used.
 

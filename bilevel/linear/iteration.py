@@ -59,6 +59,8 @@ class Iteration:
         before: _Before | None = None
         in_place = not self.pairs
         steps = 0
+        if rho <= 0.0 and left > goal:
+            raise indefinite_preconditioner(rho)
         while steps < most and left > goal:
             product = self.matvec(p)
             steps += 1
@@ -107,6 +109,8 @@ class Iteration:
         moving = (size / scale) > goal
         before: tuple[Tensor, Tensor] | None = None
         steps = 0
+        if self.inverse is not None and _lowest(moving, rho) <= 0.0:
+            raise indefinite_preconditioner(_lowest(moving, rho))
         while steps < most and concrete(moving):
             product = self.matvec(p)
             steps += 1

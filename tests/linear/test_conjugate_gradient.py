@@ -182,3 +182,11 @@ def test_a_right_hand_side_that_requires_grad_does_not_warn(spd, normal):
     finally:
         torch.set_warn_always(always)
     assert found.converged
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_preconditioner_that_lets_nothing_through_is_named(grad):
+    operator = LinearOperator(lambda v: 2.0 * v, symmetric=True)
+    solver = ConjugateGradient(preconditioner=lambda r: 0.0 * r)
+    with torch.set_grad_enabled(grad), pytest.raises(IndefiniteSystemError, match="preconditioner gave r'M"):
+        solver.solve(operator, torch.ones(3))
