@@ -57,7 +57,6 @@ class Iteration:
         p, rho = z, float(torch.dot(r, z))
         e: Tensor | None = None
         before: _Before | None = None
-        in_place = not self.pairs
         steps = 0
         if rho <= 0.0 and left > goal:
             raise indefinite_preconditioner(rho)
@@ -67,19 +66,21 @@ class Iteration:
             self._note(p, product)
             curvature = float(torch.dot(p, product))
             if first and curvature <= 0.0:
-                raise indefinite(curvature / float(norm(p)) ** 2)
+                length = float(norm(p))
+                raise indefinite(curvature / length / length)  # its square may underflow
             if before is not None:
                 before.compare(p, product, curvature)
                 before = None
             if curvature <= 0.0:
                 break
             step = rho / curvature
-            over = in_place and steps > 1  # in the first step p is r itself, or what the preconditioner gave
-            e = step * p if e is None else torch.add(e, p, alpha=step, out=e if in_place else None)
+            # In the first step p is r itself, or what the preconditioner gave; pairs that are kept stay as they are.
+            over = steps > 1 and not self.pairs
+            e = step * p if e is None else e.add_(p, alpha=step)
             r = torch.sub(r, product, alpha=step, out=r if over else None)
             z = self._preconditioned(r)
             new_rho = float(torch.dot(r, z))
-            turn, rho = new_rho / rho if rho else math.nan, new_rho
+            turn, rho = new_rho / rho, new_rho
             last, p = p, torch.add(z, p, alpha=turn, out=p if over else None)
             if first and steps == 1:
                 plain = self.inverse is None
@@ -96,7 +97,7 @@ class Iteration:
                 raise indefinite_preconditioner(rho)
         if e is None:
             return torch.zeros_like(r), steps
-        return torch.mul(e, scale, out=e if in_place else None), steps
+        return e.mul_(scale), steps
 
     def _tracked(self, residual: Tensor, size: Tensor, target: Tensor, most: int, first: bool) -> tuple[Tensor, int]:
         """With grad, or inside a transform: one flag a system; those that are done stand still while others go on."""
