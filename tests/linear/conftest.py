@@ -1,11 +1,13 @@
 """Systems whose conditioning is known, and operators that count their products."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
+import bilevel as bl
 from bilevel.linear import LinearOperator
 
 Matrix = Callable[..., Tensor]
@@ -61,3 +63,38 @@ def general() -> Matrix:
         return left * condition**-exponents @ right
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def ridge() -> Callable[[], bl.Game]:
+    """A penalty for each of 25 weights, over four decades."""
+    inputs = _normal(2, 30, 25)
+
+    def game() -> bl.Game:
+        def fit(x: Tensor, y: Tensor) -> Tensor:
+            return 0.5 * ((inputs @ y - 1.0) ** 2).mean() + 0.5 * (x.exp() * y * y).sum()
+
+        start = torch.linspace(-9.0, 0.0, 25, dtype=torch.float64)
+        leader = bl.Player(lambda y: ((y - 0.3) ** 2).sum(), start)
+        return bl.Game(x=leader, y=bl.Player(fit, torch.zeros(25, dtype=torch.float64)))
+
+    return game
+
+
+@pytest.fixture
+def ends_where_it_did_without(tmp_path) -> Callable[..., None]:
+    """That a run by one response ends where it does by another, to `atol`, and resumes from half way bit for bit."""
+
+    def check(
+        game: Callable[[], bl.Game], plain: bl.Response, response: bl.Response, *, steps: int, atol: float
+    ) -> None:
+        adam, file = partial(optim.Adam, lr=0.1), tmp_path / "run.pt"
+        before = bl.solve(game(), y=plain, optimizer=adam, steps=steps)
+        whole = bl.solve(game(), y=response, optimizer=adam, steps=steps)
+        bl.solve(game(), y=response, optimizer=adam, steps=steps // 2, checkpoint=file)
+        resumed = bl.solve(game(), y=response, optimizer=adam, steps=steps, checkpoint=file)
+        assert torch.allclose(whole.variables["x"], before.variables["x"], atol=atol)
+        assert torch.equal(whole.variables["x"], resumed.variables["x"])
+        assert whole.products == resumed.products
+
+    return check

@@ -180,22 +180,11 @@ def test_what_cannot_work_is_refused(general, normal):
 
 # Within a response --------------------------------------------------------------------------------------------------
 
-INPUTS = torch.randn(30, 25, generator=torch.Generator().manual_seed(2), dtype=D)
 EVERY = [
     ConjugateGradient(rtol=1e-8),
     ConjugateGradient(rtol=1e-8, preconditioner=Recycled(size=6, base=Diagonal())),
     ConjugateGradient(rtol=None, stopping=Settled(1e-6)),
 ]
-
-
-def ridge():
-    """A penalty for each of 25 weights, over four decades."""
-
-    def fit(x, y):
-        return 0.5 * ((INPUTS @ y - 1.0) ** 2).mean() + 0.5 * (x.exp() * y * y).sum()
-
-    start = torch.linspace(-9.0, 0.0, 25, dtype=D)
-    return bl.Game(x=bl.Player(lambda y: ((y - 0.3) ** 2).sum(), start), y=bl.Player(fit, torch.zeros(25, dtype=D)))
 
 
 def implicit(solver):
@@ -205,18 +194,11 @@ def implicit(solver):
 
 
 @pytest.mark.parametrize("base", EVERY, ids=repr)
-def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(base, tmp_path):
-    adam, file = partial(optim.Adam, lr=0.1), tmp_path / "run.pt"
-    plain = bl.solve(ridge(), y=implicit(base), optimizer=adam, steps=8)
-    whole = bl.solve(ridge(), y=implicit(Extrapolated(base)), optimizer=adam, steps=8)
-    bl.solve(ridge(), y=implicit(Extrapolated(base)), optimizer=adam, steps=4, checkpoint=file)
-    resumed = bl.solve(ridge(), y=implicit(Extrapolated(base)), optimizer=adam, steps=8, checkpoint=file)
-    assert torch.allclose(whole.variables["x"], plain.variables["x"], atol=1e-3)
-    assert torch.equal(whole.variables["x"], resumed.variables["x"])
-    assert whole.products == resumed.products
+def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(ridge, ends_where_it_did_without, base):
+    ends_where_it_did_without(ridge, implicit(base), implicit(Extrapolated(base)), steps=8, atol=1e-3)
 
 
-def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to():
+def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to(ridge):
     game, response = ridge(), implicit(Extrapolated(ConjugateGradient()))
     state, x = response.init(game), game.initial("x").clone().requires_grad_()
     for _ in range(2):
@@ -232,7 +214,7 @@ def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to():
     torch.load(written, weights_only=True)
 
 
-def test_many_games_start_where_the_solver_would():
+def test_many_games_start_where_the_solver_would(ridge):
     start = torch.linspace(-9.0, 0.0, 25, dtype=D)
     games = bl.Games(ridge(), 2, init={"x": torch.stack([start, start.flip(0)])})
     adam, base = partial(optim.Adam, lr=0.1), ConjugateGradient(rtol=1e-8)

@@ -1,11 +1,9 @@
 """Preconditioners: what they are, what they save, and that what they keep is resumed bit for bit."""
 
 import io
-from functools import partial
 
 import pytest
 import torch
-from torch import optim
 from torch.func import vmap
 
 import bilevel as bl
@@ -163,18 +161,6 @@ def test_settings_that_cannot_work_are_refused(made):
 
 # Within a response --------------------------------------------------------------------------------------------------
 
-INPUTS = torch.randn(30, 25, generator=torch.Generator().manual_seed(2), dtype=D)
-
-
-def ridge():
-    """A penalty for each of 25 weights, over four decades."""
-
-    def fit(x, y):
-        return 0.5 * ((INPUTS @ y - 1.0) ** 2).mean() + 0.5 * (x.exp() * y * y).sum()
-
-    start = torch.linspace(-9.0, 0.0, 25, dtype=D)
-    return bl.Game(x=bl.Player(lambda y: ((y - 0.3) ** 2).sum(), start), y=bl.Player(fit, torch.zeros(25, dtype=D)))
-
 
 def implicit(kind, rtol=1e-8):
     return bl.Implicit(
@@ -183,19 +169,11 @@ def implicit(kind, rtol=1e-8):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
-def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(kind, tmp_path):
-    adam = partial(optim.Adam, lr=0.1)
-    plain = bl.solve(ridge(), y=implicit(None), optimizer=adam, steps=6)
-    file = tmp_path / "run.pt"
-    whole = bl.solve(ridge(), y=implicit(kind), optimizer=adam, steps=6)
-    bl.solve(ridge(), y=implicit(kind), optimizer=adam, steps=3, checkpoint=file)
-    resumed = bl.solve(ridge(), y=implicit(kind), optimizer=adam, steps=6, checkpoint=file)
-    assert torch.allclose(whole.variables["x"], plain.variables["x"], atol=1e-4)
-    assert torch.equal(whole.variables["x"], resumed.variables["x"])
-    assert whole.products == resumed.products
+def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(ridge, ends_where_it_did_without, kind):
+    ends_where_it_did_without(ridge, implicit(None), implicit(kind), steps=6, atol=1e-4)
 
 
-def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to():
+def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to(ridge):
     game, response = ridge(), implicit(Recycled(size=5, base=Diagonal()))
     state = response.init(game)
     frozen = map_leaves(torch.clone, state["linear"])
