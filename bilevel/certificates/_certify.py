@@ -80,7 +80,7 @@ def certify(
     """
     game.require_one("certify")
     _check_settings(tolerance, lanczos_steps)
-    _refuse_joint(game)
+    game.require_minima("certify")
     first = game.names[0] if leader is None else leader
     last = game.names[-1] if follower is None else follower
     for name in (first, last):
@@ -173,7 +173,7 @@ def certify_nash(
     """
     game.require_one("certify_nash")
     _check_settings(tolerance, lanczos_steps)
-    _refuse_joint(game)
+    game.require_minima("certify")
     variables, buffers, given = _variables(game, point), _buffers(game, point), _batches(game, batches)
     start = {name: game.initial(name) for name in game.names}
     findings, products = [], 0
@@ -327,15 +327,6 @@ def _attempt(function: Callable[[], _T]) -> _T | None:
 
 
 # Input ---------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_joint(game: Game) -> None:
-    joint = [name for name in game.names if game.members(name) != (name,)]
-    if joint:
-        raise ValueError(
-            f"certify: {joint[0]!r} is {list(game.members(joint[0]))} together, who have no single Hessian. Give the "
-            "game before joined() to certify_nash, or hold the answer against finite differences."
-        )
 
 
 def _check_settings(tolerance: float, lanczos_steps: int) -> None:

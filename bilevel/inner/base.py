@@ -16,8 +16,8 @@ class Problem(Protocol):
     """min over y of f(y), the other players standing still.
 
     `form` is the layout of y; `others` are the other players' variables, detached; `batch` is the present batch.
-    Of several players together the loss is a sum that none of them minimises: only the gradients, each member's own,
-    say where they settle.
+    Of several players together, and of a player with a residual of its own, the loss does not say where y settles:
+    only `gradients`, its residual, does.
     """
 
     name: str
@@ -25,26 +25,27 @@ class Problem(Protocol):
     batch: Batch
 
     @property
-    def joint(self) -> bool:
-        """Whether y is of several players together, so that f is to be ignored."""
+    def minimises(self) -> bool:
+        """Whether y settles at a minimum of f; else f is to be ignored."""
 
     @property
     def others(self) -> Mapping[str, Variables]:
         """The other players' variables, detached."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradient of each leaf on the present batch; counted as one gradient."""
+        """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
 
     def advance(self) -> None:
         """Move on to the next batch."""
 
 
-def refuse_joint(problem: Problem, what: str) -> None:
-    """Raise `TypeError` for a solver that goes by the loss, which several players together do not have."""
-    if problem.joint:
+def require_minimum(problem: Problem, what: str) -> None:
+    """Raise `TypeError` for a solver that goes by the loss, where a minimum of it is not what is looked for."""
+    if not problem.minimises:
         raise TypeError(
-            f"{what} minimises one loss, and {problem.name!r} is several players with a loss each. Use "
-            "bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or Adam."
+            f"{what} minimises one loss, and {problem.name!r} is several players with a loss each, or has a residual "
+            "of its own. Use bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or "
+            "Adam."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem, refuse_joint
+from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.tree import join
 
 
@@ -38,7 +38,7 @@ class Scipy(InnerSolver):
         import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
         from scipy.optimize import minimize  # noqa: PLC0415
 
-        refuse_joint(problem, f"Scipy({self.method!r})")
+        require_minimum(problem, f"Scipy({self.method!r})")
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:

@@ -167,6 +167,7 @@ def _named(game: Game, leader: str | None, follower: str | None) -> tuple[str, s
     if not isinstance(game, Game):
         raise TypeError(f"check_hypergradient: game is a {type(game).__name__}; expected a bilevel.Game.")
     names = list(game.names)
+    game.require_minima("check_hypergradient")
     if game.anticipated:
         raise ValueError(
             f"check_hypergradient: {sorted(game.anticipated)} of this game answer by functions of their own; expected "
