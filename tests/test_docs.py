@@ -62,6 +62,14 @@ def test_the_fences_are_all_seen() -> None:
         assert fences == 2 * len(blocks(path)), f"{path.name}: a fence is open, or one that this test cannot read"
 
 
+@pytest.mark.parametrize("path", [_page(path) for path in PAGES if path.is_relative_to(ROOT / "docs")])
+def test_code_fits_beside_the_side_bars(path: Path) -> None:
+    long = [
+        (line + i, row) for _, line, body in blocks(path) for i, row in enumerate(body.splitlines()) if len(row) > 88
+    ]
+    assert long == []
+
+
 def test_the_pages_have_something_to_run() -> None:
     run = {path.name for path in PAGES if any(info == "python" for info, *_ in blocks(path))}
     assert {"README.md", "index.md", "tutorial.md"} <= run

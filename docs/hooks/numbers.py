@@ -15,7 +15,7 @@ from typing import Any
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 PLACE = re.compile(r"\{\{ *(?P<figures>\w+)\.(?P<part>\w+) *\}\}")
-NUMBER = re.compile(r"[-+]?\.?\d|$")
+NUMBER = re.compile(r"([-+]?[\d.,]+(e[-+]?\d+)?( ?[a-zA-Z%]{1,2})?)?")
 
 
 def filled(page: str) -> str:
@@ -29,9 +29,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns that hold nothing but numbers are right-aligned."""
+    """A Markdown table; columns of bare numbers, with their unit or without, are right-aligned."""
     heads, *body = rows
-    numeric = [all(NUMBER.match(row[column]) for row in body) for column in range(len(heads))]
+    numeric = [all(NUMBER.fullmatch(row[column]) for row in body) for column in range(len(heads))]
     rule = ["---:" if right else "---" for right in numeric]
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in (heads, *body)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (escaped[0], rule, *escaped[1:]))
