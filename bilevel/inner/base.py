@@ -13,11 +13,15 @@ from bilevel.tree import Structure, Variables
 
 
 class Problem(Protocol):
-    """min over y of f(y), the other players standing still.
+    r"""What an inner solver sees of its follower: $\min_y f(y)$, the other players standing still.
 
-    `form` is the layout of y; `others` are the other players' variables, detached; `batch` is the present batch.
-    Of several players together the loss is a sum that none of them minimises: only the gradients, each member's own,
-    say where they settle.
+    Of several players who answer together the loss is a sum that none of them minimises: only the gradients, each
+    member's own, say where they settle.
+
+    Attributes:
+        name: The follower's.
+        form: The layout of y: the shapes of its leaves, and how they make up the follower's variables.
+        batch: The present batch, None without data.
     """
 
     name: str
@@ -26,7 +30,7 @@ class Problem(Protocol):
 
     @property
     def joint(self) -> bool:
-        """Whether y is of several players together, so that f is to be ignored."""
+        """Whether y is of several players together, so that the loss is to be ignored."""
 
     @property
     def others(self) -> Mapping[str, Variables]:
@@ -49,13 +53,22 @@ def refuse_joint(problem: Problem, what: str) -> None:
 
 
 class InnerSolver(ABC):
-    """Finds a follower's optimum; nothing of it is differentiated."""
+    """Finds a follower's optimum; nothing of it is differentiated.
+
+    A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
+    any other method, as a frozen dataclass that holds its settings.
+    """
 
     @abstractmethod
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of y after at most `steps` steps, or sooner once |gradient| <= `threshold`; and what to remember.
+        """The leaves of y where the method ends, and what to remember for the next call.
 
-        `memory` is None or what an earlier call returned: tensors, numbers, lists and dicts of them.
+        Args:
+            problem: Loss and gradients at any y, and the batches.
+            y: The leaves to start from; they are not written to.
+            memory: None, or what an earlier call returned: tensors, numbers, lists and dicts of them.
+            steps: The most steps to take.
+            threshold: Stop sooner once |gradient| is at most this.
         """
