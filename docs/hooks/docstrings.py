@@ -36,8 +36,15 @@ def mend(cls: Class) -> None:
             parameters[name].default = None
 
 
+def once(cls: Class) -> None:
+    """Tell of a method where it is first declared, and not again in each class that implements it."""
+    for base in cls.mro():
+        for name in cls.members.keys() & base.members.keys():
+            cls.members[name].docstring = None  # what has no docstring is not shown
+
+
 class Readable(Extension):
-    """Fences each docstring as it is read, and mends constructors when all are."""
+    """Fences each docstring as it is read; mends constructors and drops repetitions when all are."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Replace the docstring's text."""
@@ -45,10 +52,11 @@ class Readable(Extension):
             obj.docstring.value = fenced(obj.docstring.value)
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
-        """Mend what the extension for dataclasses, which runs before, made of them."""
+        """Mend what the extension for dataclasses, which runs before, made of the constructors."""
         waiting: list[Any] = [pkg]
         while waiting:
             here = waiting.pop()
             if here.is_class:
                 mend(here)
+                once(here)
             waiting.extend(m for m in here.members.values() if not m.is_alias and (m.is_module or m.is_class))
