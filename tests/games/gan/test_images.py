@@ -15,10 +15,11 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 def test_figures_without_seconds_leave_their_panels_out():
     ring = experiments()["ring"]
-    timed = json.loads((DOCS / "gan/ring.json").read_text(encoding="utf-8"))["results"]
-    untimed = {
-        name: {"moments": [moment | {"seconds": None} for moment in run["moments"]]} for name, run in timed.items()
-    }
+    runs = json.loads((DOCS / "gan/ring.json").read_text(encoding="utf-8"))["results"]
+    timed, untimed = (
+        {name: {"moments": [moment | {"seconds": seconds} for moment in run["moments"]]} for name, run in runs.items()}
+        for seconds in (1.0, None)
+    )
     assert [len(ring.draw(some).axes) for some in (timed, untimed)] == [4, 2]
 
 
