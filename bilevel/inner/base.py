@@ -13,11 +13,15 @@ from bilevel.tree import Structure, Variables
 
 
 class Problem(Protocol):
-    """min over y of f(y), the other players standing still.
+    r"""What an inner solver sees of its follower: $\min_y f(y)$, the other players standing still.
 
-    `form` is the layout of y; `others` are the other players' variables, detached; `batch` is the present batch.
-    Of several players together, and of a player with a residual of its own, the loss does not say where y settles:
-    only `gradients`, its residual, does.
+    Of several players who answer together, and of a player with a residual of its own, the loss does not say where
+    they settle: only `gradients`, the residual, does.
+
+    Attributes:
+        name: The follower's.
+        form: The layout of y: the shapes of its leaves, and how they make up the follower's variables.
+        batch: The present batch, None without data.
     """
 
     name: str
@@ -50,13 +54,22 @@ def require_minimum(problem: Problem, what: str) -> None:
 
 
 class InnerSolver(ABC):
-    """Finds a follower's optimum; nothing of it is differentiated."""
+    """Finds a follower's optimum; nothing of it is differentiated.
+
+    A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
+    any other method, as a frozen dataclass that holds its settings.
+    """
 
     @abstractmethod
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of y after at most `steps` steps, or sooner once |gradient| <= `threshold`; and what to remember.
+        """The leaves of y where the method ends, and what to remember for the next call.
 
-        `memory` is None or what an earlier call returned: tensors, numbers, lists and dicts of them.
+        Args:
+            problem: Loss and gradients at any y, and the batches.
+            y: The leaves to start from; they are not written to.
+            memory: None, or what an earlier call returned: tensors, numbers, lists and dicts of them.
+            steps: The most steps to take.
+            threshold: Stop sooner once |gradient| is at most this.
         """
