@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bilevel.game.checks import RESERVED, check_names, check_objectives, check_variables
+from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
@@ -42,6 +42,7 @@ class Parts:
     streams: Mapping[str, Stream]
     groups: Groups
     anticipated: Mapping[str, Anticipated]
+    depends: Depends
 
 
 class Game:
@@ -79,8 +80,9 @@ class Game:
             streams={name: Stream(name, p.data) for name, p in players.items() if p.data is not None},
             groups=Groups(),
             anticipated={},
+            depends={},
         )
-        check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -111,6 +113,10 @@ class Game:
     def anticipated(self) -> frozenset[str]:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._parts.anticipated)
+
+    def require_follower(self, name: str) -> None:
+        """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
+        check_follower(name, self.members(name), self._parts.players, self._parts.depends)
 
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""

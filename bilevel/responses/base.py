@@ -101,6 +101,7 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
             f"Player {name!r} moves first and has nobody to respond to. A follower is declared after its leader in "
             f"Game(...); players in order of play: {list(game.names)}."
         )
+    game.require_follower(name)
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
     state: State = {

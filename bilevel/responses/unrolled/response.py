@@ -122,16 +122,9 @@ class Unrolled(Response):
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
-        slope_norm = follower.norm(steps.slopes)
-        return variables, state | {
-            "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
-            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],
-            "data": follower.position,
-            "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + follower.gradient_count + followed.gradients,
-            "products": state["products"] + followed.products,
-            "stationarity": follower.relative(slope_norm, state),
-        }
+        state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
+        memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
+        return variables, state | {"optimizer": memory}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
