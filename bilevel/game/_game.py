@@ -14,7 +14,7 @@ from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, 
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
-from bilevel.game.modules import lent
+from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
@@ -232,6 +232,10 @@ class Game:
         arguments = self._given(player, function, variables)
         if "batch" in self._named(player, function):
             arguments["batch"] = batch
+        for name, given in arguments.items():
+            module = self._parts.players[name].init if name in self._parts.players else None
+            if isinstance(module, nn.Module) and isinstance(given, Mapping):
+                arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
         with lent(self._parts.players, current, arguments) as advanced:

@@ -182,8 +182,8 @@ def _dependence(
     if not loss.requires_grad:
         raise ValueError(
             f"Player {name!r}: its loss is not differentiable in any player's variables (dtype {loss.dtype}, no "
-            "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a module is "
-            "called by torch.func.functional_call(model, weights, inputs)."
+            "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a player that is "
+            "a module is called itself: weights(inputs)."
         )
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
@@ -251,6 +251,6 @@ def _refuse_own_parameters(
             other, path = owned[id(leaf)]
             raise ValueError(
                 f"Player {name!r}: its objective uses {path!r} of the module of player {other!r} itself, and not the "
-                f"argument `{other}`: what the game moves would never be seen. Call the module by "
-                f"torch.func.functional_call(model, {other}, (inputs,))."
+                f"argument `{other}`: what the game moves would never be seen. Call the argument to run the module: "
+                f"{other}(inputs)."
             )

@@ -23,8 +23,9 @@ class Player:
         objective: called with keyword arguments named after the players that it depends on, and with `batch` when the
             player has data; returns a scalar loss, to minimise.
         init: a tensor, a pytree of tensors, or an `nn.Module`: then the variables are the module's parameters that
-            require grad, as a dict by name, and its buffers (BatchNorm's statistics, say) travel along as state that
-            advances. The module itself is never changed.
+            require grad, as a mapping by name that a loss can call, `weights(images)`: in training mode in the player's
+            own loss, in evaluation mode in the others', or as `weights(images, training=True)` says. Its buffers
+            (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed.
         data: any iterable of batches that can be iterated more than once; it is re-iterated for ever.
         optimizer_hyper: declares that the variables are hyperparameters of the *inner optimiser*, a learning rate say:
             they reach the follower through `Unrolled(lambda params, lr: SGD(params, lr=lr))` and no objective.
@@ -68,6 +69,8 @@ class Player:
                     f"Player: data is a {type(self.data).__name__}, which can be iterated only once and would be "
                     "exhausted after one pass. Pass something re-iterable: a list of batches or a DataLoader."
                 )
+        if isinstance(self.init, nn.Module):
+            _refuse_uninitialised(self.init)
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -112,6 +115,15 @@ class Player:
         if isinstance(self.init, nn.Module):
             return {name: b.detach().clone() for name, b in self.init.named_buffers()}
         return {}
+
+
+def _refuse_uninitialised(module: nn.Module) -> None:
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Player: the module's {path!r} has no shape yet; a lazy module gets it from its first batch. Call the "
+                "module once, model(inputs), before it becomes a player."
+            )
 
 
 def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
