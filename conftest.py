@@ -6,6 +6,7 @@ import os
 # These problems are small: threads would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,22 @@ settings.register_profile("fixed", derandomize=True, database=None)
 settings.load_profile("fixed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--ulp SEED`: other roundings, of which tests/other_rounding.py tells."""
+    parser.addoption(
+        "--ulp", type=int, metavar="SEED", help="round as another processor might (tests/other_rounding.py)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Run a slow test that is named by itself."""
+    """Round otherwise where that is asked for, and run a slow test that is named by itself."""
+    if (seed := config.getoption("ulp")) is not None:
+        spec = importlib.util.spec_from_file_location(
+            "other_rounding", Path(__file__).parent / "tests/other_rounding.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.install(seed)
     if config.option.markexpr == "not slow" and any("::" in argument for argument in config.args):
         config.option.markexpr = ""
 
