@@ -72,7 +72,7 @@ def responses(game: bl.Game, steps: int) -> dict[str, bl.Response]:
             linear_solver=bl.Neumann(rtol=None, max_steps=steps, step_size=0.05, power_steps=0),
         ),
         "learned, low rank": bl.Hypernetwork(
-            partial(torch.optim.Adam, lr=1e-3), network=bl.LowRank(10), tolerance=None
+            partial(torch.optim.Adam, lr=1e-3), network=bl.networks.LowRank(10), tolerance=None
         ),
     }
 

@@ -68,7 +68,7 @@ def game_of(leaders: int, hidden: list[int]) -> bl.Game:
     return bl.Game(hyper=bl.Player(lead, start, batches[20:]), weights=bl.Player(follow, model, batches[:20]))
 
 
-def differentiation(case: Case) -> bl.Differentiation:
+def differentiation(case: Case) -> bl.responses.Differentiation:
     if case["how"] == "segments":
         return bl.Segments(count=case.get("count"), memory=case.get("memory"))
     return bl.ForwardMode() if case["how"] == "forward" else bl.ReverseMode()

@@ -45,18 +45,20 @@ STEPS = 10  # of fitting, in one call
 SHARED: dict[str, Any] = {"scale": 0.1, "steps": STEPS, "tolerance": None, "examine_every": 10_000}
 LEAN = SHARED | {"in_place": True, "antithetic": False}
 CASES = {
-    "rows": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **LEAN),
-    "rows, examined at every call": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"examine_every": 1})),
-    "rows, one step a call": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"steps": 1})),
-    "rows, copies": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"in_place": False})),
-    "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.RowScaled(), **(LEAN | {"antithetic": True})),
-    "rows and columns": bl.Hypernetwork(ADAM, network=bl.RowColumnScaled(), **LEAN),
-    "low-rank layers, 4": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(4), **LEAN),
-    "low-rank layers, 10": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(10), **LEAN),
-    "low-rank layers, 20": bl.Hypernetwork(ADAM, network=bl.LowRankLayers(20), **LEAN),
-    "self-tuning": bl.Hypernetwork(ADAM, network=bl.SelfTuning(), **LEAN),
-    "low rank, 2": bl.Hypernetwork(ADAM, network=bl.LowRank(2), **LEAN),
-    "dense": bl.Hypernetwork(ADAM, network=bl.Linear(), **LEAN),
+    "rows": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **LEAN),
+    "rows, examined at every call": bl.Hypernetwork(
+        ADAM, network=bl.networks.RowScaled(), **(LEAN | {"examine_every": 1})
+    ),
+    "rows, one step a call": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"steps": 1})),
+    "rows, copies": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"in_place": False})),
+    "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"antithetic": True})),
+    "rows and columns": bl.Hypernetwork(ADAM, network=bl.networks.RowColumnScaled(), **LEAN),
+    "low-rank layers, 4": bl.Hypernetwork(ADAM, network=bl.networks.LowRankLayers(4), **LEAN),
+    "low-rank layers, 10": bl.Hypernetwork(ADAM, network=bl.networks.LowRankLayers(10), **LEAN),
+    "low-rank layers, 20": bl.Hypernetwork(ADAM, network=bl.networks.LowRankLayers(20), **LEAN),
+    "self-tuning": bl.Hypernetwork(ADAM, network=bl.networks.SelfTuning(), **LEAN),
+    "low rank, 2": bl.Hypernetwork(ADAM, network=bl.networks.LowRank(2), **LEAN),
+    "dense": bl.Hypernetwork(ADAM, network=bl.networks.Linear(), **LEAN),
 }
 EXACT = torch.float64
 
@@ -323,14 +325,14 @@ KNOWN: dict[str, Callable[[], Known]] = {
     "mlp, digits": small_mlp,
 }
 NETWORKS = {
-    "dense": bl.Linear(),
-    "low rank, 2": bl.LowRank(2),
-    "rows": bl.RowScaled(),
-    "rows and columns": bl.RowColumnScaled(),
-    "self-tuning": bl.SelfTuning(),
-    "low-rank layers, 4": bl.LowRankLayers(4),
-    "low-rank layers, 10": bl.LowRankLayers(10),
-    "low-rank layers, 20": bl.LowRankLayers(20),
+    "dense": bl.networks.Linear(),
+    "low rank, 2": bl.networks.LowRank(2),
+    "rows": bl.networks.RowScaled(),
+    "rows and columns": bl.networks.RowColumnScaled(),
+    "self-tuning": bl.networks.SelfTuning(),
+    "low-rank layers, 4": bl.networks.LowRankLayers(4),
+    "low-rank layers, 10": bl.networks.LowRankLayers(10),
+    "low-rank layers, 20": bl.networks.LowRankLayers(20),
 }
 
 

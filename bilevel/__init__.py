@@ -1,179 +1,56 @@
 """Nested optimisation and differentiable games in PyTorch: one game, interchangeable responses.
 
 A solution concept is what each player assumes about the others while it differentiates. A `Game` holds the players,
-a response is a differentiable map from the others' variables to a follower's own, and `solve` plays.
+a response is a differentiable map from the others' variables to a follower's own, and `solve` plays. The names that
+most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `bilevel.networks`, `bilevel.responses`,
+`bilevel.dynamics`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import testing
-from bilevel.certificate import Certificate, Standing
-from bilevel.certify import certify, certify_nash
-from bilevel.compare import compare
-from bilevel.comparison import Comparison
-from bilevel.dynamics import (
-    LOLA,
-    Alternating,
-    Competitive,
-    Consensus,
-    Dynamics,
-    ExactLOLA,
-    Extragradient,
-    FollowTheRidge,
-    LookAhead,
-    NegativeMomentum,
-    Optimistic,
-    Simultaneous,
-    SymplecticAdjustment,
-    TotalGradient,
-    TwoTimescale,
-)
-from bilevel.errors import (
-    BilevelError,
-    BilevelWarning,
-    CapturedTensorError,
-    CheckpointError,
-    ConvergenceError,
-    ExhaustedDataError,
-    IndefiniteSystemError,
-    NonConvergenceWarning,
-    NonFiniteError,
-    NotSymmetricError,
-    SingularSystemError,
-    UnreliableResponseWarning,
-)
-from bilevel.exploitability import Exploitability, exploitability
+from bilevel import dynamics, errors, inner, linear, networks, responses, testing
+from bilevel._root import root
+from bilevel._version import __version__
+from bilevel.certificates import certify, certify_nash, exploitability
+from bilevel.comparison import compare
+from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
-from bilevel.inner import ClosedForm, InnerSolver, Scipy, ScipyRoot
-from bilevel.linear import (
-    GMRES,
-    BlockDiagonal,
-    ConjugateGradient,
-    Dense,
-    Diagonal,
-    Extrapolated,
-    Identity,
-    InnerPairs,
-    LinearOperator,
-    LinearSolution,
-    LinearSolver,
-    Neumann,
-    Nystrom,
-    NystromPreconditioner,
-    Preconditioner,
-    Recycled,
-    SecondMoment,
-    Settled,
-)
+from bilevel.inner import ClosedForm, Scipy, ScipyRoot
+from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games
-from bilevel.responses import (
-    MLP,
-    AsLeaderMoves,
-    Differentiation,
-    Elementwise,
-    ForwardMode,
-    Geometric,
-    Hypernetwork,
-    Implicit,
-    Inexactness,
-    LeafNetwork,
-    Linear,
-    LowRank,
-    LowRankLayers,
-    Response,
-    ReverseMode,
-    RowColumnScaled,
-    RowScaled,
-    Segments,
-    SelfTuning,
-    Unrolled,
-)
-from bilevel.root import root
-from bilevel.solution import Solution
-from bilevel.solutions import Solutions
-from bilevel.solve import solve
+from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Response, ReverseMode, Segments, Unrolled
+from bilevel.solving import Solution, solve
 
 __all__ = [
     "GMRES",
-    "LOLA",
-    "MLP",
-    "Alternating",
-    "AsLeaderMoves",
     "BilevelError",
     "BilevelWarning",
-    "BlockDiagonal",
-    "CapturedTensorError",
-    "Certificate",
-    "CheckpointError",
     "ClosedForm",
-    "Comparison",
-    "Competitive",
     "ConjugateGradient",
-    "Consensus",
-    "ConvergenceError",
-    "Dense",
-    "Diagonal",
-    "Differentiation",
-    "Dynamics",
-    "Elementwise",
-    "ExactLOLA",
-    "ExhaustedDataError",
-    "Exploitability",
-    "Extragradient",
-    "Extrapolated",
-    "FollowTheRidge",
     "ForwardMode",
     "Game",
     "Games",
-    "Geometric",
     "Hypernetwork",
-    "Identity",
     "Implicit",
-    "IndefiniteSystemError",
-    "Inexactness",
-    "InnerPairs",
-    "InnerSolver",
-    "LeafNetwork",
-    "Linear",
-    "LinearOperator",
-    "LinearSolution",
-    "LinearSolver",
-    "LookAhead",
-    "LowRank",
-    "LowRankLayers",
-    "NegativeMomentum",
     "Neumann",
-    "NonConvergenceWarning",
-    "NonFiniteError",
-    "NotSymmetricError",
     "Nystrom",
-    "NystromPreconditioner",
-    "Optimistic",
     "Player",
-    "Preconditioner",
-    "Recycled",
     "Response",
     "ReverseMode",
-    "RowColumnScaled",
-    "RowScaled",
     "Scipy",
     "ScipyRoot",
-    "SecondMoment",
     "Segments",
-    "SelfTuning",
-    "Settled",
-    "Simultaneous",
-    "SingularSystemError",
     "Solution",
-    "Solutions",
-    "Standing",
-    "SymplecticAdjustment",
-    "TotalGradient",
-    "TwoTimescale",
-    "UnreliableResponseWarning",
     "Unrolled",
+    "__version__",
     "certify",
     "certify_nash",
     "compare",
+    "dynamics",
+    "errors",
     "exploitability",
+    "inner",
+    "linear",
+    "networks",
+    "responses",
     "root",
     "solve",
     "testing",

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bilevel import BilevelError, BilevelWarning, Comparison
+from bilevel import BilevelError, BilevelWarning
+from bilevel.comparison import Comparison
 from games.compare.run import compared, write
 from games.compare.suite import cases, responses
 from games.console import UsageError, interruptible, prepare, told_in_one_line

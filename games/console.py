@@ -12,7 +12,8 @@ from types import FrameType
 
 import typer
 
-from bilevel import BilevelError, CheckpointError
+from bilevel import BilevelError
+from bilevel.errors import CheckpointError
 from games.errors import DataError, MissingExtraError
 
 

@@ -20,7 +20,11 @@ FAMILIES = {
     "exponential": strategies.exponentials(),
     "log-barrier": strategies.log_barriers(),
 }
-CERTIFIED, REFUTED, INCONCLUSIVE = bl.Standing.CERTIFIED, bl.Standing.REFUTED, bl.Standing.INCONCLUSIVE
+CERTIFIED, REFUTED, INCONCLUSIVE = (
+    bl.certificates.Standing.CERTIFIED,
+    bl.certificates.Standing.REFUTED,
+    bl.certificates.Standing.INCONCLUSIVE,
+)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ BADLY = {"ill-conditioned", "digits", "mnist"}
 
 @pytest.fixture(scope="module")
 def found():
-    return bl.Comparison.from_json(ROOT / "docs/choosing/comparison.json")
+    return bl.comparison.Comparison.from_json(ROOT / "docs/choosing/comparison.json")
 
 
 @pytest.fixture(scope="module")

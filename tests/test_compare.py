@@ -144,13 +144,17 @@ class Own(Response):
 
     wrong: str = ""
 
+    @property
+    def promise(self):
+        return bl.responses.Estimate(bl.responses.Optimum())
+
     def init(self, game, *, follower=None, seed=0):
         return UNROLLED.init(game, follower=follower, seed=seed)
 
     def __call__(self, game, others, state, batch=None):
         if self.wrong:
             raise ZeroDivisionError(self.wrong)
-        warnings.warn("I stand still", bl.UnreliableResponseWarning)
+        warnings.warn("I stand still", bl.errors.UnreliableResponseWarning)
         return others["x"] * 0.0 + state["variables"], state | {"stationarity": 1.0}
 
 
@@ -220,7 +224,7 @@ def test_memory_of_unrolling_grows_with_its_steps_and_that_of_implicit_does_not(
     assert memory(replace(UNROLLED, steps=110, backprop_steps=10)) < 1.2 * few
     tight = replace(IMPLICIT, tolerance=0.0, linear_solver=bl.ConjugateGradient(rtol=1e-6))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bl.NonConvergenceWarning)
+        warnings.simplefilter("ignore", bl.errors.NonConvergenceWarning)
         assert memory(replace(tight, steps=110)) == memory(replace(tight, steps=10))
 
 
@@ -248,13 +252,13 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
         return measure.measure(setting, name, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["bilevel.compare"], "measure", interrupting)
+        patch.setattr(sys.modules["bilevel.comparison._compare"], "measure", interrupting)
         with pytest.raises(KeyboardInterrupt):
             run({"known": KNOWN}, responses, folder=tmp_path)
     assert calls == ["unrolled", "implicit"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["bilevel.compare"],
+            sys.modules["bilevel.comparison._compare"],
             "measure",
             lambda s, name, *a, **o: calls.append(name) or Row(s.name, name, 0),
         )
@@ -283,7 +287,9 @@ def test_runs_of_other_settings_are_not_kept(tmp_path, monkeypatch, change):
     run(**first, folder=tmp_path)
     ran = []
     monkeypatch.setattr(
-        sys.modules["bilevel.compare"], "measure", lambda s, name, *a, **o: ran.append(name) or Row(s.name, name, 0)
+        sys.modules["bilevel.comparison._compare"],
+        "measure",
+        lambda s, name, *a, **o: ran.append(name) or Row(s.name, name, 0),
     )
     run(**first, folder=tmp_path)
     assert ran == []
@@ -308,7 +314,7 @@ def test_json_and_back(tmp_path):
         {"known": KNOWN, "tuning": tuning}, {"unrolled": UNROLLED}, laws={"unrolled": [("chain rule", "passed", "")]}
     )
     found.to_json(tmp_path / "c.json")
-    again = bl.Comparison.from_json(tmp_path / "c.json")
+    again = bl.comparison.Comparison.from_json(tmp_path / "c.json")
     assert again.laws == {"unrolled": [("chain rule", "passed", "")]}
     assert again.references[1].residual == pytest.approx(found.references[1].residual, rel=1e-6)
     assert [row.own.error for row in again.rows] == pytest.approx([row.own.error for row in found.rows], rel=1e-6)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel.data import Stream
 from bilevel.errors import ExhaustedDataError
+from bilevel.game.data import Stream
 
 
 def draws(stream, position, count):

@@ -63,7 +63,7 @@ REFUSED = {
     "tensor as data": (lambda: game(y_data=torch.zeros(2)), TypeError, r"iterable of batches.*data=\[batch\]"),
     "empty data": (
         lambda: game(follower=lambda x, y, batch: follow(x, y), y_data=[]),
-        bl.ExhaustedDataError,
+        bl.errors.ExhaustedDataError,
         "'y' gave no",
     ),
     "batch, no data": (lambda: game(follower=lambda x, y, batch: follow(x, y)), ValueError, "takes `batch`.*no data="),

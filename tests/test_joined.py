@@ -29,7 +29,7 @@ def closed_form(costs, demand):
     "response",
     [
         bl.Implicit(bl.ScipyRoot(), steps=100, tolerance=1e-10, linear_solver=bl.GMRES(rtol=1e-12)),
-        bl.Implicit(bl.ScipyRoot("krylov"), steps=100, tolerance=1e-10, linear_solver=bl.Dense()),
+        bl.Implicit(bl.ScipyRoot("krylov"), steps=100, tolerance=1e-10, linear_solver=bl.linear.Dense()),
         bl.Implicit(partial(torch.optim.SGD, lr=0.4), steps=200, tolerance=1e-11, linear_solver=bl.GMRES(rtol=1e-12)),
         bl.Unrolled(partial(torch.optim.SGD, lr=0.4), steps=80),
     ],
@@ -80,7 +80,9 @@ def rotating():
 
 def test_its_hypergradient_is_that_of_the_settled_pair_by_finite_differences():
     game, x = rotating(), torch.tensor([0.7, -0.4], dtype=D)
-    response = bl.Implicit(bl.ScipyRoot(options={"xtol": 1e-14}), steps=200, tolerance=1e-9, linear_solver=bl.Dense())
+    response = bl.Implicit(
+        bl.ScipyRoot(options={"xtol": 1e-14}), steps=200, tolerance=1e-9, linear_solver=bl.linear.Dense()
+    )
     state = response.init(game)
 
     def value(x):
@@ -149,7 +151,7 @@ def test_members_with_modules_and_data_of_their_own():
 def test_three_levels_with_a_pair_in_the_last():
     """A leader, a follower, and two who settle below both: against elimination by hand."""
     game, costs, demand = oligopoly(3)
-    pair = bl.Implicit(bl.ScipyRoot(), steps=50, tolerance=1e-10, linear_solver=bl.Dense())
+    pair = bl.Implicit(bl.ScipyRoot(), steps=50, tolerance=1e-10, linear_solver=bl.linear.Dense())
     middle = bl.Unrolled(partial(torch.optim.SGD, lr=1.5), steps=2)  # 1 / its curvature: there in one step
     solution = bl.solve(
         game.joined(pair=("c", "d")), b=middle, pair=pair, optimizer=partial(torch.optim.SGD, lr=2.5), steps=30
@@ -186,7 +188,7 @@ def test_what_cannot_be_joined_is_refused():
         with pytest.raises(ValueError, match=wanted):
             game.joined(**groups)
     joined = game.joined(firms=("b", "c", "d"))
-    with pytest.raises(bl.NotSymmetricError, match="GMRES"):
+    with pytest.raises(bl.errors.NotSymmetricError, match="GMRES"):
         bl.solve(joined, firms=bl.Implicit(bl.ScipyRoot()))
     for solver in (bl.Scipy("BFGS"), torch.optim.LBFGS):
         with pytest.raises(TypeError, match="ScipyRoot"):

@@ -90,7 +90,7 @@ RESPONSES = {
     "unrolled cold": bl.Unrolled(partial(SGD, lr=0.1), steps=8, warm_start=False),
     "implicit": bl.Implicit(partial(SGD, lr=0.1), steps=1000, tolerance=1e-4, linear_solver=CG),
     "implicit momentum": bl.Implicit(partial(SGD, lr=0.05, momentum=0.5), steps=1000, tolerance=1e-3, linear_solver=CG),
-    "implicit adam": bl.Implicit(partial(ADAM, lr=0.01), steps=7, tolerance=None, linear_solver=bl.Dense()),
+    "implicit adam": bl.Implicit(partial(ADAM, lr=0.01), steps=7, tolerance=None, linear_solver=bl.linear.Dense()),
     "implicit lbfgs": bl.Implicit(
         partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"), 3, None, linear_solver=bl.GMRES(rtol=1e-12)
     ),
@@ -113,7 +113,7 @@ def test_a_closed_form_is_the_answer_and_its_optimum():
     by_torch = bl.ClosedForm(lambda x, batch: batch["slope"] @ x + batch["shift"])
     by_numpy = bl.ClosedForm(lambda x, batch: torch.tensor(batch["slope"].numpy() @ x.numpy()) + batch["shift"])
     for closed in (by_torch, by_numpy):
-        y = bl.Implicit(closed, tolerance=1e-10, linear_solver=bl.Dense(rtol=1e-10))
+        y = bl.Implicit(closed, tolerance=1e-10, linear_solver=bl.linear.Dense(rtol=1e-10))
         found = assert_as_alone(games, y=y, optimizer=partial(SGD, lr=0.05), steps=5)
     # Gradient descent on |B x + c - target|^2 + 0.1 |x|^2, by hand.
     batch, _ = games.draw("y", games.start("y"))
@@ -144,7 +144,7 @@ def test_adams_counts_are_each_games_own():
 
 
 def test_three_levels():
-    exact = bl.Dense(rtol=1e-10)
+    exact = bl.linear.Dense(rtol=1e-10)
     b = bl.Implicit(partial(SGD, lr=1 / 6), steps=100, tolerance=1e-11, linear_solver=exact)
     c = bl.Implicit(partial(SGD, lr=0.5), steps=5, tolerance=1e-11, linear_solver=exact)
     found = assert_as_alone(three_levels(), b=b, c=c, optimizer=partial(SGD, lr=0.25), steps=3)
@@ -158,9 +158,20 @@ def test_three_levels():
 
 
 DYNAMICS = [
-    *(bl.Simultaneous(), bl.Alternating(), bl.TwoTimescale({"x": 2.0}), bl.Extragradient(0.1), bl.Optimistic()),
-    *(bl.NegativeMomentum(-0.3), bl.Consensus(0.2), bl.SymplecticAdjustment(aligned=False), bl.LookAhead(0.1)),
-    *(bl.LOLA(0.1), bl.ExactLOLA(0.1)),
+    *(
+        bl.dynamics.Simultaneous(),
+        bl.dynamics.Alternating(),
+        bl.dynamics.TwoTimescale({"x": 2.0}),
+        bl.dynamics.Extragradient(0.1),
+        bl.dynamics.Optimistic(),
+    ),
+    *(
+        bl.dynamics.NegativeMomentum(-0.3),
+        bl.dynamics.Consensus(0.2),
+        bl.dynamics.SymplecticAdjustment(aligned=False),
+        bl.dynamics.LookAhead(0.1),
+    ),
+    *(bl.dynamics.LOLA(0.1), bl.dynamics.ExactLOLA(0.1)),
 ]
 
 
@@ -255,7 +266,7 @@ def test_half_and_half_equals_the_whole(tmp_path):
             assert torch.equal(whole.variables["weights"][key], rest.variables["weights"][key])
         untimed = [[{k: v for k, v in r.items() if k != "seconds"} for r in s.history] for s in (whole, rest)]
         assert untimed[0] == untimed[1]
-    with pytest.raises(bl.CheckpointError, match="its players"):
+    with pytest.raises(bl.errors.CheckpointError, match="its players"):
         bl.solve(ridge(3), steps=9, checkpoint=path, **options)
 
 
@@ -286,7 +297,9 @@ def test_history_tells_the_median_and_the_worst():
 
 def test_one_of_many_is_certified_like_any_other():
     games = quadratic()
-    y = bl.Implicit(bl.ClosedForm(lambda x, batch: batch["slope"] @ x + batch["shift"]), linear_solver=bl.Dense())
+    y = bl.Implicit(
+        bl.ClosedForm(lambda x, batch: batch["slope"] @ x + batch["shift"]), linear_solver=bl.linear.Dense()
+    )
     found = bl.solve(games, y=y, optimizer=partial(SGD, lr=0.05), steps=2)
     together, alone = (
         bl.certify(games.game(2), found[2]),
@@ -314,7 +327,7 @@ def test_a_game_whose_leader_asks_nothing_of_its_follower():
         y=bl.Player(lambda x, y: ((y - 2 * x) ** 2).sum() + (y[0] * y[1]) / 2, torch.zeros(2, dtype=D)),
     )
     games = bl.Games(game, 3, data={"x": [weights]})
-    for solver in (CG, bl.GMRES(rtol=1e-12), bl.Dense(), bl.Neumann(step_size=0.3, rtol=1e-10, max_steps=500)):
+    for solver in (CG, bl.GMRES(rtol=1e-12), bl.linear.Dense(), bl.Neumann(step_size=0.3, rtol=1e-10, max_steps=500)):
         y = bl.Implicit(partial(SGD, lr=0.3), steps=100, tolerance=1e-8, linear_solver=solver)
         assert_as_alone(games, y=y, optimizer=partial(SGD, lr=0.1), steps=2)
 
@@ -349,6 +362,7 @@ def test_the_layer_has_one_hypergradient_a_game():
     losses = games.loss("decay", {"decay": decay, "weights": weights}, batch)
     assert losses.shape == (COUNT,)
     losses.sum().backward()
+    state = response.after_backward(state, weights)
     assert state["linear"]["memory"]["residuals"].shape == (COUNT,)
     for index in range(COUNT):
         game, own = games.game(index), games.game(index).initial("decay").requires_grad_()
@@ -372,21 +386,25 @@ def with_curvature(curvature, **options):
 def test_a_game_that_stops_short_is_named():
     curvature = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.01]], dtype=D)
     y = bl.Implicit(partial(SGD, lr=1.0), steps=3, tolerance=1e-3, linear_solver=CG)
-    with pytest.warns(bl.NonConvergenceWarning, match=r"in 1 of 3 games, the worst being game 2"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"in 1 of 3 games, the worst being game 2"):
         found = bl.solve(with_curvature(curvature), y=y, steps=2)
     assert "game 2" in str(found)
     assert [len(alone.warnings) for alone in found] == [0, 0, 1] and found[-1].warnings == found.warnings
     y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=bl.ConjugateGradient(max_steps=1))
-    with pytest.warns(bl.NonConvergenceWarning, match=r"ConjugateGradient.*in 1 of 3 games, the worst being game 2"):
+    with pytest.warns(
+        bl.errors.NonConvergenceWarning, match=r"ConjugateGradient.*in 1 of 3 games, the worst being game 2"
+    ):
         bl.solve(with_curvature(curvature), y=y, steps=1)
 
 
 @pytest.mark.parametrize(
-    ("solver", "error"), [(CG, bl.IndefiniteSystemError), (bl.Dense(), bl.SingularSystemError)], ids=["CG", "Dense"]
+    ("solver", "error"),
+    [(CG, bl.errors.IndefiniteSystemError), (bl.linear.Dense(), bl.errors.SingularSystemError)],
+    ids=["CG", "Dense"],
 )
 def test_a_game_that_cannot_be_solved_is_named(solver, error):
     curvature = torch.ones(7, 2, dtype=D)
-    curvature[4, 1] = curvature[6, 0] = 0.0 if error is bl.SingularSystemError else -1.0
+    curvature[4, 1] = curvature[6, 0] = 0.0 if error is bl.errors.SingularSystemError else -1.0
     y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=solver)
     with pytest.raises(error, match=r"^Game 4: "):
         bl.solve(with_curvature(curvature), y=y, steps=1)
@@ -400,14 +418,14 @@ def test_a_game_that_cannot_be_solved_is_named(solver, error):
 def test_a_game_that_diverges_is_named(response):
     curvature = torch.ones(4, 2, dtype=D)
     curvature[2] = 1e3
-    with pytest.raises(bl.NonFiniteError, match=r"in 1 of 4 games, the first being game 2"):
+    with pytest.raises(bl.errors.NonFiniteError, match=r"in 1 of 4 games, the first being game 2"):
         bl.solve(with_curvature(curvature), y=response, steps=1)
 
 
 def test_a_leader_without_a_finite_gradient_is_named():
     game = bl.Game(x=bl.Player(lambda x: (x.abs().sqrt() * (x + 1)).sum(), torch.ones(2, dtype=D)))
     games = bl.Games(game, 3, init={"x": torch.tensor([[1.0, 1.0], [0.0, 1.0], [2.0, 1.0]], dtype=D)})
-    with pytest.raises(bl.NonFiniteError, match=r"no finite norm in 1 of 3 games, the first being game 1"):
+    with pytest.raises(bl.errors.NonFiniteError, match=r"no finite norm in 1 of 3 games, the first being game 1"):
         bl.solve(games, steps=1)
 
 
@@ -437,7 +455,7 @@ def test_what_would_mix_games_is_refused():
         bl.solve(games, weights=bl.Unrolled(by_shape, steps=2))
     with pytest.raises(TypeError, match="takes the variables of 'decay'"):
         bl.solve(games, weights=bl.Unrolled(lambda parameters, decay: SGD(parameters, lr=0.1), steps=2))
-    for dynamics in (bl.SymplecticAdjustment(), bl.Competitive(0.1), bl.FollowTheRidge()):
+    for dynamics in (bl.dynamics.SymplecticAdjustment(), bl.dynamics.Competitive(0.1), bl.dynamics.FollowTheRidge()):
         with pytest.raises(TypeError, match=r"would mix them"):
             bl.solve(quadratic(), dynamics=dynamics)
 
@@ -500,7 +518,7 @@ def test_hyperparameters_of_the_optimiser_are_refused():
 
 
 def test_a_schedule_of_one_leader_is_refused():
-    implicit = bl.Implicit(partial(SGD, lr=0.05), steps=10, inexactness=bl.Geometric())
+    implicit = bl.Implicit(partial(SGD, lr=0.05), steps=10, inexactness=bl.responses.Geometric())
     with pytest.raises(TypeError, match="inexactness=Geometric"):
         implicit.init(quadratic())
 
@@ -510,7 +528,7 @@ def test_solves_that_stop_when_settled_are_as_right_as_asked():
     tight = bl.Implicit(
         partial(SGD, lr=0.1), steps=2000, tolerance=1e-10, linear_solver=bl.ConjugateGradient(rtol=1e-12)
     )
-    solver = bl.ConjugateGradient(rtol=1e-12, stopping=bl.Settled(1e-6))
+    solver = bl.ConjugateGradient(rtol=1e-12, stopping=bl.linear.HypergradientTolerance(1e-6))
     settled = bl.Implicit(partial(SGD, lr=0.1), steps=2000, tolerance=1e-10, linear_solver=solver)
     run = partial(bl.solve, games, optimizer=partial(SGD, lr=0.1), steps=5)
     torch.testing.assert_close(run(y=settled).variables["x"], run(y=tight).variables["x"], rtol=1e-5, atol=1e-7)
@@ -519,7 +537,7 @@ def test_solves_that_stop_when_settled_are_as_right_as_asked():
 def test_forward_mode_is_refused_and_second_moments_serve():
     with pytest.raises(TypeError, match="ForwardMode carries a derivative"):
         bl.Unrolled(partial(SGD, lr=0.05), steps=3, differentiation=bl.ForwardMode()).init(quadratic())
-    solver = bl.ConjugateGradient(rtol=1e-10, preconditioner=bl.SecondMoment())
+    solver = bl.ConjugateGradient(rtol=1e-10, preconditioner=bl.linear.AdamPreconditioner())
     adam = bl.Implicit(partial(ADAM, lr=0.05), steps=400, tolerance=None, linear_solver=solver)
     plain = bl.Implicit(
         partial(ADAM, lr=0.05), steps=400, tolerance=None, linear_solver=bl.ConjugateGradient(rtol=1e-10)

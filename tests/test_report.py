@@ -32,7 +32,7 @@ def row(game, response, seed):
 def comparison():
     rows = [row(game, response, seed) for game in ("ridge", "mnist") for response in SECONDS for seed in (0, 1)]
     rows[0] = Row("ridge", "slow & sure", 0, failure="solve: ValueError: x < y")
-    return bl.Comparison(
+    return bl.comparison.Comparison(
         rows=tuple(rows),
         references=tuple(
             Reference(g, s, k, 1.0, 1e-11 if k == "converged" else None, None, 3.0, least)
@@ -136,7 +136,7 @@ def test_figures_speak(parsed, comparison):
 def test_colours_and_markers_stay_with_their_response(comparison):
     first = looks(comparison)
     assert len({(look["color"], look["marker"]) for look in first.values()}) == 3
-    many = bl.Comparison(rows=tuple(Row("g", f"r{i}", 0) for i in range(24)))
+    many = bl.comparison.Comparison(rows=tuple(Row("g", f"r{i}", 0) for i in range(24)))
     assert len({tuple(look.values()) for look in looks(many).values()}) == 24
     for chart in charts(comparison).values():
         used = {handle.get_color() for handle in chart.figure.legends[0].legend_handles}
@@ -164,10 +164,10 @@ def test_medians_are_drawn(comparison):
 
 
 def test_nothing_measured_is_still_a_page():
-    failed = bl.Comparison(rows=(Row("g", "r", 0, failure="hypergradient: no"),))
+    failed = bl.comparison.Comparison(rows=(Row("g", "r", 0, failure="hypergradient: no"),))
     assert "hypergradient: no" in page(failed)
     with pytest.raises(ValueError, match="no rows"):
-        page(bl.Comparison(rows=()))
+        page(bl.comparison.Comparison(rows=()))
 
 
 def test_an_error_of_zero_is_on_the_axis(comparison):

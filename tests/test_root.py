@@ -10,7 +10,7 @@ import bilevel as bl
 
 D = torch.float64
 A = torch.tensor([[2.0, 0.3, -0.2], [-0.1, 1.8, 0.4], [0.2, -0.3, 2.2]], dtype=D)  # not symmetric
-SOLVERS = [bl.Dense(rtol=1e-10), bl.GMRES(rtol=1e-12)]
+SOLVERS = [bl.linear.Dense(rtol=1e-10), bl.GMRES(rtol=1e-12)]
 
 
 def residual(y, x):
@@ -99,11 +99,13 @@ def test_captured_tensors_are_refused():
     def value(b):
         return bl.root(lambda y, b: y - b * captured, b.detach(), b).sum()
 
-    with pytest.raises(bl.CapturedTensorError, match=r"shape \(3,\) that requires grad.*Pass it among the inputs"):
+    with pytest.raises(
+        bl.errors.CapturedTensorError, match=r"shape \(3,\) that requires grad.*Pass it among the inputs"
+    ):
         value(B)
-    with pytest.raises(bl.CapturedTensorError, match="Pass it among the inputs"):
+    with pytest.raises(bl.errors.CapturedTensorError, match="Pass it among the inputs"):
         grad(value)(B)
-    with pytest.raises(bl.CapturedTensorError):  # captured from an outer transform
+    with pytest.raises(bl.errors.CapturedTensorError):  # captured from an outer transform
         grad(lambda c: bl.root(lambda y, b: y - b * c, B, B).sum())(B)
     constant = captured.detach()
     bl.root(lambda y, b: y - b * constant, B, B.clone().requires_grad_())
@@ -112,7 +114,7 @@ def test_captured_tensors_are_refused():
 def test_conjugate_gradient_asks_for_the_promise():
     x = B.clone().requires_grad_()
     y = bl.root(lambda y, x: A @ y - x, torch.linalg.solve(A, B), x, linear_solver=bl.ConjugateGradient())
-    with pytest.raises(bl.NotSymmetricError, match=r"symmetric=False. Use GMRES\(\)"):
+    with pytest.raises(bl.errors.NotSymmetricError, match=r"symmetric=False. Use GMRES\(\)"):
         y.sum().backward()
 
 

@@ -108,14 +108,14 @@ def test_a_step_that_is_cut_in_two_is_not_saved(tmp_path):
 def test_checkpoints_of_others_are_refused(tmp_path):
     path = tmp_path / "run.pt"
     bl.solve(noisy_game(), steps=2, checkpoint=path, **RESPONSES["unrolled"])
-    with pytest.raises(bl.CheckpointError, match=r"another run: its responses.*resume=False"):
+    with pytest.raises(bl.errors.CheckpointError, match=r"another run: its responses.*resume=False"):
         bl.solve(noisy_game(), steps=4, checkpoint=path, **RESPONSES["implicit"])
-    with pytest.raises(bl.CheckpointError, match="its seed"):
+    with pytest.raises(bl.errors.CheckpointError, match="its seed"):
         bl.solve(noisy_game(), steps=4, checkpoint=path, seed=1, **RESPONSES["unrolled"])
     with pytest.raises(ValueError, match="has already 2"):
         bl.solve(noisy_game(), steps=1, checkpoint=path, **RESPONSES["unrolled"])
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(bl.CheckpointError, match=r"Cannot read.*Delete it"):
+    with pytest.raises(bl.errors.CheckpointError, match=r"Cannot read.*Delete it"):
         bl.solve(noisy_game(), steps=4, checkpoint=path, **RESPONSES["unrolled"])
     with pytest.raises(ValueError, match="folder does not exist"):
         bl.solve(noisy_game(), steps=4, checkpoint=tmp_path / "no" / "run.pt", **RESPONSES["unrolled"])
@@ -128,7 +128,7 @@ def test_three_levels_nest():
         b=bl.Player(lambda a, b, c: (b - a) ** 2 + (c - 0.5) ** 2 / 2, scalar(0.0)),
         c=bl.Player(lambda b, c: (c - 2 * b) ** 2, scalar(0.1)),
     )
-    exact = bl.Dense(rtol=1e-10)
+    exact = bl.linear.Dense(rtol=1e-10)
     b = bl.Implicit(partial(SGD, lr=1 / 6), steps=100, tolerance=1e-11, linear_solver=exact)
     c = bl.Implicit(partial(SGD, lr=0.5), steps=5, tolerance=1e-11, linear_solver=exact)
     solution = bl.solve(game, b=b, c=c, optimizer=partial(SGD, lr=0.25), steps=3)  # lr = 1 / curvature: one step
@@ -193,13 +193,13 @@ def test_a_gradient_that_is_not_a_number_stops_the_run():
         return (x - 1).sqrt() * y + x
 
     game = bl.Game(x=bl.Player(lead, scalar(1.5)), y=bl.Player(lambda x, y: (y - x) ** 2, scalar(0.0)))
-    with pytest.raises(bl.NonFiniteError, match="'x': its gradient at step .* has norm nan"):
+    with pytest.raises(bl.errors.NonFiniteError, match="'x': its gradient at step .* has norm nan"):
         bl.solve(game, y=bl.Unrolled(partial(SGD, lr=0.5), steps=1), optimizer=partial(SGD, lr=1.0), steps=20)
 
 
 def test_warnings_are_gathered_and_issued_once_while_they_hold():
     short = bl.Implicit(partial(SGD, lr=0.01), steps=1)
-    with pytest.warns(bl.NonConvergenceWarning) as caught:
+    with pytest.warns(bl.errors.NonConvergenceWarning) as caught:
         solution = bl.solve(cournot(), follower=short, optimizer=partial(SGD, lr=0.1), steps=4)
     assert len(caught) == 1 and len(solution.warnings) == 1
     assert "in 4 of 4 steps" in solution.warnings[0] and "wanted 0.001" in solution.warnings[0]

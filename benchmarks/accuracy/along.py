@@ -29,17 +29,17 @@ from torch import Tensor
 import bilevel as bl
 
 ERRORS = (1e-3, 1e-6)
-Solver = Callable[[bl.ConjugateGradient], bl.LinearSolver]
+Solver = Callable[[bl.ConjugateGradient], bl.linear.LinearSolver]
 
 
 @dataclass(frozen=True)
 class Method:
     """A preconditioner, and where solves start."""
 
-    preconditioner: bl.Preconditioner | None
+    preconditioner: bl.linear.Preconditioner | None
     start: Solver = lambda solver: solver
 
-    def solver(self, **options: object) -> bl.LinearSolver:
+    def solver(self, **options: object) -> bl.linear.LinearSolver:
         """With these options of the conjugate gradients."""
         return self.start(bl.ConjugateGradient(rtol=None, preconditioner=self.preconditioner, **options))  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def along(problem: Problem, steps: int) -> tuple[Problem, list[Tensor]]:
     x, y = (tensor.clone() for tensor in problem.places[0])
     x.requires_grad_()
     adam = torch.optim.Adam([x], lr=0.05)
-    exact = Method(bl.Diagonal(probes=50)).solver(max_steps=MOST)
+    exact = Method(bl.linear.Diagonal(probes=50)).solver(max_steps=MOST)
     exact = replace(exact, rtol=1e-13)
     places, truths = [], []
     for _ in range(steps):
@@ -71,7 +71,7 @@ class Step:
     seconds: float
 
 
-def run(problem: Problem, solvers: Sequence[bl.LinearSolver]) -> list[Step]:
+def run(problem: Problem, solvers: Sequence[bl.linear.LinearSolver]) -> list[Step]:
     """A hypergradient at each place by each place's solver, from what the one before left."""
     place = 0
     known = bl.ClosedForm(lambda x: problem.places[place][1])
@@ -84,6 +84,7 @@ def run(problem: Problem, solvers: Sequence[bl.LinearSolver]) -> list[Step]:
         y, state = response(problem.game, {"x": x}, state)
         (found,) = torch.autograd.grad(problem.lead(y), x)
         seconds = time.process_time() - began
+        state = response.after_backward(state, y)
         steps.append(Step(found, int(state["linear"]["products"]), seconds))
     return steps
 
@@ -97,7 +98,7 @@ def iterations(problem: Problem, method: Method, truths: list[Tensor], wanted: f
 
 def methods(problem: Problem) -> dict[str, Method]:
     """By name; where scales differ, only those that see to that."""
-    chosen = {name: kind for name, kind in kinds(problem).items() if not isinstance(kind, bl.Recycled)}
+    chosen = {name: kind for name, kind in kinds(problem).items() if not isinstance(kind, bl.linear.Recycled)}
     if problem.name == "penalties over six decades":
         chosen = {"diagonal": chosen["diagonal"]}
     else:
@@ -105,7 +106,7 @@ def methods(problem: Problem) -> dict[str, Method]:
     found = {}
     for name, kind in chosen.items():
         found[", ".join(["ours, warm", *([name] if name else [])])] = Method(kind)
-        found[", ".join(["ours, extrapolated", *([name] if name else [])])] = Method(kind, bl.Extrapolated)
+        found[", ".join(["ours, extrapolated", *([name] if name else [])])] = Method(kind, bl.linear.Extrapolated)
     return found
 
 

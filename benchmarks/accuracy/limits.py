@@ -99,14 +99,14 @@ def main() -> None:
         "above": {str(times): above(matrix, times * penalty) for times in (2, 10)},
     }
     print(found, flush=True)
-    exact = bl.ConjugateGradient(rtol=1e-13, max_steps=MOST, preconditioner=bl.Diagonal(probes=50))
+    exact = bl.ConjugateGradient(rtol=1e-13, max_steps=MOST, preconditioner=bl.linear.Diagonal(probes=50))
     truth = Ours(None, warm=False).run(network, exact)[0]
     matrix = hessian(network)
     found["iterations"] = {
         "plain": iterations(network, None, truth),
         "exact blocks, one a unit": iterations(network, exact_blocks(network, matrix, alike=False), truth),
         "exact blocks, one for all": iterations(network, exact_blocks(network, matrix, alike=True), truth),
-        "BlockDiagonal": iterations(network, bl.BlockDiagonal(shapes=network.shapes), truth),
+        "BlockDiagonal": iterations(network, bl.linear.BlockDiagonal(shapes=network.shapes), truth),
     }
     print(found["iterations"], flush=True)
     machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}

@@ -19,7 +19,7 @@ Method = Callable[[Problem, int], tuple[Tensor, int, float]]
 
 @dataclass
 class Oracle(Stopping):
-    """Stands where a `Settled` would: notes after which iteration the true error is below each wanted one."""
+    """In place of a `HypergradientTolerance`: notes after which iteration the true error is below each wanted."""
 
     truth: Tensor
     wanted: tuple[float, ...]
@@ -58,7 +58,7 @@ class Oracle(Stopping):
 class Ours:
     """`Implicit` at the known optimum; `warm`: after a solve at the first place to rtol 1e-6, which is not timed."""
 
-    def __init__(self, preconditioner: bl.Preconditioner | None, *, warm: bool) -> None:
+    def __init__(self, preconditioner: bl.linear.Preconditioner | None, *, warm: bool) -> None:
         self.preconditioner, self.warm = preconditioner, warm
 
     def run(self, problem: Problem, solver: bl.ConjugateGradient) -> tuple[Tensor, int, float]:
@@ -75,6 +75,7 @@ class Ours:
             y, state = response(game, {"x": x}, state)
             (found,) = torch.autograd.grad(problem.lead(y), x)
             seconds = time.process_time() - began
+            state = response.after_backward(state, y)
         return found, int(state["linear"]["products"]), seconds
 
     def __call__(self, problem: Problem, iterations: int) -> tuple[Tensor, int, float]:
@@ -95,16 +96,16 @@ class Ours:
         return oracle.reached
 
 
-class Settled(Ours):
+class HypergradientTolerance(Ours):
     """The same, stopped by its own estimate instead of by an oracle: what a user gets who asks for this accuracy."""
 
-    def __init__(self, preconditioner: bl.Preconditioner | None, *, warm: bool, wanted: float) -> None:
+    def __init__(self, preconditioner: bl.linear.Preconditioner | None, *, warm: bool, wanted: float) -> None:
         super().__init__(preconditioner, warm=warm)
         self.wanted = wanted
 
     def __call__(self, problem: Problem, iterations: int) -> tuple[Tensor, int, float]:
         """Whatever it takes."""
-        stopping = bl.Settled(self.wanted)
+        stopping = bl.linear.HypergradientTolerance(self.wanted)
         solver = bl.ConjugateGradient(rtol=None, max_steps=MOST, preconditioner=self.preconditioner, stopping=stopping)
         return self.run(problem, solver)
 
@@ -152,13 +153,13 @@ def torchopt(problem: Problem, iterations: int) -> tuple[Tensor, int, float]:
     return found, iterations, time.process_time() - began
 
 
-def kinds(problem: Problem) -> dict[str, bl.Preconditioner | None]:
+def kinds(problem: Problem) -> dict[str, bl.linear.Preconditioner | None]:
     """Preconditioners by name."""
     return {
         "": None,
-        "diagonal": bl.Diagonal(),
-        "blocks": bl.BlockDiagonal(shapes=problem.shapes),
-        "Nystroem": bl.NystromPreconditioner(rank=50),
-        "recycled": bl.Recycled(),
-        "recycled over diagonal": bl.Recycled(size=40, base=bl.Diagonal()),
+        "diagonal": bl.linear.Diagonal(),
+        "blocks": bl.linear.BlockDiagonal(shapes=problem.shapes),
+        "Nystroem": bl.linear.NystromPreconditioner(rank=50),
+        "recycled": bl.linear.Recycled(),
+        "recycled over diagonal": bl.linear.Recycled(size=40, base=bl.linear.Diagonal()),
     }

@@ -40,7 +40,7 @@ def optimum(follow: Loss, x: Tensor, y: Tensor) -> Tensor:
     for _ in range(6):
         try:
             return _newton(follow, x, y)
-        except bl.IndefiniteSystemError:  # a network whose optimum is about to turn into another one
+        except bl.errors.IndefiniteSystemError:  # a network whose optimum is about to turn into another one
             y = _near(
                 follow, x, y, max_iter=4000, max_eval=8000, history_size=50, tolerance_grad=0.0, tolerance_change=0.0
             )
@@ -64,16 +64,16 @@ def _near(follow: Loss, x: Tensor, y: Tensor, **options: float) -> Tensor:
 
 def _newton(follow: Loss, x: Tensor, y: Tensor) -> Tensor:
     """By Newton's steps."""
-    memory = bl.Diagonal().init(y)
+    memory = bl.linear.Diagonal().init(y)
     for _ in range(30):
         y = y.requires_grad_()
         (slope,) = torch.autograd.grad(follow(x, y), y, create_graph=True)
         if float(slope.detach().norm()) < 1e-12:
             break
-        operator = bl.LinearOperator(
+        operator = bl.linear.LinearOperator(
             lambda v, slope=slope, y=y: torch.autograd.grad(slope, y, v, retain_graph=True)[0], symmetric=True
         )
-        solver = bl.ConjugateGradient(rtol=1e-4, max_steps=MOST, preconditioner=bl.Diagonal())
+        solver = bl.ConjugateGradient(rtol=1e-4, max_steps=MOST, preconditioner=bl.linear.Diagonal())
         y = y.detach() - solver.solve(operator, slope.detach(), memory=memory).solution
     return y.detach()
 

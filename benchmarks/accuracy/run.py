@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from methods import Method, Ours, Settled, by_hand, hypergrad, kinds, torchopt
+from methods import HypergradientTolerance, Method, Ours, by_hand, hypergrad, kinds, torchopt
 from problem import MOST, Problem, problems
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def chosen_iterations(problem: Problem, truth: Tensor) -> tuple[Chosen, list[dic
 
     for kind, preconditioner in kinds(problem).items():
         for warm in (False, True):
-            if not warm and isinstance(preconditioner, bl.Recycled):
+            if not warm and isinstance(preconditioner, bl.linear.Recycled):
                 continue  # a first solve has nothing to recycle
             method = Ours(preconditioner, warm=warm)
             name = ", ".join(["ours", *(["warm"] * warm), *([kind] if kind else [])])
@@ -70,7 +70,10 @@ def chosen_iterations(problem: Problem, truth: Tensor) -> tuple[Chosen, list[dic
                 keep("by hand", by_hand, plain)
             if "diagonal" in kind:
                 for wanted in ERRORS:
-                    found[f"{name}, settled", wanted] = (Settled(preconditioner, warm=warm, wanted=wanted), 0)
+                    found[f"{name}, settled", wanted] = (
+                        HypergradientTolerance(preconditioner, warm=warm, wanted=wanted),
+                        0,
+                    )
     for name, method in installed().items():
         reached = {}
         for wanted in ERRORS:
@@ -105,7 +108,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     for problem in problems(chosen.problem):
-        exact = bl.ConjugateGradient(rtol=1e-13, max_steps=MOST, preconditioner=bl.Diagonal(probes=50))
+        exact = bl.ConjugateGradient(rtol=1e-13, max_steps=MOST, preconditioner=bl.linear.Diagonal(probes=50))
         truth = Ours(None, warm=False).run(problem, exact)[0]
         found, failed = chosen_iterations(problem, truth)
         rows += failed

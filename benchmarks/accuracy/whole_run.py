@@ -49,29 +49,32 @@ def responses() -> dict[str, bl.Response]:
     inner = partial(torch.optim.LBFGS, max_iter=50, history_size=30, line_search_fn="strong_wolfe", **ends)
 
     def made(
-        warm: bool, inexactness: bl.Inexactness | None, extrapolated: bool = False, **options: object
+        warm: bool, inexactness: bl.responses.Inexactness | None, extrapolated: bool = False, **options: object
     ) -> bl.Implicit:
-        solver: bl.LinearSolver = bl.ConjugateGradient(rtol=1e-6, max_steps=5000, **options)  # type: ignore[arg-type]
+        solver: bl.linear.LinearSolver = bl.ConjugateGradient(rtol=1e-6, max_steps=5000, **options)  # type: ignore[arg-type]
         if extrapolated:
-            solver = bl.Extrapolated(solver)
+            solver = bl.linear.Extrapolated(solver)
         return bl.Implicit(
             inner, steps=60, tolerance=1e-4, linear_solver=solver, warm_start=warm, inexactness=inexactness
         )
 
-    over_diagonal = bl.Recycled(size=20, base=bl.Diagonal())
-    settled = bl.Settled(1e-3)
+    over_diagonal = bl.linear.Recycled(size=20, base=bl.linear.Diagonal())
+    settled = bl.linear.HypergradientTolerance(1e-3)
     return {
         "everything anew": made(False, None),
         "warm starts": made(True, None),
-        "+ diagonal": made(True, None, preconditioner=bl.Diagonal()),
+        "+ diagonal": made(True, None, preconditioner=bl.linear.Diagonal()),
         "+ recycled pairs": made(True, None, preconditioner=over_diagonal),
         "+ stopped when settled (1e-3)": made(True, None, preconditioner=over_diagonal, stopping=settled),
         "+ extrapolated starts": made(True, None, True, preconditioner=over_diagonal, stopping=settled),
         "+ inexact at first": made(
-            True, bl.Geometric(start=100.0, rate=0.5), True, preconditioner=over_diagonal, stopping=settled
+            True, bl.responses.Geometric(start=100.0, rate=0.5), True, preconditioner=over_diagonal, stopping=settled
         ),
         "L-BFGS's own pairs instead": made(
-            True, bl.Geometric(start=100.0, rate=0.5), preconditioner=bl.InnerPairs(size=30), stopping=settled
+            True,
+            bl.responses.Geometric(start=100.0, rate=0.5),
+            preconditioner=bl.linear.LBFGSPreconditioner(size=30),
+            stopping=settled,
         ),
     }
 

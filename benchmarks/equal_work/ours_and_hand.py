@@ -20,7 +20,7 @@ def ours(problem: Problem, kind: str) -> Run:
     # The answer is the start itself: what is timed is the derivative at a point, as in the loops by hand.
     still = bl.ClosedForm(lambda: problem.weights)
     sgd = partial(torch.optim.SGD, lr=problem.lr, momentum=problem.momentum)
-    solvers: dict[str, bl.LinearSolver] = {
+    solvers: dict[str, bl.linear.LinearSolver] = {
         "cg": bl.ConjugateGradient(max_steps=problem.cg, rtol=None),
         "neumann": bl.Neumann(max_steps=problem.neumann, step_size=NEUMANN_STEP, power_steps=0, rtol=None),
     }

@@ -48,7 +48,7 @@ class Setting:
             solver = kind(max_steps=PRODUCTS, rtol=None, damping=self.strength)
             return bl.Implicit(problem.optimizer, steps=self.inner, tolerance=None, linear_solver=solver)
         # With a decay for each weight, each weight answers its own; with ten for a network, every weight answers all.
-        network = bl.Elementwise() if problem.size > 10 else bl.Linear()
+        network = bl.networks.Elementwise() if problem.size > 10 else bl.networks.Linear()
         return bl.Hypernetwork(
             problem.optimizer, scale=self.strength, network=network, steps=self.inner, tolerance=None
         )

@@ -18,14 +18,14 @@ from torch import Tensor
 from bilevel.comparison.memory import peak_bytes
 from bilevel.comparison.reference import converged, least, settled
 from bilevel.comparison.rows import Point, Reference, Row, Step
-from bilevel.data import Batch
 from bilevel.errors import BilevelWarning
 from bilevel.game import Game
+from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses import Hypernetwork, Response, Unrolled
 from bilevel.responses.base import State
-from bilevel.solve import solve
+from bilevel.solving import solve
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ def hypergradient(setting: Setting, response: Response) -> Hypergradient:
         value = game.loss(leader, {**others, setting.follower: answer}, batches[leader], buffers)
     slopes = torch.autograd.grad(value, leaves(others[leader]), allow_unused=True, materialize_grads=True)
     seconds = _clock(game.device) - began
-    linear = state.get("linear", {})
+    report = response.report(response.after_backward(state, answer))
     return Hypergradient(
         vector=setting.vector(game.structure(leader).build(slopes)),
-        gradients=1 + int(state["gradients"]),
-        products=int(state["products"]) + int(linear.get("products", 0)),
+        gradients=1 + report.gradients,
+        products=report.products,
         seconds=seconds,
-        stationarity=float(state["stationarity"]),
-        residual=float(linear.get("residual", state.get("residual", math.nan))),
+        stationarity=float(report.stationarity),
+        residual=math.nan if report.residual is None else float(report.residual),
     )
 
 

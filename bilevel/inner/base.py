@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from bilevel.data import Batch
+from bilevel.game.data import Batch
 from bilevel.tree import Structure, Variables
 
 

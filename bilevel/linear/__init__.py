@@ -5,23 +5,25 @@ from bilevel.linear.block_diagonal import BlockDiagonal
 from bilevel.linear.conjugate_gradient import ConjugateGradient
 from bilevel.linear.dense import Dense
 from bilevel.linear.extrapolated import Extrapolated
-from bilevel.linear.from_optimizer import InnerPairs, SecondMoment
+from bilevel.linear.from_optimizer import AdamPreconditioner, LBFGSPreconditioner
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.identity import Identity
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner, Recycled
-from bilevel.linear.stopping import Settled
+from bilevel.linear.stopping import HypergradientTolerance
 
 __all__ = [
     "GMRES",
+    "AdamPreconditioner",
     "BlockDiagonal",
     "ConjugateGradient",
     "Dense",
     "Diagonal",
     "Extrapolated",
+    "HypergradientTolerance",
     "Identity",
-    "InnerPairs",
+    "LBFGSPreconditioner",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
@@ -30,6 +32,4 @@ __all__ = [
     "NystromPreconditioner",
     "Preconditioner",
     "Recycled",
-    "SecondMoment",
-    "Settled",
 ]

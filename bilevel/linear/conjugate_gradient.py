@@ -26,10 +26,10 @@ class ConjugateGradient(LinearSolver):
     in exact arithmetic, and the error falls by (sqrt(k) - 1)/(sqrt(k) + 1) a step for condition number k.
 
     `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `BlockDiagonal(shapes=)`,
-    `NystromPreconditioner()`, `Recycled()`, `SecondMoment()` or `InnerPairs()`, which make M close to A + damping I and
-    keep what they learned in `memory`; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
-    `stopping=Settled(1e-3)` ends the solve, as converged, once what u is needed for has settled, whatever the
-    residual. `initial` is used.
+    `NystromPreconditioner()`, `Recycled()`, `AdamPreconditioner()` or `LBFGSPreconditioner()`, which make M close
+    to A + damping I and keep what they learned in `memory`; or a map from `r: [n]` to a new `M^-1 r: [n]`, M
+    symmetric positive definite. `stopping=HypergradientTolerance(1e-3)` ends the solve, as converged, once what u
+    is needed for has settled, whatever the residual. `initial` is used.
 
     Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
     gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests
@@ -63,7 +63,8 @@ class ConjugateGradient(LinearSolver):
             )
         if not (self.stopping is None or isinstance(self.stopping, Stopping)):
             raise TypeError(
-                f"ConjugateGradient was given stopping={self.stopping!r}; it wants Settled(1e-3), say, or None."
+                f"ConjugateGradient was given stopping={self.stopping!r}; it wants "
+                "HypergradientTolerance(1e-3), say, or None."
             )
 
     @property

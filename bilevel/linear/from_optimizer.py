@@ -17,7 +17,7 @@ _MOMENTS = ("exp_avg_sq", "square_avg", "sum")  # Adam and its kin, RMSprop and 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SecondMoment(Preconditioner):
+class AdamPreconditioner(Preconditioner):
     r"""The second moments v of the follower's Adam, AdamW, NAdam, RAdam, RMSprop, Adadelta or Adagrad.
 
         M = v^power + floor * mean(v^power)
@@ -29,7 +29,7 @@ class SecondMoment(Preconditioner):
     Serves inside an `Implicit` response whose inner optimiser is one of those; by itself it knows nothing and does
     nothing. Raises `TypeError` for an optimiser without second moments.
 
-    >>> kind = SecondMoment(floor=0.0)
+    >>> kind = AdamPreconditioner(floor=0.0)
     >>> memory = kind.init(torch.zeros(2))
     >>> kind.inform(memory, [{"exp_avg_sq": torch.tensor([4.0, 16.0])}])
     >>> kind.prepare(LinearOperator(lambda v: v), memory)(torch.ones(2))
@@ -61,8 +61,8 @@ class SecondMoment(Preconditioner):
         if not found or any(moment is None for moment in found):
             known = sorted({key for state in optimizer for key in state})
             raise TypeError(
-                f"SecondMoment: the inner optimiser remembers {known or 'nothing'} of its parameters and no second "
-                "moments. Use Adam or another of its kin, Diagonal(), or InnerPairs() for LBFGS."
+                f"AdamPreconditioner: the inner optimiser remembers {known or 'nothing'} of its parameters and no "
+                "second moments. Use Adam or another of its kin, Diagonal(), or LBFGSPreconditioner() for LBFGS."
             )
         memory["moments"] = torch.cat([moment.detach().reshape(-1) for moment in found if moment is not None])
 
@@ -78,7 +78,7 @@ class SecondMoment(Preconditioner):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class InnerPairs(Preconditioner):
+class LBFGSPreconditioner(Preconditioner):
     """The pairs (step, change of the gradient) that the follower's `torch.optim.LBFGS` keeps, as its inverse Hessian.
 
     Up to `size` of the latest. They come from the way to the optimum, so they know the directions that the follower
@@ -111,8 +111,8 @@ class InnerPairs(Preconditioner):
         if not optimizer or "n_iter" not in optimizer[0]:
             known = sorted({key for state in optimizer for key in state})
             raise TypeError(
-                f"InnerPairs: the inner optimiser remembers {known or 'nothing'}; expected torch.optim.LBFGS. Use "
-                "Recycled(), or SecondMoment() for Adam."
+                f"LBFGSPreconditioner: the inner optimiser remembers {known or 'nothing'}; expected torch.optim.LBFGS. "
+                "Use Recycled(), or AdamPreconditioner() for Adam."
             )
         # torch's names: what it calls old_dirs are the changes of the gradient.
         steps, changes = optimizer[0].get("old_stps") or [], optimizer[0].get("old_dirs") or []

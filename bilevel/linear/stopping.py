@@ -31,7 +31,7 @@ class Stopping(ABC):
 
 @final
 @dataclass(frozen=True)
-class Settled(Stopping):
+class HypergradientTolerance(Stopping):
     r"""Enough, once the hypergradient itself has settled to a relative error of about `rtol`.
 
     A residual says little about the hypergradient C'u on an ill-conditioned follower: the part of u that C' sees can be
@@ -52,7 +52,7 @@ class Settled(Stopping):
     >>> from bilevel.linear import ConjugateGradient, LinearOperator
     >>> curvature = torch.logspace(0, 3, 500, dtype=torch.float64)
     >>> system, b = LinearOperator(lambda v: curvature * v, symmetric=True), torch.ones(500, dtype=torch.float64)
-    >>> found = ConjugateGradient(rtol=1e-12, stopping=Settled(1e-2)).solve(system, b)
+    >>> found = ConjugateGradient(rtol=1e-12, stopping=HypergradientTolerance(1e-2)).solve(system, b)
     >>> found.error < 1e-2
     True
     """
@@ -69,7 +69,7 @@ class Settled(Stopping):
                 "stop by the residual."
             )
 
-    def loosened(self, factor: float) -> Settled:
+    def loosened(self, factor: float) -> HypergradientTolerance:
         """The same with `rtol` this many times larger, up to 1/2 where it is below that."""
         return replace(self, rtol=loosened(self.rtol, factor))
 
@@ -81,7 +81,7 @@ class Settled(Stopping):
 class Watch:
     """The looks at one solve."""
 
-    def __init__(self, stopping: Settled, interest: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, stopping: HypergradientTolerance, interest: Callable[[Tensor], Tensor]) -> None:
         self._stopping, self._interest = stopping, interest
         self._next = float(stopping.first)
         self._last: Tensor | None = None

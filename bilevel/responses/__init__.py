@@ -1,36 +1,28 @@
-"""What a leader assumes about its follower while it differentiates: one file a strategy."""
+"""What a leader assumes about its follower while it differentiates: one room a strategy."""
 
 from bilevel.responses.base import Response, State
-from bilevel.responses.differentiation import Differentiation, ReverseMode
-from bilevel.responses.forward_mode import ForwardMode
-from bilevel.responses.hypernetwork import Hypernetwork
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
-from bilevel.responses.leafwise import LeafNetwork, LowRankLayers, RowColumnScaled, RowScaled, SelfTuning
-from bilevel.responses.networks import MLP, Elementwise, Linear, LowRank
-from bilevel.responses.segments import Segments
-from bilevel.responses.unrolled import Unrolled
+from bilevel.responses.learned import Hypernetwork
+from bilevel.responses.promise import Estimate, Optimum, Promise, Report, Steps
+from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
 __all__ = [
-    "MLP",
     "AsLeaderMoves",
     "Differentiation",
-    "Elementwise",
+    "Estimate",
     "ForwardMode",
     "Geometric",
     "Hypernetwork",
     "Implicit",
     "Inexactness",
-    "LeafNetwork",
-    "Linear",
-    "LowRank",
-    "LowRankLayers",
+    "Optimum",
+    "Promise",
+    "Report",
     "Response",
     "ReverseMode",
-    "RowColumnScaled",
-    "RowScaled",
     "Segments",
-    "SelfTuning",
     "State",
+    "Steps",
     "Unrolled",
 ]

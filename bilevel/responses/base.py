@@ -10,21 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._root import refuse_captures
 from bilevel.autodiff import concrete, gradient, transforms_active
-from bilevel.data import Batch
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
 from bilevel.many import Games
 from bilevel.randomness import random_kept, random_state
-from bilevel.root import refuse_captures
+from bilevel.responses.promise import Promise, Report, Size
 from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
-
-Size = Any
-"""A float; of many games a tensor `[count]` with one for each."""
 
 
 class Response(ABC):
@@ -32,10 +30,14 @@ class Response(ABC):
 
         state = response.init(game)
         weights, state = response(game, {"decay": decay}, state, batch)
+        game.loss("decay", {"decay": decay, "weights": weights}).backward()
+        state = response.after_backward(state, weights)
 
     The variables returned are differentiable in the others' variables: a loss of them, and plain autograd, give the
-    leader's hypergradient. Nothing that is passed is changed. Inside a `torch.func` transform a response is a pure
-    function of the others' variables at the given state, and returns that state as it came.
+    leader's hypergradient. Nothing that is passed is changed, and a state never changes after it was returned: what
+    the backward pass learned (a linear solve's answer, which is the next one's start, and its residual) comes by
+    `after_backward`. Inside a `torch.func` transform a response is a pure function of the others' variables at the
+    given state, and returns that state as it came.
 
     A response that says `in_place` is the exception, for size: a call moves on the very state that it is passed.
     """
@@ -44,6 +46,32 @@ class Response(ABC):
     def in_place(self) -> bool:
         """Whether a call writes into the state that it is passed, and returns that one."""
         return False
+
+    @property
+    @abstractmethod
+    def promise(self) -> Promise:
+        """What its derivative is the derivative of: `Optimum()`, `Steps()`, or an `Estimate(...)` with its bias."""
+
+    @property
+    def budget(self) -> int | None:
+        """The steps of the follower that a call may take; None where there is nothing to set."""
+        return None
+
+    def with_budget(self, steps: int) -> Response:
+        """The same response, with so many steps of the follower a call; raises `TypeError` where it has no budget."""
+        raise TypeError(f"{type(self).__name__} has no budget of steps to set; override budget and with_budget.")
+
+    def after_backward(self, state: State, answer: Variables) -> State:
+        """The state with what the backward pass through `answer`, a call's variables, has learned.
+
+        `state` is the one that the call returned, and is left as it is. Without this call the next one starts as if
+        there had been no backward pass, and its products are not counted.
+        """
+        return state
+
+    def report(self, state: State) -> Report:
+        """What a state says of the calls so far: work, stationarity, and what is left of the derivative's equation."""
+        return Report(int(state["gradients"]), int(state["products"]), state["stationarity"])
 
     @abstractmethod
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
@@ -132,7 +160,7 @@ class Follower:
         """Of many games: which leaves of the batch differ from game to game, as `in_dims` of vmap."""
         return self._many().batch_dims(self.name, self.batch)
 
-    def alone(self, index: int) -> Follower:
+    def single(self, index: int) -> Follower:
         """Of many games: one game's follower, on its part of the present batch for good."""
         games = self._many()
         if games.anticipated:

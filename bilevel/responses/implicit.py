@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
-from bilevel.data import Batch
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Game
+from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.each import Each
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
+from bilevel.many.inner import BatchedInnerSolver
+from bilevel.many.response import games_above, linear_solver_of, worst_above
 from bilevel.responses.base import (
     Follower,
     HeldResidual,
     Response,
-    Size,
     State,
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
-from bilevel.responses.many import games_above, linear_solver_of, worst_above
-from bilevel.root import Receipt, attach
+from bilevel.responses.promise import Optimum, Promise, Report, Size
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
 
@@ -120,10 +120,7 @@ class Implicit(Response):
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
-        """The follower's optimum, differentiable in `others` to any order, and the state to continue from.
-
-        The returned state's "linear" entry is filled in when backward runs: save it after that.
-        """
+        """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
         follower = Follower(game, others, state, batch)
         looser = self._looser(follower, state)
         if transforms_active():
@@ -146,7 +143,8 @@ class Implicit(Response):
             kept = after["optimizer"]
             if game.count is None:  # of many games, each solve starts with a blank preconditioner
                 self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
-            after["linear"] = vars(receipt)  # the receipt's own dict, so that the state sees what backward sets
+            blank = vars(Receipt.blank(y))
+            after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
         attached = attach(
             residual,
             y,
@@ -157,6 +155,41 @@ class Implicit(Response):
             products=products,
         )
         return follower.form.unflatten(attached), after
+
+    @property
+    def promise(self) -> Promise:
+        """The optimum's derivative."""
+        return Optimum()
+
+    @property
+    def budget(self) -> int:
+        """Steps of the inner solver a call."""
+        return self.steps
+
+    def with_budget(self, steps: int) -> Implicit:
+        """The same with so many steps of the inner solver a call."""
+        return replace(self, steps=steps)
+
+    def after_backward(self, state: State, answer: Variables) -> State:
+        """The state with the linear solve's answer, the start of the next one, and its residual and products."""
+        receipt = receipt_of(answer)
+        if receipt is None:
+            return state
+        # A second backward pass through this answer writes its memory in place, and replaces all else.
+        return state | {"linear": vars(receipt) | {"memory": map_leaves(torch.clone, receipt.memory)}}
+
+    def report(self, state: State) -> Report:
+        """With the relative residual of the last backward solve, and its estimate of the hypergradient's error."""
+        linear, leader = state["linear"], state.get("leader")
+        memory = linear["memory"]
+        return Report(
+            int(state["gradients"]),
+            int(state["products"]) + int(linear["products"]),
+            state["stationarity"],
+            memory["residuals"].clone() if "residuals" in memory else float(linear["residual"]),
+            float(linear["error"]),
+            leader["factor"] if leader and leader["calls"] else 1.0,
+        )
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
@@ -169,7 +202,7 @@ class Implicit(Response):
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         if game.count is not None:
-            solver = Each(solver)
+            solver = BatchedInnerSolver(solver)
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."

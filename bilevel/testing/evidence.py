@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.responses import Response, State
 from bilevel.testing.finite_differences import Slope, slope_at_zero
-from bilevel.testing.resolved import Held, bring_to_rest, extreme_curvatures
+from bilevel.testing.resolved import LeaderFollowerPoint, bring_to_rest, extreme_curvatures
 from bilevel.tree import Variables, flatten
 
 
@@ -33,7 +33,7 @@ class Claim:
     then there is no hypergradient. `state` is the response's before the answer, `after` the one after it.
     """
 
-    held: Held
+    held: LeaderFollowerPoint
     response: Response
     x: Tensor
     y: Tensor
@@ -56,7 +56,7 @@ class Claim:
             return math.nan
 
 
-def claimed(held: Held, response: Response, x: Tensor, state: State, settle: int) -> Claim:
+def claimed(held: LeaderFollowerPoint, response: Response, x: Tensor, state: State, settle: int) -> Claim:
     """Call the response `settle` times at x `[n]`, then once more, and differentiate the leader's loss through it."""
     leaf = x.clone().requires_grad_()
     after, y = state, flatten(state["variables"]) if "variables" in state else torch.zeros(0).to(x)
@@ -70,9 +70,10 @@ def claimed(held: Held, response: Response, x: Tensor, state: State, settle: int
             answer, after = _answer(held, response, leaf, state)
             y = flatten(answer).detach()
             if after.get("buffers"):
-                held = Held(**{**vars(held), "buffers": {held.follower: after["buffers"]}})
+                held = LeaderFollowerPoint(**{**vars(held), "buffers": {held.follower: after["buffers"]}})
             loss = held.loss(held.leader, leaf, flatten(answer))
             slope = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+            after = response.after_backward(after, answer)
     except BilevelError as error:
         raised = f"{type(error).__name__}: {error}"
         return Claim(held, response, x, y, torch.full_like(x, torch.nan), state, after, raised=raised)
@@ -88,7 +89,7 @@ def claimed(held: Held, response: Response, x: Tensor, state: State, settle: int
     )
 
 
-def _answer(held: Held, response: Response, x: Tensor, state: State) -> tuple[Variables, State]:
+def _answer(held: LeaderFollowerPoint, response: Response, x: Tensor, state: State) -> tuple[Variables, State]:
     others = {**held.others, held.leader: held.game.structure(held.leader).unflatten(x)}
     return response(held.game, others, state, held.batches.get(held.follower))
 
@@ -96,7 +97,7 @@ def _answer(held: Held, response: Response, x: Tensor, state: State) -> tuple[Va
 class Follower:
     """The follower re-solved at any x along a line, each solve started from what the earlier ones predict."""
 
-    def __init__(self, held: Held, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
+    def __init__(self, held: LeaderFollowerPoint, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
         self.held, self.x = held, x
         eps = torch.finfo(x.dtype).eps
         initial = flatten(held.game.initial(held.follower))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient, pullback
-from bilevel.data import Batch
 from bilevel.game import Buffers, Game, Player
+from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables
 
@@ -43,7 +43,7 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class LeaderFollowerPoint:
     """Two players' losses as functions of x `[n]` of the leader and y `[m]` of the follower; all else stands still."""
 
     game: Game
@@ -98,7 +98,9 @@ class Rest:
     finite: bool = True
 
 
-def bring_to_rest(held: Held, x: Tensor, y: Tensor, *, target: float, most: int = 100, products: int = 20_000) -> Rest:
+def bring_to_rest(
+    held: LeaderFollowerPoint, x: Tensor, y: Tensor, *, target: float, most: int = 100, products: int = 20_000
+) -> Rest:
     """A local minimum of the follower's loss near y `[m]`, by Newton's method in a trust region.
 
     Its steps are found by conjugate gradients. Goes on until the gradient's norm is at most `target` or rounding stops

@@ -191,7 +191,8 @@ class ResponseSubject(Subject):
                 loss, leaves(x), create_graph=second, allow_unused=True, materialize_grads=True
             )
         gradient = _read(known, x, slopes)
-        residual = float(after["linear"]["residual"]) if "linear" in after else float(after.get("residual", 0.0))
+        after = response.after_backward(after, y)
+        residual = float(response.report(after).residual or 0.0)
         if isinstance(self.response, Hypernetwork):
             # Measured in one random direction of n, which may be a lucky one: by ten with a chance of 1/10.
             residual *= 10.0 * math.sqrt(gradient.numel())

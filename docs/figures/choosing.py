@@ -4,7 +4,7 @@ import re
 import statistics
 from pathlib import Path
 
-from bilevel import Comparison
+from bilevel.comparison import Comparison
 from bilevel.comparison.rows import number, size
 
 DOCS = Path(__file__).resolve().parents[1]

@@ -15,11 +15,11 @@ GAMES = {
     "3x²/4 + 2xy + y²/2 - y⁴/4": lambda x, y: 0.75 * x**2 + 2 * x * y + 0.5 * y**2 - 0.25 * y**4,
 }
 RULES = {
-    "simultaneous": (bl.Simultaneous(), "-"),
-    "alternating": (bl.Alternating(), "--"),
-    "extragradient": (bl.Extragradient(0.1), "-."),
-    "symplectic": (bl.SymplecticAdjustment(1.0), ":"),
-    "competitive": (bl.Competitive(0.1), (0, (5, 1, 1, 1, 1, 1))),
+    "simultaneous": (bl.dynamics.Simultaneous(), "-"),
+    "alternating": (bl.dynamics.Alternating(), "--"),
+    "extragradient": (bl.dynamics.Extragradient(0.1), "-."),
+    "symplectic": (bl.dynamics.SymplecticAdjustment(1.0), ":"),
+    "competitive": (bl.dynamics.Competitive(0.1), (0, (5, 1, 1, 1, 1, 1))),
 }
 
 

@@ -15,13 +15,13 @@ import bilevel as bl
 from bilevel.testing import check_response
 from games.errors import MissingExtraError
 
-Told = list[tuple[str, str, str]]
+RunWarning = list[tuple[str, str, str]]
 """Law, "passed", "failed" or "does not apply", and a note: the game that breaks it, or why it does not apply."""
 
 _INNER = partial(SGD, lr=0.5)
 
 
-def _implicit(linear_solver: bl.LinearSolver) -> bl.Response:
+def _implicit(linear_solver: bl.linear.LinearSolver) -> bl.Response:
     return bl.Implicit(_INNER, steps=100, tolerance=1e-8, linear_solver=linear_solver)
 
 
@@ -32,13 +32,13 @@ SMALL: dict[str, Callable[[], bl.Response]] = {
     "implicit CG": lambda: _implicit(bl.ConjugateGradient(rtol=1e-6)),
     "implicit Neumann": lambda: _implicit(bl.Neumann(max_steps=20, rtol=None)),
     "implicit Nyström": lambda: _implicit(bl.Nystrom(rank=20, damping=1e-2)),
-    "implicit identity": lambda: _implicit(bl.Identity()),
+    "implicit identity": lambda: _implicit(bl.linear.Identity()),
     "hypernetwork": lambda: bl.Hypernetwork(partial(Adam, lr=1e-2), scale=0.1, warmup=200),
 }
 VERDICTS = {"holds": "passed", "fails": "failed"}
 
 
-def checked(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, Told]:
+def checked(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, RunWarning]:
     """Each named response's laws, on `examples` games a law; in processes of their own, kept in `folder`/laws.
 
     Raises `MissingExtraError` without joblib or Hypothesis.
@@ -56,7 +56,7 @@ def checked(names: Sequence[str], *, examples: int, jobs: int, folder: Path, res
     return dict(zip(names, told, strict=True))
 
 
-def _one(name: str, examples: int, path: Path, resume: bool) -> Told:
+def _one(name: str, examples: int, path: Path, resume: bool) -> RunWarning:
     torch.set_num_threads(1)
     response = SMALL[name]()
     identity = {"response": repr(response), "examples": examples}

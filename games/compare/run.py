@@ -25,7 +25,7 @@ def compared(
     resume: bool,
     data: Path | None = None,
     examples: int = 0,
-) -> bl.Comparison:
+) -> bl.comparison.Comparison:
     """The named games and responses (all when none is named), with seeds 0 to `seeds` - 1, kept in `folder`.
 
     With `examples` each response is held to the laws as well, on so many small games a law. Raises
@@ -55,7 +55,7 @@ def compared(
     )
 
 
-def write(comparison: bl.Comparison, folder: Path) -> list[str]:
+def write(comparison: bl.comparison.Comparison, folder: Path) -> list[str]:
     """Write comparison.json, comparison.html, table.txt and a PNG a figure; their names."""
     comparison.to_json(folder / "comparison.json")
     comparison.to_html(folder / "comparison.html")

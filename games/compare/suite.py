@@ -38,7 +38,7 @@ class Case:
     play: Play
     optimizer: OptimizerFactory
     inner: OptimizerFactory
-    solver: OptimizerFactory | bl.InnerSolver
+    solver: OptimizerFactory | bl.inner.InnerSolver
     steps: int
     network: object
     rate: float
@@ -64,7 +64,7 @@ def cases(data: Path | None = None) -> dict[str, Case]:
         inner=partial(SGD, lr=1.0),
         solver=bl.Scipy("L-BFGS-B"),
         steps=64,
-        network=bl.Linear(),
+        network=bl.networks.Linear(),
         rate=1e-2,
         scale=0.1,
         warmup=300,
@@ -76,7 +76,7 @@ def cases(data: Path | None = None) -> dict[str, Case]:
         inner=partial(SGD, lr=0.1, momentum=0.9),
         solver=bl.Scipy("L-BFGS-B"),
         steps=64,
-        network=bl.Elementwise(),  # each weight answers its own decay
+        network=bl.networks.Elementwise(),  # each weight answers its own decay
         rate=1e-2,
         scale=0.3,
         warmup=300,
@@ -99,7 +99,7 @@ def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response]]:
         "implicit CG": lambda case: _implicit(case, bl.ConjugateGradient(rtol=1e-6)),
         "implicit Neumann": lambda case: _implicit(case, bl.Neumann(max_steps=20, rtol=None)),
         "implicit Nyström": lambda case: _implicit(case, bl.Nystrom(rank=20, damping=1e-2)),
-        "implicit identity": lambda case: _implicit(case, bl.Identity()),
+        "implicit identity": lambda case: _implicit(case, bl.linear.Identity()),
         "hypernetwork": lambda case: bl.Hypernetwork(
             partial(Adam, lr=case.rate),
             scale=case.scale,
@@ -111,7 +111,7 @@ def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response]]:
     return {name: {game: make(case) for game, case in chosen.items()} for name, make in makers.items()}
 
 
-def _implicit(case: Case, linear_solver: bl.LinearSolver) -> bl.Implicit:
+def _implicit(case: Case, linear_solver: bl.linear.LinearSolver) -> bl.Implicit:
     return bl.Implicit(case.solver, steps=case.steps, tolerance=1e-6, linear_solver=linear_solver)
 
 

@@ -140,7 +140,7 @@ class Security:
             middle = 0.5 * (low + high)
             above = excess(middle, flat) > 0.0
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        shift = bl.root(excess, 0.5 * (low + high), logits, symmetric=True, linear_solver=bl.Dense())
+        shift = bl.root(excess, 0.5 * (low + high), logits, symmetric=True, linear_solver=bl.linear.Dense())
         return torch.sigmoid(logits + shift)
 
 

@@ -65,12 +65,12 @@ def _simultaneous(setting: Setting, generator: nn.Module, latent: int, spread: f
 
 
 def _alternating(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
-    return {"optimizer": _both(setting), "dynamics": bl.Alternating()}
+    return {"optimizer": _both(setting), "dynamics": bl.dynamics.Alternating()}
 
 
 def _competitive(setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:
     solver = bl.GMRES(max_steps=2, rtol=1e-9)
-    return {"optimizer": _both(setting), "dynamics": bl.Competitive(setting.rate, linear_solver=solver)}
+    return {"optimizer": _both(setting), "dynamics": bl.dynamics.Competitive(setting.rate, linear_solver=solver)}
 
 
 def _unrolled(steps: int, setting: Setting, generator: nn.Module, latent: int, spread: float) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from bilevel import BilevelError, NonConvergenceWarning
+from bilevel import BilevelError
+from bilevel.errors import NonConvergenceWarning
 from games.matrix.conversion import to_nashpy, to_pygambit
 from games.matrix.finite import FiniteGame
 

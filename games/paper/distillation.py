@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RESPONSES: dict[str, bl.Response] = {
     "conjugate gradients": converged(bl.ConjugateGradient(rtol=1e-4), tolerance=1e-4),
-    "identity": converged(bl.Identity(), tolerance=1e-4),
+    "identity": converged(bl.linear.Identity(), tolerance=1e-4),
     "unrolled": bl.Unrolled(partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=30),
 }
 """How the leader sees the follower. The identity's scale does not matter: Adam divides it out."""
@@ -171,6 +171,7 @@ def exactness(source: Source, *, train: int, penalty: float, directions: int, st
     importance = present.clone().requires_grad_()
     weights, state = response(game, {"importance": importance}, response.init(game))
     (hypergradient,) = torch.autograd.grad(real_loss(weights, validation), importance)
+    state = response.after_backward(state, weights)
     stationarity = [state["stationarity"]]
 
     def moved(by: Tensor) -> float:

@@ -59,7 +59,7 @@ def learned(source: Source, *, seed: int, soft: bool, per_pixel: bool, steps: in
 
     response = bl.Hypernetwork(
         partial(torch.optim.Adam, lr=1e-3),
-        network=per_pixel_network if per_pixel else bl.Linear(),
+        network=per_pixel_network if per_pixel else bl.networks.Linear(),
         scale=2.0,  # of a logit: over a narrower range the slope is lost in the masks' own noise
         warmup=WARMUP,
         steps=FITS,

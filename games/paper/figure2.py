@@ -31,7 +31,7 @@ def global_response(fits: int) -> bl.Hypernetwork:
     """Algorithm 2: a 1-50-7850 network, `fits` steps of Adam on 10 draws each, and none after that."""
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=3e-4),
-        network=bl.MLP((50,)),
+        network=bl.networks.MLP((50,)),
         sampler=everywhere,
         scale=1.5,
         perturbations=10,

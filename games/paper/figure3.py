@@ -87,7 +87,7 @@ def ridge_game(start: float, train: Batch, valid: Batch) -> bl.Game:
 
 # What is compared ----------------------------------------------------------------------------------------------------
 
-EXACT = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=1000, tolerance=1e-8, linear_solver=bl.Dense())
+EXACT = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=1000, tolerance=1e-8, linear_solver=bl.linear.Dense())
 """The follower re-solved to convergence, with the implicit-function theorem's derivative."""
 
 
@@ -95,7 +95,7 @@ def line(centre: float, scale: float, fits: int) -> bl.Hypernetwork:
     """A linear best response learned around `centre` in `fits` steps, before the leader's first, and then left."""
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=0.02),
-        network=bl.Linear(),
+        network=bl.networks.Linear(),
         around={"hyper": torch.tensor(centre, dtype=torch.float64)},
         scale=scale,
         warmup=fits,

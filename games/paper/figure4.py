@@ -32,7 +32,7 @@ def ours() -> bl.Hypernetwork:
 def noiseless() -> bl.Hypernetwork:
     """The same without noise or centring, w0 + J lambda, as in the authors' local variant: nothing fixes its slope."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bl.UnreliableResponseWarning)  # what it says is what the figure shows
+        warnings.simplefilter("ignore", bl.errors.UnreliableResponseWarning)  # what it says is what the figure shows
         return bl.Hypernetwork(
             partial(torch.optim.Adam, lr=1e-4),
             scale=0.0,

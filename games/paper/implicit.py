@@ -180,8 +180,8 @@ def hypergradient(response: bl.Response, game: bl.Game, decay: Tensor, seed: int
     weights, state = response(game, {"decay": leader}, response.init(game, seed=seed))
     batch, _ = game.draw("decay", game.start("decay"))
     (slope,) = torch.autograd.grad(game.loss("decay", {"decay": leader, "weights": weights}, batch), leader)
-    linear = int(state["linear"]["products"]) if isinstance(response, bl.Implicit) else 0
-    return slope.double(), 1 + int(state["gradients"]) + int(state["products"]) + linear
+    report = response.report(response.after_backward(state, weights))
+    return slope.double(), 1 + report.gradients + report.products
 
 
 def at_kink(source: Source, *, penalty: float, seed: int) -> Result:

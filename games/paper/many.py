@@ -38,7 +38,7 @@ def responses() -> dict[str, tuple[bl.Response, Callable[..., torch.optim.Optimi
         return bl.Hypernetwork(
             partial(torch.optim.Adam, lr=3e-3),
             scale=1.0,
-            network=bl.LowRank(rank),
+            network=bl.networks.LowRank(rank),
             warmup=2000,
             steps=10,
             perturbations=4,

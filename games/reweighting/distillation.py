@@ -121,7 +121,9 @@ def accuracy(weights: Weights, split: Split) -> float:
     return float((logits(weights, split.images).argmax(1) == split.labels).double().mean())
 
 
-def converged(linear_solver: bl.LinearSolver, *, tolerance: float = 1e-6, warm_start: bool = True) -> bl.Implicit:
+def converged(
+    linear_solver: bl.linear.LinearSolver, *, tolerance: float = 1e-6, warm_start: bool = True
+) -> bl.Implicit:
     """The follower at its optimum by L-BFGS, to `tolerance` times the gradient at zero weights."""
     return bl.Implicit(
         bl.Scipy("L-BFGS-B"), steps=2000, tolerance=tolerance, linear_solver=linear_solver, warm_start=warm_start

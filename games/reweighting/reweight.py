@@ -283,6 +283,6 @@ def _check(inputs: Tensor, labels: Tensor, clean_inputs: Tensor, clean_labels: T
         warnings.warn(
             f"reweight: clean_set has fewer than {_FEW} examples of the labels {lacking}. What it lacks is weighed "
             "down, right or wrong: add clean examples of them.",
-            bl.UnreliableResponseWarning,
+            bl.errors.UnreliableResponseWarning,
             stacklevel=3,
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import checkpoint as checkpoints
+from bilevel.solving import checkpoint as checkpoints
 from bilevel.tree import detached, flatten, map_leaves
 from games.errors import MissingExtraError
 
@@ -129,7 +129,7 @@ class CrossValidation:
     1.5
     """
 
-    optimizer: Callable[..., torch.optim.Optimizer] | bl.InnerSolver = field(
+    optimizer: Callable[..., torch.optim.Optimizer] | bl.inner.InnerSolver = field(
         default_factory=lambda: bl.Scipy("L-BFGS-B")
     )
     steps: int = 10_000
@@ -198,7 +198,7 @@ class CrossValidation:
                 f"{self.steps} steps: the gradient is up to {float(result.stationarity.max()):.2g} of that at init, "
                 f"wanted {self.tolerance:g}. Their losses are those of unfinished training. Give steps=, another "
                 "optimizer, or float64 data.",
-                bl.NonConvergenceWarning,
+                bl.errors.NonConvergenceWarning,
                 stacklevel=2,
             )
         return result
@@ -251,7 +251,7 @@ def _kept(file: Path | None, identity: str) -> dict[str, Any] | None:
         return None
     kept = checkpoints.load(file)
     if kept.get("identity") != identity:
-        raise bl.CheckpointError(
+        raise bl.errors.CheckpointError(
             f"{file} is of another search: other candidates, settings or start. Choose another folder."
         )
     return kept
@@ -263,7 +263,7 @@ def _answered(
     """The retrained follower and its response's state."""
     response = bl.Implicit(search.optimizer, steps=search.steps, tolerance=search.tolerance, warm_start=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bl.NonConvergenceWarning)  # told once, for all candidates together
+        warnings.simplefilter("ignore", bl.errors.NonConvergenceWarning)  # told once, for all candidates together
         answer, state = response(game, others, response.init(game, follower=follower, seed=seed))
     return detached(answer), state
 

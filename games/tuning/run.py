@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import checkpoint as checkpoints
+from bilevel.solving import checkpoint as checkpoints
 from games.tuning.data import Digits
 from games.tuning.decay import START, Score, decay_game, score, train, uniform
 
@@ -42,7 +42,7 @@ def methods() -> dict[str, Method]:
         "hypernetwork": Method(
             # Each weight answers its own decay alone: 7,850 slopes instead of 7,850 squared.
             bl.Hypernetwork(
-                partial(torch.optim.Adam, lr=3e-3), scale=1.0, network=bl.Elementwise(), warmup=300, steps=20
+                partial(torch.optim.Adam, lr=3e-3), scale=1.0, network=bl.networks.Elementwise(), warmup=300, steps=20
             ),
             0.03,
         ),
@@ -138,16 +138,18 @@ def identify(checkpoint: Path, run: Mapping[str, Any], *, steps: int, resume: bo
         try:
             saved = json.loads(beside.read_text())
         except (OSError, ValueError) as error:
-            raise bl.CheckpointError(f"{beside} cannot be read, so {checkpoint} may be of another run.") from error
+            raise bl.errors.CheckpointError(
+                f"{beside} cannot be read, so {checkpoint} may be of another run."
+            ) from error
         differing = [key for key in run if not isinstance(saved, dict) or saved.get(key) != run[key]]
         if differing:
             told = ", ".join(
                 f"{key} {saved.get(key)!r}, here {run[key]!r}" for key in differing if isinstance(saved, dict)
             )
-            raise bl.CheckpointError(f"{checkpoint} is a checkpoint of another run: {told or 'unknown'}.")
+            raise bl.errors.CheckpointError(f"{checkpoint} is a checkpoint of another run: {told or 'unknown'}.")
         done = checkpoints.load(checkpoint)["step"]
         if done > steps:
-            raise bl.CheckpointError(
+            raise bl.errors.CheckpointError(
                 f"{checkpoint} is at step {done}, beyond steps={steps}. Ask for as many or more, or start anew."
             )
         return

@@ -27,12 +27,12 @@ def tandem():
 @pytest.mark.parametrize(
     ("rule", "total"),
     [
-        (bl.Simultaneous(), 1.0),
-        (bl.LookAhead(0.1), 1.0),
+        (bl.dynamics.Simultaneous(), 1.0),
+        (bl.dynamics.LookAhead(0.1), 1.0),
         # s = x + y: the own term 2 s - 2, the shaping term -a d/dx 2 s (2 s - 2) = -a (8 s - 4), at a = .1.
-        (bl.LOLA(0.1), 4 / 3),
+        (bl.dynamics.LOLA(0.1), 4 / 3),
         # s' = s - a (2 s - 2) = .8 s + .2 and .8 * 2 s' = 2.
-        (bl.ExactLOLA(0.1), 1.3125),
+        (bl.dynamics.ExactLOLA(0.1), 1.3125),
     ],
     ids=["simultaneous", "look-ahead", "LOLA", "exact LOLA"],
 )
@@ -72,7 +72,7 @@ def test_lola_learns_to_cooperate_where_plain_play_defects():
     plain, shaped = [], []
     for seed in range(5):
         game, sgd = dilemma(seed), partial(optim.SGD, lr=1.0)
-        for rule, found in ((bl.Simultaneous(), plain), (bl.LOLA(1.0), shaped)):
+        for rule, found in ((bl.dynamics.Simultaneous(), plain), (bl.dynamics.LOLA(1.0), shaped)):
             ended = bl.solve(game, dynamics=rule, optimizer=sgd, steps=300)
             found.append(0.04 * sum(ended.values.values()) / 2)  # years a round
     assert sum(value > 1.8 for value in plain) >= 4, plain
@@ -149,13 +149,17 @@ def test_stable_points_are_the_differential_stackelberg_ones(size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_rules_are_those_matrices(size):
     A, B, C = drawn(*size, 5, seed=7)
-    solver = bl.Dense()
+    solver = bl.linear.Dense()
     for a, b, c in zip(A, B, C):
-        assert torch.allclose(dense(bl.FollowTheRidge(linear_solver=solver), a, b, c), ridge_matrix(a, b, c), atol=1e-8)
-        assert torch.allclose(dense(bl.TotalGradient(linear_solver=solver), a, b, c), total_matrix(a, b, c), atol=1e-8)
+        assert torch.allclose(
+            dense(bl.dynamics.FollowTheRidge(linear_solver=solver), a, b, c), ridge_matrix(a, b, c), atol=1e-8
+        )
+        assert torch.allclose(
+            dense(bl.dynamics.TotalGradient(linear_solver=solver), a, b, c), total_matrix(a, b, c), atol=1e-8
+        )
 
 
-@pytest.mark.parametrize("rule", [bl.FollowTheRidge(), bl.TotalGradient()], ids=["ridge", "total"])
+@pytest.mark.parametrize("rule", [bl.dynamics.FollowTheRidge(), bl.dynamics.TotalGradient()], ids=["ridge", "total"])
 def test_the_traps(rule):
     sgd = partial(optim.SGD, lr=0.05)
 
@@ -176,23 +180,29 @@ def test_the_total_gradient_of_a_general_game_is_implicits_at_the_followers_opti
         z=bl.Player(lambda x, y, z: z**2 - 0.7 * y * z + (x * z).sin(), scalar(0.0)),
     )
     joined = game.joined(both=("y", "z"))
-    pair = bl.Implicit(bl.ScipyRoot(), steps=200, tolerance=1e-10, linear_solver=bl.Dense())
+    pair = bl.Implicit(bl.ScipyRoot(), steps=200, tolerance=1e-10, linear_solver=bl.linear.Dense())
     led = bl.solve(joined, both=pair, optimizer=partial(optim.SGD, lr=0.1), steps=200)
     rates = {"x": partial(optim.SGD, lr=0.05), "y": partial(optim.SGD, lr=0.3), "z": partial(optim.SGD, lr=0.3)}
-    total = bl.solve(game, dynamics=bl.TotalGradient(), optimizer=rates, steps=800)
+    total = bl.solve(game, dynamics=bl.dynamics.TotalGradient(), optimizer=rates, steps=800)
     assert float(total.variables["x"]) == pytest.approx(float(led.variables["x"]), abs=1e-6)
 
 
 def test_two_timescales_are_two_learning_rates():
     game, sgd = tandem(), lambda lr: partial(optim.SGD, lr=lr)
-    scaled = bl.solve(game, dynamics=bl.TwoTimescale({"y": 5.0}), optimizer=sgd(0.05), steps=30)
+    scaled = bl.solve(game, dynamics=bl.dynamics.TwoTimescale({"y": 5.0}), optimizer=sgd(0.05), steps=30)
     named = bl.solve(game, optimizer={"x": sgd(0.05), "y": sgd(0.25)}, steps=30)
     assert float(scaled.variables["y"]) == pytest.approx(float(named.variables["y"]), abs=1e-12)
 
 
 @pytest.mark.parametrize(
     "rule",
-    [bl.LOLA(0.1), bl.ExactLOLA(0.1), bl.FollowTheRidge(), bl.TotalGradient(), bl.TwoTimescale({"x": 0.5})],
+    [
+        bl.dynamics.LOLA(0.1),
+        bl.dynamics.ExactLOLA(0.1),
+        bl.dynamics.FollowTheRidge(),
+        bl.dynamics.TotalGradient(),
+        bl.dynamics.TwoTimescale({"x": 0.5}),
+    ],
     ids=repr,
 )
 def test_minibatches_are_shared_within_a_step_and_resuming_is_exact(rule, tmp_path):
@@ -216,19 +226,19 @@ def test_minibatches_are_shared_within_a_step_and_resuming_is_exact(rule, tmp_pa
 
 def test_refusals():
     for wrong in (
-        lambda: bl.LOLA(0.0),
-        lambda: bl.ExactLOLA(-1.0),
-        lambda: bl.FollowTheRidge(0.0),
-        lambda: bl.TwoTimescale({"x": 0.0}),
+        lambda: bl.dynamics.LOLA(0.0),
+        lambda: bl.dynamics.ExactLOLA(-1.0),
+        lambda: bl.dynamics.FollowTheRidge(0.0),
+        lambda: bl.dynamics.TwoTimescale({"x": 0.0}),
     ):
         with pytest.raises(ValueError, match="positive finite"):
             wrong()
     for rule, wanted in (
-        (bl.FollowTheRidge(leaders=2), "at least one to lead"),
-        (bl.TwoTimescale({"q": 1.0}), r"names \['q'\]"),
+        (bl.dynamics.FollowTheRidge(leaders=2), "at least one to lead"),
+        (bl.dynamics.TwoTimescale({"q": 1.0}), r"names \['q'\]"),
     ):
         with pytest.raises(ValueError, match=wanted):
             bl.solve(tandem(), dynamics=rule, steps=1)
     one = bl.Game(x=bl.Player(lambda x: x**2, scalar(1.0)))
     with pytest.raises(ValueError, match="at least one to lead"):
-        bl.solve(one, dynamics=bl.TotalGradient(), steps=1)
+        bl.solve(one, dynamics=bl.dynamics.TotalGradient(), steps=1)

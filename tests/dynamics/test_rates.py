@@ -168,7 +168,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(dynamics, tmp_path):
 def test_a_checkpoint_of_another_rule_is_refused(tmp_path):
     game = two(bilinear)
     bl.solve(game, steps=2, checkpoint=tmp_path / "run", dynamics=Optimistic())
-    with pytest.raises(bl.CheckpointError, match="dynamics"):
+    with pytest.raises(bl.errors.CheckpointError, match="dynamics"):
         bl.solve(game, steps=3, checkpoint=tmp_path / "run", dynamics=Alternating())
 
 
@@ -205,12 +205,16 @@ def test_products_with_the_jacobian_are_counted_and_survive_a_checkpoint(tmp_pat
         y=bl.Player(lambda x, y: -(x @ y), torch.ones(2, dtype=torch.float64)),
     )
     options = {"optimizer": partial(torch.optim.SGD, lr=0.1)}
-    for dynamics, a_step in ((bl.Simultaneous(), 0), (bl.LookAhead(0.1), 4), (bl.SymplecticAdjustment(), 2)):
+    for dynamics, a_step in (
+        (bl.dynamics.Simultaneous(), 0),
+        (bl.dynamics.LookAhead(0.1), 4),
+        (bl.dynamics.SymplecticAdjustment(), 2),
+    ):
         found = bl.solve(game, steps=3, dynamics=dynamics, **options)
         assert found.products >= 3 * a_step, dynamics
         assert (found.products == 0) == (a_step == 0)
         assert found.history[-1]["work"] == found.gradients + found.products
-    file, dynamics = tmp_path / "run.pt", bl.LookAhead(0.1)
+    file, dynamics = tmp_path / "run.pt", bl.dynamics.LookAhead(0.1)
     bl.solve(game, steps=2, dynamics=dynamics, checkpoint=file, **options)
     resumed = bl.solve(game, steps=5, dynamics=dynamics, checkpoint=file, **options)
     assert resumed.products == bl.solve(game, steps=5, dynamics=dynamics, **options).products

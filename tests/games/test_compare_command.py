@@ -45,7 +45,7 @@ def test_what_it_tells_and_writes(whole):
         assert text in result.stdout
     assert {path.name for path in out.iterdir() if path.is_file()} == FILES
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in FILES if name.endswith("png"))
-    found = bl.Comparison.from_json(out / "comparison.json")
+    found = bl.comparison.Comparison.from_json(out / "comparison.json")
     assert (found.games, found.responses, found.seeds) == (("cournot",), ("unrolled", "implicit CG"), (0, 1))
     assert all(row.failure is None and row.own.error < 1e-6 for row in found.rows)
     assert "cournot" in (out / "table.txt").read_text()
@@ -53,7 +53,7 @@ def test_what_it_tells_and_writes(whole):
 
 
 def test_control_c_keeps_what_is_done(whole, tmp_path, monkeypatch):
-    command = sys.modules["bilevel.compare"]
+    command = sys.modules["bilevel.comparison._compare"]
     done, original = [], command.measure
 
     def pressed(setting, name, *arguments, **options):
@@ -69,14 +69,14 @@ def test_control_c_keeps_what_is_done(whole, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert call(*RUN, "--output", tmp_path, "--resume").exit_code == 0
     assert all(path.read_text() == text for path, text in before.items()), "done again"
-    first, second = (bl.Comparison.from_json(out / "comparison.json") for out in (whole[1], tmp_path))
+    first, second = (bl.comparison.Comparison.from_json(out / "comparison.json") for out in (whole[1], tmp_path))
     assert [r.value for r in first.rows] == [r.value for r in second.rows]
     assert [r.memory for r in first.rows] == [r.memory for r in second.rows]
 
 
 def test_resume_runs_only_what_is_missing(whole, monkeypatch):
     ran = []
-    command = sys.modules["bilevel.compare"]
+    command = sys.modules["bilevel.comparison._compare"]
     monkeypatch.setattr(command, "measure", lambda s, name, *a, **o: ran.append(name) or Row(s.name, name, s.seed))
     monkeypatch.setattr(cli, "write", lambda found, output: [])
     assert call(*RUN, "--output", whole[1], "--resume").exit_code == 0
@@ -86,7 +86,7 @@ def test_resume_runs_only_what_is_missing(whole, monkeypatch):
 
 
 def test_failed_runs_are_told(tmp_path, monkeypatch):
-    command = sys.modules["bilevel.compare"]
+    command = sys.modules["bilevel.comparison._compare"]
 
     def failing(setting, name, *arguments, **options):
         return Row(setting.name, name, setting.seed, failure=None if name == "unrolled" else "solve: ValueError: no")
@@ -147,7 +147,7 @@ def test_every_response_on_games_of_each_kind(tmp_path):
     games = [word for name in chosen for word in ("--game", name)]
     result = call(*games, "--steps", 1, "--seeds", 1, "--jobs", 2, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    found = bl.Comparison.from_json(tmp_path / "comparison.json")
+    found = bl.comparison.Comparison.from_json(tmp_path / "comparison.json")
     assert len(found.rows) == len(chosen) * len(responses(cases()))
     assert [row.failure for row in found.rows] == [None] * len(found.rows)
     errors = {row.game: row.own.error for row in found.rows if row.response == "implicit CG"}
@@ -160,7 +160,7 @@ def test_every_response_on_games_of_each_kind(tmp_path):
 def test_laws_are_kept_and_shown(tmp_path):
     run = ["--game", "cournot", "--response", "implicit CG", "--steps", "1", "--seeds", "1", "--laws", "1"]
     assert call(*run, "--output", tmp_path).exit_code == 0
-    found = bl.Comparison.from_json(tmp_path / "comparison.json")
+    found = bl.comparison.Comparison.from_json(tmp_path / "comparison.json")
     laws = {law: verdict for law, verdict, _ in found.laws["implicit CG"]}
     assert laws["exact"] == "passed" and laws["maximize"] == "does not apply"
     assert "scalar = vector" in (tmp_path / "comparison.html").read_text()

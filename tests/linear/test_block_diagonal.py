@@ -158,7 +158,7 @@ def test_shapes_of_another_follower_are_refused():
 
 def test_products_that_are_not_finite_are_refused():
     kind = BlockDiagonal(shapes=[(2, 3)])
-    with pytest.raises(bl.NonFiniteError, match="in 4 products"):
+    with pytest.raises(bl.errors.NonFiniteError, match="in 4 products"):
         kind.prepare(LinearOperator(lambda v: v * torch.inf, symmetric=True), kind.init(torch.zeros(6)))
 
 

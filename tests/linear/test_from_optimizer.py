@@ -7,7 +7,7 @@ import torch
 from torch import optim
 
 import bilevel as bl
-from bilevel.linear import ConjugateGradient, InnerPairs, LinearOperator, Recycled, SecondMoment
+from bilevel.linear import AdamPreconditioner, ConjugateGradient, LBFGSPreconditioner, LinearOperator, Recycled
 
 D = torch.float64
 SCALES = torch.logspace(-2.0, 2.0, 30, dtype=D)
@@ -39,7 +39,7 @@ def hypergradient(game, response):
     x = game.initial("x").requires_grad_()
     y, state = response(game, {"x": x}, state)
     (slope,) = torch.autograd.grad(game.loss("x", {"x": x, "y": y}), x)
-    return slope, y, state["linear"]
+    return slope, y, response.after_backward(state, y)["linear"]
 
 
 def implicit(optimizer, preconditioner, steps=300):
@@ -51,7 +51,7 @@ def implicit(optimizer, preconditioner, steps=300):
 def test_second_moments_of_noisy_gradients_are_the_curvature(optimizer):
     game = noisy()
     plain, _, before = hypergradient(game, implicit(optimizer, None))
-    slope, y, receipt = hypergradient(game, implicit(optimizer, SecondMoment(power=1.0, floor=1e-3)))
+    slope, y, receipt = hypergradient(game, implicit(optimizer, AdamPreconditioner(power=1.0, floor=1e-3)))
     assert torch.allclose(slope, plain, rtol=1e-6)
     assert torch.allclose(slope, 2.0 * (y - 1.0), rtol=1e-6)  # the curvature cancels: dy/dx = 1
     assert int(receipt["products"]) < int(before["products"])
@@ -65,7 +65,7 @@ def test_pairs_of_lbfgs_are_its_own_inverse(spd, normal):
     )
     lbfgs = partial(optim.LBFGS, lr=1.0, max_iter=60, history_size=40, line_search_fn="strong_wolfe")
     plain, _, before = hypergradient(game, implicit(lbfgs, None, steps=3))
-    slope, y, receipt = hypergradient(game, implicit(lbfgs, InnerPairs(size=40), steps=3))
+    slope, y, receipt = hypergradient(game, implicit(lbfgs, LBFGSPreconditioner(size=40), steps=3))
     assert torch.allclose(slope, torch.linalg.solve(matrix, 2.0 * (y.detach() - 0.3)), rtol=1e-4)
     assert torch.allclose(slope, plain, rtol=1e-4)
     assert int(receipt["products"]) < int(before["products"])
@@ -79,23 +79,23 @@ def test_pairs_of_lbfgs_are_its_own_inverse(spd, normal):
 
 def test_they_do_nothing_before_they_know_anything():
     like = torch.zeros(4, dtype=D)
-    for kind in (SecondMoment(), InnerPairs()):
+    for kind in (AdamPreconditioner(), LBFGSPreconditioner()):
         memory = kind.init(like)
         kind.inform(memory, [{}])
-        apply = kind.prepare(bl.LinearOperator(lambda v: v), memory)
+        apply = kind.prepare(bl.linear.LinearOperator(lambda v: v), memory)
         assert torch.equal(apply(like + 2.0), like + 2.0)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
     [
-        (partial(optim.SGD, lr=1e-3, momentum=0.9), SecondMoment()),
-        (partial(optim.SGD, lr=1e-3), SecondMoment()),
-        (partial(optim.SGD, lr=1e-3), InnerPairs()),
-        (partial(optim.LBFGS, lr=1.0), SecondMoment()),
-        (partial(optim.Adam, lr=1e-3), InnerPairs()),
-        (bl.ClosedForm(lambda x: x.clone()), SecondMoment()),
-        (bl.ClosedForm(lambda x: x.clone()), InnerPairs()),
+        (partial(optim.SGD, lr=1e-3, momentum=0.9), AdamPreconditioner()),
+        (partial(optim.SGD, lr=1e-3), AdamPreconditioner()),
+        (partial(optim.SGD, lr=1e-3), LBFGSPreconditioner()),
+        (partial(optim.LBFGS, lr=1.0), AdamPreconditioner()),
+        (partial(optim.Adam, lr=1e-3), LBFGSPreconditioner()),
+        (bl.ClosedForm(lambda x: x.clone()), AdamPreconditioner()),
+        (bl.ClosedForm(lambda x: x.clone()), LBFGSPreconditioner()),
     ],
 )
 def test_another_optimiser_is_refused(optimizer, kind):
@@ -104,7 +104,12 @@ def test_another_optimiser_is_refused(optimizer, kind):
 
 
 @pytest.mark.parametrize(
-    "made", [lambda: SecondMoment(power=0.0), lambda: SecondMoment(floor=-1.0), lambda: InnerPairs(size=0)]
+    "made",
+    [
+        lambda: AdamPreconditioner(power=0.0),
+        lambda: AdamPreconditioner(floor=-1.0),
+        lambda: LBFGSPreconditioner(size=0),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(made):
     with pytest.raises(ValueError, match="expected"):
@@ -112,7 +117,7 @@ def test_settings_that_cannot_work_are_refused(made):
 
 
 def test_pairs_of_earlier_solves_over_second_moments():
-    base = SecondMoment(power=1.0, floor=1e-3)
+    base = AdamPreconditioner(power=1.0, floor=1e-3)
     kind = Recycled(size=5, base=base)
     memory, moments = kind.init(SCALES), SCALES.square()
     kind.inform(memory, [{"exp_avg_sq": moments}])

@@ -180,6 +180,8 @@ def test_the_memory_is_a_part_of_the_state_that_a_call_does_not_write_to(ridge):
     x = game.initial("x").clone().requires_grad_()
     y, after = response(game, {"x": x}, state)
     game.loss("x", {"x": x, "y": y}).backward()
+    assert int(after["linear"]["memory"]["filled"]) == 0, "a state never changes after it was returned"
+    after = response.after_backward(after, y)
     assert int(after["linear"]["memory"]["filled"]) > 0
     same = map_leaves(
         lambda a, b: torch.equal(a, b) or bool(a.isnan().all() and b.isnan().all()), frozen, state["linear"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 
 import bilevel as bl
-from bilevel.responses.footprint import Footprint, available, footprint, told
+from bilevel.responses.learned.footprint import Footprint, available, footprint, told
 
 SIZE = 1000
 
@@ -63,17 +63,17 @@ def test_it_is_refused_before_it_is_allocated():
 
 
 def test_there_is_room_for_less():
-    for network in (bl.LowRank(1), bl.Linear()):
+    for network in (bl.networks.LowRank(1), bl.networks.Linear()):
         bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=network, memory_limit=308_000).init(GAME)
     in_place = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), in_place=True, memory_limit=176_000)
     in_place.init(GAME)
 
 
 def test_what_the_machine_has_is_the_limit(monkeypatch):
-    monkeypatch.setattr("bilevel.responses.hypernetwork.available", lambda device: 1000)
+    monkeypatch.setattr("bilevel.responses.learned.hypernetwork.available", lambda device: 1000)
     with pytest.raises(MemoryError, match="available are 1 kB"):
         bl.Hypernetwork(partial(optim.Adam, lr=1e-3)).init(GAME)
-    monkeypatch.setattr("bilevel.responses.hypernetwork.available", lambda device: None)
+    monkeypatch.setattr("bilevel.responses.learned.hypernetwork.available", lambda device: None)
     bl.Hypernetwork(partial(optim.Adam, lr=1e-3)).init(GAME)
 
 

@@ -162,7 +162,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(bl.BilevelError, match=r"3 entries of the leaders require grad, and most=2.*Segments\(\)"):
         unrolled(OPTIMISERS["Adam"], LEADER.clone().requires_grad_(), differentiation=how)
     rate = torch.tensor(0.05, dtype=D, requires_grad=True)
-    with pytest.raises(bl.CapturedTensorError, match="nobody's variable"):
+    with pytest.raises(bl.errors.CapturedTensorError, match="nobody's variable"):
         unrolled(partial(optim.SGD, lr=rate), LEADER, differentiation=bl.ForwardMode())
     x = LEADER.clone().requires_grad_()
     y, _ = unrolled(OPTIMISERS["Adam"], x, differentiation=bl.ForwardMode())

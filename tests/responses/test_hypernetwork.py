@@ -42,9 +42,9 @@ def cosine(a, b):
 
 
 NETWORKS = {
-    "linear": bl.Linear(),
-    "low rank": bl.LowRank(3),
-    "mlp": bl.MLP((64,)),
+    "linear": bl.networks.Linear(),
+    "low rank": bl.networks.LowRank(3),
+    "mlp": bl.networks.MLP((64,)),
     "callable": partial(nn.Linear, bias=True),
     "module": nn.Linear(3, 6),
 }
@@ -58,7 +58,7 @@ def test_a_quadratic_game_is_learned(network):
         scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=2501),
     )  # fmt: skip
     found, _, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
-    assert cosine(found, JACOBIAN) >= (0.98 if isinstance(network, bl.MLP) else 0.999)
+    assert cosine(found, JACOBIAN) >= (0.98 if isinstance(network, bl.networks.MLP) else 0.999)
     assert state["residual"] < 0.3 and state["gradients"] == 2501 * 4 + 3
 
 
@@ -84,7 +84,7 @@ def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
     response = bl.Hypernetwork(
         partial(optim.Adam, lr=0.01),
         scale=1.5,
-        network=bl.MLP((50,)),
+        network=bl.networks.MLP((50,)),
         steps=0,
         warmup=3000,
         perturbations=5,
@@ -99,7 +99,9 @@ def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
 
 
 def test_an_unfitted_slope_warns_by_how_much():
-    with pytest.warns(bl.NonConvergenceWarning, match=r"learned slope of player 'y' leaves (0\.9|1)\S* of the change"):
+    with pytest.warns(
+        bl.errors.NonConvergenceWarning, match=r"learned slope of player 'y' leaves (0\.9|1)\S* of the change"
+    ):
         jacobian(bl.Hypernetwork(partial(optim.Adam, lr=1e-4)), game(), torch.ones(3, dtype=D))
 
 
@@ -109,7 +111,7 @@ REFUSED = {
     "one row alone": (lambda i, o: nn.Flatten(0), ValueError, r"maps \[2, 3\] to \[6\]; expected \[2, 6\]"),
     "no tensor": (lambda i, o: nn.LSTM(i, o), ValueError, r"to a tuple; expected \[2, 6\]"),
     "no module": (lambda i, o: None, TypeError, "made a NoneType; expected a module"),
-    "pairs": (bl.Elementwise(), ValueError, "there are 3 and 6"),
+    "pairs": (bl.networks.Elementwise(), ValueError, "there are 3 and 6"),
 }
 
 
@@ -121,13 +123,15 @@ def test_networks_of_another_form_are_refused(network, kind, text):
 
 def test_sizes_that_say_nothing_are_refused_when_they_are_written():
     with pytest.raises(ValueError, match="LowRank: rank=0; expected at least 1"):
-        bl.LowRank(0)
+        bl.networks.LowRank(0)
     with pytest.raises(ValueError, match=r"MLP: hidden=\(50, 0\); expected widths of at least 1"):
-        bl.MLP((50, 0))
+        bl.networks.MLP((50, 0))
 
 
 def test_it_is_its_seed_and_its_state():
-    response = bl.Hypernetwork(partial(optim.Adam, lr=1e-2), network=bl.LowRank(2), antithetic=False, tolerance=None)
+    response = bl.Hypernetwork(
+        partial(optim.Adam, lr=1e-2), network=bl.networks.LowRank(2), antithetic=False, tolerance=None
+    )
     played, x = game(), torch.ones(3, dtype=D)
     state = response.init(played, seed=1)
     kept = copy.deepcopy(state)
@@ -216,7 +220,7 @@ def test_centred_and_with_noise_it_is_right(truth, scale):
 @pytest.mark.slow
 def test_a_slope_that_is_not_fitted_yet_says_so(truth):
     # A rate of 1e-3 keeps the weights jittering: the cosine stays near .2, and the residual tells.
-    with pytest.warns(bl.NonConvergenceWarning, match=r"leaves \d\S* of the change"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"leaves \d\S* of the change"):
         found, _, state = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-3), scale=0.1, warmup=2000))
     assert cosine(found, truth[0]) < 0.95 and state["residual"] > 1
 
@@ -224,7 +228,7 @@ def test_a_slope_that_is_not_fitted_yet_says_so(truth):
 @pytest.mark.slow
 def test_uncentred_and_without_noise_its_sign_is_wrong(truth):
     jacobian, hypergradient = truth
-    with pytest.warns(bl.UnreliableResponseWarning) as caught:
+    with pytest.warns(bl.errors.UnreliableResponseWarning) as caught:
         failing = bl.Hypernetwork(
             partial(optim.Adam, lr=1e-3), scale=0.0, centred=False, network=partial(nn.Linear, bias=False), warmup=4000
         )

@@ -14,7 +14,7 @@ from bilevel.testing.laws.state import same_bits
 from .test_leafwise import X, best_rows, game
 
 ADAM = partial(optim.Adam, lr=0.02)
-NETWORKS = {"rows": bl.RowScaled(), "dense": bl.Linear(), "low rank": bl.LowRank(2)}
+NETWORKS = {"rows": bl.networks.RowScaled(), "dense": bl.networks.Linear(), "low rank": bl.networks.LowRank(2)}
 
 
 def pair(network, **options):
@@ -38,7 +38,7 @@ def test_in_place_is_the_same_numbers_in_the_same_state(network, options):
 
 
 def test_in_place_an_earlier_answer_keeps_its_values_and_loses_its_derivative_aloud():
-    played, (copying, writing) = game(best_rows), pair(bl.RowScaled(), warmup=30)
+    played, (copying, writing) = game(best_rows), pair(bl.networks.RowScaled(), warmup=30)
     x = X.clone().requires_grad_()
     wanted, _ = copying(played, {"x": x}, copying.init(played))
     state = writing.init(played)
@@ -65,7 +65,7 @@ def test_in_place_a_call_that_raises_leaves_a_state_that_goes_on():
         return weights.square().sum()
 
     played = bl.Game(x=bl.Player(lead, X), weights=bl.Player(follow, torch.zeros(3, dtype=torch.float64)))
-    writing = bl.Hypernetwork(ADAM, network=bl.RowScaled(), in_place=True, warmup=400, tolerance=None)
+    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), in_place=True, warmup=400, tolerance=None)
     state = writing.init(played)
     writing(played, {"x": X}, state)
     stops.append(1)
@@ -78,7 +78,7 @@ def test_in_place_a_call_that_raises_leaves_a_state_that_goes_on():
 
 
 def test_solve_in_place_is_solve_and_resumes(tmp_path):
-    played, (copying, writing) = game(best_rows), pair(bl.RowScaled())
+    played, (copying, writing) = game(best_rows), pair(bl.networks.RowScaled())
     run = partial(bl.solve, played, optimizer=partial(optim.SGD, lr=0.1))
     whole, again = run(weights=copying, steps=6), run(weights=writing, steps=6)
     same_bits(again.variables, whole.variables, "variables")
@@ -98,7 +98,7 @@ def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
         return ((weights["matrix"] - 1) ** 2).sum()
 
     played = bl.Game(x=bl.Player(lead, X), weights=game(best_rows).players["weights"])
-    _, writing = pair(bl.RowScaled())
+    _, writing = pair(bl.networks.RowScaled())
     run = partial(bl.solve, played, weights=writing, optimizer=partial(optim.SGD, lr=0.1), steps=6)
     whole = run()
     stop, path = len(calls) + 6, tmp_path / "run.pt"
@@ -110,9 +110,9 @@ def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
 
 
 def test_solve_refuses_it_where_states_are_asked_more_than_once():
-    _, writing = pair(bl.RowScaled())
+    _, writing = pair(bl.networks.RowScaled())
     with pytest.raises(ValueError, match=r"Extragradient\(.*evaluates the players more than once a step"):
-        bl.solve(game(best_rows), weights=writing, dynamics=bl.Extragradient(0.1), steps=1)
+        bl.solve(game(best_rows), weights=writing, dynamics=bl.dynamics.Extragradient(0.1), steps=1)
     three = bl.Game(
         x=bl.Player(lambda y, z: (y * z) ** 2, torch.tensor(1.0)),
         y=bl.Player(lambda x, y, z: (y - x - z) ** 2, torch.tensor(0.0)),
@@ -131,19 +131,19 @@ def test_in_place_nan_is_refused_before_it_is_written():
 
     start = torch.zeros(3, dtype=torch.float64)
     played = bl.Game(x=bl.Player(lead, X), weights=bl.Player(follow, start))
-    writing = bl.Hypernetwork(ADAM, network=bl.RowScaled(), in_place=True, steps=3, tolerance=None)
+    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), in_place=True, steps=3, tolerance=None)
     state = writing.init(played)
-    with pytest.raises(bl.NonFiniteError, match="its loss became"):
+    with pytest.raises(bl.errors.NonFiniteError, match="its loss became"):
         writing(played, {"x": X + 1000}, state)
     assert torch.isfinite(state["w0"][0]).all()
 
 
 def test_an_examination_now_and_then():
     played, x = game(best_rows), {"x": X}
-    rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=0.01)
+    rare = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), examine_every=3, tolerance=0.01)
     state, told, residuals = rare.init(played), [], []
     for _ in range(4):
-        with pytest.warns(bl.NonConvergenceWarning) as caught:
+        with pytest.warns(bl.errors.NonConvergenceWarning) as caught:
             _, state = rare(played, x, state)
         told += [str(w.message) for w in caught]
         residuals.append(state["residual"])
@@ -156,9 +156,9 @@ def test_an_examination_now_and_then():
 
 
 def test_a_run_counts_examinations_and_tells_what_still_holds():
-    rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=1e-6)
+    rare = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), examine_every=3, tolerance=1e-6)
     with pytest.warns(
-        bl.NonConvergenceWarning, match=r"in 2 of 5 steps, last in step 5: .*\(measured [12] calls ago\)"
+        bl.errors.NonConvergenceWarning, match=r"in 2 of 5 steps, last in step 5: .*\(measured [12] calls ago\)"
     ):
         solution = bl.solve(
             game(best_rows), weights=rare, steps=5
@@ -168,7 +168,7 @@ def test_a_run_counts_examinations_and_tells_what_still_holds():
 
 def test_an_examination_now_and_then_resumes():
     played, x = game(best_rows), {"x": X}
-    rare = bl.Hypernetwork(ADAM, network=bl.RowScaled(), examine_every=3, tolerance=None)
+    rare = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), examine_every=3, tolerance=None)
     _, state = rare(played, x, rare.init(played))
     file = io.BytesIO()
     torch.save(state, file)
@@ -195,7 +195,12 @@ def test_an_examination_needs_no_more_memory_than_a_step():
 
     def peak(examine_every):
         response = bl.Hypernetwork(
-            ADAM, network=bl.RowScaled(), in_place=True, examine_every=examine_every, antithetic=False, tolerance=None
+            ADAM,
+            network=bl.networks.RowScaled(),
+            in_place=True,
+            examine_every=examine_every,
+            antithetic=False,
+            tolerance=None,
         )
         state, x = response.init(played), {"x": torch.zeros(2)}
         for _ in range(2):

@@ -36,7 +36,9 @@ def response(inexactness, **options):
     )
 
 
-@pytest.mark.parametrize("kind", [bl.Geometric(start=1e5, rate=0.7), bl.AsLeaderMoves(start=1e5, power=2.0)], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [bl.responses.Geometric(start=1e5, rate=0.7), bl.responses.AsLeaderMoves(start=1e5, power=2.0)], ids=repr
+)
 def test_the_end_is_the_same_for_less_work(game, kind):
     descent = partial(torch.optim.SGD, lr=0.5)
     tight = bl.solve(game, y=response(None), optimizer=descent, steps=60)
@@ -48,7 +50,7 @@ def test_the_end_is_the_same_for_less_work(game, kind):
 
 @pytest.mark.filterwarnings("ignore:The run ended while")
 def test_a_run_with_it_resumes_bit_for_bit(game, tmp_path):
-    kind = response(bl.AsLeaderMoves(start=1e3))
+    kind = response(bl.responses.AsLeaderMoves(start=1e3))
     run = partial(bl.solve, game, y=kind, optimizer=partial(torch.optim.SGD, lr=0.5))
     whole = run(steps=8)
     run(steps=4, checkpoint=tmp_path / "run.pt")
@@ -60,16 +62,17 @@ def test_a_run_with_it_resumes_bit_for_bit(game, tmp_path):
 def test_both_tolerances_are_loosened_but_never_beyond_one_half(game):
     seen = []
 
-    class Spy(bl.Inexactness):
+    class Spy(bl.responses.Inexactness):
         def factor(self, calls, movement):
             seen.append((calls, movement))
             return 1e12
 
-    kind = response(Spy(), stopping=bl.Settled(1e-6))
+    kind = response(Spy(), stopping=bl.linear.HypergradientTolerance(1e-6))
     state = kind.init(game)
     x = torch.full((12,), -2.0, dtype=D, requires_grad=True)
     y, state = kind(game, {"x": x}, state)
     game.loss("x", {"x": x, "y": y}).backward()
+    state = kind.after_backward(state, y)
     assert 1e-3 < state["stationarity"] <= 0.5 and 1e-6 < float(state["linear"]["residual"]) <= 0.5
     _, state = kind(game, {"x": x + 0.5}, state)
     _, state = kind(game, {"x": x + 0.75}, state)
@@ -91,7 +94,7 @@ def test_both_are_loosened_alike_inside_a_transform(game):
         tracked = x.clone().requires_grad_()
         return torch.autograd.grad(loss(tracked), tracked)[0]
 
-    loose, exact = bl.Geometric(start=1e6), hypergradient(None, inside=True)
+    loose, exact = bl.responses.Geometric(start=1e6), hypergradient(None, inside=True)
     outside, inside = (hypergradient(loose, inside=where) for where in (False, True))
     # The same stop of the follower and of the solve: what differs is rounding, far below what the looseness leaves.
     torch.testing.assert_close(inside, outside, rtol=1e-9, atol=0.0)
@@ -101,7 +104,7 @@ def test_both_are_loosened_alike_inside_a_transform(game):
 def test_movement_goes_by_name_and_a_state_without_it_begins_anew():
     seen = []
 
-    class Spy(bl.Inexactness):
+    class Spy(bl.responses.Inexactness):
         def factor(self, calls, movement):
             seen.append((calls, movement))
             return 1.0
@@ -120,10 +123,11 @@ def test_movement_goes_by_name_and_a_state_without_it_begins_anew():
 
 
 def test_an_error_is_not_told_twice(game):
-    kind = response(None, stopping=bl.Settled(1e-3))
+    kind = response(None, stopping=bl.linear.HypergradientTolerance(1e-3))
     x = torch.full((12,), -2.0, dtype=D, requires_grad=True)
     y, state = kind(game, {"x": x}, kind.init(game))
     game.loss("x", {"x": x, "y": y}).backward()
+    state = kind.after_backward(state, y)
     assert float(state["linear"]["error"]) >= 0.0
     _, state = kind(game, {"x": x}, state)
     assert torch.isnan(state["linear"]["error"]) and torch.isnan(state["linear"]["residual"])
@@ -139,10 +143,10 @@ def test_solvers_without_a_tolerance_stay_as_they_are():
 @pytest.mark.parametrize(
     "made",
     [
-        lambda: bl.Geometric(start=0.5),
-        lambda: bl.Geometric(rate=1.0),
-        lambda: bl.AsLeaderMoves(start=0.0),
-        lambda: bl.AsLeaderMoves(power=0.0),
+        lambda: bl.responses.Geometric(start=0.5),
+        lambda: bl.responses.Geometric(rate=1.0),
+        lambda: bl.responses.AsLeaderMoves(start=0.0),
+        lambda: bl.responses.AsLeaderMoves(power=0.0),
     ],
 )
 def test_settings_that_cannot_work_are_refused(made):
@@ -151,14 +155,14 @@ def test_settings_that_cannot_work_are_refused(made):
 
 
 def test_a_run_that_ends_loose_says_so_and_its_end_is_solved_as_asked(game):
-    loose = response(bl.Geometric(start=1e5, rate=0.9))
-    with pytest.warns(bl.NonConvergenceWarning, match=r"inexactness= of 'y' was still 8.1e\+04 times looser"):
+    loose = response(bl.responses.Geometric(start=1e5, rate=0.9))
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"inexactness= of 'y' was still 8.1e\+04 times looser"):
         solution = bl.solve(game, y=loose, optimizer=partial(torch.optim.SGD, lr=0.5), steps=3)
     assert solution.stationarity["y"] <= 1e-8
     assert any("times looser" in told for told in solution.warnings)
 
 
-@pytest.mark.parametrize("wrong", [10.0, bl.Geometric])
+@pytest.mark.parametrize("wrong", [10.0, bl.responses.Geometric])
 def test_what_is_no_schedule_is_refused(wrong):
     with pytest.raises(TypeError, match="inexactness is"):
         response(wrong)

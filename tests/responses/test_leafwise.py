@@ -9,14 +9,14 @@ import torch
 from torch import nn, optim
 
 import bilevel as bl
-from bilevel.responses.learned import LeafMap
+from bilevel.responses.learned.maps import LeafMap
 
 D = torch.float64
 NETWORKS = {
-    "rows": bl.RowScaled(),
-    "rows and columns": bl.RowColumnScaled(),
-    "self-tuning": bl.SelfTuning(),
-    "low-rank layers": bl.LowRankLayers(2),
+    "rows": bl.networks.RowScaled(),
+    "rows and columns": bl.networks.RowColumnScaled(),
+    "self-tuning": bl.networks.SelfTuning(),
+    "low-rank layers": bl.networks.LowRankLayers(2),
 }
 SHAPES = [torch.Size(s) for s in ((3, 4), (3,), (2, 3, 2, 2), ())]
 
@@ -135,11 +135,11 @@ def error(found, wanted):
     ("network", "best", "within"),
     [
         # Adam's rate ends at 0; what is left is the curvature of `best` over the perturbations, of order scale^2.
-        (bl.RowScaled(), best_rows, 0.01),
-        (bl.RowColumnScaled(), best_rows, 0.01),
-        (bl.RowColumnScaled(), best_columns, 0.01),
-        (bl.SelfTuning(), best_turned, 0.05),
-        (bl.LowRankLayers(2), best_low_rank, 0.05),
+        (bl.networks.RowScaled(), best_rows, 0.01),
+        (bl.networks.RowColumnScaled(), best_rows, 0.01),
+        (bl.networks.RowColumnScaled(), best_columns, 0.01),
+        (bl.networks.SelfTuning(), best_turned, 0.05),
+        (bl.networks.LowRankLayers(2), best_low_rank, 0.05),
     ],
     ids=["rows", "rows, by columns too", "columns", "turned rows", "low rank"],
 )
@@ -151,8 +151,8 @@ def test_what_a_network_can_say_it_learns(network, best, within):
 
 
 def test_what_it_cannot_say_its_residual_tells():
-    with pytest.warns(bl.NonConvergenceWarning, match="learned slope of player 'weights' leaves 0\\.[6-9]"):
-        matrix, bias, state = learned(bl.RowScaled(), best_turned, tolerance=0.5)
+    with pytest.warns(bl.errors.NonConvergenceWarning, match="learned slope of player 'weights' leaves 0\\.[6-9]"):
+        matrix, bias, state = learned(bl.networks.RowScaled(), best_turned, tolerance=0.5)
     truth = torch.func.jacrev(best_turned)(X)
     # A row can only follow the part of its truth that is along the row itself.
     there = best_turned(X)
@@ -165,7 +165,7 @@ def test_what_it_cannot_say_its_residual_tells():
     assert state["residual"] == pytest.approx(left, abs=0.3)
 
 
-@pytest.mark.parametrize("network", [bl.Linear(), bl.RowScaled()], ids=["dense", "rows"])
+@pytest.mark.parametrize("network", [bl.networks.Linear(), bl.networks.RowScaled()], ids=["dense", "rows"])
 def test_scalars_answer_too(network):
     played = bl.Game(
         x=bl.Player(lambda y: y**2, torch.tensor(1.0, dtype=D)),
@@ -179,7 +179,7 @@ def test_scalars_answer_too(network):
 def test_many_draws_are_the_mean_of_their_gradients():
     played = game(best_rows)
     fitting = bl.Hypernetwork(
-        partial(optim.SGD, lr=1.0), scale=0.1, network=bl.RowScaled(), perturbations=3, tolerance=None
+        partial(optim.SGD, lr=1.0), scale=0.1, network=bl.networks.RowScaled(), perturbations=3, tolerance=None
     )
     x = {"x": X}
     state = fitting.init(played)
@@ -203,7 +203,9 @@ def test_modules_with_buffers_are_followed():
         return sum(w.square().sum() for w in weights.values())
 
     played = bl.Game(decay=bl.Player(judge, torch.full((6,), -2.0, dtype=D)), weights=bl.Player(follow, model))
-    fitting = bl.Hypernetwork(partial(optim.Adam, lr=1e-2), network=bl.RowColumnScaled(), steps=3, tolerance=None)
+    fitting = bl.Hypernetwork(
+        partial(optim.Adam, lr=1e-2), network=bl.networks.RowColumnScaled(), steps=3, tolerance=None
+    )
     solution = bl.solve(played, weights=fitting, steps=3)
     assert int(solution.states["weights"]["buffers"]["1.num_batches_tracked"]) == 4 * 3 * 2
     assert torch.isfinite(solution.variables["decay"]).all()
@@ -220,7 +222,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(network, tmp_path):
     assert all(torch.equal(ahead[name], again[name]) for name in ahead)
 
 
-class Wrong(bl.LeafNetwork):
+class Wrong(bl.networks.LeafNetwork):
     """Answers with something else."""
 
     def __init__(self, change):
@@ -232,7 +234,7 @@ class Wrong(bl.LeafNetwork):
         return module
 
 
-class Still(bl.LeafNetwork):
+class Still(bl.networks.LeafNetwork):
     """One leaf moves; the others come back as they are."""
 
     class Module(nn.Module):
@@ -266,16 +268,16 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"raised RuntimeError on a displacement \[3\] and the leaves w0: .*'weights'"):
         response(Wrong(lambda leaf: leaf @ torch.zeros(7))).init(played)
     with pytest.raises(ValueError, match="LowRankLayers: rank=0; expected at least 1"):
-        bl.LowRankLayers(0)
+        bl.networks.LowRankLayers(0)
 
 
 def test_it_warns_of_nothing_when_it_fits():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        learned(bl.RowScaled(), best_rows, tolerance=0.1)
+        learned(bl.networks.RowScaled(), best_rows, tolerance=0.1)
 
 
-@pytest.mark.parametrize("wrong", [bl.RowScaled, bl.Linear, "rows"])
+@pytest.mark.parametrize("wrong", [bl.networks.RowScaled, bl.networks.Linear, "rows"])
 def test_what_makes_no_network_is_refused_where_it_is_given(wrong):
     with pytest.raises(TypeError, match="Hypernetwork: network="):
         bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-3), network=wrong)

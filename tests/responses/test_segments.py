@@ -10,7 +10,7 @@ from torch import nn, optim
 from torch.func import functional_call
 
 import bilevel as bl
-from bilevel.responses.budget import Sizes, lengths, offloading, peak, plan
+from bilevel.responses.unrolled.memory_plan import Sizes, lengths, offloading, peak, plan
 from bilevel.tree import flatten, leaves
 
 from .test_unrolled import GAME, LEADER, OPTIMISERS, D, leader_loss, lr_game, plain, unrolled

@@ -193,7 +193,7 @@ def test_the_error_falls_at_the_rate_of_the_spectrum():
 def test_leaving_the_domain_of_the_loss_raises():
     known = bl.testing.LogBarrier(coupling=((1.0,),), at=(0.0,), target=(0.0,))
     game, response = known.game(), bl.Unrolled(partial(optim.SGD, lr=40.0), steps=2)
-    with pytest.raises(bl.NonFiniteError, match="left its domain"):
+    with pytest.raises(bl.errors.NonFiniteError, match="left its domain"):
         response(game, {"x": known.x0}, response.init(game))
 
 

@@ -40,6 +40,23 @@ class Mutant(bl.Response):
             return bl.Unrolled(self.optimizer, steps=self.steps)
         return bl.Implicit(self.optimizer, steps=self.steps, tolerance=self.tolerance, linear_solver=self.linear_solver)
 
+    @property
+    def promise(self):
+        return self.inner.promise
+
+    @property
+    def budget(self):
+        return self.steps
+
+    def with_budget(self, steps):
+        return replace(self, steps=steps)
+
+    def after_backward(self, state, answer):
+        return self.inner.after_backward(state, answer)
+
+    def report(self, state):
+        return self.inner.report(state)
+
     def init(self, game, *, follower=None, seed=0):
         return self.inner.init(game, follower=follower, seed=seed)
 
@@ -74,7 +91,7 @@ class Tampered(Mutant):
         return self.inner(game, changed, state, batch)
 
 
-class Solver(bl.LinearSolver):
+class Solver(bl.linear.LinearSolver):
     """A solver that says that all is well."""
 
     def answer(self, operator, rhs):

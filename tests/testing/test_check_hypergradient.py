@@ -44,6 +44,16 @@ class Planted(Response):
     inner: Response
     factor: float
 
+    @property
+    def promise(self):
+        return self.inner.promise
+
+    def after_backward(self, state: State, answer: Variables) -> State:
+        return self.inner.after_backward(state, answer)
+
+    def report(self, state: State) -> bl.responses.Report:
+        return self.inner.report(state)
+
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         return self.inner.init(game, follower=follower, seed=seed)
 
@@ -126,7 +136,7 @@ def test_settling_lets_a_warm_started_response_arrive() -> None:
 def test_a_state_of_ones_own_is_used() -> None:
     game, response = GAME.game(), bl.Implicit(SGD, steps=5, tolerance=1e-6)
     state = response.init(game)
-    with torch.no_grad(), pytest.warns(bl.NonConvergenceWarning):
+    with torch.no_grad(), pytest.warns(bl.errors.NonConvergenceWarning):
         for _ in range(10):
             _, state = response(game, {"x": game.initial("x")}, state)
     assert check_hypergradient(game, response, state=state)
@@ -238,7 +248,7 @@ def test_an_unrolled_answer_is_right_for_its_steps() -> None:
 
 
 def test_a_cheap_inverse_is_named() -> None:
-    response = bl.Implicit(SGD, steps=3000, tolerance=1e-6, linear_solver=bl.Identity())
+    response = bl.Implicit(SGD, steps=3000, tolerance=1e-6, linear_solver=bl.linear.Identity())
     check = check_hypergradient(GAME.game(), response)
     assert check.verdict is Verdict.WRONG
     assert "relative residual" in told(check)

@@ -22,8 +22,8 @@ RESPONSES = {
     "implicit, CG": bl.Implicit(SGD, steps=50, tolerance=1e-8),
     "implicit, GMRES": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.GMRES()),
     "implicit, Neumann": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.Neumann(max_steps=200)),
-    "implicit, Dense": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.Dense()),
-    "implicit, Identity": bl.Implicit(SGD, steps=50, linear_solver=bl.Identity()),
+    "implicit, Dense": bl.Implicit(SGD, steps=50, tolerance=1e-8, linear_solver=bl.linear.Dense()),
+    "implicit, Identity": bl.Implicit(SGD, steps=50, linear_solver=bl.linear.Identity()),
     "implicit, L-BFGS": bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-5),
 }
 
@@ -38,7 +38,7 @@ def test_our_responses_obey_the_laws(name):
         assert {"exact", "budget", "exact, float32", "scalar = vector", "vmap = loop", "resume"} <= held, str(report)
 
 
-NETWORKS = (bl.Linear(), bl.RowScaled(), bl.LowRankLayers(2))
+NETWORKS = (bl.networks.Linear(), bl.networks.RowScaled(), bl.networks.LowRankLayers(2))
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def test_without_responses_play_ends_at_nash(market):
     )
 
 
-PAIR = bl.Implicit(bl.ScipyRoot(), steps=200, tolerance=1e-11, linear_solver=bl.Dense())
+PAIR = bl.Implicit(bl.ScipyRoot(), steps=200, tolerance=1e-11, linear_solver=bl.linear.Dense())
 
 
 # Nine tenths of one over the leader's total curvature: each step leaves a tenth of the error.
@@ -101,7 +101,7 @@ def test_who_would_be_driven_out_is_named():
 
 
 # A zero of the gradient, not a minimum of the loss: that is flat to 1e-8 around its minimum, in float64.
-EXACT = bl.Implicit(bl.ScipyRoot(), steps=100, tolerance=1e-11, linear_solver=bl.Dense())
+EXACT = bl.Implicit(bl.ScipyRoot(), steps=100, tolerance=1e-11, linear_solver=bl.linear.Dense())
 
 
 @pytest.mark.parametrize("social", [False, True], ids=["revenue", "time"])

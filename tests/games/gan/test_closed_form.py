@@ -47,7 +47,7 @@ def test_the_learned_discriminator_is_the_exact_one_to_one_per_cent():
 
     learned = bl.Hypernetwork(
         partial(torch.optim.Adam, lr=1e-2),
-        network=bl.MLP((32,)),
+        network=bl.networks.MLP((32,)),
         scale=1.0,
         centred=False,
         sampler=draw,
@@ -94,7 +94,7 @@ def test_plain_play_circles_and_the_penalty_or_another_rule_ends_it():
         return math.hypot(*(float(v) for v in ended.values()))
 
     assert distance(0.0) > 0.5
-    assert distance(0.0, bl.Extragradient(0.2)) < 0.5
+    assert distance(0.0, bl.dynamics.Extragradient(0.2)) < 0.5
     assert distance(0.5) < 1e-3
     with pytest.raises(ValueError, match="penalty=-1"):
         dirac_game(-1)

@@ -136,7 +136,11 @@ def test_refusals():
 
 def test_a_run_resumes_bit_for_bit_across_a_pass_of_draws(tmp_path):
     _, _, game = one("zero-sum")
-    options = {"optimizer": partial(torch.optim.Adam, lr=1e-2), "dynamics": bl.Alternating(), "checkpoint_every": 3}
+    options = {
+        "optimizer": partial(torch.optim.Adam, lr=1e-2),
+        "dynamics": bl.dynamics.Alternating(),
+        "checkpoint_every": 3,
+    }
     torch.manual_seed(11)
     whole = bl.solve(game, steps=14, **options)
     torch.manual_seed(11)

@@ -184,7 +184,7 @@ def test_what_a_solver_returns_is_checked():
         other = game.mixed_strategy_profile(rational=True)  # uniform
         return type("Result", (), {"equilibria": [other, *result.equilibria], "game": game})()
 
-    with pytest.warns(bl.NonConvergenceWarning, match=r"NashConv .* left out"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"NashConv .* left out"):
         found = equilibria(named.biased_rock_paper_scissors(), Gambit(wrong))
     assert len(found) == 1
 

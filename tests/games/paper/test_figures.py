@@ -79,7 +79,7 @@ def test_figure_5_predicts_held_out_losses():
 
 
 def test_many_penalties_improve_on_one():
-    scalar = plain(many.single(SOURCE, low=-9.0, high=-7.0, count=3))
+    scalar = plain(many.alone(SOURCE, low=-9.0, high=-7.0, count=3))
     assert scalar["stationarity"] <= 1e-5
     run = plain(many.tuned(SOURCE, response="implicit", steps=5, seed=0))
     results = {many.BEST_SCALAR: scalar} | dict.fromkeys(many.responses(), run)

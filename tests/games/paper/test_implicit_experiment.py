@@ -61,7 +61,7 @@ def test_at_the_kink_the_truth_is_flat_and_the_theorem_does_not_apply() -> None:
     assert all(not bool(weight.any()) for weight in best_response(decay, train).values())
     assert not bool(true_slope(decay, train, valid).any())
     game = seed_game(digits.train, digits.valid, start=decay)
-    with pytest.warns(bl.NonConvergenceWarning, match="wanted 0.001"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match="wanted 0.001"):
         slope, _ = hypergradient(responses(CLASSES)["implicit"], game, decay)
     assert float(slope.norm()) > 0.1
     told = at_kink(Source(), penalty=3.5, seed=0)

@@ -18,7 +18,7 @@ def work(source, *, value, fail=False):
     if value < 0:
         import warnings
 
-        warnings.warn("below zero", bl.NonConvergenceWarning)
+        warnings.warn("below zero", bl.errors.NonConvergenceWarning)
     return {"square": torch.tensor(value) ** 2, "nothing": math.nan}
 
 

@@ -63,7 +63,7 @@ def test_the_hypergradient_is_that_of_exact_responses(splits):
     train, valid = splits
     game = seed_game(train, valid, start=0.5)
     decay = torch.tensor(0.5, dtype=D, requires_grad=True)
-    response = bl.Implicit(bl.ClosedForm(best_response), linear_solver=bl.Dense())
+    response = bl.Implicit(bl.ClosedForm(best_response), linear_solver=bl.linear.Dense())
     weights, _ = response(game, {"decay": decay}, response.init(game))
     (found,) = torch.autograd.grad(likelihood_loss(weights, batch_of(valid)), decay)
     above, below = (

@@ -167,7 +167,7 @@ def test_what_cannot_be_weighed_is_refused():
             reweight(model, train, clean)
     with pytest.raises(ValueError, match="steps=0"):
         reweight(model, (inputs, labels), clean, steps=0)
-    with pytest.warns(bl.UnreliableResponseWarning, match="fewer than 5"):
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match="fewer than 5"):
         reweight(model, (inputs, labels), (clean[0][:8], clean[1][:8]), steps=1)
 
 

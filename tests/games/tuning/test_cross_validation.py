@@ -65,9 +65,9 @@ def test_a_second_run_does_only_what_is_missing(tmp_path):
     second = search(played, grid(played, {"decay": [0.0, 1.0]}), folder=tmp_path)
     assert asked == [0.0, 1.0, 1.0]
     assert torch.equal(first.leader_losses, second.leader_losses)
-    with pytest.raises(bl.CheckpointError, match="another search"):
+    with pytest.raises(bl.errors.CheckpointError, match="another search"):
         search(played, grid(played, {"decay": [0.5, 1.0]}), folder=tmp_path)
-    with pytest.raises(bl.CheckpointError, match="another search"):
+    with pytest.raises(bl.errors.CheckpointError, match="another search"):
         other = bl.Game(
             decay=bl.Player(lambda weights: 2 * lead(weights), torch.tensor(0.5, dtype=D)),
             weights=played.players["weights"],
@@ -78,7 +78,7 @@ def test_a_second_run_does_only_what_is_missing(tmp_path):
 def test_what_did_not_converge_is_told():
     played = game()
     search = CrossValidation(lambda p: torch.optim.SGD(p, lr=1e-4), steps=3)
-    with pytest.warns(bl.NonConvergenceWarning, match="2 of 2 candidates did not converge in 3 steps"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match="2 of 2 candidates did not converge in 3 steps"):
         found = search(played, grid(played, {"decay": [0.0, 1.0]}))
     assert not found.converged.any()
 

@@ -1,0 +1,264 @@
+"""The one primitive for implicit derivatives: a solution of F(y, x) = 0 that knows how it moves with x."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import Pullback, captured_leaves, concrete, pullback, tracked_at_any_level, transforms_active
+from bilevel.errors import CapturedTensorError, NonFiniteError
+from bilevel.linear import GMRES, LinearOperator, LinearSolver
+from bilevel.tree import Variables, flatten, join, leaves, structure_of
+
+FlatResidual = Callable[..., Tensor]
+
+
+@dataclass
+class Receipt:
+    """What a backward solve leaves behind: its fields are set when backward runs. `receipt_of` finds it by the answer.
+
+    `adjoint: [n]` is the last solution u of (dF/dy)^T u = v and the warm start of the next, `[0]` as long as there is
+    none; `residual` is 0-d, the
+    residual norm relative to |v|; `products` counts; `error` is the solver's estimate of the derivative's relative
+    error, NaN if it makes none and infinite if it saw too little; `memory` is what it keeps from system to system.
+    """
+
+    adjoint: Tensor
+    residual: Tensor
+    products: Tensor
+    error: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def blank(like: Tensor, solver: LinearSolver | None = None) -> Receipt:
+        """A receipt for `like: [n]` unknowns before any backward solve."""
+        nothing = torch.full_like(like[0], torch.nan)
+        memory = {} if solver is None else solver.init(like)
+        return Receipt(torch.empty_like(like[:0]), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
+
+
+def root(
+    residual: Callable[[Variables, Variables], Variables],
+    solution: Variables,
+    inputs: Variables,
+    *,
+    linear_solver: LinearSolver | None = None,
+    symmetric: bool = False,
+    receipt: Receipt | None = None,
+) -> Variables:
+    r"""A solution y of F(y, x) = 0 with its derivatives in x attached, by the implicit-function theorem.
+
+        dy/dx = -(dF/dy)^-1 dF/dx
+
+    `residual(y, x)` is F: any stationarity residual, shaped like y; `solution` is y, found by any means (it is
+    detached here); `inputs` is x, a pytree of tensors. Returns y with the same values. Backward solves
+    (dF/dy)^T u = v by `linear_solver` (default `GMRES(rtol=1e-10)` in float64, `1e-5` in float32) and returns
+    -(dF/dx)^T u. That solve is itself a `root`, so that derivatives of any order are right, and `torch.func.grad`,
+    `jacrev` and `vmap` compose. There is no forward mode. `symmetric=True` promises that dF/dy is symmetric, as the
+    Hessian of a loss is, and admits ConjugateGradient.
+
+    The derivative is as good as F(y, x) is small and the linear solve converged: an error of y moves it to first
+    order, and an unconverged solve warns.
+
+    Costs one evaluation of F here (the check for captures), one graph of F and the solver's products in backward.
+    Raises `CapturedTensorError` when F uses a tensor that requires grad and is not in `inputs`: it would get no
+    gradient, in silence. Raises `ValueError` when F(y, x) has not y's form.
+    Source: Blondel et al. 2022 (arXiv 2105.15183).
+
+    >>> x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    >>> y = root(lambda y, x: y ** 2 - x, x.sqrt(), x)
+    >>> torch.autograd.grad(y, x)[0].item()  # 1 / (2 sqrt 2)
+    0.353553...
+    """
+    form, input_form = structure_of(solution), structure_of(inputs)
+    flat, xs = flatten(solution).detach(), leaves(inputs)
+
+    def flat_residual(y: Tensor, *x: Tensor) -> Tensor:
+        value = residual(form.unflatten(y), input_form.build(x))
+        found = structure_of(value)
+        if found.shapes != form.shapes:
+            raise ValueError(
+                f"root: the residual F(y, x) has leaves of shapes {[tuple(s) for s in found.shapes]}; expected those "
+                f"of the solution, {[tuple(s) for s in form.shapes]}."
+            )
+        return flatten(value)
+
+    if linear_solver is None:
+        linear_solver = GMRES(rtol=1e-10 if flat.dtype == torch.float64 else 1e-5)
+    refuse_captures(flat_residual, flat, xs)
+    attached = attach(flat_residual, flat, xs, linear_solver=linear_solver, symmetric=symmetric, receipt=receipt)
+    return form.unflatten(attached)
+
+
+def refuse_captures(residual: FlatResidual, y: Tensor, xs: list[Tensor]) -> None:
+    """Raise `CapturedTensorError` when F reaches a tensor that requires grad and was not passed."""
+    if transforms_active():
+        # Nothing that is passed is tracked, so whatever is tracked in the value came in by another way.
+        value = residual(y.detach(), *(x.detach() for x in xs))
+        captured: Tensor | None = value if tracked_at_any_level(value) else None
+    else:
+        passed = [tensor.detach().clone().requires_grad_() for tensor in (y, *xs)]
+        with torch.enable_grad():
+            value = residual(*passed)
+        captured = next(iter(captured_leaves([value], passed)), None)
+    if captured is not None:
+        shape = "" if captured is value else f" of shape {tuple(captured.shape)}"
+        raise CapturedTensorError(
+            f"The residual captures a tensor{shape} that requires grad, so that its derivative would be lost in "
+            "silence. Pass it among the inputs (as a player's variables), or detach it."
+        )
+
+
+def attach(
+    residual: FlatResidual,
+    y: Tensor,
+    xs: list[Tensor],
+    *,
+    linear_solver: LinearSolver,
+    symmetric: bool,
+    receipt: Receipt | None = None,
+    products: Pullback | None = None,
+) -> Tensor:
+    """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
+
+    `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
+    backward then takes its products from that graph instead of building it again, and lets it go.
+    """
+    system = _System(residual, linear_solver, symmetric, receipt, products)
+    attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
+    return attached  # type: ignore[no-any-return]
+
+
+def receipt_of(answer: Variables) -> Receipt | None:
+    """The receipt of the backward solve of `answer`: of the root that is nearest in its graph; None without one."""
+    pending = deque(leaf.grad_fn for leaf in leaves(answer) if leaf.grad_fn is not None)
+    seen = set(pending)
+    while pending:
+        node = pending.popleft()
+        system = getattr(node, "system", None)  # an attribute of our own autograd function's context
+        if isinstance(system, _System):
+            return system.receipt
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return None
+
+
+@dataclass(frozen=True)
+class _System:
+    """The part of a root that is no tensor; a class of its own, so that vmap hands it over untouched."""
+
+    residual: FlatResidual
+    solver: LinearSolver
+    symmetric: bool
+    receipt: Receipt | None
+    products: Pullback | None = None
+
+
+class _Root(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(system: _System, y: Tensor, *xs: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.system, _, *xs = inputs
+        # The output, not the input: it depends on x, and so the second derivative sees y move.
+        ctx.save_for_backward(output, *xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangent,) = grads
+        y, *xs = ctx.saved_tensors
+        system: _System = ctx.system
+        # Taken once: whoever keeps the loss after backward keeps no graph with it. A second backward builds its own.
+        ctx.system = replace(system, products=None)
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+
+        def partial(y: Tensor, *some: Tensor) -> Tensor:
+            every = list(xs)
+            for index, x in zip(wanted, some, strict=True):
+                every[index] = x
+            return system.residual(y, *every)
+
+        given = [xs[index] for index in wanted]
+        again = torch.is_grad_enabled() or transforms_active()
+        if again:
+            adjoint, _ = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
+            adjoint = _attach_adjoint(system, adjoint, cotangent, y, xs)
+            _, products = pullback(lambda *some: partial(y, *some), *given)
+            derivatives = products(adjoint)
+        else:
+            # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
+            ready = system.products if all(x.requires_grad == (i in wanted) for i, x in enumerate(xs)) else None
+            products = ready or pullback(partial, y, *given)[1]
+            _, derivatives = _solve(system, products, cotangent)
+        result: list[Tensor | None] = [None] * len(xs)
+        for index, derivative in zip(wanted, derivatives, strict=True):
+            result[index] = -derivative
+        return (None, None, *result)
+
+
+def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """u `[n]` with (dF/dy)^T u = rhs, and (dF/dx)^T u for each further primal of `products`."""
+    last: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
+    def checked(v: Tensor) -> Tensor:
+        # The product that measures the residual gives the mixed products too: they share most of their work.
+        found, *mixed = products(v)
+        last[:] = [(v, tuple(mixed))]
+        return found
+
+    single = not transforms_active() and not torch.is_grad_enabled()
+    operator = LinearOperator(
+        lambda v: products(v, slice(1))[0],
+        system.symmetric,
+        checked if single else None,
+        (lambda v: join(products(v, slice(1, None)))) if single else None,
+    )
+    receipt = system.receipt
+    # A receipt is plain memory: under a transform it neither warms the solve nor is written.
+    plain = receipt is not None and not transforms_active()
+    with torch.no_grad():
+        start = receipt.adjoint if plain and receipt is not None and receipt.adjoint.numel() else None
+        kept = {"memory": receipt.memory} if plain and receipt is not None and receipt.memory else {}
+        found = system.solver.solve(operator, rhs.detach() if plain else rhs, start, **kept)
+        if plain and receipt is not None:
+            size = torch.linalg.vector_norm(rhs)
+            some = concrete(size) > 0
+            # As long as the follower: taken over and not copied. To start from 0 costs a product and gives nothing.
+            receipt.adjoint = found.solution if some else found.solution[:0]
+            receipt.residual = found.residual_norm / size if some else found.residual_norm
+            receipt.products = receipt.products + found.products
+            receipt.error = torch.full_like(receipt.error, found.error)
+    if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
+        raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
+    if not single:
+        return found.solution, ()  # to be differentiated themselves
+    for answer, mixed in last:
+        if answer is found.solution or torch.equal(answer, found.solution):
+            return found.solution, mixed
+    return found.solution, products(found.solution, slice(1, None))
+
+
+def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:
+    """The adjoint u as the root of G(u; v, y, x) = (dF/dy)^T u - v, differentiable in v, y and x."""
+
+    # The solver adds its own damping to dG/du, as it did for u; G itself leaves it out.
+    def residual(u: Tensor, v: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            _, products = pullback(lambda y: system.residual(y, *xs), y)
+            return products(u)[0] - v
+
+    return attach(residual, adjoint, [cotangent, y, *xs], linear_solver=system.solver, symmetric=system.symmetric)
+
+
+__all__ = ["Receipt", "attach", "receipt_of", "refuse_captures", "root"]

@@ -1,0 +1,7 @@
+"""What a point is worth: bounds on its hypergradient's error, conditions of equilibrium, gains from moving alone."""
+
+from bilevel.certificates._certify import certify, certify_nash
+from bilevel.certificates._exploitability import Exploitability, exploitability
+from bilevel.certificates.certificate import Certificate, Standing
+
+__all__ = ["Certificate", "Exploitability", "Standing", "certify", "certify_nash", "exploitability"]

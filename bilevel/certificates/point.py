@@ -1,0 +1,320 @@
+"""A leader and a follower held at a point: their gradients, products and linear solves, each counted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._root import attach
+from bilevel.autodiff import Pullback, gradient, pullback
+from bilevel.errors import NonConvergenceWarning
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
+from bilevel.linear import ConjugateGradient, LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
+from bilevel.randomness import random_kept, random_state
+from bilevel.responses import Response
+from bilevel.responses.base import Follower, State, fresh_state
+from bilevel.tree import Variables, flatten, leaves, map_leaves
+
+SMALL = 100
+"""So many unknowns or fewer are searched whole: their extreme eigenvalues are exact."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An implicit hypergradient: where it was taken, and what is left of the equations behind it.
+
+    `y` `[m]`; `gradient` `[n]` = g_x - f_xy u; `slope` |grad_y f|; `residual` |f_yy u - g_y|; `mixed` the Frobenius
+    norm of f_xy, estimated; `scale` |g_x| + mixed |u|, the size of the two terms before they cancel.
+    """
+
+    y: Tensor
+    gradient: Tensor
+    slope: float
+    residual: float
+    mixed: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response's answer y `[m]` at the point, the leaves of the leader's that it moves with, and the slope it gives.
+
+    `gradient` `[n]` is the hypergradient that plain autograd finds through it.
+    """
+
+    y: Tensor
+    mine: list[Tensor]
+    gradient: Tensor
+
+
+class LeaderFollowerPoint:
+    """One batch of each of the two players, the modules' buffers, and random numbers, for as long as this lives."""
+
+    def __init__(
+        self,
+        game: Game,
+        leader: str,
+        follower: str,
+        variables: Mapping[str, Variables],
+        *,
+        buffers: Buffers,
+        batches: Mapping[str, Batch],
+        seed: int,
+    ) -> None:
+        self.game, self.leader, self.follower = game, leader, follower
+        state = fresh_state(game, follower, seed)
+        self.reference = float(state["reference"])
+        self.others = {name: v for name, v in variables.items() if name != follower}
+        self.held = Follower(game, self.others, state, batches.get(follower))
+        self.held.buffers = buffers
+        self.buffers = buffers
+        self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]
+        self.residual = self.held.held_residual()
+        self.random = random_state(game.device)
+        self.xs = [x.detach() for x in self.held.xs]
+        # The leader's own leaves among those of all the others, in the order of the flat vector.
+        mine = {id(leaf) for leaf in leaves(self.others[leader])}
+        self.mine = [index for index, leaf in enumerate(self.held.xs) if id(leaf) in mine]
+        self.y = flatten(variables[follower]).detach()
+        self.rtol = 1e-10 if self.y.dtype == torch.float64 else 1e-5
+        self.seed = seed
+        self.generator = torch.Generator(device=self.y.device).manual_seed(seed)
+        self.gradients = self.products = 0
+        self.leader_reference = self._leader_at_start()
+        self.lowest = math.inf
+        """The lowest Rayleigh quotient of the follower's Hessian at the point, over all the products taken with it."""
+
+    # Pieces ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def own(self) -> list[Tensor]:
+        """The leader's leaves."""
+        return [self.xs[index] for index in self.mine]
+
+    def slope(self, y: Tensor, *mine: Tensor) -> Tensor:
+        """grad_y f `[m]` as a function of y `[m]` and the leader's leaves."""
+        self.gradients += 1
+        return self.residual(y, *self._every(mine))
+
+    def leader_loss(self, y: Tensor, *mine: Tensor) -> Tensor:
+        """g, a 0-d tensor."""
+        self.gradients += 1
+        variables = {**self.held.input_form.build(self._every(mine)), self.follower: self.held.form.unflatten(y)}
+        with random_kept(self.game.device, start=self.random):
+            return self.game.loss(self.leader, variables, self.batch, self.buffers or None)
+
+    def _leader_at_start(self) -> float:
+        """|g_x| at the start of the game, everybody at init."""
+        start = {name: self.game.initial(name) for name in self.game.names}
+        form, buffers = self.game.structure(self.leader), self.game.buffers()
+
+        def loss(x: Tensor) -> Tensor:
+            with random_kept(self.game.device, start=self.random):
+                loss = self.game.loss(self.leader, {**start, self.leader: form.unflatten(x)}, self.batch, buffers)
+                return loss + 0.0 * x.sum()  # it may depend on the follower alone
+
+        with torch.no_grad():
+            self.gradients += 1
+            return float(gradient(loss, flatten(start[self.leader]))[1][0].norm())
+
+    def draw(self, like: Tensor) -> Tensor:
+        """A Gaussian direction."""
+        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=like.device)
+
+    def _every(self, mine: tuple[Tensor, ...]) -> list[Tensor]:
+        every = list(self.xs)
+        for index, x in zip(self.mine, mine, strict=True):
+            every[index] = x
+        return every
+
+    def _hessian(self, y: Tensor, products: Pullback) -> LinearOperator:
+        """f_yy at y from the pullback of grad_y f; remembers its lowest Rayleigh quotient at the point itself."""
+
+        def matvec(v: Tensor) -> Tensor:
+            product = products(v)[0]
+            self.products += 1
+            largest = v.abs().amax()
+            if y is self.y and float(largest) > 0.0:
+                unit = v / largest  # squares of small float32 numbers underflow
+                self.lowest = min(self.lowest, float(unit @ (product / largest)) / float(unit @ unit))
+            return product
+
+        return LinearOperator(matvec, symmetric=True)
+
+    def _solve(self, operator: LinearOperator, rhs: Tensor) -> tuple[Tensor, float]:
+        with _unwarned():
+            found = ConjugateGradient(rtol=self.rtol).solve(operator, rhs)
+        return found.solution, float(found.residual_norm)
+
+    # What is asked of them -------------------------------------------------------------------------------------------
+
+    def spectrum(self, y: Tensor, steps: int) -> Spectrum:
+        """Of the follower's Hessian at y `[m]`."""
+        with torch.no_grad():
+            _, products = pullback(self.slope, y, *self.own)
+            operator = self._hessian(y, products)
+            return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=self.seed)
+
+    def implicit(self, y: Tensor) -> Taken:
+        """The implicit hypergradient at y `[m]`; costs a linear solve."""
+        with torch.no_grad():
+            slope, products = pullback(self.slope, y, *self.own)
+            _, parts = gradient(self.leader_loss, y, *self.own)
+            adjoint, left = self._solve(self._hessian(y, products), parts[0])
+            mixed_term = flatten(list(products(adjoint)[1:]))
+            direct = flatten(list(parts[1:]))
+            # E |f_xy z|^2 over Gaussian z is the squared Frobenius norm, an upper bound of the spectral one.
+            sizes = [float(flatten(list(products(self.draw(y))[1:])).square().sum()) for _ in range(4)]
+            self.products += 5
+        mixed = math.sqrt(sum(sizes) / len(sizes))
+        scale = float(direct.norm()) + mixed * float(adjoint.norm())
+        return Taken(y, direct - mixed_term, float(slope.detach().norm()), left, mixed, scale)
+
+    def newton(self, y: Tensor) -> Tensor:
+        """-H^-1 grad_y f at y `[m]`; costs a linear solve."""
+        with torch.no_grad():
+            slope, products = pullback(self.slope, y, *self.own)
+            step, _ = self._solve(self._hessian(y, products), slope.detach())
+        return -step
+
+    def sensitivity(self, taken: Taken) -> float:
+        """How fast the implicit hypergradient changes with y, estimated; costs four linear solves."""
+        y = taken.y
+        h: float = torch.finfo(y.dtype).eps ** (1.0 / 3.0) * max(1.0, float(y.norm()) / math.sqrt(y.numel()))
+
+        def change(direction: Tensor) -> float:
+            return float((self.implicit(y + h * direction).gradient - taken.gradient).norm()) / h
+
+        # Gaussian directions give a Frobenius norm, which two draws put more than three times too low in one case of
+        # ten if it has one singular value, and hardly ever if it has several. The way to the optimum is seen as well.
+        spread = 3.0 * math.sqrt(sum(change(self.draw(y)) ** 2 for _ in range(2)) / 2.0)
+        ahead = self.newton(y)
+        length = float(ahead.norm())
+        return max(spread, 2.0 * change(ahead / length)) if length > 0.0 else spread
+
+    def answer(self, response: Response, state: State | None) -> Answer:
+        """What a response answers at the point, from a state of its own or a fresh one."""
+        start = response.init(self.game, follower=self.follower, seed=self.seed) if state is None else state
+        tracked = map_leaves(lambda t: t.detach().clone().requires_grad_(), self.others)
+        with torch.enable_grad(), warnings.catch_warnings(), random_kept(self.game.device):
+            warnings.simplefilter("ignore")  # what they would say is what is measured here
+            answer, _ = response(self.game, tracked, start, self.held.batch)
+            mine = leaves(tracked[self.leader])
+            slopes = torch.autograd.grad(
+                self.game.loss(self.leader, {**tracked, self.follower: answer}, self.batch, self.buffers or None),
+                mine,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        self.gradients += 1
+        return Answer(flatten(answer), mine, flatten(list(slopes)).detach())
+
+    def directional(self, answer: Answer) -> tuple[Tensor, Tensor]:
+        """J e by the response, and -H^-1 f_yx e at its own answer, `[m]` each, in a fresh Gaussian direction e."""
+        directions = [self.draw(x) for x in answer.mine]
+        moved = _along(
+            lambda v: torch.autograd.grad(answer.y, answer.mine, v, create_graph=True, materialize_grads=True),
+            answer.y,
+            directions,
+        )
+        at = answer.y.detach()
+        with torch.enable_grad():
+            _, products = pullback(self.slope, at, *self.own)
+            mixed = _along(lambda v: products(v)[1:], at, directions)
+        with torch.no_grad():
+            wanted, _ = self._solve(self._hessian(at, products), -mixed)
+        return moved, wanted
+
+    def total_spectrum(self, y: Tensor, steps: int) -> Spectrum:
+        """Of the leader's total second derivative, the follower's optimum y `[m]` moving along; two solves a product.
+
+        It differentiates the implicit hypergradient, whose linear solve is itself an implicit function.
+        """
+        with torch.enable_grad(), _unwarned():
+            mine = [x.detach().clone().requires_grad_() for x in self.own]
+            solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), count=self._count)
+            optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=True)
+            loss = self.leader_loss(optimum, *mine)
+            total = flatten(list(torch.autograd.grad(loss, mine, create_graph=True, materialize_grads=True)))
+
+            def product(v: Tensor) -> Tensor:
+                self.products += 1
+                rows = torch.autograd.grad(total, mine, v, retain_graph=True, materialize_grads=True)
+                return flatten(list(rows))
+
+            start = flatten(mine).detach()
+            operator = LinearOperator(product, symmetric=True)
+            return extreme_eigenvalues(operator, start, steps=_steps(steps, start), seed=self.seed)
+
+    def _count(self, products: int) -> None:
+        self.products += products
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Counted(LinearSolver):
+    """A solver whose products are counted."""
+
+    inner: LinearSolver
+    count: Callable[[int], None]
+
+    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
+        found = self.inner.solve(operator, rhs, initial)
+        self.count(found.products)
+        return found
+
+
+def own_gradient(
+    game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+) -> tuple[float, Callable[[int, int], Spectrum]]:
+    """A player's own gradient's norm, all else held; and the spectrum of its own Hessian, for `steps` and a seed."""
+    form, random = game.structure(name), random_state(game.device)
+
+    def slope(y: Tensor) -> Tensor:
+        with random_kept(game.device, start=random):
+            moved = lambda y: game.loss(name, {**variables, name: form.unflatten(y)}, batch, buffers or None)  # noqa: E731
+            return gradient(moved, y)[1][0]
+
+    y = flatten(variables[name]).detach()
+    with torch.no_grad():
+        value, products = pullback(slope, y)
+
+    def spectrum(steps: int, seed: int) -> Spectrum:
+        with torch.no_grad():
+            operator = LinearOperator(lambda v: products(v)[0], symmetric=True)
+            return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=seed)
+
+    return float(value.detach().norm()), spectrum
+
+
+def _steps(steps: int, like: Tensor) -> int:
+    return max(steps, like.numel()) if like.numel() <= SMALL else steps
+
+
+def _along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
+    """The derivative along `directions`, by differentiating the pullback v -> J'v, which is linear in v."""
+    with torch.enable_grad():
+        v = torch.zeros_like(like).requires_grad_()
+        rows = pulled(v)
+        total = torch.stack([(row * d).sum() for row, d in zip(rows, directions, strict=True)]).sum()
+        if not total.requires_grad:  # nothing moves with them
+            return torch.zeros_like(like)
+        (moved,) = torch.autograd.grad(total, v, retain_graph=True, materialize_grads=True)
+    return moved.detach()
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings of linear solves that stop short: what they leave enters the bound."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NonConvergenceWarning)
+        yield

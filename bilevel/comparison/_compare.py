@@ -1,0 +1,268 @@
+"""The same work, side by side: games x responses x seeds, in parallel, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bilevel.comparison.arguments import check, is_game, suited
+from bilevel.comparison.identity import described, digest, file_name, identity, versions
+from bilevel.comparison.measure import Setting, in_own_randomness, measure, refer
+from bilevel.comparison.result import Comparison, Laws
+from bilevel.comparison.rows import Reference, Row, plain
+from bilevel.game import Game
+from bilevel.inner.torch_optim import OptimizerFactory
+from bilevel.responses import Response
+
+if TYPE_CHECKING:
+    from bilevel.testing.known import KnownGame
+
+BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+"""Of a response's own steps, what the ladder of hypergradients is given."""
+
+
+def compare(
+    games: Mapping[str, Game | KnownGame | Callable[[int], Game | KnownGame]],
+    responses: Mapping[str, Response | Mapping[str, Response]],
+    *,
+    follower: str | None = None,
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    steps: int = 50,
+    seeds: Sequence[int] = (0, 1, 2),
+    budgets: Sequence[float] = BUDGETS,
+    reference: Response | None = None,
+    laws: Laws | None = None,
+    jobs: int = 1,
+    folder: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = False,
+) -> Comparison:
+    """Measure every response on every game: error, value, work, seconds, memory, and all warnings.
+
+    `games` and `responses` are named. A game may be a function of the seed, for data or starts that differ between
+    seeds. A response may be a mapping from game to response, for settings that suit each; a game that it leaves out is
+    not run. `follower` responds (default: the last player); the first player leads. `optimizer` is the leader's, or
+    one by game (default: as in `solve`).
+
+    Of each game, response and seed: the **hypergradient** at the game's start, from a fresh state with every player's
+    first batch held, by the response with `budgets` times its own steps, against the exact answer of a `KnownGame`,
+    else against `reference` (default: L-BFGS and conjugate gradients to 1e-10 in float64, 1e-5 else), whose own
+    residuals are in `Comparison.references`; the **peak memory** of one hypergradient, in a pass of its own; a run of
+    `solve` of so many `steps`, with the leader's loss at the follower's converged answer along it. A response that
+    raises is a row with its `failure`.
+
+    Runs with `jobs` > 1 are processes of one thread each (joblib). `folder` keeps each finished run as a file; with
+    `resume` those of the same settings, game and code are not run again, so a comparison that was interrupted goes on
+    from there. A game is known by its variables, first batches and losses, an objective by its code.
+    `laws` are shown in the page as they come. `progress` shows a bar on stderr.
+
+    Costs, of one run, the sum of `budgets` and some more hypergradients, and `steps` leader steps. Seconds are of this
+    machine, with `jobs` runs side by side. Raises `ValueError`/`TypeError` for wrong arguments before any work,
+    `ImportError` for `jobs` > 1 without joblib.
+
+    >>> from bilevel import Implicit
+    >>> from bilevel.testing import Cournot
+    >>> implicit = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
+    >>> found = compare({"duopoly": Cournot(6.0, 0.5, (1.0, 1.0))}, {"implicit": implicit}, steps=2, seeds=(0,))
+    >>> found.rows[0].own.error < 1e-3
+    True
+    """
+    check(games, responses, follower, optimizer, steps, seeds, budgets, jobs)
+    where = None if folder is None else Path(folder)
+    parts = [
+        _Part(
+            game=game,
+            play=play,
+            seed=seed,
+            responses={name: one for name, given in responses.items() if (one := suited(given, game)) is not None},
+            follower=follower,
+            optimizer=optimizer[game] if isinstance(optimizer, Mapping) else optimizer,
+            steps=steps,
+            budgets=tuple(budgets),
+            reference=reference,
+            folder=where,
+            resume=resume,
+        )
+        for game, play in games.items()
+        for seed in seeds
+    ]
+    rows: dict[tuple[str, str, int], Row] = {}
+    references: dict[tuple[str, int], Reference] = {}
+    vectors: dict[tuple[str, int], list[float] | None] = {}
+    total = len(parts) + sum(len(part.responses) for part in parts)
+    with _bar(progress, total) as ended:
+        for part, (found, vector) in _each([(part, partial(_refer, part)) for part in parts], jobs):
+            references[part.game, part.seed], vectors[part.game, part.seed] = found, vector
+            ended(f"{part.game}: reference")
+        work = [
+            (part, partial(_measure, part, name, vectors[part.game, part.seed]))
+            for part in parts
+            for name in part.responses
+        ]
+        for part, row in _each(work, jobs):
+            rows[row.game, row.response, row.seed] = row
+            ended(f"{part.game}: {row.response}")
+    ordered = [(game, name, seed) for game in games for name in responses for seed in seeds]
+    return Comparison(
+        rows=tuple(rows[key] for key in ordered if key in rows),
+        references=tuple(references[part.game, part.seed] for part in parts),
+        settings={
+            "steps": steps,
+            "seeds": list(seeds),
+            "budgets": list(budgets),
+            "jobs": jobs,
+            "optimizer": {part.game: described(part.optimizer) for part in parts},
+            "responses": {
+                name: (
+                    described(given)
+                    if isinstance(given, Response)
+                    else {game: described(given[game]) for game in games if game in given}
+                )
+                for name, given in responses.items()
+            },
+        },
+        versions=versions(),
+        machine=f"{platform.platform()}, {os.cpu_count()} cores",
+        laws=dict(laws or {}),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One game at one seed, and all that its runs share."""
+
+    game: str
+    play: Any
+    seed: int
+    responses: Mapping[str, Response]
+    follower: str | None
+    optimizer: OptimizerFactory | None
+    steps: int
+    budgets: tuple[float, ...]
+    reference: Response | None
+    folder: Path | None
+    resume: bool
+
+    def setting(self) -> Setting:
+        """The game, made for its seed."""
+        play = self.play if is_game(self.play) else self.play(self.seed)
+        known = None if isinstance(play, Game) else play
+        game = play if isinstance(play, Game) else play.game()
+        return Setting(self.game, game, known, self.follower or game.names[-1], self.seed)
+
+    def kept(self, name: str, known_by: Mapping[str, Any]) -> Any:
+        """What the file of a finished run holds, unless it is of other settings or was never finished."""
+        if self.folder is None or not self.resume:
+            return None
+        try:
+            content = json.loads(self.file(self.folder, name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content["result"] if isinstance(content, dict) and content.get("identity") == known_by else None
+
+    def keep(self, name: str, known_by: Mapping[str, Any], result: Any) -> None:
+        """Write the file of a finished run: all of it or nothing."""
+        if self.folder is None:
+            return
+        file = self.file(self.folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}.half")
+        half.write_text(json.dumps({"identity": known_by, "result": plain(result)}, allow_nan=False) + "\n")
+        os.replace(half, file)
+
+    def file(self, folder: Path, name: str) -> Path:
+        """Where the run of a response, or the reference, is kept."""
+        return folder / "parts" / file_name(self.game) / f"{file_name(name)}-seed{self.seed}.json"
+
+
+def _refer(part: _Part) -> tuple[Reference, list[float] | None]:
+    setting = part.setting()
+    known_by = {"reference": described(part.reference), **identity(setting)}
+    kept = part.kept("reference of all", known_by)
+    if kept is None:
+        kept = in_own_randomness(part.seed, setting.game.device, lambda: refer(setting, part.reference))
+        part.keep("reference of all", known_by, kept)
+        return kept  # type: ignore[no-any-return]
+    return Reference(**kept[0]), kept[1]
+
+
+def _measure(part: _Part, name: str, vector: Sequence[float] | None) -> Row:
+    setting, response = part.setting(), part.responses[name]
+    known_by = {
+        "response": described(response),
+        "optimizer": described(part.optimizer),
+        "steps": part.steps,
+        "budgets": list(part.budgets),
+        "reference": digest(json.dumps(vector).encode(), described(part.reference).encode()),
+        **identity(setting),
+    }
+    kept = part.kept(name, known_by)
+    if kept is not None:
+        return Row.load(kept)
+    row = in_own_randomness(
+        part.seed,
+        setting.game.device,
+        lambda: measure(
+            setting,
+            name,
+            response,
+            optimizer=part.optimizer,
+            steps=part.steps,
+            budgets=part.budgets,
+            reference=part.reference,
+            exact=vector,
+        ),
+    )
+    part.keep(name, known_by, row)
+    return row  # type: ignore[no-any-return]
+
+
+# Doing it ------------------------------------------------------------------------------------------------------------
+
+
+def _each(work: Sequence[tuple[_Part, Callable[[], Any]]], jobs: int) -> Iterator[tuple[_Part, Any]]:
+    """Each part with its result as it ends: here one by one, or in processes."""
+    if jobs == 1:
+        for part, one in work:
+            yield part, one()
+        return
+    from joblib import Parallel, delayed  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
+
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    for index, result in parallel(delayed(_in_process)(index, one) for index, (_, one) in enumerate(work)):
+        yield work[index][0], result
+
+
+def _in_process(index: int, work: Callable[[], Any]) -> tuple[int, Any]:
+    torch.set_num_threads(1)  # the other cores have runs of their own
+    return index, work()
+
+
+@contextmanager
+def _bar(wanted: bool, total: int) -> Iterator[Callable[[str], None]]:
+    if not wanted:
+        yield lambda name: None
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda name: bar.update(task, advance=1, description=name)

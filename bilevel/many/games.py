@@ -1,0 +1,285 @@
+"""Many small games of one form, played as one: variables, and data that differ, have a leading dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch, Position, Stream
+from bilevel.randomness import random_kept
+from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
+
+
+@final
+class Games(Game):
+    """`count` games that differ in where they start and in their data, for one call of `solve`.
+
+        games = Games(game, 1000, init={"w": starts}, data={"w": [(inputs, targets)]})
+        solutions = solve(games, w=Unrolled(...), steps=200)
+        solutions[17]                                       # where solve(games.game(17), ...) ends
+
+    `game` is one of them, and its objectives are written for one: `torch.func.vmap` runs them over all. `init`: player
+    -> variables, each leaf `[count, ...]`; who is left out starts in every game where it starts in `game`. `data`:
+    player -> an iterable of batches, each tensor of a batch `[count, ...]`; who is left out draws the same batches of
+    `game` in every game. `data_dims`: player -> which leaves of its batch have the leading dimension, 0 or None for
+    each or for all of a branch, as `in_dims` of vmap says it (default: every tensor). What else an objective needs of
+    its own game, a cost or a seed's draw, is part of the batch.
+
+    It is a `Game` whose losses are `[count]`. Modules' buffers are one each. Random numbers (dropout) are drawn for
+    each game, and are not those that the game would draw alone.
+
+    Raises `ValueError`/`TypeError` for leading dimensions that are not `count`, for starts or losses that are not
+    finite, with the game's number, and for an objective that vmap cannot run: one that branches on values, calls
+    `.item()`, or writes into a tensor from outside.
+    Costs one vmapped evaluation for all games, and `count` times the memory of one.
+
+    >>> from bilevel.game import Player
+    >>> game = Game(x=Player(lambda x, batch: ((x - batch) ** 2).sum(), torch.zeros(2), data=[torch.ones(2)]))
+    >>> games = Games(game, 3, data={"x": [torch.arange(6.0).reshape(3, 2)]})
+    >>> games.loss("x", {"x": torch.zeros(3, 2)}, games.draw("x", games.start("x"))[0])
+    tensor([ 1., 13., 41.])
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        count: int,
+        *,
+        init: Mapping[str, Variables] | None = None,
+        data: Mapping[str, Iterable[Batch]] | None = None,
+        data_dims: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(game, Game) or isinstance(game, Games) or game.anticipated:
+            raise TypeError(
+                f"Games: game is {game!r}; expected one Game, without anticipated players: their responses are given "
+                "to solve()."
+            )
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"Games: count={count!r}; expected the number of games, at least 1.")
+        tuned = [name for name, player in game.players.items() if player.optimizer_hyper]
+        if tuned:
+            raise TypeError(
+                f"Games: player {tuned[0]!r} tunes the inner optimiser, of which there is one for all games. Solve "
+                "them one by one."
+            )
+        self.__dict__.update(game.__dict__)
+        self._one, self._count = game, count
+        self._dims = dict.fromkeys(data or {}, 0) | dict(data_dims or {})
+        self._initial = self._started(dict(init or {}))
+        self._structures = {name: structure_of(value) for name, value in self._initial.items()}
+        self._buffers = map_leaves(self._repeated, game._buffers)
+        self._streams = self._streamed(dict(data or {}))
+        for name in game.players:
+            self._try(name)
+
+    @property
+    def count(self) -> int:
+        """How many games there are."""
+        return self._count
+
+    def game(self, index: int) -> Game:
+        """One of them, by itself; `index` may be negative."""
+        if not -self.count <= index < self.count:
+            raise IndexError(f"There is no game {index} among {self.count}.")
+        game = object.__new__(Game)
+        game.__dict__.update(self._one.__dict__)
+        game._initial = map_leaves(lambda leaf: leaf[index].clone(), self._initial)
+        game._buffers = map_leaves(lambda leaf: leaf[index].clone(), self._buffers)
+        game._streams = self._picked(index)
+        return game
+
+    def chosen(self, indices: Sequence[int]) -> Games:
+        """Some of them, in this order: those without one that fails, say."""
+        beyond = [index for index in indices if not -self.count <= index < self.count]
+        if beyond or not len(indices):
+            raise IndexError(f"There is no game {beyond[0] if beyond else 'chosen'} among {self.count}.")
+        rows = torch.arange(self.count)[torch.as_tensor(indices)]  # on the CPU: data may be, whatever the variables are
+        games = object.__new__(Games)
+        games.__dict__.update(self.__dict__)
+        games._count = len(rows)
+        games._initial = map_leaves(lambda leaf: leaf[rows], self._initial)
+        games._structures = {name: structure_of(value) for name, value in games._initial.items()}
+        games._buffers = map_leaves(lambda leaf: leaf[rows], self._buffers)
+        games._streams = self._picked(rows)
+        return games
+
+    def joined(self, **groups: Sequence[str]) -> Games:
+        """The same games, in each of which players who move together make up one joint player; as `Game.joined`."""
+        games = super().joined(**groups)
+        games._one = self._one.joined(**groups)  # type: ignore[attr-defined]
+        return games  # type: ignore[return-value]
+
+    def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
+        """A player's batch at a position, that of every game where they differ, and the next position."""
+        batch, after = super().draw(player, position)
+        if self._dims.get(player) == 0:
+            for path, leaf in named_leaves(batch):
+                if isinstance(leaf, Tensor) and leaf.shape[:1] != (self.count,):
+                    raise ValueError(
+                        f"Player {player!r}: its batch{path} has shape {tuple(leaf.shape)}; expected a leading "
+                        f"dimension of {self.count}, one entry a game. Say data_dims={{{player!r}: ...}} with None for "
+                        "what all games share."
+                    )
+        return batch, after
+
+    def evaluate(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """A player's loss in each game `[count]`, and the buffers after it."""
+        if player in self._groups:
+            return self._evaluate_group(player, variables, batch, buffers)
+        # Looked up here, because an anticipated player answers for all games at once.
+        given = {name: self._value(name, variables) for name in self._named(player)}
+        current = self._buffers if buffers is None else {**self._buffers, **self._ungrouped(buffers)}
+
+        parts = (given, batch, current)
+        dims = [0] * len(leaves(given)) + self._flat_dims(player, batch) + [0] * len(leaves(current))
+        # One flat list of what varies: vmap would walk the nests again and again.
+        values, spec = pytree.tree_flatten(parts)
+        varying = [place for place, dim in enumerate(dims) if dim is not None]
+        forms: list[pytree.TreeSpec] = []
+
+        def one(*mine: Tensor) -> tuple[Tensor, ...]:
+            every = list(values)
+            for place, value in zip(varying, mine, strict=True):
+                every[place] = value
+            loss, after = self._one.evaluate(player, *pytree.tree_unflatten(every, spec))
+            tensors, form = pytree.tree_flatten(after)
+            forms.append(form)
+            return (loss, *tensors)
+
+        loss, *after = torch.func.vmap(one, randomness="different")(*(values[place] for place in varying))
+        return loss, pytree.tree_unflatten(after, forms[0])
+
+    def batch_dims(self, player: str, batch: Batch) -> Any:
+        """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
+        return pytree.tree_unflatten(self._flat_dims(player, batch), pytree.tree_structure(batch))
+
+    def _flat_dims(self, player: str, batch: Batch) -> list[int | None]:
+        return _spread(self._dims.get(player), batch)
+
+    def batch_of(self, player: str, batch: Batch, index: int) -> Batch:
+        """One game's part of a player's batch."""
+        return _rows(batch, self._dims.get(player), index)
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The sum over games: its gradient in one game's variables is that of this game's loss."""
+        return loss.sum()
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The norm of a player's leaves in each game, `[count]`."""
+        rows = [tensor.reshape(self.count, -1) for tensor in tensors]
+        return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1)  # type: ignore[no-any-return]
+
+    # What it is made of ---------------------------------------------------------------------------------------------
+
+    def _repeated(self, leaf: Tensor) -> Tensor:
+        return leaf.expand(self.count, *leaf.shape).clone()
+
+    def _started(self, init: Mapping[str, Variables]) -> dict[str, Variables]:
+        players = self._one.players
+        found = {name: map_leaves(self._repeated, self._one.initial(name)) for name in players}
+        for name, variables in init.items():
+            if name not in players:
+                raise ValueError(f"Games: init names {name!r}; players are {list(players)}.")
+            wanted = found[name]
+            if structure_of(variables).spec != structure_of(wanted).spec:
+                raise ValueError(f"Games: the init of player {name!r} is not nested as that of the game.")
+            for (path, leaf), (_, like) in zip(named_leaves(variables), named_leaves(wanted), strict=True):
+                where = f"Games: player {name!r}: init{path}"
+                if leaf.shape != like.shape or leaf.dtype != like.dtype or leaf.device != like.device:
+                    raise ValueError(
+                        f"{where} is {list(leaf.shape)} of {leaf.dtype} on {leaf.device}; expected {list(like.shape)} "
+                        f"of {like.dtype} on {like.device}: the form of the game's init, for {self.count} games."
+                    )
+                wrong = (~torch.isfinite(leaf)).reshape(self.count, -1).any(1).nonzero().flatten().tolist()
+                if wrong:
+                    raise ValueError(f"{where} holds NaN or infinity in game {wrong[0]}, and {len(wrong)} in all.")
+            found[name] = detached(variables)
+        return found | {group: {m: found[m] for m in members} for group, members in self._groups.items()}
+
+    def _streamed(self, data: Mapping[str, Iterable[Batch]]) -> dict[str, Stream]:
+        for name in (*data, *self._dims):
+            if name not in self._one.players:
+                raise ValueError(f"Games: data or data_dims names {name!r}; players are {list(self._one.players)}.")
+            if name not in data:
+                raise ValueError(f"Games: data_dims names {name!r}, who has no data of its own here: give data= too.")
+        for name, dims in self._dims.items():
+            wrong = [dim for dim in pytree.tree_leaves(dims) if dim not in (0, None) or isinstance(dim, bool)]
+            if wrong:
+                raise ValueError(
+                    f"Games: data_dims of player {name!r} holds {wrong[0]!r}; expected 0, the leading dimension, or "
+                    "None for what all games share."
+                )
+        for name, batches in data.items():
+            if name not in self._streams:
+                raise ValueError(f"Games: player {name!r} was given data, but its objective takes no `batch`.")
+            if isinstance(batches, Tensor | Mapping | Iterator) or not isinstance(batches, Iterable):
+                raise TypeError(
+                    f"Games: the data of player {name!r} is a {type(batches).__name__}; expected an iterable of "
+                    "batches that can be iterated again and again. A single batch is `data=[batch]`."
+                )
+        return self._streams | {name: Stream(name, batches) for name, batches in data.items()}
+
+    def _picked(self, rows: int | Tensor) -> dict[str, Stream]:
+        return {
+            name: Stream(name, _Rows(stream.data, rows, self._dims[name])) if name in self._dims else stream
+            for name, stream in self._streams.items()
+        }
+
+    def _try(self, name: str) -> None:
+        """Evaluate an objective once for all games."""
+        batch, _ = self.draw(name, self.start(name))
+        variables = {other: detached(value) for other, value in self._initial.items()}
+        with random_kept(self.device), torch.no_grad():
+            try:
+                losses = self.loss(name, variables, batch)
+            except Exception as error:
+                raise ValueError(
+                    f"Player {name!r}: torch.func.vmap cannot run its objective for {self.count} games at once: "
+                    f"{error}\nWrite it with torch.where in place of `if`, without .item(), and without writing into "
+                    "tensors from outside; or solve the games in a loop, each a Game by itself."
+                ) from error
+        wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"Player {name!r}: its loss at init is {losses[wrong[0]].item()} in game {wrong[0]}, and not finite in "
+                f"{len(wrong)} in all; expected finite numbers."
+            )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The batches of some of the games."""
+
+    data: Iterable[Batch]
+    rows: int | Tensor
+    dims: Any
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.data:
+            yield _rows(batch, self.dims, self.rows)
+
+
+def _spread(dims: Any, batch: Batch) -> list[int | None]:
+    """0 or None for each leaf of a batch; what is no tensor has no dimension."""
+    if dims is None or isinstance(dims, int):
+        return [dims if isinstance(leaf, Tensor) else None for leaf in leaves(batch)]
+    parts = [(dims[key], batch[key]) for key in batch] if isinstance(dims, Mapping) else zip(dims, batch, strict=True)
+    return [dim for dims, part in parts for dim in _spread(dims, part)]
+
+
+def _rows(batch: Batch, dims: Any, rows: int | Tensor) -> Batch:
+    if dims is None:
+        return batch
+    if isinstance(dims, int):
+        return map_leaves(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch)
+    if isinstance(dims, Mapping):
+        return {key: _rows(batch[key], dims[key], rows) for key in batch}
+    return type(batch)(_rows(part, dim, rows) for part, dim in zip(batch, dims, strict=True))

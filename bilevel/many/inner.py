@@ -1,0 +1,221 @@
+"""Inner solvers for many games at once: each game stops where it would stop alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from bilevel.inner.base import InnerSolver, Problem
+from bilevel.inner.closed_form import ClosedForm
+from bilevel.inner.torch_optim import Memory, OptimizerFactory, TorchOptimizer, build, recall, remember
+from bilevel.tree import leaves
+
+
+class ManyProblems(Problem, Protocol):
+    """The follower's problem in `count` games; leaves are `[count, ...]`."""
+
+    def norm(self, slopes: Sequence[Tensor]) -> Tensor:
+        """|gradient| in each game, `[count]`."""
+
+    def single(self, index: int) -> Problem:
+        """One game's problem."""
+
+
+@final
+@dataclass(frozen=True)
+class BatchedInnerSolver(InnerSolver):
+    """`solver` for each of many games: at once where it can, else one after the other.
+
+    At once go `torch.optim` optimisers that move each entry by itself (SGD, Adam, ...; it is tried out on two small
+    games) and closed forms that `torch.func.vmap` can run. A game whose gradient is below its threshold stands still,
+    its memory and its count of steps too, while others go on. LBFGS, SciPy, optimisers that are not of torch or whose
+    rate depends on the count of steps in ways of its own (NAdam, RAdam, Adamax, ASGD) take the games in turn, each on
+    the present batch.
+    """
+
+    solver: InnerSolver
+
+    def minimise(
+        self, problem: Any, y: list[Tensor], memory: Any, *, steps: int, threshold: Any
+    ) -> tuple[list[Tensor], Any]:
+        """Leaves `[count, ...]`; `threshold` is `[count]`."""
+        if isinstance(self.solver, ClosedForm):
+            found = _answered(self.solver, problem, y)
+            if found is not None:
+                return found, None
+        if isinstance(self.solver, TorchOptimizer) and _at_once(self.solver.factory, y):
+            return _stepped(self.solver.factory, problem, y, memory, steps, threshold)
+        singles = [problem.single(index) for index in range(len(y[0]))]
+        ends = [
+            self.solver.minimise(
+                single,
+                [leaf[index] for leaf in y],
+                None if memory is None else memory[index],
+                steps=steps,
+                threshold=float(threshold[index]),
+            )
+            for index, single in enumerate(singles)
+        ]
+        problem.gradient_count += max(single.gradient_count for single in singles)
+        stacked = [torch.stack(parts) for parts in zip(*(found for found, _ in ends), strict=True)]
+        return stacked, [after for _, after in ends]
+
+
+def entrywise(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
+    """Whether an optimiser moves stacked games `y: [count, ...]` as it moves each alone: tried out on two, a few steps.
+
+    Not so LBFGS, Adafactor and whatever looks at a norm, and groups made by the leaves' shapes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn((2, *leaf.shape[1:]), generator=generator, dtype=torch.float64).to(leaf) for leaf in y]
+    slopes = [
+        # Of different size, so that a norm over both would show.
+        [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in start]
+        for _ in range(3)
+    ]
+    for rows in slopes:
+        for leaf in rows:
+            leaf[1] *= 30.0
+
+    def end(part: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        parameters = [part(leaf).clone() for leaf in start]
+        optimizer = build(factory, parameters)
+        for rows in slopes:
+            for parameter, slope in zip(parameters, rows, strict=True):
+                parameter.grad = part(slope).clone()
+            optimizer.step()
+        return parameters
+
+    build(factory, [leaf.clone() for leaf in start])  # what is wrong with the factory itself is told as ever
+    try:
+        together, *alone = (end(part) for part in (lambda t: t, lambda t: t[0], lambda t: t[1]))
+    except Exception:  # LBFGS wants a closure, Muon matrices: whatever it is, it is not taken at once
+        return False
+    for index, single in enumerate(alone):
+        for leaf, whole in zip(single, together, strict=True):
+            # Vectorised code rounds the last entries of an array differently.
+            rounding = 1e3 * torch.finfo(leaf.dtype).eps
+            if not torch.allclose(leaf, whole[index], rtol=rounding, atol=rounding):
+                return False
+    return True
+
+
+# What each game's memory of the first holds is shaped like its leaves; the second remember a count of steps besides.
+_UNCOUNTED = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adadelta, torch.optim.Adagrad)
+_COUNTED = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def _at_once(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
+    optimizer = build(factory, [leaf.detach().clone() for leaf in y])
+    decays = any(group.get("lr_decay", 0.0) != 0.0 for group in optimizer.param_groups)  # Adagrad's, by its count
+    return type(optimizer) in (*_UNCOUNTED, *_COUNTED) and not decays and entrywise(factory, y)
+
+
+def _stepped(
+    factory: OptimizerFactory,
+    problem: ManyProblems,
+    y: Sequence[Tensor],
+    memory: Memory | None,
+    steps: int,
+    threshold: Tensor,
+) -> tuple[list[Tensor], Memory]:
+    parameters = [leaf.detach().clone() for leaf in y]
+    optimizer = build(factory, parameters)
+    recall(optimizer, parameters, memory)
+    counts = _Counts(optimizer, parameters)
+    moving: Tensor | None = None
+    for step in range(steps):
+        if step:
+            problem.advance()
+        _, slopes = problem.gradients(parameters)
+        beyond = ~(problem.norm(slopes) <= threshold)  # so that NaN goes on, to be found at the end
+        moving = beyond if moving is None else moving & beyond
+        if not bool(moving.any()):
+            break
+        for parameter, slope in zip(parameters, slopes, strict=True):
+            parameter.grad = slope
+        if bool(moving.all()):
+            before = None
+        else:
+            before = [(p.clone(), {k: _copy(v) for k, v in optimizer.state.get(p, {}).items()}) for p in parameters]
+        optimizer.step()
+        counts.add(moving)
+        for parameter, (old, remembered) in zip(parameters, before or (), strict=before is not None):
+            parameter.copy_(_where(moving, parameter, old))
+            state = optimizer.state[parameter]
+            for key, value in state.items():
+                if key != "step" and isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # Memory that a first step made is none yet for who did not take it.
+                    state[key] = _where(moving, value, remembered.get(key, torch.zeros_like(value)))
+    counts.leave()
+    return [p.detach() for p in parameters], remember(optimizer, parameters)
+
+
+class _Counts:
+    """How many steps each game has taken, which Adam divides by: one number where all have taken as many.
+
+    Else `[count, 1, ...]`, shaped to go with a leaf: torch's own code then runs in its differentiable mode, which takes
+    tensors for counts.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+        self.optimizer, self.parameters = optimizer, parameters
+        self.active = isinstance(optimizer, _COUNTED)
+        remembered = optimizer.state[parameters[0]].get("step") if self.active and optimizer.state else None
+        count = len(parameters[0])
+        # In float32, in which torch counts, a power of beta would be off by 1e-8.
+        like = torch.zeros(count, dtype=torch.float64, device=parameters[0].device)
+        self.taken = like if remembered is None else like + remembered.to(like).reshape(-1)
+        self.equal = remembered is None or remembered.ndim == 0
+        if not self.equal:
+            self._spread()
+            optimizer.defaults["differentiable"] = True
+            for group in optimizer.param_groups:
+                group["differentiable"], group["foreach"], group["fused"] = True, False, False
+
+    def add(self, moving: Tensor) -> None:
+        """One more step for these games."""
+        self.taken = self.taken + moving
+        if self.active and not self.equal:
+            self._spread()
+
+    def leave(self) -> None:
+        """Put the counts where the memory of the optimiser is read."""
+        if self.active and self.optimizer.state and not bool((self.taken == self.taken[0]).all()):
+            self._spread()
+        elif self.active and self.optimizer.state:
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]["step"] = self.taken[0].to(torch.get_default_dtype()).cpu()
+
+    def _spread(self) -> None:
+        for parameter in self.parameters:
+            shape = (-1, *[1] * (parameter.ndim - 1))
+            self.optimizer.state[parameter]["step"] = self.taken.reshape(shape).clone()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _where(moving: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(moving.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _answered(solver: ClosedForm, problem: Any, y: Sequence[Tensor]) -> list[Tensor] | None:
+    """The function's answers for all games, or None where vmap cannot run it (it may be NumPy's)."""
+    given = {**problem.others, "batch": problem.batch}
+    arguments = {name: given[name] for name in inspect.signature(solver.function).parameters if name in given}
+    dims = {name: problem.batch_dims if name == "batch" else 0 for name in arguments}
+    try:
+        with torch.no_grad():
+            found = torch.func.vmap(lambda given: leaves(solver.function(**given)), in_dims=(dims,))(arguments)
+    except Exception:  # vmap raises what it likes; one by one the function itself says what is wrong
+        return None
+    if [t.shape for t in found] != [leaf.shape for leaf in y]:
+        return None
+    return [t.detach().to(old).clone() for t, old in zip(found, y, strict=True)]

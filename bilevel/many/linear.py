@@ -1,0 +1,154 @@
+"""One solver for many independent systems at once, each with its own scalars and its own end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import BilevelError, NonConvergenceWarning
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.tree import join
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BatchedLinearSolver(LinearSolver):
+    """Solves a block-diagonal system, one block a game, by running `solver` on all blocks at once under vmap.
+
+        A = diag(A_1, ..., A_count),    A v is one product for all blocks together
+
+    Vectors `[count n]` are those of variables with leaves `[count, ...]`, leaf after leaf; `widths` are the leaves'
+    sizes in one game. Each block ends where `solver` would end it alone: its step lengths are its own, and one that is
+    done stands still. `memory` receives the blocks' relative residuals `[count]`. Preconditioners start afresh with
+    each system. An error names the first game that raises it by itself.
+
+    Costs the products of the block that takes the most.
+    """
+
+    solver: LinearSolver
+    count: int
+    widths: tuple[int, ...] = field(repr=False)
+
+    @property
+    def needs_symmetry(self) -> bool:
+        """As `solver` does."""
+        return self.solver.needs_symmetry
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The relative residual of each block in the last system."""
+        return {"residuals": like.new_full((self.count,), torch.nan)}
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        initial: Tensor | None = None,
+        memory: dict[str, Tensor] | None = None,
+    ) -> LinearSolution:
+        """u `[count n]` with A u = rhs."""
+        rows, start = self._rows(rhs), None if initial is None else self._rows(initial)
+        try:
+            found, norms, wanted, products = self._all(operator, rows, start)
+        except BilevelError as error:
+            raise type(error)(f"Game {self._first_wrong(operator, rows, type(error))}: {error}") from error
+        sizes = torch.linalg.vector_norm(rows, dim=1)
+        relative = torch.where(sizes > 0.0, norms / sizes, norms)
+        if memory is not None:
+            memory["residuals"].copy_(relative)
+        missed = norms > wanted
+        if self.solver.rtol is not None and bool(missed.any()):
+            worst = int(torch.where(missed, relative, -1.0).argmax())
+            told = (
+                f"{type(self.solver).__name__} stopped after {products} products short of its tolerance in "
+                f"{int(missed.sum())} of {self.count} games, the worst being game {worst} with a residual of "
+                f"{float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
+                f"max({self.solver.rtol:g} |b|, {self.solver.atol:g}). Give it more steps, more damping, or a larger "
+                "rtol."
+            )
+            warnings.warn(NonConvergenceWarning(told, games=missed.nonzero().flatten().tolist()), stacklevel=2)
+        whole = torch.linalg.vector_norm(norms)
+        return LinearSolution(self._flat(found), whole, products, not bool(missed.any()))
+
+    def _all(
+        self, operator: LinearOperator, rows: Tensor, start: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Solutions `[count, n]`, residual norms and the tolerances that they were held against `[count]`, products.
+
+        Where `mask: [count]` is False, the block is the identity.
+        """
+        taken = 0
+
+        def product(vectors: Tensor) -> Tensor:
+            result = self._rows(operator.matvec(self._flat(vectors)))
+            return result if mask is None else torch.where(mask[:, None], result, vectors)
+
+        def one(rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal taken
+            single = LinearOperator(lambda v: _Product.apply(v, rhs, product), operator.symmetric)  # type: ignore[no-untyped-call]
+            found = self.solver.solve(single, rhs, start)
+            taken = found.products
+            return found.solution, found.residual_norm, self.solver.tolerance(rhs)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NonConvergenceWarning)  # told by the caller, with the game's number
+            dims = (0, None if start is None else 0)
+            solutions, norms, wanted = torch.func.vmap(one, in_dims=dims)(rows, start)
+        return solutions, norms, wanted, taken
+
+    def _first_wrong(self, operator: LinearOperator, rows: Tensor, kind: type[BilevelError]) -> int:
+        """The first block that raises by itself, by halving: log2(count) solves, in case of an error only."""
+        low, high = 0, self.count
+        places = torch.arange(self.count, device=rows.device)
+        while high - low > 1:
+            middle = (low + high) // 2
+            mask = (places >= low) & (places < middle)
+            try:
+                self._all(operator, torch.where(mask[:, None], rows, 0.0), None, mask)
+            except kind:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _rows(self, vector: Tensor) -> Tensor:
+        """`[count n]`, leaf after leaf, to `[count, n]`, game after game."""
+        if len(self.widths) == 1:
+            return vector.reshape(self.count, -1)
+        parts = torch.split(vector, [self.count * width for width in self.widths])
+        return torch.cat([part.reshape(self.count, -1) for part in parts], dim=1)
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        """`[count, n]` to `[count n]`."""
+        return join(torch.split(rows, list(self.widths), dim=1))
+
+
+class _Product(torch.autograd.Function):
+    """A product with all blocks, called with one block's vector under vmap.
+
+    The graph that products are taken from is kept outside vmap, which cannot enter it; so they leave vmap for it.
+    `like` varies from block to block: it brings the rule below to bear on a vector that does not.
+    """
+
+    @staticmethod
+    def forward(vector: Tensor, like: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        raise AssertionError("one block has no product by itself")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        raise AssertionError("products in a solve are not differentiated; root attaches the solve's derivatives")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], vector: Tensor, like: Tensor, product: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, int]:
+        dim = in_dims[0]
+        return product(vector.expand(info.batch_size, *vector.shape) if dim is None else vector.movedim(dim, 0)), 0

@@ -1,0 +1,150 @@
+"""The follower takes k optimiser steps, and the leader differentiates through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import concrete, transforms_active
+from bilevel.game import Game
+from bilevel.game.data import Batch
+from bilevel.inner.differentiable import refuse_undifferentiable
+from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.many.response import refuse_mixing
+from bilevel.responses.base import Follower, Response, State, fresh_state
+from bilevel.responses.promise import Estimate, Promise
+from bilevel.responses.promise import Steps as StepsPromise
+from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
+from bilevel.responses.unrolled.forward_mode import ForwardMode
+from bilevel.tree import Variables, leaves, map_leaves
+
+
+@final
+@dataclass(frozen=True)
+class Unrolled(Response):
+    r"""The follower's variables after `steps` optimiser steps, differentiated through every one of them.
+
+        y_{k+1} = y_k - step(grad_y f(x, y_k)),    dy_K/dx
+
+    `optimizer` is a callable from a list of tensors to an *unmodified* torch.optim optimiser: SGD, Adam, AdamW,
+    RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta or ASGD, with any of their options and parameter groups. The
+    trajectory is torch's own. A tensor `lr` receives its exact gradient; further parameters of the callable named
+    after players receive those players' variables: `Unrolled(lambda params, lr: SGD(params, lr=lr), steps=20)`.
+
+    `differentiation` is how, and changes memory and time alone: `ReverseMode()` holds the graph of every step;
+    `Segments(memory=...)` takes most of them again in backward, for a small part of the memory; `ForwardMode()` carries
+    the derivatives along, for a few leader's entries and any number of steps.
+    `backprop_steps` differentiates only the last so many steps (truncated: biased towards short horizons).
+    `warm_start` continues from the last call's variables and optimiser memory; else each call starts at `init`.
+
+    The derivative is exact for `steps` steps from the start, which is what the leader then anticipates; it is the
+    best response's only as the steps converge, with an error like k rho^k. Costs `steps` gradients, as many
+    Hessian-vector products in backward, and by `ReverseMode` the memory of every step's graph.
+    Raises `TypeError` for optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, ...).
+    Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785).
+
+    >>> from functools import partial
+    >>> Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3).steps
+    3
+    """
+
+    optimizer: OptimizerFactory
+    steps: int = 100
+    backprop_steps: int | None = None
+    warm_start: bool = True
+    differentiation: Differentiation = field(default_factory=ReverseMode)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
+        if self.backprop_steps is not None and not 1 <= self.backprop_steps <= self.steps:
+            raise ValueError(
+                f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None."
+            )
+        if not isinstance(self.differentiation, Differentiation):
+            raise TypeError(
+                f"Unrolled: differentiation={self.differentiation!r}; expected ReverseMode(), Segments(...) or "
+                "ForwardMode()."
+            )
+
+    @property
+    def promise(self) -> Promise:
+        """The derivative of its steps; with `backprop_steps` an estimate of it."""
+        if self.backprop_steps is None or self.backprop_steps == self.steps:
+            return StepsPromise()
+        return Estimate(StepsPromise(), reason=f"differentiates the last {self.backprop_steps} of {self.steps} steps")
+
+    @property
+    def budget(self) -> int:
+        """Steps a call."""
+        return self.steps
+
+    def with_budget(self, steps: int) -> Unrolled:
+        """The same with so many steps a call, of which no more are differentiated than were."""
+        last = self.backprop_steps
+        return replace(self, steps=steps, backprop_steps=None if last is None else min(steps, last))
+
+    def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
+        """The state before the first call; refuses an optimiser that cannot be differentiated."""
+        state = fresh_state(game, follower, seed, many=True)
+        refuse_mixing("Unrolled", self.optimizer, game, state["follower"])
+        if game.count is not None and isinstance(self.differentiation, ForwardMode):
+            raise TypeError(
+                f"Unrolled: ForwardMode carries a derivative for every leader's entry, of all {game.count} games. Use "
+                "Segments() or ReverseMode(), or solve them one by one: solve(games.game(i), ...)."
+            )
+        players = {name: game.initial(name) for name in game.names if name != state["follower"]}
+        refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
+        return state | {"optimizer": None}
+
+    def __call__(
+        self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
+    ) -> tuple[Variables, State]:
+        """The variables after `steps` steps, and the state to continue from.
+
+        Work is counted when it is called, as for one backward pass.
+        """
+        follower = Follower(game, others, state, batch)
+        lift = _lifting(follower.xs) if transforms_active() else torch.clone
+        y = [
+            lift(leaf.detach())
+            for leaf in leaves(state["variables"] if self.warm_start else game.initial(follower.name))
+        ]
+        memory = state["optimizer"] if self.warm_start else None
+        lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
+        steps = Steps(self.optimizer, follower, others)
+        differentiated = self.steps if self.backprop_steps is None else self.backprop_steps
+        if torch.is_grad_enabled():
+            start = steps.stand_still(Point(y, lifted), self.steps - differentiated)
+            followed = self.differentiation.follow(steps, start, differentiated)
+        else:
+            followed = Followed(steps.stand_still(Point(y, lifted), self.steps), 0, 0)
+        y, after = followed.end.y, followed.end.memory or ()
+        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(steps.loss))
+        variables = follower.form.build(y)
+        if transforms_active():
+            return variables, state
+        slope_norm = follower.norm(steps.slopes)
+        return variables, state | {
+            "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
+            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],
+            "data": follower.position,
+            "buffers": follower.buffers.get(follower.name, {}),
+            "gradients": state["gradients"] + follower.gradient_count + followed.gradients,
+            "products": state["products"] + followed.products,
+            "stationarity": follower.relative(slope_norm, state),
+        }
+
+
+def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _lifting(xs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a tensor a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
+    zero = torch.stack([torch.zeros_like(x).sum() for x in xs]).sum()
+    return lambda tensor: tensor + zero

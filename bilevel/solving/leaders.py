@@ -1,0 +1,96 @@
+"""The leaders' variables, and the optimisers that move them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import NonFiniteError
+from bilevel.game import Game
+from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, build
+from bilevel.many.response import refuse_mixing
+from bilevel.responses.base import among
+from bilevel.tree import Variables, leaves
+
+
+class Leaders:
+    """Where they are, as leaves that their optimisers step in place; all of it can be saved and restored."""
+
+    def __init__(
+        self,
+        game: Game,
+        names: Sequence[str],
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
+        scheduler: SchedulerFactory | None,
+        clip_norm: float | None,
+    ) -> None:
+        self.game, self.names, self.clip_norm = game, list(names), clip_norm
+        if isinstance(optimizer, Mapping) and set(optimizer) != set(names):
+            raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.names}.")
+        default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
+        factories = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
+        self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in names}
+        self.optimizers = {}
+        for name in names:
+            refuse_mixing("solve", factories[name], game, name)
+            self.optimizers[name] = build(factories[name], self.points[name])
+            _refuse_searching(name, self.optimizers[name])
+        self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
+
+    def trees(self, point: Mapping[str, Sequence[Tensor]]) -> dict[str, Variables]:
+        """Leaves in the form of each leader's variables."""
+        return {name: self.game.structure(name).build(point[name]) for name in self.names}
+
+    def apply(self, name: str, direction: Sequence[Tensor], step: int) -> Tensor:
+        """Step one leader along a direction, in the run's `step`; its norm, of many games one each."""
+        norm = self.game.norms(direction)
+        if not bool(torch.isfinite(norm).all()):
+            where = f"norm {float(norm)}" if self.game.count is None else f"no finite norm{among(norm)}"
+            raise NonFiniteError(
+                f"Player {name!r}: its gradient at step {step} has {where}. Lower the learning rates; its variables "
+                "are still those of the step before."
+            )
+        for parameter, slope in zip(self.points[name], direction, strict=True):
+            parameter.grad = slope
+            if self.clip_norm is not None:
+                scale = torch.where(norm <= self.clip_norm, 1.0, self.clip_norm / norm)
+                parameter.grad = slope * scale.reshape(-1, *[1] * (slope.ndim - 1)) if scale.ndim else slope * scale
+        self.optimizers[name].step()
+        if name in self.schedulers:
+            self.schedulers[name].step()
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as tensors and numbers."""
+        return {
+            "points": {name: [t.detach() for t in point] for name, point in self.points.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        with torch.no_grad():
+            for name, point in self.points.items():
+                for parameter, value in zip(point, saved["points"][name], strict=True):
+                    parameter.copy_(value)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(saved["schedulers"][name])
+
+
+def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that evaluates the loss itself: a leader's loss is a whole round of the followers."""
+    (_, *arguments) = inspect.signature(type(optimizer).step).parameters.values()
+    if any(argument.default is argument.empty for argument in arguments):
+        raise TypeError(
+            f"solve: the optimizer of {name!r} is {type(optimizer).__name__}, whose step() wants a closure to evaluate "
+            "the loss with, several times a step; solve gives it one gradient a step, on that step's batch and states. "
+            "Use one such as Adam or SGD here; a follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
+        )

@@ -1,0 +1,92 @@
+"""What solve() found, how much work it took, and how far to trust it."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+
+from bilevel.tree import Variables
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Number = TypeVar("Number")
+"""A float, or of many games a tensor `[count]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class End(ABC, Generic[Number]):
+    """What the end of a run holds, of one game or of many."""
+
+    variables: Mapping[str, Variables]
+    values: Mapping[str, Number]
+    history: list[dict[str, float]]
+    stationarity: Mapping[str, Number]
+    residuals: Mapping[str, Number]
+    gradients: int
+    products: int
+    seconds: float
+    warnings: tuple[str, ...]
+    states: Mapping[str, Any] = field(repr=False)
+    buffers: Mapping[str, Any] = field(repr=False)
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """A table of the players, the work, and the warnings."""
+
+    def _printed(self, table: Table, each: str = "") -> str:
+        """A table with the work under it, of what `each` was, and the warnings."""
+        from rich.console import Console  # noqa: PLC0415 - only where something is printed
+
+        text = io.StringIO()
+        console = Console(file=text, width=100)
+        console.print(table)
+        work = (
+            f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
+        )
+        console.print(f"{work}{self.seconds:.1f} s", highlight=False)
+        for warning in self.warnings:
+            console.print(f"Warning: {warning}", highlight=False, markup=False)
+        return text.getvalue().rstrip()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Solution(End[float]):
+    """The end of a run.
+
+    `variables`: player -> its variables, detached. `values`: player -> its loss there, on its last batch. `history`:
+    one record a step, with the loss of each player (by name), each follower's "name.stationarity", "step",
+    "gradient_norm" (the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so far.
+    `stationarity`: follower -> |gradient of its own loss| in units of that at the start; `residuals`: follower ->
+    relative residual of the equation for its derivative: of its last linear solve, or of the learned slope; Unrolled
+    has none. `errors`: follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it,
+    where it did.
+    `gradients`, `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know
+    before trusting it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A table of the players, the work, and the warnings."""
+        from rich.table import Table  # noqa: PLC0415 - only where something is printed
+
+        table = Table(title=f"Solution after {len(self.history)} steps")
+        columns = ("player", "loss at start", "loss", "stationarity", "derivative residual")
+        for column in (*columns, *(["hypergradient error"] * bool(self.errors))):
+            table.add_column(column, justify="left" if column == "player" else "right")
+        first = self.history[0] if self.history else {}
+        for name, value in self.values.items():
+            table.add_row(
+                name,
+                f"{first[name]:.4g}" if name in first else "",
+                f"{value:.4g}",
+                f"{self.stationarity[name]:.2e}" if name in self.stationarity else "",
+                f"{self.residuals[name]:.2e}" if name in self.residuals else "",
+                *([f"{self.errors[name]:.0e}" if name in self.errors else ""] * bool(self.errors)),
+            )
+        return self._printed(table)

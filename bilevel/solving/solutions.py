@@ -1,0 +1,98 @@
+"""What solve() found in many games at once, and how far to trust each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.solving.solution import End, Solution
+from bilevel.tree import map_leaves
+
+
+def summary(name: str, value: Any) -> dict[str, float]:
+    """What a record tells of a number: itself; of many games' `[count]` the median, and the largest as `name.worst`."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return {name: float(value)}
+    return {name: float(value.median()), f"{name}.worst": float(value.max())}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Solutions(End[Tensor]):
+    """The end of a run of many games. `solutions[17]` is the `Solution` of one, `len(solutions)` how many there are.
+
+    `variables`: player -> its variables, each leaf `[count, ...]`. `values`: player -> its loss in each game `[count]`,
+    on its last batch. `stationarity`: follower -> |gradient of its own loss| in units of that at the start, `[count]`;
+    `residuals`: follower -> relative residual of its last linear solve, `[count]`. `history`: one record a step,
+    with the median over games under each name, and the largest under `name.worst`. `gradients` and `products` are those
+    of the whole run, each of which was one for every game at once; `seconds` is its time. `warnings` name how many
+    games, and the worst; `warned`: for each of them the games that it has spoken of in any step, None for all.
+    `states`: follower -> its response's state, `buffers`: player -> its module's buffers `[count, ...]`.
+    """
+
+    warned: tuple[frozenset[int] | None, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        """How many games there are."""
+        return len(next(iter(self.values.values())))
+
+    def __iter__(self) -> Iterator[Solution]:
+        """One game's solution after the other."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Solution:
+        """One game's end.
+
+        Its history has the whole run's counts and no losses, and it has no states to go on from. Its warnings are those
+        that spoke of it in some step of the run, in the words that they had for all games.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no game {index} among {len(self)}.")
+        kept = ("step", "gradients", "products", "seconds", "work")
+        mine = [games is None or index % len(self) in games for games in self.warned]
+
+        def numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+            return {name: float(tensor[index]) for name, tensor in tensors.items()}
+
+        variables, buffers = map_leaves(lambda leaf: leaf[index].clone(), (dict(self.variables), dict(self.buffers)))
+        return Solution(
+            variables=variables,
+            values=numbers(self.values),
+            history=[{name: record[name] for name in kept} for record in self.history],
+            stationarity=numbers(self.stationarity),
+            residuals=numbers(self.residuals),
+            gradients=self.gradients,
+            products=self.products,
+            seconds=self.seconds,
+            warnings=tuple(text for text, own in zip(self.warnings, mine, strict=True) if own),
+            states={},
+            buffers=buffers,
+        )
+
+    def __str__(self) -> str:
+        """A table of the players over all games, the work, and the warnings."""
+        from rich.table import Table  # noqa: PLC0415 - only where something is printed
+
+        table = Table(title=f"Solutions of {len(self):,} games after {len(self.history)} steps")
+        right = ("median loss at start", "median loss", "worst loss", "in game", "worst stationarity", "worst residual")
+        table.add_column("player")
+        for column in right:
+            table.add_column(column, justify="right")
+        first = self.history[0] if self.history else {}
+        for name, value in self.values.items():
+            # A loss that is no number is the worst of all.
+            worst = int(torch.where(value.isnan(), torch.inf, value).argmax())
+            table.add_row(
+                name,
+                f"{first[name]:.4g}" if name in first else "",
+                f"{float(value.median()):.4g}",
+                f"{float(value[worst]):.4g}",
+                f"{worst}",
+                f"{float(self.stationarity[name].max()):.2e}" if name in self.stationarity else "",
+                f"{float(self.residuals[name].max()):.2e}" if name in self.residuals else "",
+            )
+        return self._printed(table, each=", each of all games at once")
