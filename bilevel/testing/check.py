@@ -56,20 +56,19 @@ class LawReport:
 def check_response(
     response: Response,
     *,
-    unrolled: bool | None = None,
     laws: Sequence[Law] | None = None,
     examples: int = 10,
     raises: bool = True,
 ) -> LawReport:
     """Draw games with known answers and assert the laws that every right response obeys.
 
-    `unrolled` says whether the response promises the derivative of its steps (True) or of the follower's optimum
-    (False); our own say so by their class. `laws` defaults to all of them, `examples` is the number of games a law is
-    tried on (costly laws take fewer). Budgets are set through the response's own field `steps` (`warmup` of a
-    Hypernetwork): as many as bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17
-    to 1, where any gradient method with a step size of up to 1 converges. Tolerances are derived from each game's
-    conditioning, from how far the follower got, and from the residual that the response reports; see
-    `bilevel.testing.tolerance`.
+    It is held to its own `promise`: the derivative of its steps, or of the follower's optimum, or an estimate with a
+    stated bias b, whose Jacobian may be wrong by b of its size once the follower has converged, and no more; an
+    estimate that states none is held to the residual that it reports. `laws` defaults to all of them, `examples` is
+    the number of games a law is tried on (costly laws take fewer). Budgets are set by `with_budget`: as many steps as
+    bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17 to 1, where any gradient
+    method with a step size of up to 1 converges. Tolerances are derived from each game's conditioning, from how far
+    the follower got, and from the residual that the response reports; see `bilevel.testing.tolerance`.
 
     Returns a `LawReport`; with `raises` an `AssertionError` that holds it when a law is broken, with the smallest game
     found, as code. Laws that do not apply say why. It cannot see what only large or non-convex games show, and a
@@ -85,7 +84,7 @@ def check_response(
     """
     if not isinstance(response, Response):
         raise TypeError(f"check_response: response={response!r}; expected an instance of bilevel.Response.")
-    return _check(ResponseSubject(response, unrolled), str(response), laws, examples, raises)
+    return _check(ResponseSubject(response), str(response), laws, examples, raises)
 
 
 def check_hypergradient_function(
