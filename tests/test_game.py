@@ -108,7 +108,7 @@ def test_refused_before_any_work(make, kind, text):
 
 def test_a_module_that_is_not_called_functionally_is_found():
     model = nn.Linear(3, 1)
-    with pytest.raises(ValueError, match="'weights'.*does not depend on its own variables"):
+    with pytest.raises(ValueError, match="'weights'.*uses 'weight' of the module of player 'weights' itself"):
         bl.Game(
             decay=bl.Player(lambda weights: weights["weight"].sum(), torch.zeros(())),
             weights=bl.Player(lambda decay, weights: model(torch.ones(3)).sum() * decay.exp(), model),

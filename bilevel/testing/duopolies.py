@@ -13,9 +13,16 @@ from bilevel.testing.known import DOUBLE, KnownGame, Numbers, constant
 @final
 @dataclass(frozen=True)
 class Cournot(KnownGame):
-    """Two firms choose quantities, the leader first; losses are negative profits -q_i (a - b (q_1 + q_2) - c_i).
+    """Two firms choose quantities, the leader first; losses are $-q_i (a - b (q_1 + q_2) - c_i)$, negative profits.
 
-    `intercept` is a, `slope` b, `costs` (c_leader, c_follower). The follower's curvature is 2 b.
+    The follower's curvature is $2 b$.
+
+    Args:
+        intercept: a.
+        slope: b.
+        costs: The leader's, the follower's.
+        at: The leader's quantity `[1]`.
+        radius: How far from its optimum the follower starts.
     """
 
     intercept: float
@@ -67,9 +74,18 @@ class Cournot(KnownGame):
 @final
 @dataclass(frozen=True)
 class Bertrand(KnownGame):
-    """Two firms choose prices, the leader first; losses are -(p_i - c) (alpha - beta p_i + gamma p_j).
+    r"""Two firms choose prices, the leader first; losses are $-(p_i - c) (\alpha - \beta p_i + \gamma p_j)$, negative
+    profits.
 
-    Demand is stable for gamma < beta. The follower's curvature is 2 beta.
+    Demand is stable for $\gamma < \beta$. The follower's curvature is $2 \beta$.
+
+    Args:
+        alpha: Demand at prices of 0.
+        beta: What an own price takes from it.
+        gamma: What the other's price adds to it.
+        cost: c of both.
+        at: The leader's price `[1]`.
+        radius: How far from its optimum the follower starts.
     """
 
     alpha: float

@@ -20,10 +20,22 @@ from bilevel.testing.known import DOUBLE, KnownGame, Matrix, Numbers, constant, 
 class Quadratic(KnownGame):
     r"""A quadratic follower and a quadratic leader.
 
-        f = 1/2 y'Hy - y'Bx,    g = 1/2 |y - t|^2 + y'Dx + a/2 |x|^2,    y* = H^-1 B x
+    $$
+    f = \tfrac12 y^\top H y - y^\top B x, \qquad
+    g = \tfrac12 |y - t|^2 + y^\top D x + \tfrac{a}{2} |x|^2, \qquad y^* = H^{-1} B x
+    $$
 
-    `curvatures` `[m]` are H's eigenvalues, its eigenvectors the unit vectors reflected along `axis` `[m]`; `coupling`
-    is B `[m, n]`, `target` t `[m]`, `cross` D `[m, n]`. With D = -B the game is potential: its Jacobian is symmetric.
+    With $D = -B$ the game is potential: its Jacobian is symmetric.
+
+    Args:
+        curvatures: The eigenvalues of H `[m]`.
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        axis: The eigenvectors of H are the unit vectors reflected along this `[m]`; default: not at all.
+        target: t `[m]`; default 0.
+        cross: D `[m, n]`; default 0.
+        ridge: a.
+        radius: How far from its optimum the follower starts.
     """
 
     curvatures: Numbers
@@ -72,10 +84,21 @@ class Quadratic(KnownGame):
 class Exponential(KnownGame):
     r"""A follower regularised by an exponential.
 
-        f = sum_i exp(y_i) - u_i(x) y_i,    u = least + (most - least) sigmoid(Bx),    y* = log u
-        g = 1/2 |y - t|^2 + 1/2 |x|^2
+    $$
+    f = \sum_i e^{y_i} - u_i(x)\, y_i, \qquad u = \text{least} + (\text{most} - \text{least})\, \sigma(B x), \qquad
+    y^* = \log u
+    $$
 
-    The curvature at the best response is u: from `least` to `most` whatever is drawn.
+    The leader's loss is $g = \tfrac12 |y - t|^2 + \tfrac12 |x|^2$. The curvature at the best response is u: from
+    `least` to `most` whatever is drawn.
+
+    Args:
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        target: t `[m]`.
+        least: Of the curvature.
+        most: Of the curvature.
+        radius: How far from its optimum the follower starts.
     """
 
     coupling: Matrix
@@ -111,10 +134,19 @@ class Exponential(KnownGame):
 class LogBarrier(KnownGame):
     r"""A follower kept positive by a logarithmic barrier.
 
-        f = 1/2 sum_i (y_i^2 / 8 + p_i(x) y_i - log(y_i) / 4),    p = 1/2 sigmoid(Bx),    y > 0
-        y* = 2 (sqrt(p^2 + 1/4) - p),    g = 1/2 |y - t|^2 + 1/2 |x|^2
+    $$
+    f = \tfrac12 \sum_i \tfrac18 y_i^2 + p_i(x)\, y_i - \tfrac14 \log y_i, \qquad p = \tfrac12 \sigma(B x), \qquad
+    y^* = 2 \Big(\sqrt{p^2 + \tfrac14} - p\Big)
+    $$
 
-    Curvatures lie between 1/4 and 1; the follower starts above its best response, where gradient steps stay positive.
+    The leader's loss is $g = \tfrac12 |y - t|^2 + \tfrac12 |x|^2$. Curvatures lie between 1/4 and 1; the follower
+    starts above its best response, where gradient steps stay positive.
+
+    Args:
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        target: t `[m]`.
+        radius: How far from its optimum the follower starts.
     """
 
     coupling: Matrix

@@ -17,10 +17,19 @@ from bilevel.testing.known import DOUBLE, KnownGame, Matrix, Numbers, constant, 
 class Ridge(KnownGame):
     r"""Ridge regression with one penalty a weight, tuned on other examples.
 
-        f = 1/2 mean (Aw - b)^2 + 1/2 sum_i exp(x_i) w_i^2,    g = 1/2 mean (Cw - d)^2
+    $$
+    f = \tfrac12 \operatorname{mean} (A w - b)^2 + \tfrac12 \sum_i e^{x_i} w_i^2, \qquad
+    g = \tfrac12 \operatorname{mean} (C w - d)^2
+    $$
 
-    `train` is (A, b) as rows (a_1, ..., a_n, b) `[rows, n + 1]`, `valid` (C, d). A is scaled so that the largest
-    eigenvalue of A'A / rows is 1/2; penalties in x of up to log 1/2 keep the curvature below 1.
+    A is scaled so that the largest eigenvalue of $A^\top A / \text{rows}$ is 1/2; penalties in x of up to $\log
+    \tfrac12$ keep the curvature below 1.
+
+    Args:
+        train: (A, b) as rows $(a_1, \dots, a_n, b)$ `[rows, n + 1]`.
+        valid: (C, d) in the same form.
+        at: Where the leader stands `[n]`: log penalties.
+        radius: How far from its optimum the follower starts.
     """
 
     train: Matrix
@@ -63,10 +72,18 @@ class Ridge(KnownGame):
 class Logistic(KnownGame):
     r"""Logistic regression with one penalty a weight, tuned on other examples.
 
-        f = mean log(1 + exp(-b Aw)) + 1/2 sum_i exp(x_i) w_i^2,    g = mean log(1 + exp(-d Cw))
+    $$
+    f = \operatorname{mean} \log(1 + e^{-b A w}) + \tfrac12 \sum_i e^{x_i} w_i^2, \qquad
+    g = \operatorname{mean} \log(1 + e^{-d C w})
+    $$
 
-    `train` is (A, b) as rows (a_1, ..., a_n, b) with b = -1 or 1, `valid` (C, d). A is scaled as in `Ridge`. The best
-    response is found by Newton's method to rounding.
+    A is scaled as in `Ridge`. The best response is found by Newton's method to rounding.
+
+    Args:
+        train: (A, b) as rows $(a_1, \dots, a_n, b)$ `[rows, n + 1]`, with b -1 or 1.
+        valid: (C, d) in the same form.
+        at: Where the leader stands `[n]`: log penalties.
+        radius: How far from its optimum the follower starts.
     """
 
     train: Matrix
