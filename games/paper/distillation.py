@@ -193,7 +193,7 @@ def exactness(source: Source, *, train: int, penalty: float, directions: int, st
         "entries": train,
         "error": [abs(a - b) / abs(b) for a, b in zip(implicit, finite, strict=True)],
         "stationarity": max(stationarity),
-        "linear": state["linear"]["residual"],
+        "linear": response.report(state).residual,
     }
 
 

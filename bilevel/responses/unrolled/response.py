@@ -15,7 +15,7 @@ from bilevel.game.data import Batch
 from bilevel.inner.differentiable import refuse_undifferentiable
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.responses.base import Response, State, at_start, fresh_state
-from bilevel.responses.promise import Estimate, Promise
+from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.tree import Variables, leaves, map_leaves
@@ -85,6 +85,20 @@ class Unrolled(Response):
         """The same with so many steps a call, of which no more are differentiated than were."""
         last = self.backprop_steps
         return replace(self, steps=steps, backprop_steps=None if last is None else min(steps, last))
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """It starts where it stopped if `warm_start`."""
+        return Behaviour(warm=self.warm_start)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory:
+        """`optimizer`."""
+        return self.optimizer
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Unrolled:
+        """The same with another optimiser."""
+        return replace(self, optimizer=optimizer)
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
