@@ -10,8 +10,8 @@ import pytest
 
 import bilevel as bl
 from bilevel import solve
+from games.experiments.store import as_json
 from games.paper.catalogue import experiments
-from games.paper.runner import plain
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -102,5 +102,5 @@ def test_the_papers_page_says_what_its_figures_say(page_script) -> None:
     assert named == set(experiments()) == set(re.findall(r"\]\(paper/([\w-]+)\.png\)", page))
     for name in named:
         made = json.loads((ROOT / f"docs/paper/{name}.json").read_text())
-        settings = {part.name: plain(dict(part.settings)) for part in experiments()[name].parts}
+        settings = {part.name: as_json(dict(part.settings)) for part in experiments()[name].parts}
         assert made["settings"] == settings, f"docs/paper/{name}.json is of other settings: run bilevel paper {name}"

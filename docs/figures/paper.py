@@ -12,7 +12,7 @@ def told(page: str) -> str:
     """The page with each line as its JSON has it."""
 
     def line(match: re.Match[str]) -> str:
-        see = json.loads((DOCS / "paper" / f"{match['name']}.json").read_text())["see"].replace("|", r"\|")
+        see = json.loads((DOCS / "paper" / f"{match['name']}.json").read_text())["summary"].replace("|", r"\|")
         return f"<!-- see {match['name']} -->\n> {see}\n<!-- /see -->\n"
 
     return PLACE.sub(line, page)

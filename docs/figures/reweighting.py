@@ -7,7 +7,7 @@ with Fashion-MNIST's IDX files, `perceptron.json` is `bilevel reweight --hidden 
 import re
 from pathlib import Path
 
-from games.reweighting.run import figure, medians, read
+from games.reweighting.report import figure, medians, read
 
 DOCS = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"<!-- (?P<name>\w+) (?P<what>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- / -->\n")

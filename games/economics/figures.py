@@ -13,7 +13,7 @@ import bilevel as bl
 from games.economics.oligopoly import Bertrand, Cournot
 from games.economics.ordered import Contract, TwoRoads
 from games.economics.security import Security
-from games.paper.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, blank, tidy
+from games.experiments.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, empty_figure, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ def mark(axes: Axes, at: Tensor, shape: str, label: str) -> None:
 
 def framed(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
     """Its names, its box and its legend."""
-    tidy(axes, x=x, y=y, title=title)
+    label_axes(axes, x=x, y=y, title=title)
     axes.set(xlim=box[:2], ylim=box[2:])
     axes.legend(fontsize=SMALL - 3, frameon=True, framealpha=0.9, edgecolor="none")
 
@@ -101,7 +101,7 @@ def framed(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
 def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
     """Two firms: at once on the left, one before the other on the right."""
     game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     named = {"firm1": "firm 1's", "firm2": "firm 2's"}
     reactions(left, game, box, named, {"firm1": BLUE, "firm2": RED})
@@ -122,7 +122,7 @@ def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[flo
 
 def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> Figure:
     """Tolls for revenue on the left, for the least time on the right."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     for axes, social in zip(figure.subplots(1, 2), (False, True), strict=True):
         roads = TwoRoads(free, congestion, social)
         game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
@@ -141,7 +141,7 @@ def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> F
 
 def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     """The path to one contract, and how noise weakens incentives."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
@@ -163,7 +163,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     known = [Contract(contract.cost, contract.risk_aversion, variance).share() for variance in fine]
     right.plot(fine, known, color=BLACK, linewidth=1.5, label="closed form")
     right.plot(variances, solved, "o", color=GREEN, markersize=8, fillstyle="none", label="solved")
-    tidy(right, x="variance of the noise", y="share in the best contract", title="More noise, weaker incentives")
+    label_axes(right, x="variance of the noise", y="share in the best contract", title="More noise, weaker incentives")
     right.set_ylim(0.0, 1.05)
     right.legend(fontsize=SMALL, frameon=False)
     return figure
@@ -171,7 +171,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
 
 def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     """Two targets: whom attackers of growing precision pick, and what each coverage is worth against them."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     best = targets.stackelberg()
     covers = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
@@ -195,8 +195,10 @@ def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     for axes in (left, right):
         axes.axvline(float(best.coverage[0]), color="0.5", linewidth=1.2, linestyle="--")
     mark(right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "against a rational attacker, closed form")
-    tidy(left, x="how often target 1 is guarded", y="how often it is attacked", title="Best answers, and the path")
-    tidy(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
+    label_axes(
+        left, x="how often target 1 is guarded", y="how often it is attacked", title="Best answers, and the path"
+    )
+    label_axes(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
     left.legend(fontsize=SMALL - 2, frameon=False)
     right.legend(fontsize=SMALL - 2, frameon=False)
     return figure

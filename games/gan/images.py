@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from games.experiments.data import Digits, DigitSource, scikit_digits
+from games.experiments.experiment import Result
 from games.gan.adversarial import Draws, adversarial_game, perceptron
 from games.gan.methods import Setting
 from games.gan.run import play
-from games.paper.experiment import Result, Source
-from games.tuning.data import Digits, scikit_digits
 
 LATENT, SHOWN = 16, 20
 PENALTY = 1.0
@@ -90,7 +90,7 @@ def judged(train: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, *, 
 
 
 @cache
-def _setup(source: Source, images: str) -> tuple[Digits, Judge]:
+def _setup(source: DigitSource, images: str) -> tuple[Digits, Judge]:
     train, test = SIZES[images]
     if images == "digits":
         digits = scikit_digits(train=train - 10, valid=10, test=test)
@@ -100,7 +100,7 @@ def _setup(source: Source, images: str) -> tuple[Digits, Judge]:
 
 
 def image_run(
-    source: Source,
+    source: DigitSource,
     *,
     images: str,
     method: str,

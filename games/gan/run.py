@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Result, Results
 from games.gan.adversarial import Draws, adversarial_game, perceptron
 from games.gan.methods import METHODS, Setting
 from games.gan.mixtures import Mixture, grid, ring
-from games.paper.experiment import Result, Source
 
 AVERAGING = 0.995
 """Share of the averaged generator that a step keeps: samples come from weights averaged over some 200 steps."""
@@ -77,7 +78,7 @@ def play(
 
 
 def mixture_run(
-    source: Source,
+    source: DigitSource,
     *,
     mixture: str,
     method: str,
@@ -136,8 +137,21 @@ class _Scaled(nn.Module):
         return self.factor * inputs
 
 
-def last(result: Result) -> Result:
-    """What a run ended with; all that is bad where it failed at once."""
-    whole = [moment for moment in result["moments"] if "failure" not in moment]
+def final_quality(result: Result) -> Result:
+    """How good the samples of a mixture's run were at its end; the worst of all numbers where it failed at once."""
     nothing = {"modes": 0, "high_quality": 0.0, "reverse_kl": math.inf, "covariance_ratio": math.nan, "seconds": 0.0}
-    return whole[-1] if whole else nothing
+    return final_moment(result) or nothing
+
+
+def final_moment(result: Result) -> Result | None:
+    """A run's last measurement of its generator, if it had one."""
+    whole = [moment for moment in result["moments"] if "failure" not in moment]
+    return whole[-1] if whole else None
+
+
+def by_method(results: Results) -> dict[str, list[Result]]:
+    """The runs of each method, by seed."""
+    found: dict[str, list[Result]] = {}
+    for name, result in results.items():
+        found.setdefault(name.rpartition("-")[0], []).append(result)
+    return found

@@ -12,9 +12,10 @@ from torch.func import grad, jacrev
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, BLUE, GREEN, LARGE, RED, SMALL, blank, tidy
-from games.reweighting.distillation import (
+from games.experiments.data import Digits, DigitSource, scikit_digits
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, GREEN, LARGE, RED, SMALL, empty_figure, label_axes
+from games.problems.distillation import (
     accuracy,
     class_means,
     converged,
@@ -24,7 +25,6 @@ from games.reweighting.distillation import (
     real_loss,
     retrained,
 )
-from games.tuning.data import Digits, scikit_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ SEEDS = {"8 x 8 digits": (0, 1, 2), "MNIST": (0,)}
 TRAIN = {"8 x 8 digits": 900, "MNIST": 2000}
 
 
-def _digits(source: Source, name: str, seed: int) -> Digits:
+def _digits(source: DigitSource, name: str, seed: int) -> Digits:
     """Real images to distil, others for choosing a penalty, others for the test."""
     if name == "MNIST":
         return source.digits(train=TRAIN[name], valid=1000, test=2000, seed=seed, dtype=torch.float64)
@@ -57,7 +57,7 @@ def _digits(source: Source, name: str, seed: int) -> Digits:
 # The parts -----------------------------------------------------------------------------------------------------------
 
 
-def distilled(source: Source, *, data: str, response: str, seed: int, steps: int, rate: float) -> Result:
+def distilled(source: DigitSource, *, data: str, response: str, seed: int, steps: int, rate: float) -> Result:
     """Ten images, drawn from the class means by `steps` steps of Adam; the penalty is chosen on validation images."""
     digits = _digits(source, data, seed)
     tried: list[Result] = []
@@ -85,7 +85,7 @@ def distilled(source: Source, *, data: str, response: str, seed: int, steps: int
     return max(tried, key=_valid) | {"shape": digits.image_shape, "all_valid": [_valid(entry) for entry in tried]}
 
 
-def baselines(source: Source, *, data: str, seed: int, draws: int) -> Result:
+def baselines(source: DigitSource, *, data: str, seed: int, draws: int) -> Result:
     """The same classifier from class means, from ten real images, from all; each at its best penalty of four."""
     digits = _digits(source, data, seed)
     means = class_means(digits.train)
@@ -148,7 +148,7 @@ def held_newton(game: bl.Game, importance: Tensor, weights: dict[str, Tensor], b
     return bl.ClosedForm(minimum)
 
 
-def exactness(source: Source, *, train: int, penalty: float, directions: int, step: float) -> Result:
+def exactness(source: DigitSource, *, train: int, penalty: float, directions: int, step: float) -> Result:
     r"""dF/dlambda by the implicit-function theorem against followers re-solved at lambda +- h and +- h/2, in float64.
 
     F(lambda) is the validation loss of w*(lambda), lambda uniform on [0, 2/n]. d is a unit vector: each entry of
@@ -253,7 +253,7 @@ def _accuracies(axes: Axes, results: Results) -> None:
     axes.axvline(GOAL, color="0.4", linestyle=":", linewidth=2, label="goal for 8 x 8 digits")
     told = [f"distilled:\n{n}" if n in RESPONSES else n for n in names]
     axes.set_yticks(range(len(names)), list(reversed(told)))
-    tidy(axes, x="test accuracy, retrained from scratch", y="")
+    label_axes(axes, x="test accuracy, retrained from scratch", y="")
     axes.legend(fontsize=SMALL, loc="upper left", frameon=True)
 
 
@@ -265,14 +265,14 @@ def _agreement(axes: Axes, result: Result) -> None:
         finite[:split], implicit[:split], "o", color=BLUE, fillstyle="none", markersize=9, mew=1.6, label="one λᵢ"
     )
     axes.plot(finite[split:], implicit[split:], "^", color=GREEN, markersize=7, label="random direction")
-    tidy(axes, x="finite difference (nats a unit of λ)", y="hypergradient (nats a unit of λ)")
+    label_axes(axes, x="finite difference (nats a unit of λ)", y="hypergradient (nats a unit of λ)")
     axes.set_title(f"largest relative error {max(result['error']):.1e}", fontsize=LARGE)
     axes.legend(fontsize=SMALL, frameon=False)
 
 
 def draw(results: Results) -> Figure:
     """Images above; accuracies and exactness below."""
-    figure = blank(15.0, 16.0)
+    figure = empty_figure(15.0, 16.0)
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1.0))
     _rows(halves[0], results)
     left, right = halves[1].subplots(1, 2, width_ratios=(1.2, 1.0))
@@ -281,7 +281,7 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Accuracies of both data sets, and the hypergradient's error."""
 
     def told(data: str) -> str:
@@ -321,5 +321,5 @@ EXPERIMENT = Experiment(
     title="Training data as hyperparameters: ten distilled images",
     parts=tuple(_parts()),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

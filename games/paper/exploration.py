@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
-from games.paper.experiment import Experiment, Part, Result, Results, Source
 from games.paper.implicit import doubled, least, responses, true_loss
 from games.paper.seed_game import CLASSES, batch_of, seed_game, valid_loss
-from games.paper.style import BLUE, GREEN, LARGE, RED, blank, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +106,7 @@ def predict(response: bl.Response, game: bl.Game, state: Any, picks: Tensor) -> 
         return torch.stack([game.loss("decay", {"weights": weights}, batch) for weights in rows])
 
 
-def searched(source: Source, *, explore: bool, rounds: int, seed: int) -> Result:
+def searched(source: DigitSource, *, explore: bool, rounds: int, seed: int) -> Result:
     """Rounds of picking, fitting the linear response around the picks, and predicting the loss at the latest ones.
 
     Work: the gradients of fitting and one for each prediction, the same for both ways of picking. The best so far is
@@ -139,7 +140,7 @@ def searched(source: Source, *, explore: bool, rounds: int, seed: int) -> Result
     return {key: [record[key] for record in curve] for key in curve[0]} | {"end": best, "test": test}
 
 
-def descended(source: Source, *, steps: int, seed: int) -> Result:
+def descended(source: DigitSource, *, steps: int, seed: int) -> Result:
     """No picks at all: the leader descends on a local response from the middle of the box (Algorithm 3)."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     exact, train, valid = doubled(source, seed)
@@ -173,7 +174,7 @@ def excess(results: Results, name: str, seed: int) -> list[float]:
 
 def draw(results: Results) -> Figure:
     """What the best so far is worth over work; thin lines are seeds, thick ones their median."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for name, (colour, line) in LOOKS.items():
         curves = [excess(results, name, seed) for seed in SEEDS]
@@ -189,8 +190,10 @@ def draw(results: Results) -> Figure:
     left.set_ylim(bottom=0.0)
     right.set_ylim(bottom=0.0)
     y = "true validation loss\nabove the least (nats)"
-    tidy(left, x="gradients and predictions", y=y, title="best so far, retrained")
-    tidy(right, x="gradients and predictions", y="|predicted - true| (nats)", title="at the latest picks, medians")
+    label_axes(left, x="gradients and predictions", y=y, title="best so far, retrained")
+    label_axes(
+        right, x="gradients and predictions", y="|predicted - true| (nats)", title="at the latest picks, medians"
+    )
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=LARGE, frameon=False)
     return figure
 
@@ -199,7 +202,7 @@ def _median(curves: list[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*curves, strict=True)]
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """The medians at the end, in how many seeds exploring won, and the test losses."""
     ends = {name: [excess(results, name, seed)[-1] for seed in SEEDS] for name in LOOKS}
     tests = {name: [float(results[f"{name}, seed {seed}"]["test"]) for seed in SEEDS] for name in LOOKS}
@@ -232,5 +235,5 @@ EXPERIMENT = Experiment(
         *(Part(f"descent, seed {seed}", descended, {"steps": 500, "seed": seed}, 6.0) for seed in SEEDS),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 import bilevel as bl
 from games.errors import MissingExtraError
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLUE, LARGE, RED, SMALL, blank, tidy
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, LARGE, RED, SMALL, empty_figure, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +152,7 @@ def followed(game: bl.Game, response: bl.Response, hypers: Tensor) -> Result:
     }
 
 
-def synthetic(source: Source, *, centre: float, scale: float, fits: int, points: int) -> Result:
+def synthetic(source: DigitSource, *, centre: float, scale: float, fits: int, points: int) -> Result:
     """The sine game: both responses, and both losses over (lambda, w)."""
     game = sine_game(centre)
     hypers = torch.linspace(-torch.pi, torch.pi, points, dtype=torch.float64)
@@ -176,7 +177,7 @@ def second_weight(hyper: Tensor, first: Tensor, batch: Batch) -> Tensor:
     return second
 
 
-def real(source: Source, *, centre: float, scale: float, fits: int, points: int, seed: int) -> Result:
+def real(source: DigitSource, *, centre: float, scale: float, fits: int, points: int, seed: int) -> Result:
     """The ridge game: both responses, the training loss over (lambda, w1), the validation loss over (w1, w2)."""
     train, valid, test = patients(seed)
     game = ridge_game(centre, train, valid)
@@ -247,12 +248,12 @@ def _profile(axes: Axes, result: Result, title: str) -> None:
         "fitted here", (result["centre"], 0.97), (6, 0), xycoords=("data", "axes fraction"),
         textcoords="offset points", fontsize=SMALL, va="top", color="0.3",
     )  # fmt: skip
-    tidy(axes, x="hyperparameter λ", y="validation loss", title=title)
+    label_axes(axes, x="hyperparameter λ", y="validation loss", title=title)
 
 
 def draw(results: Results) -> Figure:
     """A row a game: training surface, validation surface, and the validation loss along both responses."""
-    figure = blank(16.5, 11.5)
+    figure = empty_figure(16.5, 11.5)
     for row, (name, result) in enumerate(results.items()):
         panels = [figure.add_subplot(2, 3, 3 * row + column + 1, projection="3d") for column in (0, 1)]
         for column, key in enumerate(("train", "valid")):
@@ -290,7 +291,7 @@ def slope_error(result: Result) -> float:
     return float(torch.linalg.vector_norm(learned - exact) / torch.linalg.vector_norm(exact))
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Slopes, and both optima of both games."""
     sine, ridge = results["synthetic"], results["real"]
     slope = sine["learned"]["slope"][0]
@@ -322,5 +323,5 @@ EXPERIMENT = Experiment(
         Part("real", real, {"centre": -2.0, "scale": 0.1, "fits": 2000, "points": 99, "seed": 0}, 8.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
-from games.paper.experiment import Experiment, Part, Result, Results, Source
 from games.paper.seed_game import CLASSES, Batch, Weights, batch_of, seed_game, valid_loss
-from games.paper.style import BLUE, GREEN, LARGE, RED, blank, tidy
-from games.tuning.data import Digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ def true_slope(decay: Tensor, train: Batch, valid: Batch, step: float = 1e-4) ->
     return torch.tensor(slopes, dtype=torch.float64).reshape(decay.shape)
 
 
-def least(source: Source, *, size: int, seed: int, count: int) -> Result:
+def least(source: DigitSource, *, size: int, seed: int, count: int) -> Result:
     """The least true loss on a grid; with a penalty a class, the classes are problems of their own."""
     exact, train, valid = doubled(source, seed)
     low, high = (-1.0, 3.0) if size == 1 else (-8.0, 3.0)
@@ -118,7 +118,7 @@ def of_class(weights: Weights, label: int) -> Weights:
     return {name: value[..., label : label + 1] for name, value in weights.items()}
 
 
-def doubled(source: Source, seed: int) -> tuple[Digits, Batch, Batch]:
+def doubled(source: DigitSource, seed: int) -> tuple[Digits, Batch, Batch]:
     """The digits in float64 with their training and validation batch: what the truth is made of."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed, dtype=torch.float64)
     return digits, batch_of(digits.train), batch_of(digits.valid)
@@ -129,7 +129,7 @@ def filled(size: int, value: float) -> Tensor:
     return torch.tensor(value) if size == 1 else torch.full((size,), value)
 
 
-def tuned(source: Source, *, size: int, method: str, steps: int, start: float, seed: int) -> Result:
+def tuned(source: DigitSource, *, size: int, method: str, steps: int, start: float, seed: int) -> Result:
     """One run: the true validation loss along the leader's path, over the work that it took to get there."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     exact, train, valid = doubled(source, seed)
@@ -151,7 +151,7 @@ def tuned(source: Source, *, size: int, method: str, steps: int, start: float, s
     }
 
 
-def slopes(source: Source, *, size: int, method: str, seed: int) -> Result:
+def slopes(source: DigitSource, *, size: int, method: str, seed: int) -> Result:
     """Where the leader is held: the error of one hypergradient over the work put into it, from the follower's init."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     _, train, valid = doubled(source, seed)
@@ -184,7 +184,7 @@ def hypergradient(response: bl.Response, game: bl.Game, decay: Tensor, seed: int
     return slope.double(), 1 + report.gradients + report.products
 
 
-def at_kink(source: Source, *, penalty: float, seed: int) -> Result:
+def at_kink(source: DigitSource, *, penalty: float, seed: int) -> Result:
     """Where every weight is zero no theorem and no slope holds: the hypergradient is 0, and what each method says."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     _, train, valid = doubled(source, seed)
@@ -216,7 +216,7 @@ def run_name(size: int, method: str, start: float, seed: int) -> str:
 
 def draw(results: Results) -> Figure:
     """A row for each number of penalties: tuning, and the error of a hypergradient."""
-    figure = blank(14.0, 9.5)
+    figure = empty_figure(14.0, 9.5)
     for row, size in zip(figure.subplots(2, 2), SIZES, strict=True):
         _tuning(row[0], results, size)
         _errors(row[1], results, size)
@@ -242,7 +242,7 @@ def _tuning(axes: Axes, results: Results, size: int) -> None:
     axes.set_yscale("log")
     title = "one penalty" if size == 1 else f"{size} penalties, one a class"
     x = "gradients + Hessian-vector products"
-    tidy(axes, x=x, y="true validation loss\nabove the least (nats)", title=f"{title}: tuning")
+    label_axes(axes, x=x, y="true validation loss\nabove the least (nats)", title=f"{title}: tuning")
 
 
 def _errors(axes: Axes, results: Results, size: int) -> None:
@@ -253,10 +253,10 @@ def _errors(axes: Axes, results: Results, size: int) -> None:
     axes.set_yscale("log")
     axes.axhline(1.0, color="0.5", linewidth=1.5)
     x = "gradients + Hessian-vector products"
-    tidy(axes, x=x, y="relative error", title="one hypergradient, from scratch")
+    label_axes(axes, x=x, y="relative error", title="one hypergradient, from scratch")
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where each ends at the work that all have had, and how good its hypergradients are at their best."""
     lines = []
     for size in SIZES:
@@ -315,5 +315,5 @@ EXPERIMENT = Experiment(
         Part("kink", at_kink, {"penalty": 2.9, "seed": 0}, 2.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

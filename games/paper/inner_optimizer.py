@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, COLOURS, LARGE, LINES, empty_figure, label_axes
 from games.paper.converged import axis
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, COLOURS, LARGE, LINES, blank, tidy
-from games.tuning.data import Digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,17 +74,17 @@ def plain_loss(digits: Digits, rate: float, momentum: float, *, seed: int = 0) -
         return float(cross_entropy(model(digits.valid.images), digits.valid.labels))
 
 
-def _digits(source: Source) -> Digits:
+def _digits(source: DigitSource) -> Digits:
     return source.digits(train=500, valid=1000, test=2000)
 
 
-def grid(source: Source, *, rates: list[float]) -> Result:
+def grid(source: DigitSource, *, rates: list[float]) -> Result:
     """Some rows of the fine grid."""
     digits = _digits(source)
     return {"rates": rates, "loss": [[plain_loss(digits, rate, m) for m in MOMENTA] for rate in rates]}
 
 
-def tuned(source: Source, *, rate: float, momentum: float, steps: int) -> Result:
+def tuned(source: DigitSource, *, rate: float, momentum: float, steps: int) -> Result:
     """The leader's path from one start, and plain torch's loss at its end."""
     digits, path = _digits(source), [[rate, momentum]]
     solution = bl.solve(
@@ -104,7 +104,7 @@ def tuned(source: Source, *, rate: float, momentum: float, steps: int) -> Result
     }
 
 
-def refusals(source: Source) -> Result:
+def refusals(source: DigitSource) -> Result:
     """What the other responses say of this game: a follower's optimum does not depend on its optimiser."""
     game = pace_game(_digits(source), start=STARTS[0])
     told = {}
@@ -120,7 +120,7 @@ def refusals(source: Source) -> Result:
 
 def draw(results: Results) -> Figure:
     """The grid's validation loss as contours, with the paths over it."""
-    figure = blank(9.5, 7.0)
+    figure = empty_figure(9.5, 7.0)
     axes = figure.subplots()
     loss = torch.tensor(_table(results)).T
     filled = axes.contourf(RATES, MOMENTA, loss.clamp(max=2.5).tolist(), levels=24, cmap="Greys")
@@ -136,12 +136,12 @@ def draw(results: Results) -> Figure:
         axes.plot(rate[:1], momentum[:1], "o", color=COLOURS[number], markeredgecolor="white", markersize=11)
         axes.plot(rate[-1:], momentum[-1:], "D", color=COLOURS[number], markeredgecolor="white", markersize=12,
                   label=f"from {start[0]:g}, {start[1]:g}: {found['plain']:.3f}", linestyle="")  # fmt: skip
-    tidy(axes, x="log learning rate", y="logit of momentum", grid=False)
+    label_axes(axes, x="log learning rate", y="logit of momentum", grid=False)
     figure.legend(loc="outside upper center", ncols=2, fontsize=LARGE, frameon=False)
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Each end against the grid's best, and what the others say."""
     table = _table(results)
     best = min(value for row in table for value in row)
@@ -173,5 +173,5 @@ EXPERIMENT = Experiment(
         Part("refusals", refusals, {}, 1.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

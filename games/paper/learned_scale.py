@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import bilevel as bl
+from games.cross_validation import CrossValidation
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, COLOURS, LINES, RED, SMALL, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID, axis, cross_validated
-from games.paper.experiment import Experiment, Part, Result, Results, Source
 from games.paper.seed_game import Batch, Weights, batch_of, seed_game, train_loss, valid_loss
-from games.paper.style import BLACK, BLUE, COLOURS, LINES, RED, SMALL, blank, tidy
-from games.tuning.cross_validation import CrossValidation
-from games.tuning.data import Digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def paced(mean: float, rho: float) -> Callable[[list[Tensor]], torch.optim.Optim
 
 
 def tuned(
-    source: Source, *, start: float, scale: float, temperature: float, warmup: int, steps: int, seed: int
+    source: DigitSource, *, start: float, scale: float, temperature: float, warmup: int, steps: int, seed: int
 ) -> Result:
     """Algorithm 3 from one start with a learned scale, held at temperature 0; then it retrains where the mean ends."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
@@ -169,7 +169,7 @@ def excess(results: Results, name: str) -> float:
 
 def draw(results: Results) -> Figure:
     """The scale's path and the mean's, and what the mean in the end is worth."""
-    figure = blank(16.0, 5.8)
+    figure = empty_figure(16.0, 5.8)
     scales, means, ends = figure.subplots(1, 3)
     for colour, line, scale in zip(COLOURS, LINES, SCALES, strict=False):
         for start in STARTS:
@@ -186,8 +186,8 @@ def draw(results: Results) -> Figure:
         means.plot(steps, found["means"], color=BLACK, linestyle=(0, (1, 1)), linewidth=2.2, label=label)
     means.axhline(results["cross-validation"]["best"], color="0.5", linewidth=1.5, label="cross-validation's optimum")
     scales.set_yscale("log")
-    tidy(scales, x="step of the leader", y="scale σ of p(λ)", title=f"scale, τ={TEMPERATURES[0]:g}")
-    tidy(means, x="step of the leader", y="log penalty λ (mean of p)", title="mean")
+    label_axes(scales, x="step of the leader", y="scale σ of p(λ)", title=f"scale, τ={TEMPERATURES[0]:g}")
+    label_axes(means, x="step of the leader", y="log penalty λ (mean of p)", title="mean")
     _ends(ends, results)
     for axes in (scales, means, ends):
         axes.legend(fontsize=SMALL - 1, frameon=False, loc="best")
@@ -206,12 +206,12 @@ def _ends(axes: Axes, results: Results) -> None:
             axes.plot(place, values, marker, color=colour, markersize=11, linestyle="", alpha=0.8, label=label)
     axes.axhline(0.0, color="0.5", linewidth=1.5)
     axes.set_xticks(range(len(SCALES)), [f"{scale:g}" for scale in SCALES])
-    tidy(axes, x="initial scale σ", y="validation loss above the best (nats)", title="retrained at the end")
+    label_axes(axes, x="initial scale σ", y="validation loss above the best (nats)", title="retrained at the end")
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_ylim(-5e-4, 0.2)
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where scale and mean end, with the loss of weights retrained there."""
     lines = []
     for temperature in TEMPERATURES:
@@ -254,5 +254,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from games import cli
 from games.cli import app
+from games.experiments import console
+from games.tuning import command
 
 RUN = ["--train", "30", "--valid", "40"]
 
@@ -107,7 +108,7 @@ def test_checkpoints_of_other_runs(folder, tmp_path):
 
 def test_control_c_keeps_the_checkpoint(folder, tmp_path, monkeypatch, whole):
     run = ["--data", folder, *RUN, "--response", "unrolled", "--steps", 4]
-    original = cli.tune
+    original = command.tune
 
     def interrupted(*arguments, callbacks, **options):
         def press(step, record, variables):
@@ -117,7 +118,7 @@ def test_control_c_keeps_the_checkpoint(folder, tmp_path, monkeypatch, whole):
         return original(*arguments, callbacks=(press, *callbacks), **options)
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "tune", interrupted)
+    monkeypatch.setattr(command, "tune", interrupted)
     result = call(*run, "--output", tmp_path / "parts")
     assert result.exit_code == 130
     assert "Traceback" not in result.output
@@ -156,7 +157,7 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
 
 
 def test_no_permission(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(console.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     assert "no permission" in refused(call("--data", folder, "--output", tmp_path))
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from games.experiments.data import DigitSource
+from games.experiments.store import as_json
 from games.gan.catalogue import experiments
 from games.gan.images import image_run
 from games.gan.methods import FINALISTS, METHODS, SETTINGS, TUNED
-from games.paper.experiment import Source
-from games.paper.runner import plain
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -29,12 +29,12 @@ def test_the_tables_are_the_files(page_script):
 
 @pytest.mark.parametrize("name", ["tuning", "finals", "ring", "grid"])
 def test_the_files_are_of_these_settings(name):
-    wanted = {part.name: plain(dict(part.settings)) for part in experiments()[name].parts}
+    wanted = {part.name: as_json(dict(part.settings)) for part in experiments()[name].parts}
     assert results(name)["settings"] == wanted, f"run bilevel gan {name}"
 
 
 def test_what_was_tuned_is_what_the_files_found_best():
-    from games.gan.catalogue import scores
+    from games.gan.tuning_experiment import scores
 
     def best(row, numbers):
         return max(numbers, key=lambda number: row[number][0] * row[number][1])
@@ -49,7 +49,8 @@ def test_what_was_tuned_is_what_the_files_found_best():
 
 def test_one_response_covers_the_ring_in_every_seed_and_simultaneous_play_does_not():
     """The goal that the page reports: all 8 modes and nine samples in ten of high quality."""
-    from games.gan.catalogue import by_method, succeeded
+    from games.gan.mixture_experiment import succeeded
+    from games.gan.run import by_method
 
     count = {m: sum(succeeded(run, 8) for run in runs) for m, runs in by_method(results("ring")["results"]).items()}
     assert count["unrolled 1"] == count["alternating"] == 10
@@ -57,11 +58,11 @@ def test_one_response_covers_the_ring_in_every_seed_and_simultaneous_play_does_n
 
 
 def test_the_grid_says_what_the_page_says():
-    from games.gan.catalogue import by_method, succeeded
-    from games.gan.run import last
+    from games.gan.mixture_experiment import succeeded
+    from games.gan.run import by_method, final_quality
 
     runs = by_method(results("grid")["results"])
-    modes = {method: [last(run)["modes"] for run in some] for method, some in runs.items()}
+    modes = {method: [final_quality(run)["modes"] for run in some] for method, some in runs.items()}
     assert {method: some.count(25) for method, some in modes.items() if 25 in some} == {
         "alternating": 7,
         "unrolled 1": 8,
@@ -89,8 +90,8 @@ def test_figures_without_seconds_leave_their_panels_out():
 def test_every_method_makes_images(method):
     setting = TUNED[method]
     found = image_run(
-        Source(), images="digits", method=method, rate=setting.rate, ratio=setting.ratio, loss=setting.loss, seed=0,
-        evaluations=60, moments=1, keep_samples=True,
+        DigitSource(), images="digits", method=method, rate=setting.rate, ratio=setting.ratio, loss=setting.loss,
+        seed=0, evaluations=60, moments=1, keep_samples=True,
     )  # fmt: skip
     [end] = found["moments"]
     assert 1 <= end["classes"] <= 10

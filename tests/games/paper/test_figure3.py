@@ -7,24 +7,24 @@ import pytest
 import torch
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.store import as_json
 from games.paper import figure3
-from games.paper.experiment import Source
-from games.paper.runner import plain
 
 
 @pytest.fixture(scope="module")
 def results():
     settings = {"scale": 0.1, "fits": 300, "points": 29}
     return {
-        "synthetic": figure3.synthetic(Source(), centre=0.0, **settings),
-        "real": figure3.real(Source(), centre=-2.0, seed=0, **settings),
+        "synthetic": figure3.synthetic(DigitSource(), centre=0.0, **settings),
+        "real": figure3.real(DigitSource(), centre=-2.0, seed=0, **settings),
     }
 
 
 @pytest.fixture(scope="module")
 def written(results):
     """As a file holds them: lists, of seven digits."""
-    return plain(results)
+    return as_json(results)
 
 
 def test_the_fitted_line_minimises_the_expected_loss_it_was_fitted_to():
@@ -81,7 +81,7 @@ def test_ridge_response_and_its_slope_against_the_normal_equations(results):
     assert torch.allclose(real["exact"]["weights"], exact, rtol=0, atol=1e-6)
     slope = torch.func.jacrev(solved)(torch.tensor(-2.0, dtype=torch.float64))
     assert torch.allclose(real["exact"]["slope"], slope, rtol=0, atol=1e-6)
-    assert figure3.slope_error(plain(real)) < 0.1
+    assert figure3.slope_error(as_json(real)) < 0.1
     # The leader's end is the least point of the curve, to the grid's spacing.
     best = hypers[real["exact"]["valid"].argmin()]
     assert abs(real["exact"]["end"]["hyper"] - best) <= hypers[1] - hypers[0]
@@ -104,10 +104,10 @@ def test_patients_are_split_once():
 
 
 def test_the_line_says_when_the_slope_is_missed(written):
-    assert ", within .05 of -1" in figure3.see(written)
+    assert ", within .05 of -1" in figure3.summarize(written)
     wrong = copy.deepcopy(written)
     wrong["synthetic"]["learned"]["slope"] = [-1.2]
-    assert "NOT within .05 of -1" in figure3.see(wrong)
+    assert "NOT within .05 of -1" in figure3.summarize(wrong)
 
 
 def test_figure_has_four_surfaces_and_two_profiles(written):

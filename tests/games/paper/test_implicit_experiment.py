@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Result
 from games.paper.exact import best_response
-from games.paper.experiment import Result, Source
 from games.paper.implicit import (
     CLASSES,
     EXPERIMENT,
@@ -25,8 +26,8 @@ from games.paper.implicit import (
     reached,
     responses,
     run_name,
-    see,
     slopes,
+    summarize,
     true_loss,
     true_slope,
     tuned,
@@ -47,7 +48,7 @@ DECAYS = {1: torch.tensor(0.5, dtype=torch.float64), CLASSES: torch.linspace(-1.
     ],
 )
 def test_hypergradients_are_those_of_retraining(size: int, response: bl.Response, rtol: float) -> None:
-    digits, train, valid = doubled(Source(), 0)
+    digits, train, valid = doubled(DigitSource(), 0)
     game = seed_game(digits.train, digits.valid, start=DECAYS[size])
     slope, work = hypergradient(response, game, DECAYS[size])
     truth = true_slope(DECAYS[size], train, valid)
@@ -56,7 +57,7 @@ def test_hypergradients_are_those_of_retraining(size: int, response: bl.Response
 
 
 def test_at_the_kink_the_truth_is_flat_and_the_theorem_does_not_apply() -> None:
-    digits, train, valid = doubled(Source(), 0)
+    digits, train, valid = doubled(DigitSource(), 0)
     decay = torch.full((CLASSES,), 3.5, dtype=torch.float64)
     assert all(not bool(weight.any()) for weight in best_response(decay, train).values())
     assert not bool(true_slope(decay, train, valid).any())
@@ -64,12 +65,12 @@ def test_at_the_kink_the_truth_is_flat_and_the_theorem_does_not_apply() -> None:
     with pytest.warns(bl.errors.NonConvergenceWarning, match="wanted 0.001"):
         slope, _ = hypergradient(responses(CLASSES)["implicit"], game, decay)
     assert float(slope.norm()) > 0.1
-    told = at_kink(Source(), penalty=3.5, seed=0)
+    told = at_kink(DigitSource(), penalty=3.5, seed=0)
     assert told["truth"] == 0.0 and "NonConvergenceWarning" in told["told"]["implicit"]
 
 
 def test_the_classes_are_problems_of_their_own() -> None:
-    _, train, valid = doubled(Source(), 0)
+    _, train, valid = doubled(DigitSource(), 0)
     weights = best_response(DECAYS[CLASSES], train)
     each = [valid_loss(of_class(weights, c), (valid[0], valid[1][:, [c]])) for c in range(CLASSES)]
     assert float(torch.stack(each).mean()) == pytest.approx(float(valid_loss(weights, valid)), rel=1e-12)
@@ -80,8 +81,8 @@ def test_the_classes_are_problems_of_their_own() -> None:
 
 
 def test_the_least_is_below_its_neighbours() -> None:
-    _, train, valid = doubled(Source(), 0)
-    found = least(Source(), size=CLASSES, seed=0, count=23)
+    _, train, valid = doubled(DigitSource(), 0)
+    found = least(DigitSource(), size=CLASSES, seed=0, count=23)
     best = found["decay"]
     for index in (1, 5):
         for step in (-0.5, 0.5):
@@ -101,8 +102,10 @@ def results() -> dict[str, Result]:
     found: dict[str, Result] = {}
     for size in SIZES:
         found["kink"] = {"truth": 0.0, "told": dict.fromkeys(METHODS, "nothing")}
-        bests = least(Source(), size=size, seed=0, count=12)
-        curves = {method: tuned(Source(), size=size, method=method, steps=2, start=0.0, seed=0) for method in METHODS}
+        bests = least(DigitSource(), size=size, seed=0, count=12)
+        curves = {
+            method: tuned(DigitSource(), size=size, method=method, steps=2, start=0.0, seed=0) for method in METHODS
+        }
         for part in EXPERIMENT.parts:
             if part.run is least and part.settings["size"] == size:
                 found[part.name] = bests
@@ -119,7 +122,7 @@ def test_a_run_tells_work_and_true_loss(results: dict[str, Result]) -> None:
     for method in METHODS:
         run = results[run_name(1, method, -1.0, 0)]
         assert run["work"] == sorted(run["work"]) and len(run["work"]) == len(run["valid"]) == 3
-        assert run["valid"][-1] == pytest.approx(true_loss(run["end"], *doubled(Source(), 0)[1:]))
+        assert run["valid"][-1] == pytest.approx(true_loss(run["end"], *doubled(DigitSource(), 0)[1:]))
         work, above = excess(results, 1, method, -1.0, 0)
         assert work == run["work"] and all(value > 0 for value in above)
 
@@ -129,5 +132,5 @@ def test_the_figure_and_its_line(results: dict[str, Result]) -> None:
     panels = figure.axes
     assert len(panels) == 4 and {axes.get_xlabel() for axes in panels} == {"gradients + Hessian-vector products"}
     assert [text.get_text() for text in figure.legends[0].texts] == list(METHODS)
-    line = see(results)
+    line = summarize(results)
     assert "\n" not in line and "1 penalty" in line and "hypergradient's error 0.25" in line

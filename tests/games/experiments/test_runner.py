@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import bilevel as bl
-from games.paper.experiment import Experiment, Part, Source
-from games.paper.runner import plain, remake
-from games.paper.style import blank
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part
+from games.experiments.runner import run_experiments
+from games.experiments.store import as_json
+from games.experiments.style import empty_figure
 
 
 def work(source, *, value, fail=False):
@@ -23,7 +25,7 @@ def work(source, *, value, fail=False):
 
 
 def draw(results):
-    figure = blank()
+    figure = empty_figure()
     figure.subplots().plot([r["square"] for r in results.values()])
     return figure
 
@@ -37,17 +39,17 @@ def experiment(**values):
 
 def run(made, folder, *, jobs=1, resume=False):
     done, drawn = [], []
-    remake(
-        [made], Source(), folder, jobs=jobs, resume=resume,
-        ended=lambda e, p, seconds: done.append((p.name, seconds > 0)), drawn=drawn.append,
+    run_experiments(
+        [made], DigitSource(), folder, jobs=jobs, resume=resume,
+        on_part=lambda one: done.append((one.part.name, one.seconds > 0)), on_experiment=drawn.append,
     )  # fmt: skip
     return done, drawn
 
 
 def test_a_figure_its_data_and_its_line(tmp_path):
-    done, (remade,) = run(experiment(a={"value": 2.0}, b={"value": -3.0}), tmp_path)
+    done, (finished,) = run(experiment(a={"value": 2.0}, b={"value": -3.0}), tmp_path)
     assert sorted(done) == [("a", True), ("b", True)]
-    assert remade.line == "sees 13.0" and remade.figure.read_bytes()[:4] == b"\x89PNG"
+    assert finished.summary == "sees 13.0" and finished.figure.read_bytes()[:4] == b"\x89PNG"
     content = json.loads((tmp_path / "trial.json").read_text())
     assert content["results"]["a"]["square"] == 4.0 and content["results"]["a"]["nothing"] is None
     assert content["results"]["b"]["warnings"] == ["below zero"] and content["settings"]["b"] == {"value": -3.0}
@@ -55,8 +57,8 @@ def test_a_figure_its_data_and_its_line(tmp_path):
 
 def test_resuming_does_only_what_is_missing_or_has_changed(tmp_path):
     run(experiment(a={"value": 2.0}, b={"value": 3.0}), tmp_path)
-    done, (remade,) = run(experiment(a={"value": 2.0}, b={"value": 4.0}), tmp_path, resume=True)
-    assert done == [("a", False), ("b", True)] and remade.line == "sees 20.0"
+    done, (finished,) = run(experiment(a={"value": 2.0}, b={"value": 4.0}), tmp_path, resume=True)
+    assert done == [("a", False), ("b", True)] and finished.summary == "sees 20.0"
     (tmp_path / "parts/trial/a.json").write_text("{ half a")
     done, _ = run(experiment(a={"value": 2.0}, b={"value": 4.0}), tmp_path, resume=True)
     assert sorted(done) == [("a", True), ("b", False)]
@@ -65,16 +67,16 @@ def test_resuming_does_only_what_is_missing_or_has_changed(tmp_path):
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path):
-    done, (remade,) = run(experiment(a={"value": 2.0, "fail": True}, b={"value": 3.0}), tmp_path)
-    assert len(done) == 2 and remade.figure is None
-    assert remade.errors[0].startswith("a: ValueError: no 2.0 (test_runner.py, line")
-    done, (remade,) = run(experiment(a={"value": 2.0}, b={"value": 3.0}), tmp_path, resume=True)
-    assert done == [("b", False), ("a", True)] and remade.figure is not None
+    done, (finished,) = run(experiment(a={"value": 2.0, "fail": True}, b={"value": 3.0}), tmp_path)
+    assert len(done) == 2 and finished.figure is None
+    assert finished.failures[0].startswith("a: ValueError: no 2.0 (test_runner.py, line")
+    done, (finished,) = run(experiment(a={"value": 2.0}, b={"value": 3.0}), tmp_path, resume=True)
+    assert done == [("b", False), ("a", True)] and finished.figure is not None
 
 
 def test_what_json_can_hold():
     tree = {1: torch.ones(2), "x": (math.inf, 1.5), "y": [torch.tensor(2)]}
-    assert plain(tree) == {"1": [1.0, 1.0], "x": [None, 1.5], "y": [2]}
+    assert as_json(tree) == {"1": [1.0, 1.0], "x": [None, 1.5], "y": [2]}
 
 
 @pytest.mark.slow
@@ -83,6 +85,6 @@ def test_processes(tmp_path):
     from games.paper.figure2 import EXPERIMENT
 
     parts = tuple(part for part in EXPERIMENT.parts if part.run is cross_validated)[:2]
-    made = Experiment("two", "Two", parts, lambda results: blank(), lambda results: str(len(results)))
-    done, (remade,) = run(made, tmp_path, jobs=2)
-    assert len(done) == 2 and remade.line == "2"
+    made = Experiment("two", "Two", parts, lambda results: empty_figure(), lambda results: str(len(results)))
+    done, (finished,) = run(made, tmp_path, jobs=2)
+    assert len(done) == 2 and finished.summary == "2"
