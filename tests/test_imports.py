@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,39 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return names
+
+
+def circle(folder: Path) -> list[str]:
+    """The modules of a circle of imports inside a folder, the first one again at its end; [] when there is none.
+
+    It counts imports inside functions and those for type checkers alone as well.
+    """
+    files = {}
+    for path in folder.rglob("*.py"):
+        dotted = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(dotted[:-1] if dotted[-1] == "__init__" else dotted)] = path
+    graph = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {module if module in files else node.module for module in inside}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+        graph[name] &= set(files)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as found:
+        return list(found.args[1])
+    return []
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in (ROOT / "bilevel").glob("*/__init__.py")), ids=lambda p: p.name
+)
+def test_no_circle_inside_a_folder(folder: Path) -> None:
+    assert circle(folder) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bilevel").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
