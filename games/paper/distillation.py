@@ -172,12 +172,13 @@ def exactness(source: DigitSource, *, train: int, penalty: float, directions: in
     weights, state = response(game, {"importance": importance}, response.init(game))
     (hypergradient,) = torch.autograd.grad(real_loss(weights, validation), importance)
     state = response.after_backward(state, weights)
-    stationarity = [state["stationarity"]]
+    report = response.report(state)
+    stationarity = [report.stationarity]
 
     def moved(by: Tensor) -> float:
         with torch.no_grad():
             answer, after = response(game, {"importance": present + by}, state)
-            stationarity.append(after["stationarity"])
+            stationarity.append(response.report(after).stationarity)
             return float(real_loss(answer, validation))
 
     def difference(along: Tensor, h: float) -> float:
@@ -193,7 +194,7 @@ def exactness(source: DigitSource, *, train: int, penalty: float, directions: in
         "entries": train,
         "error": [abs(a - b) / abs(b) for a, b in zip(implicit, finite, strict=True)],
         "stationarity": max(stationarity),
-        "linear": state["linear"]["residual"],
+        "linear": report.residual,
     }
 
 

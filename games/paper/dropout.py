@@ -77,7 +77,7 @@ def learned(source: DigitSource, *, seed: int, soft: bool, per_pixel: bool, step
     weights = train(digits, rates, steps=TRAINING, seed=seed)
     return {
         "path": path,
-        "standing": loss_on(solution.states["weights"]["variables"], digits.test),
+        "standing": loss_on(solution.variables["weights"], digits.test),
         "input": rates["input"],
         "hidden": rates["hidden"],
         "valid": loss_on(weights, digits.valid),

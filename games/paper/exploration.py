@@ -129,7 +129,7 @@ def searched(source: DigitSource, *, explore: bool, rounds: int, seed: int) -> R
         truths = torch.tensor([true_loss(pick, train, valid) for pick in picks[-latest:]])
         curve.append(
             {
-                "work": int(state["gradients"]) + len(picks),
+                "work": response.report(state).gradients + len(picks),
                 "valid": true_loss(picks[int(losses.argmin())], train, valid),
                 "mistake": float((losses[-latest:] - truths).abs().median()),
             }

@@ -147,7 +147,7 @@ def followed(game: bl.Game, response: bl.Response, hypers: Tensor) -> Result:
             "true": losses(end, EXACT(game, {"hyper": end}, EXACT.init(game))[0])["hyper"],
         },
         # How much of the slope's equation is left where it was learned or solved.
-        "residual": response(game, {"hyper": start}, state)[1].get("residual"),
+        "residual": response.report(response(game, {"hyper": start}, state)[1]).residual,
         "gradients": solution.gradients,
     }
 
