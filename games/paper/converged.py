@@ -30,6 +30,6 @@ def cross_validated(source: DigitSource, *, values: Sequence[float], seed: int) 
     }
 
 
-def axis(count: int, low: float = -1.0, high: float = 3.0) -> list[float]:
+def evenly_spaced(count: int, low: float = -1.0, high: float = 3.0) -> list[float]:
     """`count` evenly spaced log penalties, ends included."""
     return [round(low + (high - low) * index / (count - 1), 6) for index in range(count)]

@@ -17,8 +17,9 @@ from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.style import BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
-from games.paper.implicit import doubled, least, responses, true_loss
+from games.paper.implicit import responses
 from games.paper.seed_game import CLASSES, batch_of, seed_game, valid_loss
+from games.paper.truth import best_on_grid, float64_digits, true_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +114,7 @@ def searched(source: DigitSource, *, explore: bool, rounds: int, seed: int) -> R
     the pick of least prediction; what it is really worth, by retraining, is for the figure alone.
     """
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    exact, train, valid = doubled(source, seed)
+    exact, train, valid = float64_digits(source, seed)
     game = seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES), seed=seed)
     choose = exploring if explore else uniform
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +144,7 @@ def searched(source: DigitSource, *, explore: bool, rounds: int, seed: int) -> R
 def descended(source: DigitSource, *, steps: int, seed: int) -> Result:
     """No picks at all: the leader descends on a local response from the middle of the box (Algorithm 3)."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    exact, train, valid = doubled(source, seed)
+    exact, train, valid = float64_digits(source, seed)
     path: list[tuple[float, Tensor]] = []
     bl.solve(
         seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES), seed=seed),
@@ -231,7 +232,10 @@ EXPERIMENT = Experiment(
             for seed in SEEDS
             for name in ("uniform", "exploring")
         ),
-        *(Part(f"least, seed {seed}", least, {"size": CLASSES, "seed": seed, "count": 111}, 2.5) for seed in SEEDS),
+        *(
+            Part(f"least, seed {seed}", best_on_grid, {"size": CLASSES, "seed": seed, "count": 111}, 2.5)
+            for seed in SEEDS
+        ),
         *(Part(f"descent, seed {seed}", descended, {"steps": 500, "seed": seed}, 6.0) for seed in SEEDS),
     ),
     draw=draw,

@@ -13,14 +13,14 @@ import bilevel as bl
 from games.experiments.data import DigitSource
 from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.style import BLACK, BLUE, LARGE, RED, SMALL, empty_figure, label_axes
-from games.paper.converged import TRAIN, VALID, axis, cross_validated
+from games.paper.converged import TRAIN, VALID, cross_validated, evenly_spaced
 from games.paper.seed_game import batch_of, seed_game, valid_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
-CROSSES = axis(11)
+CROSSES = evenly_spaced(11)
 
 
 def everywhere(others: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def learned(source: DigitSource, *, seed: int, fits: int, steps: int) -> Result:
         weights, _ = response(game, {"decay": decay}, state)
         return valid_loss(weights, batch_of(digits.valid))
 
-    curve, crosses = axis(81), CROSSES
+    curve, crosses = evenly_spaced(81), CROSSES
     return {
         "curve": {"values": curve, "valid": torch.func.vmap(loss)(torch.tensor(curve))},
         "crosses": torch.func.vmap(loss)(torch.tensor(crosses)),

@@ -13,7 +13,7 @@ import bilevel as bl
 from games.experiments.data import DigitSource
 from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.style import BLACK, BLUE, LARGE, RED, SKY, SMALL, empty_figure, label_axes
-from games.paper.converged import TRAIN, VALID, axis, cross_validated
+from games.paper.converged import TRAIN, VALID, cross_validated, evenly_spaced
 from games.paper.seed_game import batch_of, seed_game, train_loss, valid_loss
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STARTS = (-1.0, 2.9)
-VALUES = axis(41)
+VALUES = evenly_spaced(41)
 SCALE = 0.5
 
 

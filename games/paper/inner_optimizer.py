@@ -16,14 +16,14 @@ import bilevel as bl
 from games.experiments.data import Digits, DigitSource
 from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.style import BLACK, COLOURS, LARGE, LINES, empty_figure, label_axes
-from games.paper.converged import axis
+from games.paper.converged import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = 20
 """Steps of training, from one init and on one batch: what the leader's loss is taken after."""
-RATES, MOMENTA = axis(21, -4.0, 1.0), axis(15, -3.0, 4.0)
+RATES, MOMENTA = evenly_spaced(21, -4.0, 1.0), evenly_spaced(15, -3.0, 4.0)
 STARTS = ((-3.5, -2.0), (-2.5, 3.5), (-1.0, -2.5))
 """log learning rate, and the logit of momentum."""
 

@@ -13,7 +13,7 @@ from games.cross_validation import CrossValidation, grid
 from games.experiments.data import DigitSource, scikit_digits
 from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.style import BLACK, COLOURS, LARGE, LINES, SMALL, empty_figure, label_axes
-from games.paper.converged import axis
+from games.paper.converged import evenly_spaced
 from games.problems.decay import decay_game, score, train
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def best_single_penalty(source: DigitSource, *, low: float, high: float, count: 
     """The best of `count` single penalties by validation loss, each retrained to convergence."""
     digits = scikit_digits(dtype=torch.float64)
     game = decay_game(digits)
-    found = CrossValidation()(game, grid(game, {"decay": axis(count, low, high)}))
+    found = CrossValidation()(game, grid(game, {"decay": evenly_spaced(count, low, high)}))
     return {
         "decay": found.best["decay"]["bias"][0],
         "valid": found.leader_losses.min(),

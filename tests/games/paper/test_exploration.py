@@ -30,8 +30,8 @@ from games.paper.exploration import (
     summarize,
     uniform,
 )
-from games.paper.implicit import doubled, true_loss
 from games.paper.seed_game import batch_of, seed_game, valid_loss
+from games.paper.truth import float64_digits, true_loss
 
 
 def bowl(picks: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_both_ways_of_picking_do_the_same_work(results: dict[str, Result]) -> No
     # A call of the response costs its fitting, ten draws a step, and three gradients to examine the slope.
     assert a["work"] == b["work"] == [FITS * 10 + 3 + FIRST, 2 * (FITS * 10 + 3) + FIRST + EACH]
     assert a["valid"][0] == b["valid"][0] and a["mistake"][0] == b["mistake"][0]
-    _, train, valid = doubled(DigitSource(), 0)
+    _, train, valid = float64_digits(DigitSource(), 0)
     assert a["valid"][-1] == pytest.approx(true_loss(a["end"], train, valid))
     assert excess(results, "uniform", 2)[0] == pytest.approx(a["valid"][0] - 2.0)
 

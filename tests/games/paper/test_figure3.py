@@ -9,7 +9,7 @@ import torch
 import bilevel as bl
 from games.experiments.data import DigitSource
 from games.experiments.store import as_json
-from games.paper import figure3
+from games.paper import figure3, figure3_games
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,16 @@ def written(results):
 def test_the_fitted_line_minimises_the_expected_loss_it_was_fitted_to():
     """Under lambda ~ N(0, s^2) the least-squares slope is E[cos(lambda + pi)] = -exp(-s^2/2)."""
     scale = 0.8
-    game = figure3.sine_game(0.0)
+    game = figure3_games.sine_game(0.0)
     # The fit is a mean over 2 x 64 draws a step, its rate falling to 0: the slope's own noise is below .01.
     response = bl.Hypernetwork(
-        figure3.line(0.0, scale, 600).optimizer,
-        around=figure3.line(0.0, scale, 600).around,
+        figure3.linear_response(0.0, scale, 600).optimizer,
+        around=figure3.linear_response(0.0, scale, 600).around,
         scale=scale,
         warmup=600,
         steps=0,
         perturbations=64,
-        scheduler=figure3.line(0.0, scale, 600).scheduler,
+        scheduler=figure3.linear_response(0.0, scale, 600).scheduler,
         tolerance=None,
     )
     hyper = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
@@ -70,7 +70,7 @@ def test_learned_line_has_the_slope_and_the_optimum_that_it_must_have(results):
 
 def test_ridge_response_and_its_slope_against_the_normal_equations(results):
     real = results["real"]
-    (inputs, targets), _, _ = figure3.patients(seed=0)
+    (inputs, targets), _, _ = figure3_games.patients(seed=0)
     gram, pull = inputs.T @ inputs / len(targets), inputs.T @ targets / len(targets)
 
     def solved(hyper):
@@ -88,16 +88,16 @@ def test_ridge_response_and_its_slope_against_the_normal_equations(results):
 
 
 def test_second_weight_is_where_its_own_gradient_vanishes():
-    train, _, _ = figure3.patients(seed=0)
+    train, _, _ = figure3_games.patients(seed=0)
     hyper, first = torch.tensor([-1.0, 0.5], dtype=torch.float64), torch.tensor([0.3, -0.2], dtype=torch.float64)
     second = figure3.second_weight(hyper, first, train).requires_grad_()
     for row in range(2):
-        loss = figure3.train_loss(hyper[row], torch.stack([first[row], second[row]]), train)
+        loss = figure3_games.train_loss(hyper[row], torch.stack([first[row], second[row]]), train)
         assert torch.autograd.grad(loss, second)[0][row].abs() < 1e-12
 
 
 def test_patients_are_split_once():
-    parts = figure3.patients(seed=1)
+    parts = figure3_games.patients(seed=1)
     assert [len(part[1]) for part in parts] == [12, 200, 230]
     rows = torch.cat([torch.column_stack(part) for part in parts])
     assert torch.allclose(rows.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)

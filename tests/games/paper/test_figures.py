@@ -10,7 +10,7 @@ from games.experiments.data import DigitSource
 from games.experiments.store import as_json
 from games.paper import figure2, figure4, figure5, many
 from games.paper.catalogue import experiments
-from games.paper.converged import axis, cross_validated
+from games.paper.converged import cross_validated, evenly_spaced
 
 SOURCE = DigitSource()
 
@@ -92,4 +92,4 @@ def test_every_experiment_has_parts_of_its_own_names():
     for name, experiment in experiments().items():
         names = [part.name for part in experiment.parts]
         assert experiment.name == name and len(set(names)) == len(names) > 0
-    assert axis(3) == [-1.0, 1.0, 3.0]
+    assert evenly_spaced(3) == [-1.0, 1.0, 3.0]
