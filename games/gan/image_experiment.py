@@ -42,15 +42,15 @@ def image_experiment(name: str, methods: tuple[str, ...], *, seeds: int, evaluat
 
 def summarize(results: Results) -> str:
     """The Frechet distance that each ended at, beside that of real images to real ones."""
-    told = []
+    phrases = []
     for method, runs in by_method(results).items():
         ends = [m for m in (final_moment(run) for run in runs) if m is not None]
         middle = f"{statistics.median(m['frechet'] for m in ends):.1f}" if ends else "failed"
-        told.append(f"{method} {middle}")
+        phrases.append(f"{method} {middle}")
     one = next(iter(results.values()))
     return (
         f"Frechet distance of a classifier's features (test accuracy {one['accuracy']:.2f}), median of seeds: "
-        f"{', '.join(told)}; real images {one['floor']:.2f}"
+        f"{', '.join(phrases)}; real images {one['floor']:.2f}"
     )
 
 

@@ -14,7 +14,7 @@ from games.experiments.data import Digits, DigitSource, scikit_digits
 from games.experiments.experiment import Result
 from games.gan.adversarial import Draws, adversarial_game, perceptron
 from games.gan.methods import Setting
-from games.gan.run import play
+from games.gan.run import run_method
 
 LATENT, SHOWN = 16, 20
 PENALTY = 1.0
@@ -48,8 +48,8 @@ class Judge:
     @torch.no_grad()
     def classes(self, images: Tensor) -> int:
         """How many classes at least a tenth of their fair share of images is taken for."""
-        told = self.head(self.body(images)).argmax(1)
-        shares = torch.bincount(told, minlength=10).double() / len(images)
+        predicted = self.head(self.body(images)).argmax(1)
+        shares = torch.bincount(predicted, minlength=10).double() / len(images)
         return int((shares >= 0.1 / len(shares)).sum())
 
 
@@ -126,15 +126,20 @@ def image_run(
     game = adversarial_game(generator, discriminator, Draws(draw, LATENT), loss=loss, penalty=PENALTY)
     latents = torch.randn(len(judge.real), LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
 
-    def look(weights: dict[str, Tensor]) -> Result:
+    def measure(weights: dict[str, Tensor]) -> Result:
         with torch.no_grad():
             samples: Tensor = functional_call(generator, weights, (latents,))
-        told: Result = {"frechet": judge.frechet(samples), "classes": judge.classes(samples)}
+        measured: Result = {"frechet": judge.frechet(samples), "classes": judge.classes(samples)}
         # As bytes: seven digits of a grey level show nothing.
-        return told | ({"samples": (255.0 * samples[:SHOWN]).round().int()} if keep_samples else {})
+        return measured | ({"samples": (255.0 * samples[:SHOWN]).round().int()} if keep_samples else {})
 
     setting = Setting(rate, ratio, loss)
-    seen = play(
-        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, look=look
+    measurements = run_method(
+        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, measure=measure
     )
-    return {"moments": seen, "floor": judge.floor, "accuracy": judge.accuracy, "shape": list(digits.image_shape)}
+    return {
+        "moments": measurements,
+        "floor": judge.floor,
+        "accuracy": judge.accuracy,
+        "shape": list(digits.image_shape),
+    }

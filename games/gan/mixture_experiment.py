@@ -50,11 +50,11 @@ def succeeded(result: Result, modes: int) -> bool:
 def summarize(wanted: Mixture, results: Results) -> str:
     """In how many seeds each method hit everything with 90 % of high quality."""
     modes = len(wanted.centres)
-    told = [
+    phrases = [
         f"{method} {sum(succeeded(run, modes) for run in runs)} of {len(runs)}"
         for method, runs in by_method(results).items()
     ]
-    return f"all {modes} modes with 90 % of high quality: {', '.join(told)}"
+    return f"all {modes} modes with 90 % of high quality: {', '.join(phrases)}"
 
 
 def rows(wanted: Mixture, results: Results, *, spread: bool = True) -> list[dict[str, str]]:
@@ -63,7 +63,7 @@ def rows(wanted: Mixture, results: Results, *, spread: bool = True) -> list[dict
     for method, runs in by_method(results).items():
         ends = [final_quality(run) for run in runs]
 
-        def told(key: str, digits: str, ends: list[Result] = ends) -> str:
+        def over_seeds(key: str, digits: str, ends: list[Result] = ends) -> str:
             values = sorted(float(end[key]) for end in ends if end[key] is not None)
             if not values:
                 return "none"
@@ -75,11 +75,11 @@ def rows(wanted: Mixture, results: Results, *, spread: bool = True) -> list[dict
             {
                 "discriminator": method,
                 f"all {modes} modes": f"{sum(end['modes'] == modes for end in ends)}/{len(ends)}",
-                "modes": told("modes", ".0f"),
-                "high quality": told("high_quality", ".2f"),
+                "modes": over_seeds("modes", ".0f"),
+                "high quality": over_seeds("high_quality", ".2f"),
                 "both": f"{sum(succeeded(run, modes) for run in runs)}/{len(runs)}",
-                "reverse KL": told("reverse_kl", ".2f"),
-                "variance": told("covariance_ratio", ".2f"),
+                "reverse KL": over_seeds("reverse_kl", ".2f"),
+                "variance": over_seeds("covariance_ratio", ".2f"),
                 "seconds": "" if untimed(runs) else f"{statistics.median(end['seconds'] for end in ends):.0f}",
                 "failed": str(sum("failure" in moment for run in runs for moment in run["moments"])),
             }

@@ -31,7 +31,7 @@ def mixtures() -> dict[str, Mixture]:
     return {"ring": ring(), "grid": grid()}
 
 
-def play(
+def run_method(
     game: bl.Game,
     method: str,
     setting: Setting,
@@ -42,14 +42,14 @@ def play(
     seed: int,
     moments: int,
     spread: float = 1.0,
-    look: Callable[[dict[str, Tensor]], Result],
+    measure: Callable[[dict[str, Tensor]], Result],
 ) -> list[Result]:
-    """Play for `evaluations` gradients and products; `look(averaged weights of the generator)` `moments` times.
+    """Play by `method` for `evaluations` gradients and products, and measure the generator at `moments` times.
 
-    `spread` is about how far examples are from 0.
-    Each entry is what `look` returned with its `work`, `seconds` (the processor's, looks included) and `step`. The
-    generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what
-    it had: its last entry has `failure`.
+    `measure` gets the averaged weights of the generator. `spread` is about how far examples are from 0.
+    Each entry is what `measure` returned with its `work`, `seconds` (the processor's, measuring included) and `step`.
+    The generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps
+    what it had: its last entry has `failure`.
     """
     options = METHODS[method].options(setting, generator, latent, spread)
     with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def play(
         steps = max(1, int(evaluations // (first[2]["work"] - first[1]["work"])))
         when = {max(1, round(steps * (i + 1) / moments)) for i in range(moments)}
         averaged: dict[str, Tensor] = {}
-        seen: list[Result] = []
+        measurements: list[Result] = []
         began = time.process_time()  # of which neighbours on the machine take nothing
 
         def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
@@ -67,14 +67,16 @@ def play(
                 averaged[name] = averaged[name].lerp(now, 1.0 - AVERAGING) if name in averaged else now.clone()
             if number in when:
                 spent = time.process_time() - began
-                seen.append({"step": number, "work": record["work"], "seconds": spent, **look(dict(averaged))})
+                measurements.append(
+                    {"step": number, "work": record["work"], "seconds": spent, **measure(dict(averaged))}
+                )
 
         cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
         try:
             bl.solve(game, steps=steps, seed=seed, scheduler=cosine, callbacks=[step], **options)
         except bl.BilevelError as error:
-            seen.append({"failure": f"{type(error).__name__}: {error}"})
-    return seen
+            measurements.append({"failure": f"{type(error).__name__}: {error}"})
+    return measurements
 
 
 def mixture_run(
@@ -99,19 +101,19 @@ def mixture_run(
     game = adversarial_game(generator, discriminator, Draws(wanted.sample, LATENT), loss=loss)
     latents = torch.randn(2500, LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
 
-    def look(weights: dict[str, Tensor]) -> Result:
+    def measure(weights: dict[str, Tensor]) -> Result:
         with torch.no_grad():
             samples = functional_call(generator, weights, (latents,))
         quality = wanted.quality(samples)
-        told: Result = {
+        measured: Result = {
             "modes": quality.modes,
             "high_quality": quality.high_quality,
             "reverse_kl": quality.reverse_kl,
             "covariance_ratio": quality.covariance_ratio,
         }
-        return told | ({"samples": samples[:500]} if keep_samples else {})
+        return measured | ({"samples": samples[:500]} if keep_samples else {})
 
-    seen = play(
+    measurements = run_method(
         game,
         method,
         Setting(rate, ratio, loss),
@@ -121,9 +123,9 @@ def mixture_run(
         seed=seed,
         moments=moments,
         spread=radius,
-        look=look,
+        measure=measure,
     )
-    return {"moments": seen}
+    return {"moments": measurements}
 
 
 class _Scaled(nn.Module):

@@ -52,14 +52,14 @@ def scores(results: Results) -> dict[str, dict[int, tuple[float, float]]]:
 
 def summarize(results: Results) -> str:
     """The best setting of each loss: most modes times quality."""
-    told = []
+    phrases = []
     for method, row in scores(results).items():
         for loss in dict.fromkeys(setting.loss for setting in SETTINGS):
             numbers = [number for number in row if SETTINGS[number].loss == loss]
             if numbers:
                 best = max(numbers, key=lambda number: row[number][0] * row[number][1])
-                told.append(f"{method}, {loss}: setting {best}, {row[best][0]:g} modes, {row[best][1]:.2f}")
-    return "; ".join(told)
+                phrases.append(f"{method}, {loss}: setting {best}, {row[best][0]:g} modes, {row[best][1]:.2f}")
+    return "; ".join(phrases)
 
 
 def draw(results: Results) -> Figure:

@@ -182,7 +182,7 @@ def draw(results: Results) -> Figure:
 
 def summarize(results: Results) -> str:
     """Where each ends, what that costs in loss, and the gradients taken."""
-    told = []
+    phrases = []
     for name in (f"{method} from {start:g}" for method in (FLOORED, SCORE) for start in STARTS):
         ends, above = [], []
         for seed in SEEDS:
@@ -190,10 +190,12 @@ def summarize(results: Results) -> str:
             ends.append(str(found["end"]))
             above.append(truth["valid"][found["end"] - 1] - truth["valid"][truth["best"] - 1])
         work = max(results[f"{name}, seed {seed}"]["gradients"] for seed in SEEDS)
-        told.append(f"{name}: {', '.join(ends)} units, at most {max(above):.3f} nats above (up to {work:,} gradients)")
+        phrases.append(
+            f"{name}: {', '.join(ends)} units, at most {max(above):.3f} nats above (up to {work:,} gradients)"
+        )
     best = ", ".join(str(results[f"every number, seed {s}"]["best"]) for s in SEEDS)
     work = results[f"every number, seed {SEEDS[0]}"]["gradients"]
-    return f"Best of all {MOST} numbers, seed by seed: {best} ({work:,} gradients). " + "; ".join(told) + "."
+    return f"Best of all {MOST} numbers, seed by seed: {best} ({work:,} gradients). " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(

@@ -47,8 +47,8 @@ def _rows(figure: Any, results: Results) -> None:
             for image, panel in zip(images, line, strict=True):
                 panel.imshow(image.reshape(shape).numpy(), cmap="PuOr" if row == 2 else "Greys", vmin=low, vmax=high)
                 panel.set(xticks=[], yticks=[])
-            told = f"{data}\n{name}\n({low:.1f} to {high:.1f})"
-            line[0].set_ylabel(told, fontsize=SMALL, rotation=0, ha="right", va="center")
+            label = f"{data}\n{name}\n({low:.1f} to {high:.1f})"
+            line[0].set_ylabel(label, fontsize=SMALL, rotation=0, ha="right", va="center")
 
 
 def _accuracies(axes: Axes, results: Results) -> None:
@@ -63,8 +63,8 @@ def _accuracies(axes: Axes, results: Results) -> None:
         means = [_mean(accuracies(results, data, name)) for name in names]
         axes.plot(means, places, marker, color=colour, markersize=9, label=f"{data} (splits: {len(SEEDS[data])})")
     axes.axvline(GOAL, color="0.4", linestyle=":", linewidth=2, label="goal for 8 x 8 digits")
-    told = [f"distilled:\n{n}" if n in RESPONSES else n for n in names]
-    axes.set_yticks(range(len(names)), list(reversed(told)))
+    labels = [f"distilled:\n{n}" if n in RESPONSES else n for n in names]
+    axes.set_yticks(range(len(names)), list(reversed(labels)))
     label_axes(axes, x="test accuracy, retrained from scratch", y="")
     axes.legend(fontsize=SMALL, loc="upper left", frameon=True)
 
@@ -96,7 +96,7 @@ def draw(results: Results) -> Figure:
 def summarize(results: Results) -> str:
     """Accuracies of both data sets, and the hypergradient's error."""
 
-    def told(data: str) -> str:
+    def describe(data: str) -> str:
         drawn = ", ".join(f"{_mean(accuracies(results, data, name)):.3f} by {name}" for name in RESPONSES)
         others = ", ".join(f"{_mean(accuracies(results, data, name)):.3f} from {name}" for name in OTHERS)
         return f"{data} distilled into ten images: test accuracy {drawn}; {others}"
@@ -105,10 +105,10 @@ def summarize(results: Results) -> str:
     found = results["exactness"]
     worst = max(found["error"])
     return (
-        f"{told(SETS[0])} (goal {GOAL:.2f}: the worst of {len(SEEDS[SETS[0]])} splits has {reached:.3f}, "
-        f"{'reached' if reached >= GOAL else 'MISSED'}). {told(SETS[1])}. Hypergradient against finite differences of "
-        f"re-solved followers, {found['entries']} entries and {len(found['finite']) - found['entries']} random "
-        f"directions: largest relative error {worst:.1e} ({'at most' if worst <= 1e-6 else 'MORE than'} 1e-6)."
+        f"{describe(SETS[0])} (goal {GOAL:.2f}: the worst of {len(SEEDS[SETS[0]])} splits has {reached:.3f}, "
+        f"{'reached' if reached >= GOAL else 'MISSED'}). {describe(SETS[1])}. Hypergradient against finite "
+        f"differences of re-solved followers, {found['entries']} entries and {len(found['finite']) - found['entries']} "
+        f"random directions: largest relative error {worst:.1e} ({'at most' if worst <= 1e-6 else 'MORE than'} 1e-6)."
     )
 
 

@@ -129,16 +129,16 @@ def summarize(results: Results) -> str:
     """The medians, and how many seeds are below no dropout."""
     columns = _tests(results)
     best = statistics.median(columns[BEST])
-    told = []
+    phrases = []
     for name in LEARNED:
         median = statistics.median(columns[name])
         below = sum(mine < none for mine, none in zip(columns[name], columns[NONE], strict=True))
         standing = statistics.median(results[f"{name}, seed {seed}"]["standing"] for seed in SEEDS)
         share = f"{100 * (median / best - 1):+.1f} %, {below} of {len(SEEDS)} seeds below none"
-        told.append(f"{name} {median:.3f} ({share}; as the joint run left it {standing:.3f})")
+        phrases.append(f"{name} {median:.3f} ({share}; as the joint run left it {standing:.3f})")
     return (
         f"Median test loss over {len(SEEDS)} seeds, retrained: no dropout {statistics.median(columns[NONE]):.3f}, best "
-        f"of {len(INPUTS) * len(HIDDENS)} fixed pairs {best:.3f}; " + "; ".join(told) + "."
+        f"of {len(INPUTS) * len(HIDDENS)} fixed pairs {best:.3f}; " + "; ".join(phrases) + "."
     )
 
 

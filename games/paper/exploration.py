@@ -208,7 +208,7 @@ def summarize(results: Results) -> str:
     ends = {name: [excess(results, name, seed)[-1] for seed in SEEDS] for name in LOOKS}
     tests = {name: [float(results[f"{name}, seed {seed}"]["test"]) for seed in SEEDS] for name in LOOKS}
     wins = sum(a < b for a, b in zip(ends["exploring"], ends["uniform"], strict=True))
-    told = "; ".join(
+    phrases = "; ".join(
         f"{name} {statistics.median(ends[name]):.3f} ({min(ends[name]):.3f} to {max(ends[name]):.3f}; "
         f"test loss {statistics.median(tests[name]):.3f})"
         for name in LOOKS
@@ -216,7 +216,7 @@ def summarize(results: Results) -> str:
     work = results[f"exploring, seed {SEEDS[0]}"]["work"][-1]
     return (
         f"True validation loss above the least after {work:,} gradients and predictions, median over {len(SEEDS)} "
-        f"seeds (range): {told}. Exploring ends below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the "
+        f"seeds (range): {phrases}. Exploring ends below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the "
         f"leader's gradient alone, for {results[f'descent, seed {SEEDS[0]}']['work'][-1]:,.0f}."
     )
 

@@ -127,14 +127,14 @@ def _density(axes: Axes, mean: float) -> None:
 
 def summarize(results: Results) -> str:
     """Where the leader ends, and how wrong the learned curve is near and far."""
-    truth, told = results["cross-validation"], []
+    truth, phrases = results["cross-validation"], []
     for name in ("perturbed", "noiseless"):
         for start in STARTS:
             found = results[f"{name} from {start:g}"]
             near, far = errors(truth, found)
             wrong = f"error {near:.3f} there, {far:.2f} far away"
-            told.append(f"{name} from {start:g} ends at {found['end']:.2f} ({wrong})")
-    return f"The optimum is {truth['best']:.1f}; " + "; ".join(told) + "."
+            phrases.append(f"{name} from {start:g} ends at {found['end']:.2f} ({wrong})")
+    return f"The optimum is {truth['best']:.1f}; " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(

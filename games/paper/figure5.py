@@ -154,13 +154,13 @@ def draw(results: Results) -> Figure:
 def summarize(results: Results) -> str:
     """The median errors of each method, seed by seed."""
     medians = {m: [median_error(results, m, s) for s in SEEDS] for m in METHODS}
-    told = "; ".join(f"{m} {', '.join(f'{v:.3f}' for v in values)}" for m, values in medians.items())
+    phrases = "; ".join(f"{m} {', '.join(f'{v:.3f}' for v in values)}" for m, values in medians.items())
     *others, ours = METHODS
     wins = sum(all(medians[ours][i] < medians[m][i] for m in others) for i in range(len(SEEDS)))
     count = len(results[f"{ours}, seed {SEEDS[0]}"]["true"])
     return (
         f"Median error of the predicted validation loss on {count} held-out settings of ten penalties, seed by seed: "
-        f"{told}. The hypernetwork that sees fresh ones is the best of the three on {wins} of {len(SEEDS)} seeds."
+        f"{phrases}. The hypernetwork that sees fresh ones is the best of the three on {wins} of {len(SEEDS)} seeds."
     )
 
 

@@ -145,17 +145,17 @@ def at_kink(source: DigitSource, *, penalty: float, seed: int) -> Result:
     _, train, valid = float64_digits(source, seed)
     decay = constant_penalties(CLASSES, penalty)
     game = seed_game(digits.train, digits.valid, start=decay, seed=seed)
-    told = {}
+    answers = {}
     for method, response in responses(CLASSES).items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", bl.BilevelWarning)
             try:
                 slope, _ = hypergradient(response, game, decay, seed)
-                told[method] = f"{float(slope.norm()):.2f}"
+                answers[method] = f"{float(slope.norm()):.2f}"
             except bl.BilevelError as error:
-                told[method] = type(error).__name__
-        told[method] += "".join(f" and {warning.category.__name__}" for warning in caught)
-    return {"truth": float(true_slope(decay, train, valid).norm()), "told": told}
+                answers[method] = type(error).__name__
+        answers[method] += "".join(f" and {warning.category.__name__}" for warning in caught)
+    return {"truth": float(true_slope(decay, train, valid).norm()), "told": answers}
 
 
 def excess(results: Results, size: int, method: str, start: float, seed: int) -> tuple[list[float], list[float]]:
@@ -217,17 +217,17 @@ def summarize(results: Results) -> str:
     for size in SIZES:
         runs = [(start, seed) for start in STARTS for seed in SEEDS]
         common = min(excess(results, size, m, *run)[0][-1] for m in METHODS for run in runs)
-        told = []
+        phrases = []
         for method in METHODS:
             ends = [last_within(*excess(results, size, method, *run), common) for run in runs]
             curves = results[f"slopes, {method}, {size} penalties"]["curves"]
             errors = ", ".join(format(curve["error"][-1], ".2g") for curve in curves)
             tests = [results[run_name(size, method, *run)]["test"] for run in runs]
-            told.append(
+            phrases.append(
                 f"{method} {statistics.median(ends):.4f} (worst {max(ends):.4f}; test at its end "
                 f"{statistics.median(tests):.3f}; hypergradient's error {errors})"
             )
-        lines.append(f"{size} {'penalty' if size == 1 else 'penalties'}, after {common:,.0f}: {'; '.join(told)}")
+        lines.append(f"{size} {'penalty' if size == 1 else 'penalties'}, after {common:,.0f}: {'; '.join(phrases)}")
     kink = results["kink"]
     said = ", ".join(f"{method} {text}" for method, text in kink["told"].items())
     return (

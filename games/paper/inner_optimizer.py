@@ -107,15 +107,15 @@ def tuned(source: DigitSource, *, rate: float, momentum: float, steps: int) -> R
 def refusals(source: DigitSource) -> Result:
     """What the other responses say of this game: a follower's optimum does not depend on its optimiser."""
     game = pace_game(_digits(source), start=STARTS[0])
-    told = {}
+    messages = {}
     for response in (bl.Implicit(sgd), bl.Hypernetwork(partial(torch.optim.SGD, lr=0.1))):
         try:
             response.init(game)
         except TypeError as error:
-            told[type(response).__name__] = str(error)
+            messages[type(response).__name__] = str(error)
         else:
             raise AssertionError(f"{response} took a game that it cannot answer")
-    return told
+    return messages
 
 
 def draw(results: Results) -> Figure:

@@ -123,12 +123,12 @@ def draw(results: Results) -> Figure:
 def summarize(results: Results) -> str:
     """Validation and test loss of each, after retraining, and who halves the scalar's."""
     scalar = results[BEST_SCALAR]
-    told = [f"{BEST_SCALAR} {scalar['valid']:.3f} / {scalar['test']:.3f}"]
+    phrases = [f"{BEST_SCALAR} {scalar['valid']:.3f} / {scalar['test']:.3f}"]
     for name, result in results.items():
         if name != BEST_SCALAR:
             share = result["valid"] / scalar["valid"]
-            told.append(f"{name} {result['valid']:.3f} ({share:.2f} x) / {result['test']:.3f}")
-    return "Validation / test loss, retrained: " + "; ".join(told) + "."
+            phrases.append(f"{name} {result['valid']:.3f} ({share:.2f} x) / {result['test']:.3f}")
+    return "Validation / test loss, retrained: " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(

@@ -75,7 +75,7 @@ def reweight(
         )
     chosen = LabelNetwork() if weighting is None else weighting
     everybody, begin = torch.arange(len(labels)), chosen.init(inputs, labels, classes, seed=seed)
-    follow = _converged() if response is None else response
+    chosen_response = _converged() if response is None else response
 
     def clean_loss(example_weights: Variables, model_: Variables, batch: Any) -> Tensor:
         loss = cross_entropy(functional_call(model, model_, (batch[0],)), batch[1])
@@ -94,7 +94,7 @@ def reweight(
     )
     solution = bl.solve(
         game,
-        model_=follow,
+        model_=chosen_response,
         optimizer=chosen.optimizer,
         steps=steps,
         checkpoint=checkpoint,

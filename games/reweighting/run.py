@@ -72,7 +72,7 @@ def weightings() -> dict[str, Weighting]:
     return {"per example": PerExample(), "network": LabelNetwork()}
 
 
-def spoiled(split: Split, case: Case, seed: int, *, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def with_wrong_labels(split: Split, case: Case, seed: int, *, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images `[n, pixels]`, labels `[n]` as they are seen, and which of them are wrong `[n]`, bool."""
     images, labels = split.images, split.labels
     if case.kind == "long-tailed":
@@ -138,15 +138,15 @@ def run_case(
     `checkpoints` are those of `checkpoints_of`, for runs that may go on; `on_weighted` is called with the name of each
     weighting's run and what it found.
     """
-    learn = Softmax() if learner is None else learner
+    learner = Softmax() if learner is None else learner
     classes, tail = len(digits.classes), case.kind == "long-tailed"
-    inputs, labels, wrong = spoiled(digits.train, case, seed, classes=classes)
+    inputs, labels, wrong = with_wrong_labels(digits.train, case, seed, classes=classes)
     clean, test = digits.valid, digits.test
-    new_inputs, new_labels, new_wrong = spoiled(test, case, _NEW + seed, classes=classes)
+    new_inputs, new_labels, new_wrong = with_wrong_labels(test, case, _NEW + seed, classes=classes)
     ones = torch.ones(len(labels), dtype=inputs.dtype)
 
     def trained(weights: Tensor) -> nn.Module:
-        return learn.trained(inputs, labels, weights, classes)
+        return learner.trained(inputs, labels, weights, classes)
 
     def row(method: str, model: nn.Module, gap: tuple[float, float] | None = None) -> Row:
         reached = accuracy(model, test.images, test.labels, balanced=tail)
@@ -157,7 +157,9 @@ def run_case(
 
     rows = [
         row("plain", trained(ones)),
-        row("clean set alone", learn.trained(clean.images, clean.labels, torch.ones_like(clean.images[:, 0]), classes)),
+        row(
+            "clean set alone", learner.trained(clean.images, clean.labels, torch.ones_like(clean.images[:, 0]), classes)
+        ),
         row("inverse frequency", trained(1.0 / torch.bincount(labels, minlength=classes).to(inputs)[labels]))
         if tail
         else row("oracle", trained((~wrong).to(inputs))),
@@ -166,14 +168,14 @@ def run_case(
     for name, weighting in weightings().items():
         began = time.process_time()
         found = reweight(
-            learn.model(inputs.shape[1], classes, inputs.dtype),
+            learner.model(inputs.shape[1], classes, inputs.dtype),
             (inputs, labels),
             (clean.images, clean.labels),
             weighting=weighting,
-            response=learn.response(),
+            response=learner.response(),
             steps=steps,
-            weight_decay=learn.decay,
-            batch_size=learn.batch_size,
+            weight_decay=learner.decay,
+            batch_size=learner.batch_size,
             checkpoint=None if checkpoints is None else checkpoints[name],
             callbacks=callbacks,
             seed=seed,
