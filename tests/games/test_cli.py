@@ -2,14 +2,17 @@
 
 import json
 import os
+import shlex
 import signal
 import struct
 import sys
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
+import bilevel as bl
 from games.cli import app
 from games.experiments import console
 from games.tuning import command
@@ -169,4 +172,20 @@ def test_a_missing_package(tmp_path, monkeypatch, package):
 
 def test_help_and_no_command():
     assert "--response" in call("--help").stdout
-    assert "tune" in CliRunner().invoke(app, []).output
+    alone = CliRunner().invoke(app, [])
+    assert alone.exit_code == 0 and "tune" in alone.output
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"{bl.__version__}\n"
+
+
+def test_alone_it_shows_an_example_of_each_command():
+    shown = CliRunner().invoke(app, []).output
+    assert all(len(line) <= 120 for line in shown.splitlines())
+    examples = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("    bilevel ")]
+    commands = typer.main.get_command(app).commands
+    assert {words[0] for words in examples} == set(commands)
+    for name, *options in examples:  # each option is one that the command knows
+        commands[name].make_context(name, options)

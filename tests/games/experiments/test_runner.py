@@ -74,6 +74,45 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
     assert done == [("b", False), ("a", True)] and finished.figure is not None
 
 
+def test_an_interrupted_run_keeps_what_it_has_finished(tmp_path):
+    made = experiment(a={"value": 2.0}, b={"value": 3.0}, c={"value": 4.0})
+    whole, (uninterrupted,) = run(made, tmp_path / "whole")
+    done = []
+
+    def press(one):
+        done.append(one.part.name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiments(
+            [made], DigitSource(), tmp_path, jobs=1, resume=False, on_part=press, on_experiment=lambda one: None
+        )
+    again, (finished,) = run(made, tmp_path, resume=True)
+    assert [name for name, fresh in again if not fresh] == done and len(again) == len(whole)
+    squares = [{name: one["square"] for name, one in found.results.items()} for found in (uninterrupted, finished)]
+    assert squares[0] == squares[1] and uninterrupted.summary == finished.summary
+
+
+def test_a_resumed_run_of_other_settings_loses_nothing_before_it_has_done_anew(tmp_path):
+    run(experiment(a={"value": 2.0}), tmp_path)
+    before = (tmp_path / "parts/trial/a.json").read_text()
+    run(experiment(a={"value": 2.0, "fail": True}), tmp_path, resume=True)
+    assert (tmp_path / "parts/trial/a.json").read_text() == before
+
+
+def test_a_part_does_not_depend_on_what_was_done_before_it(tmp_path):
+    def draws(source):
+        return {"numbers": torch.rand(3)}
+
+    made = Experiment("draws", "Draws", (Part("a", draws), Part("b", draws)), lambda r: empty_figure(), lambda r: "")
+    torch.manual_seed(7)
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    _, (finished,) = run(made, tmp_path)
+    assert finished.results["a"]["numbers"] == finished.results["b"]["numbers"]
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
 def test_what_json_can_hold():
     tree = {1: torch.ones(2), "x": (math.inf, 1.5), "y": [torch.tensor(2)]}
     assert as_json(tree) == {"1": [1.0, 1.0], "x": [None, 1.5], "y": [2]}
