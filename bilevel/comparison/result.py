@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 class Comparison(Measurements):
     """Games x responses x seeds, side by side.
 
-    `rows`: one `Row` a run. `references`: what the hypergradients of each game and seed were held against.
-    `settings`, `versions` and `machine` say what made them; `laws` which laws each response obeys, if anybody checked.
+    Attributes:
+        rows: One `Row` a run.
+        references: What the hypergradients of each game and seed were held against.
+        settings: The arguments of `compare` that made it, as plain data.
+        versions: Of Python and the packages.
+        machine: Where it was measured.
+        laws: Which laws each response obeys, if anybody checked.
 
-    >>> print(Comparison(rows=(Row("ridge", "one step", 0, failure="solve: too bad"),)).warnings[0])
-    one step on ridge: failed with seed 0: solve: too bad
+    Examples:
+        >>> row = Row("ridge", "one step", 0, failure="solve: too bad")
+        >>> print(Comparison(rows=(row,)).warnings[0])
+        one step on ridge: failed with seed 0: solve: too bad
     """
 
     def table(self) -> Table:
@@ -108,11 +115,19 @@ class Comparison(Measurements):
         )
 
     def figures(self) -> dict[str, Figure]:
-        """By name: "error" and "value" against work, and "memory". Raises `ImportError` without matplotlib."""
+        """By name: "error" and "value" against work, and "memory".
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
         return {name: chart.figure for name, chart in charts(self).items()}
 
     def to_html(self, path: str | Path) -> None:
-        """Write one page that needs no other file and no network. Raises `ImportError` without matplotlib."""
+        """Write one page that needs no other file and no network.
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
         Path(path).write_text(page(self), encoding="utf-8")
 
 
