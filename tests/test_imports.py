@@ -38,6 +38,19 @@ MAY = {
     "testing": SOLVE,
     "comparison": SOLVE | {"testing"},
 }
+# The same for the applications: what lies below them, and then each of them, which imports no other.
+BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
+APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "paper", "compare"}
+GAMES_MAY = {
+    "errors": set(),
+    "experiments": {"errors"},
+    "matrix": {"errors"},
+    "cross_validation": {"errors"},
+    "problems": {"errors", "experiments"},
+    **dict.fromkeys(APPLICATIONS, BELOW),
+    "cli": APPLICATIONS,
+    "__main__": {"cli"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -79,7 +92,9 @@ def circle(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "folder", sorted(p.parent for p in (ROOT / "bilevel").glob("*/__init__.py")), ids=lambda p: p.name
+    "folder",
+    sorted(p.parent for room in ("bilevel", "games") for p in (ROOT / room).glob("*/__init__.py")),
+    ids=lambda p: f"{p.parent.name}/{p.name}",
 )
 def test_no_circle_inside_a_folder(folder: Path) -> None:
     assert circle(folder) == []
@@ -95,6 +110,16 @@ def test_imports_run_downhill(path: Path) -> None:
     assert room in MAY, f"{room} is a new room: say in MAY what it may import"
     used = {name.split(".")[1] for name in names if name.startswith("bilevel.")}
     assert used <= MAY[room] | {room}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "games").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_application_imports_another(path: Path) -> None:
+    room = path.relative_to(ROOT / "games").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in GAMES_MAY, f"{room} is a new room: say in GAMES_MAY what it may import"
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("games.")}
+    assert used <= GAMES_MAY[room] | {room}
 
 
 def test_importing_is_light() -> None:
