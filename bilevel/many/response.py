@@ -8,13 +8,14 @@ from torch import Tensor
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, player_parameters
 from bilevel.linear import LinearSolver
+from bilevel.linear.base import SolvesLinearSystems
 from bilevel.many.inner import entrywise
 from bilevel.many.linear import BatchedLinearSolver
 from bilevel.responses.promise import Size
 from bilevel.tree import leaves
 
 
-def linear_solver_of(game: Game, follower: str, solver: LinearSolver) -> LinearSolver:
+def linear_solver_of(game: Game, follower: str, solver: LinearSolver) -> SolvesLinearSystems:
     """`solver` itself, or of many games one that gives each its own scalars and its own end."""
     if game.count is None:
         return solver

@@ -32,7 +32,7 @@ from bilevel.responses.base import (
 )
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Optimum, Promise, Report, Size
-from bilevel.tree import Variables, flatten, join, leaves, map_leaves
+from bilevel.tree import Variables, flatten, join, leaves, map_leaves, structure_of
 
 
 @final
@@ -101,13 +101,12 @@ class Implicit(Response):
                 f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        blank = Receipt.blank(
-            flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
-        )
+        flat, shapes = flatten(state["variables"]), structure_of(state["variables"]).shapes
+        blank = Receipt.blank(flat, linear_solver_of(game, state["follower"], self.linear_solver), shapes)
         state |= {"optimizer": None, "linear": vars(blank).copy()}
         if self.linear_solver.from_optimizer and game.count is None:
             remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
-            self.linear_solver.inform(self.linear_solver.init(flatten(state["variables"])), remembered)
+            self.linear_solver.inform(self.linear_solver.init(flat, shapes), remembered)
         if self.inexactness is None:
             return state
         if game.count is not None:
@@ -131,18 +130,18 @@ class Implicit(Response):
             residual = follower.held_residual()
         else:
             y, after, residual, products = self._solve(game, follower, state, looser)
-            before = state["linear"]
+            before, kept = state["linear"], after["optimizer"]
+            memory = before["memory"]
+            if game.count is None:  # of many games, each solve starts with a blank preconditioner
+                memory = self.linear_solver.inform(memory, kept if isinstance(kept, list) else [])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
                 torch.full_like(before["residual"], torch.nan),
                 torch.zeros_like(before["products"]),
                 torch.full_like(before["error"], torch.nan),
-                map_leaves(torch.clone, before["memory"]),  # which a solve writes in place
+                memory,
             )
-            kept = after["optimizer"]
-            if game.count is None:  # of many games, each solve starts with a blank preconditioner
-                self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
         attached = attach(
@@ -151,6 +150,7 @@ class Implicit(Response):
             follower.xs,
             linear_solver=linear_solver_of(game, follower.name, self.linear_solver.loosened(looser)),
             symmetric=not follower.joint,
+            shapes=follower.form.shapes,
             receipt=receipt,
             products=products,
         )
@@ -175,8 +175,7 @@ class Implicit(Response):
         receipt = receipt_of(answer)
         if receipt is None:
             return state
-        # A second backward pass through this answer writes its memory in place, and replaces all else.
-        return state | {"linear": vars(receipt) | {"memory": map_leaves(torch.clone, receipt.memory)}}
+        return state | {"linear": vars(receipt).copy()}  # a second backward pass through this answer replaces them
 
     def report(self, state: State) -> Report:
         """With the relative residual of the last backward solve, and its estimate of the hypergradient's error."""
