@@ -1,10 +1,6 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-FIGURES = Path(__file__).resolve().parents[1] / "docs/figures"
 SUMMARIES = pytest.StashKey[dict[str, list[str]]]()
 
 
@@ -23,19 +19,6 @@ def _seed() -> None:
 def summaries(request):
     """Title -> lines that are told at the end of the run."""
     return request.config.stash.setdefault(SUMMARIES, {})
-
-
-@pytest.fixture(scope="session")
-def page_script():
-    """From a name to the program docs/figures/NAME.py, as a module: it knows what a page's tables should say."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"{name}_page", FIGURES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -38,49 +38,44 @@ def certify(
     lanczos_steps: int = 30,
     seed: int = 0,
 ) -> Certificate:
-    r"""Whether a point is a differential Stackelberg equilibrium, and how far its hypergradient can be wrong.
+    """Whether a point is a differential Stackelberg equilibrium, and how far its hypergradient can be wrong.
 
-        |h - h*| <= |h - h1| + S |grad_y f(y1)| / mu + |f_yx| |r| / mu,    y1 = y - H^-1 grad_y f(y)
-
-    h is the hypergradient at the point: `hypergradient` if given, else the one that `response` gives (from `state`,
-    else from its state in the solution, else from a fresh one), else the implicit one. h* is the exact one at the
-    follower's optimum. h1, the `corrected` hypergradient, is taken after one Newton step of the follower, whose error
-    is second order; r is the residual of its linear solve, mu the smallest eigenvalue of H = grad_yy f at y1, S how
-    fast the hypergradient changes with y. `point` is a `Solution` or all players' variables; players that are neither
-    leader nor follower stand still. `batches` are held (default: each player's first), as are random numbers and the
-    buffers (the solution's, else the game's).
-
-    The conditions: the follower is stationary (relative to the game's start) and its Hessian positive definite; the
-    hypergradient's error is below `tolerance` times |g_x| + |f_yx| |u| (or |g_x| at the game's start, if larger); with
-    a `response`, its derivative agrees with the implicit one in fresh directions (cosine >= 0.95, size 0.8 to 1.25);
-    the corrected hypergradient vanishes within the same; the total second derivative is positive definite. Each is
+    The follower is stationary and its Hessian positive definite; the hypergradient's error is within `tolerance`, and
+    so is the corrected hypergradient; the leader's total second derivative is positive definite. Each condition is
     certified, refuted or inconclusive.
 
-    What is assumed: f is twice differentiable with a positive-definite Hessian between y and its optimum, and the
-    constants, estimated at y1 (mu by Lanczos, S and |f_yx| by random directions and the Newton step), hold there.
-    Where the Newton step does not halve the follower's gradient, y is too far off to say: the bound is infinite. Any
-    direction of negative curvature refutes rigorously, up to rounding; a positive-definite verdict is exact for 100
-    unknowns or fewer, else it holds with probability 0.999 over Lanczos' random start. Where not even that puts mu
-    above 0, half the smallest value seen stands for it, and the remark says so. With minibatches it speaks of the held
-    batch.
+    Costs six linear solves by conjugate gradients, twice `lanczos_steps` products with the follower's Hessian, and as
+    many with the leader's, of two solves each. Source: Pedregosa 2016 (arXiv 1602.02355); Fiez et al. 2020
+    (arXiv 1906.01217).
 
-    Costs about six linear solves by conjugate gradients, and Lanczos' products (`lanczos_steps`, or as many as there
-    are unknowns where those are at most 100) three times: of the follower's Hessian twice, and of the leader's total
-    second derivative, where each takes two linear solves. Memory of `lanczos_steps` vectors.
-    Raises `ValueError` for missing players, wrong shapes or dtypes, NaN, and batches of players without data.
-    Source: a-posteriori bounds: Pedregosa 2016 (arXiv 1602.02355); conditions: Fiez et al. 2020 (arXiv 1906.01217).
+    Args:
+        game: Players other than leader and follower stand still.
+        point: A `Solution`, or all players' variables.
+        leader: Default: the first player.
+        follower: Default: the last player.
+        response: Whose derivative is judged; default: the implicit one.
+        state: The response's; default: the solution's, or a fresh one.
+        hypergradient: A claim to judge instead.
+        batches: Held, as random numbers are; default: each player's first.
+        tolerance: Accepted relative error; the default suits float32.
+        lanczos_steps: For smallest eigenvalues; up to 100 unknowns all are taken, and the verdict is exact.
+        seed: Of random directions.
 
-    >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
-    >>> def follow(x, y): return (y - 2 * x) ** 2
-    >>> from bilevel.game import Player
-    >>> zero = torch.tensor(0.0, dtype=torch.float64)
-    >>> game = Game(x=Player(lead, zero), y=Player(follow, zero))
-    >>> certify(game, {"x": zero + 0.4, "y": zero + 0.8}).standing.value
-    'certified'
+    Raises:
+        ValueError: For missing players, wrong shapes or dtypes, NaN, or batches of players without data.
+
+    Examples:
+        >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
+        >>> def follow(x, y): return (y - 2 * x) ** 2
+        >>> from bilevel.game import Player
+        >>> zero = torch.tensor(0.0, dtype=torch.float64)
+        >>> game = Game(x=Player(lead, zero), y=Player(follow, zero))
+        >>> certify(game, {"x": zero + 0.4, "y": zero + 0.8}).standing.value
+        'certified'
     """
     game.require_one("certify")
     _check_settings(tolerance, lanczos_steps)
-    _refuse_joint(game)
+    game.require_minima("certify")
     first = game.names[0] if leader is None else leader
     last = game.names[-1] if follower is None else follower
     for name in (first, last):
@@ -158,22 +153,35 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. Each is certified, refuted or inconclusive, as in `certify`, whose batches, buffers and errors
-    are the same. It says nothing of a larger move: the point may be no Nash equilibrium globally. Costs 2 gradients and
-    up to `lanczos_steps` Hessian-vector products a player (or as many as it has unknowns, at most 100).
-    Source: Ratliff et al. 2016 (arXiv 1411.2168).
+    positive definite. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move:
+    the point may be no Nash equilibrium globally.
 
-    >>> def first(x, y): return x ** 2 + x * y
-    >>> def second(x, y): return y ** 2 - x * y
-    >>> from bilevel.game import Player
-    >>> one = torch.tensor(1.0, dtype=torch.float64)
-    >>> game = Game(x=Player(first, one), y=Player(second, one))
-    >>> certify_nash(game, {"x": 0 * one, "y": 0 * one}).standing.value
-    'certified'
+    Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
+    (arXiv 1411.2168).
+
+    Args:
+        game: Every player is taken to move alone.
+        point: A `Solution`, or all players' variables.
+        batches: Held, as random numbers are; default: each player's first.
+        tolerance: Of each player's gradient, in units of that at the game's start.
+        lanczos_steps: For smallest eigenvalues; up to 100 unknowns all are taken, and the verdict is exact.
+        seed: Of Lanczos' random start and of the batches.
+
+    Raises:
+        ValueError: For missing players, wrong shapes or dtypes, NaN, or batches of players without data.
+
+    Examples:
+        >>> def first(x, y): return x ** 2 + x * y
+        >>> def second(x, y): return y ** 2 - x * y
+        >>> from bilevel.game import Player
+        >>> one = torch.tensor(1.0, dtype=torch.float64)
+        >>> game = Game(x=Player(first, one), y=Player(second, one))
+        >>> certify_nash(game, {"x": 0 * one, "y": 0 * one}).standing.value
+        'certified'
     """
     game.require_one("certify_nash")
     _check_settings(tolerance, lanczos_steps)
-    _refuse_joint(game)
+    game.require_minima("certify")
     variables, buffers, given = _variables(game, point), _buffers(game, point), _batches(game, batches)
     start = {name: game.initial(name) for name in game.names}
     findings, products = [], 0
@@ -327,15 +335,6 @@ def _attempt(function: Callable[[], _T]) -> _T | None:
 
 
 # Input ---------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_joint(game: Game) -> None:
-    joint = [name for name in game.names if game.members(name) != (name,)]
-    if joint:
-        raise ValueError(
-            f"certify: {joint[0]!r} is {list(game.members(joint[0]))} together, who have no single Hessian. Give the "
-            "game before joined() to certify_nash, or hold the answer against finite differences."
-        )
 
 
 def _check_settings(tolerance: float, lanczos_steps: int) -> None:

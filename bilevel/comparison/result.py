@@ -23,11 +23,18 @@ Laws = Mapping[str, Sequence[tuple[str, str, str]]]
 class Comparison:
     """Games x responses x seeds, side by side.
 
-    `rows`: one `Row` a run. `references`: what the hypergradients of each game and seed were held against.
-    `settings`, `versions` and `machine` say what made them; `laws` which laws each response obeys, if anybody checked.
+    Attributes:
+        rows: One `Row` a run.
+        references: What the hypergradients of each game and seed were held against.
+        settings: The arguments of `compare` that made it, as plain data.
+        versions: Of Python and the packages.
+        machine: Where it was measured.
+        laws: Which laws each response obeys, if anybody checked.
 
-    >>> print(Comparison(rows=(Row("ridge", "one step", 0, failure="solve: too bad"),)).warnings[0])
-    one step on ridge: failed with seed 0: solve: too bad
+    Examples:
+        >>> row = Row("ridge", "one step", 0, failure="solve: too bad")
+        >>> print(Comparison(rows=(row,)).warnings[0])
+        one step on ridge: failed with seed 0: solve: too bad
     """
 
     rows: tuple[Row, ...]
@@ -149,13 +156,21 @@ class Comparison:
         )
 
     def figures(self) -> dict[str, Figure]:
-        """By name: "error" and "value" against work, and "memory". Raises `ImportError` without matplotlib."""
+        """By name: "error" and "value" against work, and "memory".
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
         from bilevel.comparison.charts import charts  # noqa: PLC0415 - matplotlib is optional
 
         return {name: chart.figure for name, chart in charts(self).items()}
 
     def to_html(self, path: str | Path) -> None:
-        """Write one page that needs no other file and no network. Raises `ImportError` without matplotlib."""
+        """Write one page that needs no other file and no network.
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
         from bilevel.comparison.report import page  # noqa: PLC0415 - matplotlib is optional
 
         Path(path).write_text(page(self), encoding="utf-8")

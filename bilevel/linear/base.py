@@ -50,8 +50,15 @@ class LinearSolution:
 class SolvesLinearSystems(Protocol):
     """What an implicit derivative asks of a solver: a `LinearSolver`, or what runs one on many games at once."""
 
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether it depends on what the follower's own optimiser remembers."""
+
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The memory before the first system."""
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """The memory with what the follower's optimiser remembers."""
 
     def solve(
         self,

@@ -39,6 +39,15 @@ class BatchedLinearSolver:
         """The relative residual of each block in the last system."""
         return {"residuals": like.new_full((self.count,), torch.nan)}
 
+    @property
+    def from_optimizer(self) -> bool:
+        """No: preconditioners start afresh."""
+        return False
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """It takes no note."""
+        return memory
+
     def solve(
         self,
         operator: LinearOperator,

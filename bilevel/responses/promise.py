@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-Size = Any
-"""A float; of many games a tensor `[count]` with one for each."""
+from bilevel.game import Size
 
 
 class Promise(ABC):

@@ -18,7 +18,7 @@ from bilevel.tree import Variables, flatten
 
 
 class Verdict(Enum):
-    """What a check found."""
+    """What a check found: `RIGHT`, `WRONG` or `CANNOT_TELL`."""
 
     RIGHT = "right"
     WRONG = "wrong"

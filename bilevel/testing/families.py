@@ -20,10 +20,22 @@ from bilevel.testing.known import KnownGame, Matrix, Numbers, constant, polished
 class Quadratic(KnownGame):
     r"""A quadratic follower and a quadratic leader.
 
-        f = 1/2 y'Hy - y'Bx,    g = 1/2 |y - t|^2 + y'Dx + a/2 |x|^2,    y* = H^-1 B x
+    $$
+    f = \tfrac12 y^\top H y - y^\top B x, \qquad
+    g = \tfrac12 |y - t|^2 + y^\top D x + \tfrac{a}{2} |x|^2, \qquad y^* = H^{-1} B x
+    $$
 
-    `curvatures` `[m]` are H's eigenvalues, its eigenvectors the unit vectors reflected along `axis` `[m]`; `coupling`
-    is B `[m, n]`, `target` t `[m]`, `cross` D `[m, n]`. With D = -B the game is potential: its Jacobian is symmetric.
+    With $D = -B$ the game is potential: its Jacobian is symmetric.
+
+    Args:
+        curvatures: The eigenvalues of H `[m]`.
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        axis: The eigenvectors of H are the unit vectors reflected along this `[m]`; default: not at all.
+        target: t `[m]`; default 0.
+        cross: D `[m, n]`; default 0.
+        ridge: a.
+        radius: How far from its optimum the follower starts.
     """
 
     curvatures: Numbers
@@ -72,10 +84,19 @@ class Quadratic(KnownGame):
 class Ridge(KnownGame):
     r"""Ridge regression with one penalty a weight, tuned on other examples.
 
-        f = 1/2 mean (Aw - b)^2 + 1/2 sum_i exp(x_i) w_i^2,    g = 1/2 mean (Cw - d)^2
+    $$
+    f = \tfrac12 \operatorname{mean} (A w - b)^2 + \tfrac12 \sum_i e^{x_i} w_i^2, \qquad
+    g = \tfrac12 \operatorname{mean} (C w - d)^2
+    $$
 
-    `train` is (A, b) as rows (a_1, ..., a_n, b) `[rows, n + 1]`, `valid` (C, d). A is scaled so that the largest
-    eigenvalue of A'A / rows is 1/2; penalties in x of up to log 1/2 keep the curvature below 1.
+    A is scaled so that the largest eigenvalue of $A^\top A / \text{rows}$ is 1/2; penalties in x of up to $\log
+    \tfrac12$ keep the curvature below 1.
+
+    Args:
+        train: (A, b) as rows $(a_1, \dots, a_n, b)$ `[rows, n + 1]`.
+        valid: (C, d) in the same form.
+        at: Where the leader stands `[n]`: log penalties.
+        radius: How far from its optimum the follower starts.
     """
 
     train: Matrix
@@ -118,10 +139,18 @@ class Ridge(KnownGame):
 class Logistic(KnownGame):
     r"""Logistic regression with one penalty a weight, tuned on other examples.
 
-        f = mean log(1 + exp(-b Aw)) + 1/2 sum_i exp(x_i) w_i^2,    g = mean log(1 + exp(-d Cw))
+    $$
+    f = \operatorname{mean} \log(1 + e^{-b A w}) + \tfrac12 \sum_i e^{x_i} w_i^2, \qquad
+    g = \operatorname{mean} \log(1 + e^{-d C w})
+    $$
 
-    `train` is (A, b) as rows (a_1, ..., a_n, b) with b = -1 or 1, `valid` (C, d). A is scaled as in `Ridge`. The best
-    response is found by Newton's method to rounding.
+    A is scaled as in `Ridge`. The best response is found by Newton's method to rounding.
+
+    Args:
+        train: (A, b) as rows $(a_1, \dots, a_n, b)$ `[rows, n + 1]`, with b -1 or 1.
+        valid: (C, d) in the same form.
+        at: Where the leader stands `[n]`: log penalties.
+        radius: How far from its optimum the follower starts.
     """
 
     train: Matrix
@@ -169,10 +198,21 @@ class Logistic(KnownGame):
 class Exponential(KnownGame):
     r"""A follower regularised by an exponential.
 
-        f = sum_i exp(y_i) - u_i(x) y_i,    u = least + (most - least) sigmoid(Bx),    y* = log u
-        g = 1/2 |y - t|^2 + 1/2 |x|^2
+    $$
+    f = \sum_i e^{y_i} - u_i(x)\, y_i, \qquad u = \text{least} + (\text{most} - \text{least})\, \sigma(B x), \qquad
+    y^* = \log u
+    $$
 
-    The curvature at the best response is u: from `least` to `most` whatever is drawn.
+    The leader's loss is $g = \tfrac12 |y - t|^2 + \tfrac12 |x|^2$. The curvature at the best response is u: from
+    `least` to `most` whatever is drawn.
+
+    Args:
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        target: t `[m]`.
+        least: Of the curvature.
+        most: Of the curvature.
+        radius: How far from its optimum the follower starts.
     """
 
     coupling: Matrix
@@ -208,10 +248,19 @@ class Exponential(KnownGame):
 class LogBarrier(KnownGame):
     r"""A follower kept positive by a logarithmic barrier.
 
-        f = 1/2 sum_i (y_i^2 / 8 + p_i(x) y_i - log(y_i) / 4),    p = 1/2 sigmoid(Bx),    y > 0
-        y* = 2 (sqrt(p^2 + 1/4) - p),    g = 1/2 |y - t|^2 + 1/2 |x|^2
+    $$
+    f = \tfrac12 \sum_i \tfrac18 y_i^2 + p_i(x)\, y_i - \tfrac14 \log y_i, \qquad p = \tfrac12 \sigma(B x), \qquad
+    y^* = 2 \Big(\sqrt{p^2 + \tfrac14} - p\Big)
+    $$
 
-    Curvatures lie between 1/4 and 1; the follower starts above its best response, where gradient steps stay positive.
+    The leader's loss is $g = \tfrac12 |y - t|^2 + \tfrac12 |x|^2$. Curvatures lie between 1/4 and 1; the follower
+    starts above its best response, where gradient steps stay positive.
+
+    Args:
+        coupling: B `[m, n]`.
+        at: Where the leader stands `[n]`.
+        target: t `[m]`.
+        radius: How far from its optimum the follower starts.
     """
 
     coupling: Matrix
@@ -244,9 +293,16 @@ class LogBarrier(KnownGame):
 @final
 @dataclass(frozen=True)
 class Cournot(KnownGame):
-    """Two firms choose quantities, the leader first; losses are negative profits -q_i (a - b (q_1 + q_2) - c_i).
+    """Two firms choose quantities, the leader first; losses are $-q_i (a - b (q_1 + q_2) - c_i)$, negative profits.
 
-    `intercept` is a, `slope` b, `costs` (c_leader, c_follower). The follower's curvature is 2 b.
+    The follower's curvature is $2 b$.
+
+    Args:
+        intercept: a.
+        slope: b.
+        costs: The leader's, the follower's.
+        at: The leader's quantity `[1]`.
+        radius: How far from its optimum the follower starts.
     """
 
     intercept: float
@@ -298,9 +354,18 @@ class Cournot(KnownGame):
 @final
 @dataclass(frozen=True)
 class Bertrand(KnownGame):
-    """Two firms choose prices, the leader first; losses are -(p_i - c) (alpha - beta p_i + gamma p_j).
+    r"""Two firms choose prices, the leader first; losses are $-(p_i - c) (\alpha - \beta p_i + \gamma p_j)$, negative
+    profits.
 
-    Demand is stable for gamma < beta. The follower's curvature is 2 beta.
+    Demand is stable for $\gamma < \beta$. The follower's curvature is $2 \beta$.
+
+    Args:
+        alpha: Demand at prices of 0.
+        beta: What an own price takes from it.
+        gamma: What the other's price adds to it.
+        cost: c of both.
+        at: The leader's price `[1]`.
+        radius: How far from its optimum the follower starts.
     """
 
     alpha: float

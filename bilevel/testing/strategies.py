@@ -31,9 +31,14 @@ def matrices(rows: int, columns: int) -> st.SearchStrategy[Matrix]:
 def quadratics(
     leaders: int = 3, followers: int = 4, *, conditioning: float = 5.0, coupling: float = 1.0, symmetric: bool = False
 ) -> st.SearchStrategy[Quadratic]:
-    """`Quadratic` with up to so many entries, curvatures in [1 / conditioning, 1] and |B_ij| <= `coupling`.
+    """`Quadratic` with up to so many entries.
 
-    `symmetric` draws potential games: the leader's cross term is the follower's.
+    Args:
+        leaders: The most entries of x.
+        followers: The most entries of y.
+        conditioning: Curvatures lie in [1 / conditioning, 1].
+        coupling: The largest $|B_{ij}|$.
+        symmetric: Draw potential games: the leader's cross term is the follower's.
     """
 
     @st.composite

@@ -60,16 +60,23 @@ def exact(known: KnownGame) -> Exact:
 
 
 def tolerance(known: KnownGame, subject: Subject, found: Evaluation, steps: int, truth: Exact | None = None) -> float:
-    r"""A bound on |h - h*| for a right answer at y, with e = |y - y*| and r the residual that it reports.
+    r"""A bound on $|h - h^*|$ for a right answer at y, with $e = |y - y^*|$ and r the residual that it reports.
 
-    * *Where it is taken.* The implicit hypergradient moves with y by S e, S the norm of its derivative in y; twice
-      that, for the second order.
-    * *Its equation.* H u = g_y solved to a relative residual r is wrong by |f_yx| r |g_y| / least curvature.
-    * *Its steps.* The iterates of a linear iteration on a quadratic are y* + p_K(H) (y_0 - y*) and their derivative is
-      J - p_K(H) J with the same polynomial, so that |J_K - J| <= max |p_K| |J|; as the game starts off its optimum by
-      `radius` along every eigenvector, max |p_K| <= e / radius. Elsewhere the derivative lags behind by the number of
-      steps, like K rho^K. The leader's slope there differs by (|g_yy| |J| + |g_xy|) e.
-    * *Rounding.* 1,000 eps times conditioning, of |g_x| + |J| |g_y|.
+    * *Where it is taken.* The implicit hypergradient moves with y by $S e$, S the norm of its derivative in y; twice
+    that, for the second order. * *Its equation.* $H u = g_y$ solved to a relative residual r is wrong by $|f_{yx}|\,
+    r\, |g_y|$ over the least curvature. * *Its steps.* The iterates of a linear iteration on a quadratic are $y^* +
+    p_K(H)(y_0 - y^*)$, and their derivative is $J - p_K(H) J$ with the same polynomial, so that $|J_K - J| \le \max
+    |p_K|\, |J|$. As the game starts off its optimum by `radius` along every eigenvector, $\max |p_K| \le e /
+    \text{radius}$. Elsewhere the derivative lags behind by the number of steps, like $K \rho^K$. The leader's slope
+    there differs by $(|g_{yy}| |J| + |g_{xy}|)\, e$. * *Rounding.* 1,000 eps times conditioning, of $|g_x| + |J|
+    |g_y|$.
+
+    Args:
+        known: The game that was played.
+        subject: Who answered.
+        found: The answer, with its residual.
+        steps: That were taken.
+        truth: The exact answer, where it is known already.
     """
     truth = exact(known) if truth is None else truth
     e = float((found.follower - truth.best_response).norm())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
@@ -28,7 +28,7 @@ from bilevel.inner.torch_optim import (
 from bilevel.networks.flat import Linear
 from bilevel.networks.leafwise import LeafNetwork
 from bilevel.randomness import random_kept
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.learned.fitting import Fitting
 from bilevel.responses.learned.footprint import available, footprint, told
 from bilevel.responses.learned.maps import FlatMap, LeafMap, LearnedMap
@@ -176,6 +176,7 @@ class Hypernetwork(Response):
         state = fresh_state(game, follower, seed)
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
         refuse_captured(game, state)
+        at_start(game, state).require_loss("Hypernetwork")
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
         x, w0 = flatten(others), leaves(state["variables"])
         form = game.structure(state["follower"])
@@ -210,7 +211,7 @@ class Hypernetwork(Response):
     ) -> tuple[Variables, State]:
         """The learned response at `others`, differentiable in them, and the state to continue from."""
         given = {name: others[name] for name in state["players"] if name in others}
-        follower = Follower(game, given, state, batch)
+        follower = game.follower(given, state, batch)
         x = flatten(given)
         weights = state["network"] | state["constants"]
         if transforms_active():

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -245,56 +244,3 @@ def test_what_is_kept_weighs_a_share_of_what_it_began_with():
 def test_the_command_refuses():
     done = CliRunner().invoke(app, ["reweight", "--case", "none"])
     assert done.exit_code == 2 and CASES[0].name in done.output
-
-
-def test_the_page_says_what_its_file_says(page_script):
-    page = (Path(__file__).resolve().parents[3] / "docs/reweighting.md").read_text(encoding="utf-8")
-    assert page_script("reweighting").told(page) == page, "run python docs/figures/reweighting.py"
-
-
-def measured(name):
-    """The medians of one of the page's files."""
-    return medians(read(Path(__file__).resolve().parents[3] / f"docs/reweighting/{name}.json"))
-
-
-def test_the_goals_that_the_page_reports():
-    found = measured("results")
-    assert list(found) == [case.name for case in CASES]
-    assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
-    for case, ways in list(found.items())[:-1]:
-        assert ways["network, capped"]["recovered"] >= 0.8, case
-        beaten = max(ways[name]["accuracy"] for name in ("plain", "clean set alone"))
-        assert ways["network, capped"]["accuracy"] > beaten, case
-        assert ways["network"]["auc_of_losses"] >= 0.98, case
-        assert ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.015, case
-    # What the page says does not reach it.
-    assert found["symmetric 0.6"]["network, pruned"]["recovered"] < 0.8
-    assert found["symmetric 0.2"]["network"]["recovered"] < 0.5
-    tail = {name: numbers["accuracy"] for name, numbers in found["long-tailed 50"].items()}
-    assert tail["inverse frequency"] < tail["network"] < tail["clean set alone"]
-
-
-def test_the_goals_for_a_network():
-    found = measured("perceptron")
-    assert list(found) == ["symmetric 0.4", "class-dependent 0.4"]
-    for case, ways in found.items():
-        assert ways["network"]["recovered"] >= 0.8, case
-        assert ways["network"]["accuracy"] > ways["clean set alone"]["accuracy"] > ways["plain"]["accuracy"], case
-
-
-def test_what_the_page_reports_of_fashion():
-    """The share of .8 is missed with symmetric noise, and the page says so; wrong labels are found all the same."""
-    found = measured("fashion")
-    tail = found.pop("long-tailed 50")
-    assert list(found) == [case.name for case in CASES][:-1]
-    shares = {case: ways["network, capped"]["recovered"] for case, ways in found.items()}
-    assert 0.5 < shares["symmetric 0.4"] < shares["symmetric 0.6"] < 0.8
-    assert (
-        shares["symmetric 0.2"] > 1.0
-        and found["symmetric 0.2"]["oracle"]["accuracy"] - 0.01 < (found["symmetric 0.2"]["plain"]["accuracy"])
-    )
-    assert min(shares["class-dependent 0.2"], shares["class-dependent 0.4"]) > 0.9
-    assert found["symmetric 0.4"]["network"]["recovered"] < 0.0
-    assert all(ways["network"]["auc_of_losses"] > 0.975 for ways in found.values())
-    assert all(ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.01 for ways in found.values())
-    assert tail["inverse frequency"]["accuracy"] < tail["network"]["accuracy"] < tail["clean set alone"]["accuracy"]

@@ -1,10 +1,10 @@
-"""Writes the tables of docs/search.md and docs/search/curves.png from docs/search/*.json, made by benchmarks/tuning."""
+"""The tables of docs/search.md from docs/search/*.json, made by benchmarks/tuning; draws its curves when it is run."""
 
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from matplotlib.patheffects import withStroke
 from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SKY, SMALL, blank, tidy
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
 SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
 GREY = "0.35"
 LOOKS = {
@@ -32,6 +31,7 @@ OWN, FORGETS = "unrolled, own weights", "unrolled, forgetful"
 LATER = (FORGETS,)
 """Measured in a run of its own: its seconds are not beside the others'."""
 Runs = dict[str, list[dict[str, Any]]]
+Rows = list[list[str]]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def times(ratios: list[float], most: float) -> str:
     return f"over {most:.0f}" if median == float("inf") else f"{median:.1f}"
 
 
-def main_table(found: dict[str, Any], problem: str) -> str:
+def main_table(found: dict[str, Any], problem: str) -> Rows:
     """What each method spent and found."""
     runs = by_method(found, problem)
     heads = ["method", "steps", "CPU s", "validation", "test", "accuracy", "at TPE's", "TPE's steps to this"]
@@ -98,10 +98,10 @@ def main_table(found: dict[str, Any], problem: str) -> str:
                 f"{times(saved(results, runs['TPE']), most)} times" if ours else "",
             ]
         )
-    return table(heads, rows)
+    return [heads, *rows]
 
 
-def converged_table(found: dict[str, Any], problem: str) -> str:
+def converged_table(found: dict[str, Any], problem: str) -> Rows:
     """The same hyperparameters after a training of five times the steps."""
     rows = [
         [method, *[spread([run["converged"][key] for run in results]) for key in ("valid", "test", "accuracy")]]
@@ -112,10 +112,10 @@ def converged_table(found: dict[str, Any], problem: str) -> str:
             if "both" in results[0]:
                 told = [spread([run["both"][key] for run in results]) for key in ("test", "accuracy")]
                 rows.append([f"{method}, trained on both", "", *told])
-    return table(["method", "validation", "test", "accuracy"], rows)
+    return [["method", "validation", "test", "accuracy"], *rows]
 
 
-def own_table(found: dict[str, Any], problem: str) -> str:
+def own_table(found: dict[str, Any], problem: str) -> Rows:
     """The weights of a run that tunes while it trains, beside trainings that do not, with all steps that led there."""
     runs = by_method(found, problem, (*LOOKS, OWN, "start"))
     trial, long = 200, 1000
@@ -132,10 +132,10 @@ def own_table(found: dict[str, Any], problem: str) -> str:
             more = steps if method == "start" or part == "converged" else 0
             where = "the start's" if method == "start" else f"{method.split(',')[0]}'s"
             row(f"{label} at {where}", spent + more, [run[part] for run in runs[method]])
-    return table(["weights of", "steps", "validation", "test", "accuracy"], rows)
+    return [["weights of", "steps", "validation", "test", "accuracy"], *rows]
 
 
-def tried(choice: dict[str, Any]) -> str:
+def tried(choice: dict[str, Any]) -> Rows:
     """Every setting that was tried: its mean validation loss on the seeds of the choice."""
     losses: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for key, result in choice["results"].items():
@@ -147,32 +147,33 @@ def tried(choice: dict[str, Any]) -> str:
     for row in sorted(losses, key=lambda row: METHODS.index(row[0])):
         ten, many = losses[row]["ten"], losses[row].get("many")
         rows.append([*row, spread(ten, middle=statistics.fmean), f"{statistics.fmean(many):.3f}" if many else ""])
-    return table(["method", "inner steps", "rate", "betas", "damping or scale", "ten", "many"], rows)
+    return [["method", "inner steps", "rate", "betas", "damping or scale", "ten", "many"], *rows]
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text and the others numbers."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def told(page: str) -> str:
-    """The page with the files' numbers in its tables."""
-    found = read("results")
+def measured(found: dict[str, Any]) -> str:
+    """How often, and by what versions."""
     seeds, made = len(by_method(found, "ten")["TPE"]), found["versions"]
-    suggesting = found["seconds to suggest"]["7850"]
-    tables = {
-        "measured": f"{seeds} seeds; python {made['python']}, torch {made['torch']}, Optuna {made['optuna']}. "
-        f"TPE takes {suggesting:.1f} CPU seconds to suggest 7,850 numbers once its random trials are over.\n",
-        "ten": main_table(found, "ten"),
-        "many": main_table(found, "many"),
-        "ten_converged": converged_table(found, "ten"),
-        "many_converged": converged_table(found, "many"),
-        "ten_own": own_table(found, "ten"),
-        "many_own": own_table(found, "many"),
-        "tried": tried(read("choice")),
-    }
-    return PLACE.sub(lambda m: f"<!-- {m['name']} -->\n{tables[m['name']]}<!-- /{m['name']} -->\n", page)
+    return f"{seeds} seeds; python {made['python']}, torch {made['torch']}, Optuna {made['optuna']}"
+
+
+def suggesting(found: dict[str, Any]) -> str:
+    """The CPU seconds that TPE takes to suggest as many numbers as `many` has, once its random trials are over."""
+    return f"{found['seconds to suggest']['7850']:.1f}"
+
+
+def of(name: str, part: Callable[[dict[str, Any]], Rows | str]) -> Callable[[], Rows | str]:
+    """The part, made of a committed file."""
+    return lambda: part(read(name))
+
+
+PARTS = {
+    "measured": of("results", measured),
+    "suggesting": of("results", suggesting),
+    "tried": of("choice", tried),
+    **{problem: of("results", partial(main_table, problem=problem)) for problem in ("ten", "many")},
+    **{f"{p}_converged": of("results", partial(converged_table, problem=p)) for p in ("ten", "many")},
+    **{f"{p}_own": of("results", partial(own_table, problem=p)) for p in ("ten", "many")},
+}
 
 
 def along(run: dict[str, Any], axis: int, at: np.ndarray, stepwise: bool) -> np.ndarray:
@@ -243,6 +244,4 @@ def name_lines(panel: Any, ends: list[tuple[float, float, str]]) -> None:
 
 
 if __name__ == "__main__":
-    target = DOCS / "search.md"
-    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
     figure(read("results")).savefig(DOCS / "search" / "curves.png", dpi=100)
