@@ -6,7 +6,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 `bilevel.dynamics`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import dynamics, errors, inner, linear, networks, responses, testing
+from bilevel import dynamics, errors, extend, inner, linear, networks, responses, testing
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
@@ -47,6 +47,7 @@ __all__ = [
     "dynamics",
     "errors",
     "exploitability",
+    "extend",
     "inner",
     "linear",
     "networks",

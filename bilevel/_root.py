@@ -51,29 +51,40 @@ def root(
     symmetric: bool = False,
     receipt: Receipt | None = None,
 ) -> Variables:
-    r"""A solution y of F(y, x) = 0 with its derivatives in x attached, by the implicit-function theorem.
+    r"""A solution y of $F(y, x) = 0$ with its derivatives in x attached, by the implicit-function theorem.
 
-        dy/dx = -(dF/dy)^-1 dF/dx
+    $$
+    \frac{dy}{dx} = -\Big(\frac{\partial F}{\partial y}\Big)^{-1} \frac{\partial F}{\partial x}
+    $$
 
-    `residual(y, x)` is F: any stationarity residual, shaped like y; `solution` is y, found by any means (it is
-    detached here); `inputs` is x, a pytree of tensors. Returns y with the same values. Backward solves
-    (dF/dy)^T u = v by `linear_solver` (default `GMRES(rtol=1e-10)` in float64, `1e-5` in float32) and returns
-    -(dF/dx)^T u. That solve is itself a `root`, so that derivatives of any order are right, and `torch.func.grad`,
-    `jacrev` and `vmap` compose. There is no forward mode. `symmetric=True` promises that dF/dy is symmetric, as the
-    Hessian of a loss is, and admits ConjugateGradient.
+    Returns y with the same values. Backward solves $(\partial F / \partial y)^\top u = v$ and returns
+    $-(\partial F / \partial x)^\top u$. That solve is itself a `root`, so that derivatives of any order are right, and
+    `torch.func.grad`, `jacrev` and `vmap` compose. There is no forward mode.
 
-    The derivative is as good as F(y, x) is small and the linear solve converged: an error of y moves it to first
-    order, and an unconverged solve warns.
+    An error of y moves the derivative to first order, and an unconverged solve warns.
 
-    Costs one evaluation of F here (the check for captures), one graph of F and the solver's products in backward.
-    Raises `CapturedTensorError` when F uses a tensor that requires grad and is not in `inputs`: it would get no
-    gradient, in silence. Raises `ValueError` when F(y, x) has not y's form.
+    Costs one evaluation of F here, one graph of F and the solver's products in backward.
     Source: Blondel et al. 2022 (arXiv 2105.15183).
 
-    >>> x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    >>> y = root(lambda y, x: y ** 2 - x, x.sqrt(), x)
-    >>> torch.autograd.grad(y, x)[0].item()  # 1 / (2 sqrt 2)
-    0.353553...
+    Args:
+        residual: F as `residual(y, x)`: any stationarity residual, shaped like y.
+        solution: y, found by any means; it is detached here.
+        inputs: x, a pytree of tensors.
+        linear_solver: Default `GMRES(rtol=1e-10)` in float64 and `GMRES(rtol=1e-5)` in float32, which asks for no
+            symmetry.
+        symmetric: Promises that $\partial F / \partial y$ is symmetric, as a loss's Hessian is: needed by
+            ConjugateGradient.
+        receipt: Receives what the backward solve measures, and warms the next one.
+
+    Raises:
+        CapturedTensorError: If F uses a tensor that requires grad and is not in `inputs`: it would get no gradient.
+        ValueError: If $F(y, x)$ has not y's form.
+
+    Examples:
+        >>> x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        >>> y = root(lambda y, x: y ** 2 - x, x.sqrt(), x)
+        >>> torch.autograd.grad(y, x)[0].item()  # 1 / (2 sqrt 2)
+        0.353553...
     """
     form, input_form = structure_of(solution), structure_of(inputs)
     flat, xs = flatten(solution).detach(), leaves(inputs)

@@ -47,8 +47,10 @@ class NonFiniteError(BilevelError):
 class BilevelWarning(UserWarning):
     """Base of every warning of bilevel.
 
-    `repeated`: whether it says again what an earlier call measured. `games`: those of many games that it speaks of, by
-    number; None for all.
+    Args:
+        message: What to know, with its numbers.
+        repeated: Whether it says again what an earlier call measured.
+        games: Those of many games that it speaks of, by number; None for all.
     """
 
     def __init__(self, message: str = "", *, repeated: bool = False, games: Sequence[int] | None = None) -> None:

@@ -431,7 +431,7 @@ def test_a_leader_without_a_finite_gradient_is_named():
 
 def test_what_would_mix_games_is_refused():
     games = ridge()
-    with pytest.raises(TypeError, match=r"answers for one game, not for 4"):
+    with pytest.raises(TypeError, match=r"looks at one game, not at 4"):
         bl.solve(games, weights=bl.Hypernetwork(partial(ADAM, lr=1e-3)))
     unrolled = RESPONSES["unrolled"]
     for optimizer in (torch.optim.LBFGS, torch.optim.Adafactor):
@@ -535,7 +535,7 @@ def test_solves_that_stop_when_settled_are_as_right_as_asked():
 
 
 def test_forward_mode_is_refused_and_second_moments_serve():
-    with pytest.raises(TypeError, match="ForwardMode carries a derivative"):
+    with pytest.raises(TypeError, match="ForwardMode, which carries a derivative"):
         bl.Unrolled(partial(SGD, lr=0.05), steps=3, differentiation=bl.ForwardMode()).init(quadratic())
     solver = bl.ConjugateGradient(rtol=1e-10, preconditioner=bl.linear.AdamPreconditioner())
     adam = bl.Implicit(partial(ADAM, lr=0.05), steps=400, tolerance=None, linear_solver=solver)

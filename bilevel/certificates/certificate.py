@@ -11,7 +11,10 @@ from bilevel.tree import Variables
 
 
 class Standing(Enum):
-    """Certified, refuted, or neither: the number is then too close to call, or could not be had."""
+    """Certified, refuted, or neither: the number is then too close to call, or could not be had.
+
+    Its members are `CERTIFIED`, `REFUTED` and `INCONCLUSIVE`.
+    """
 
     CERTIFIED = "certified"
     REFUTED = "refuted"
@@ -20,7 +23,15 @@ class Standing(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One condition: its name, its standing, the number that decides it, what it was held against, and a remark."""
+    """One condition of a certificate.
+
+    Attributes:
+        name: Which condition.
+        standing: Whether it holds.
+        value: The number that decides it.
+        wanted: What the number was held against.
+        remark: What to know about the number.
+    """
 
     name: str
     standing: Standing
@@ -31,14 +42,19 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """What a point of a game is worth.
+    """What a point of a game is worth; it is true where all conditions are certified.
 
-    `findings` are the conditions of `concept` ("differential Stackelberg" or "differential Nash"), each with its
-    number; `standing` is certified when all are, refuted when one is, else inconclusive; `bool(certificate)` is whether
-    it is certified. After `certify`: `hypergradient` and `corrected` are the leader's, as claimed and after one Newton
-    step of the follower; `error_bound` bounds |hypergradient - exact|, `error_estimate` is |hypergradient - corrected|,
-    both in absolute terms, beside `hypergradient_norm`; `corrected_bound` bounds |corrected - exact|.
-    `gradients` and `products` count the work.
+    Attributes:
+        concept: "differential Stackelberg" or "differential Nash".
+        findings: The conditions of the concept, each with its number.
+        hypergradient: The leader's, as claimed. This and the next five are of `certify`.
+        corrected: The leader's, after one Newton step of the follower.
+        hypergradient_norm: |hypergradient|, beside which the errors are read: they are absolute.
+        error_estimate: |hypergradient - corrected|.
+        error_bound: Bounds |hypergradient - exact|.
+        corrected_bound: Bounds |corrected - exact|.
+        gradients: Gradients that it cost.
+        products: Hessian-vector products that it cost.
     """
 
     concept: str
@@ -54,7 +70,7 @@ class Certificate:
 
     @property
     def standing(self) -> Standing:
-        """Of all conditions together."""
+        """Certified when all conditions are, refuted when one is, else inconclusive."""
         standings = {finding.standing for finding in self.findings}
         if Standing.REFUTED in standings:
             return Standing.REFUTED

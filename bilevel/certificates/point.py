@@ -21,7 +21,7 @@ from bilevel.linear import ConjugateGradient, LinearOperator, LinearSolution, Li
 from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
-from bilevel.responses.base import Follower, State, fresh_state
+from bilevel.responses.base import State, fresh_state
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 SMALL = 100
@@ -74,7 +74,7 @@ class LeaderFollowerPoint:
         state = fresh_state(game, follower, seed)
         self.reference = float(state["reference"])
         self.others = {name: v for name, v in variables.items() if name != follower}
-        self.held = Follower(game, self.others, state, batches.get(follower))
+        self.held = game.follower(self.others, state, batches.get(follower))
         self.held.buffers = buffers
         self.buffers = buffers
         self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]

@@ -17,7 +17,8 @@ import torch
 from bilevel.comparison.arguments import check, is_game, suited
 from bilevel.comparison.identity import described, digest, file_name, identity, versions
 from bilevel.comparison.measure import Setting, in_own_randomness, measure, refer
-from bilevel.comparison.result import Comparison, Laws
+from bilevel.comparison.measurements import Laws
+from bilevel.comparison.result import Comparison
 from bilevel.comparison.rows import Reference, Row, plain
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
@@ -48,33 +49,39 @@ def compare(
 ) -> Comparison:
     """Measure every response on every game: error, value, work, seconds, memory, and all warnings.
 
-    `games` and `responses` are named. A game may be a function of the seed, for data or starts that differ between
-    seeds. A response may be a mapping from game to response, for settings that suit each; a game that it leaves out is
-    not run. `follower` responds (default: the last player); the first player leads. `optimizer` is the leader's, or
-    one by game (default: as in `solve`).
+    Of each game, response and seed it measures the **hypergradient** at the start, over a ladder of budgets, against
+    the exact answer of a `KnownGame`, else against `reference`; the **peak memory** of one hypergradient; and a run of
+    `solve` with the leader's loss at the follower's converged answer along it.
 
-    Of each game, response and seed: the **hypergradient** at the game's start, from a fresh state with every player's
-    first batch held, by the response with `budgets` times its own steps, against the exact answer of a `KnownGame`,
-    else against `reference` (default: L-BFGS and conjugate gradients to 1e-10 in float64, 1e-5 else), whose own
-    residuals are in `Comparison.references`; the **peak memory** of one hypergradient, in a pass of its own; a run of
-    `solve` of so many `steps`, with the leader's loss at the follower's converged answer along it. A response that
-    raises is a row with its `failure`.
+    Costs of one run: the sum of `budgets` and some more hypergradients, and `steps` leader steps.
 
-    Runs with `jobs` > 1 are processes of one thread each (joblib). `folder` keeps each finished run as a file; with
-    `resume` those of the same settings, game and code are not run again, so a comparison that was interrupted goes on
-    from there. A game is known by its variables, first batches and losses, an objective by its code.
-    `laws` are shown in the page as they come. `progress` shows a bar on stderr.
+    Args:
+        games: By name; a function of the seed gives data or starts that differ between seeds.
+        responses: By name; a mapping from game to response gives each game its own.
+        follower: Who responds; default: the last player. The first leads.
+        optimizer: The leader's, or one by game.
+        steps: Of each run.
+        seeds: Three show the spread.
+        budgets: The ladder, in units of the response's own steps.
+        reference: Default: L-BFGS and conjugate gradients to 1e-10 (1e-5 in float32).
+        laws: What each response obeys, to be shown.
+        jobs: Processes of one thread, side by side.
+        folder: Keeps each finished run.
+        resume: Do not repeat runs that are in `folder`.
+        progress: Show a bar on stderr.
 
-    Costs, of one run, the sum of `budgets` and some more hypergradients, and `steps` leader steps. Seconds are of this
-    machine, with `jobs` runs side by side. Raises `ValueError`/`TypeError` for wrong arguments before any work,
-    `ImportError` for `jobs` > 1 without joblib.
+    Raises:
+        ValueError: For wrong arguments, before any work.
+        ImportError: For `jobs` > 1 without joblib.
 
-    >>> from bilevel import Implicit
-    >>> from bilevel.testing import Cournot
-    >>> implicit = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
-    >>> found = compare({"duopoly": Cournot(6.0, 0.5, (1.0, 1.0))}, {"implicit": implicit}, steps=2, seeds=(0,))
-    >>> found.rows[0].own.error < 1e-3
-    True
+    Examples:
+        >>> from bilevel import Implicit
+        >>> from bilevel.testing import Cournot
+        >>> implicit = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
+        >>> duopoly = Cournot(6.0, 0.5, (1.0, 1.0))
+        >>> found = compare({"duopoly": duopoly}, {"implicit": implicit}, steps=2, seeds=(0,))
+        >>> found.rows[0].own.error < 1e-3
+        True
     """
     check(games, responses, follower, optimizer, steps, seeds, budgets, jobs)
     where = None if folder is None else Path(folder)

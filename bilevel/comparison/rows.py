@@ -12,9 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """One hypergradient at the game's start, from a fresh state, by a response given `budget` times its own budget.
+    """One hypergradient at the game's start, from a fresh state.
 
-    `error` is |found - reference| / |reference|; None where there is no reference, or the call failed.
+    Attributes:
+        budget: What the response was given, in units of its own steps.
+        gradients: Gradients that it cost.
+        products: Hessian-vector products that it cost.
+        seconds: Of the processor.
+        error: |found - reference| / |reference|; None where there is no reference, or the call failed.
     """
 
     budget: float
@@ -31,10 +36,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Step:
-    """The leader after `step` steps and `work` gradients and products.
+    """The leader at a step of a run of `solve`.
 
-    `value` is the leader's loss once the follower has converged there, None where that is not known; `told` is the
-    loss that the run itself saw in that step, with the follower's answer as the response gave it.
+    Attributes:
+        step: The number of steps so far.
+        work: Gradients and products so far.
+        value: The leader's loss once the follower has converged there; None where that is not known.
+        told: The loss that the run itself saw in that step, with the follower's answer as the response gave it.
     """
 
     step: int
@@ -47,10 +55,20 @@ class Step:
 class Row:
     """One game, response and seed.
 
-    `errors`: hypergradients at the start over a ladder of budgets. `history`: the leader's path by `solve`, at steps
-    that grow geometrically. `gradients`, `products`, `seconds`: of the whole run of `solve`. `memory`: peak bytes of
-    the tensors that one hypergradient at the response's own budget allocates. `stationarity`, `residual`: what the
-    response says of itself at the end. `failure`: what it raised, after which nothing more was measured.
+    Attributes:
+        game: Its name.
+        response: Its name.
+        seed: Of batches and randomness.
+        errors: Hypergradients at the start, over a ladder of budgets.
+        history: The leader's path by `solve`, at steps that grow geometrically.
+        gradients: Gradients of the whole run of `solve`.
+        products: Hessian-vector products of the whole run.
+        seconds: Of the whole run.
+        memory: Peak bytes of the tensors that one hypergradient at the response's own budget allocates.
+        stationarity: What the response says at the end of |gradient of the follower|, in units of that at the start.
+        residual: What it says at the end of the equation for its derivative.
+        warnings: Each text once.
+        failure: What it raised, after which nothing more was measured.
     """
 
     game: str
@@ -94,10 +112,16 @@ class Row:
 class Reference:
     """What the hypergradients of one game and seed are held against.
 
-    `kind`: "exact" for a `KnownGame`, else "converged". `stationarity` and `residual` are the converged reference's
-    own: |gradient of the follower| in units of that at the start, and the relative residual of its linear solve.
-    `start` is the leader's loss at the start once the follower has converged; `least` that at the leader's optimum,
-    of known games that have one.
+    Attributes:
+        game: Its name.
+        seed: Of batches and randomness.
+        kind: "exact" for a `KnownGame`, else "converged".
+        norm: |hypergradient|.
+        stationarity: The converged reference's own |gradient of the follower|, in units of that at the start.
+        residual: The relative residual of its linear solve.
+        start: The leader's loss at the start once the follower has converged.
+        least: The leader's loss at its optimum, of known games that have one.
+        failure: What the reference raised.
     """
 
     game: str
@@ -133,9 +157,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """One game and response over all seeds; None where nothing was measured.
+    """One game and response over all seeds: medians and ranges; None where nothing was measured.
 
-    `work` is that of one hypergradient at the response's own budget, `total` that of the whole run.
+    Attributes:
+        game: Its name.
+        response: Its name.
+        error: Of one hypergradient at the response's own budget.
+        work: Of one hypergradient at the response's own budget.
+        value: The leader's loss at the end of the run, the follower converged.
+        excess: The same above the optimum, where that is known.
+        gradients: Gradients of the whole run.
+        products: Hessian-vector products of the whole run.
+        total: Gradients and products of the whole run together.
+        seconds: Of the whole run.
+        memory: Peak bytes of the tensors of one hypergradient.
+        warnings: How many, over the seeds.
+        failures: How many seeds failed.
     """
 
     game: str

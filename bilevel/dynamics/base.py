@@ -18,7 +18,7 @@ Point = Mapping[str, list[Tensor]]
 
 
 class Dynamics(ABC):
-    """Turns the field of own gradients xi(z) into the direction that each player descends.
+    r"""Turns the field of own gradients $\xi(z)$ into the direction that each player descends.
 
     A rule is configuration; its state is an argument and a return value. Directions go to the players' own
     optimisers; the formulas' exact rates are those of plain SGD with the rule's own step size.
@@ -31,4 +31,9 @@ class Dynamics(ABC):
 
     @abstractmethod
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
-        """What each player's optimiser receives as its gradient, leaf by leaf, and the next state (at first {})."""
+        """What each player's optimiser receives as its gradient, leaf by leaf, and the next state.
+
+        Args:
+            field: The players' own gradients on the present batches, and their Jacobian.
+            state: What the last call returned; {} before the first step.
+        """

@@ -22,10 +22,18 @@ def _positive(rule: Dynamics, name: str, value: float) -> None:
 @final
 @dataclass(frozen=True)
 class Consensus(Dynamics):
-    r"""Descend the field's own length as well: xi + weight J'xi.
+    r"""Descend the field's own length as well: $d = \xi + \gamma J^\top \xi$.
 
-    One gradient of each player and one transposed product a step. It turns every stationary point that is not too
-    unstable into an attractor, bad ones too. Source: Mescheder et al. 2017 (arXiv 1705.10461).
+    It turns every stationary point that is not too unstable into an attractor, bad ones too.
+
+    Costs one gradient of each player and one transposed product a step. Source: Mescheder et al. 2017
+    (arXiv 1705.10461).
+
+    Args:
+        weight: $\gamma$; the paper's experiments use values around the default.
+
+    Raises:
+        ValueError: If `weight` is not a positive finite number.
     """
 
     weight: float = 0.1
@@ -42,11 +50,20 @@ class Consensus(Dynamics):
 @final
 @dataclass(frozen=True)
 class SymplecticAdjustment(Dynamics):
-    r"""Turn the field against its rotation: xi + lambda A'xi, A the antisymmetric part of J.
+    r"""Turn the field against its rotation: $d = \xi + \lambda A^\top \xi$, $A$ the antisymmetric part of $J$.
 
-    `weight` is |lambda|. With `aligned` the sign is that of <xi, J'xi> (<A'xi, J'xi> / n + epsilon), which is drawn to
-    stable fixed points and away from unstable ones. One gradient of each player and two products a step. A potential
-    game (A = 0) is left alone. Source: Balduzzi et al. 2018 (arXiv 1802.05642).
+    A potential game ($A = 0$) is left alone.
+
+    Costs one gradient of each player and two products a step. Source: Balduzzi et al. 2018 (arXiv 1802.05642).
+
+    Args:
+        weight: $|\lambda|$.
+        aligned: Whether play is drawn to stable fixed points and away from unstable ones, by the sign of
+            $\langle \xi, J^\top \xi \rangle \langle A^\top \xi, J^\top \xi \rangle / n + \epsilon$; else $\lambda > 0$.
+        epsilon: Makes the sign positive where the products are near 0; the paper's value.
+
+    Raises:
+        ValueError: If `weight` is not a positive finite number.
     """
 
     weight: float = 1.0
@@ -72,10 +89,18 @@ class SymplecticAdjustment(Dynamics):
 @final
 @dataclass(frozen=True)
 class LookAhead(Dynamics):
-    r"""Everybody assumes that the others take one gradient step, and does not try to shape it: (I - step_size J_o) xi.
+    r"""Assume that the others take one gradient step, and do not try to shape it: $d = (I - \eta J_o)\, \xi$.
 
-    One gradient of each player and two products a step. It converges on the bilinear game.
-    Source: Zhang and Lesser 2010; Letcher et al. 2019 (arXiv 1811.08469).
+    $J_o$ is what lies off the diagonal blocks of the Jacobian. It converges on the bilinear game.
+
+    Costs one gradient of each player and two products a step. Source: Zhang and Lesser 2010; Letcher et al. 2019
+    (arXiv 1811.08469).
+
+    Args:
+        step_size: $\eta$, the step that the others are assumed to take.
+
+    Raises:
+        ValueError: If `step_size` is not a positive finite number.
     """
 
     step_size: float
@@ -92,11 +117,20 @@ class LookAhead(Dynamics):
 @final
 @dataclass(frozen=True)
 class Competitive(Dynamics):
-    r"""The Nash equilibrium of the local bilinear game, step after step: (I + step_size J_o)^-1 xi.
+    r"""The Nash equilibrium of the local bilinear game, step after step: $d = (I + \eta J_o)^{-1} \xi$.
 
-    `step_size` is the optimiser's own. `linear_solver` solves a non-symmetric system, each product of which costs a
-    gradient of all and a backward pass or two. On the bilinear game, with a = lr sigma, it contracts by
-    1 / sqrt(1 + a^2) a step, whatever the step size. Source: Schaefer and Anandkumar 2019 (arXiv 1905.12103).
+    $J_o$ is what lies off the diagonal blocks of the Jacobian. On the bilinear game, with $a = \text{lr}\, \sigma$, it
+    contracts by $1 / \sqrt{1 + a^2}$ a step, whatever the step size.
+
+    Costs one gradient of each player and one linear solve a step; each product of the solve costs a backward pass or
+    two through all gradients. Source: Schaefer and Anandkumar 2019 (arXiv 1905.12103).
+
+    Args:
+        step_size: $\eta$, the optimiser's own learning rate.
+        linear_solver: Solves the system, which is not symmetric: hence GMRES.
+
+    Raises:
+        ValueError: If `step_size` is not a positive finite number.
     """
 
     step_size: float

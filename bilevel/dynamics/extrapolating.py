@@ -14,11 +14,27 @@ from bilevel.dynamics.field import Field
 @final
 @dataclass(frozen=True)
 class Extragradient(Dynamics):
-    r"""The gradient where plain play would lead: xi(z - step_size xi(z)).
+    r"""The gradient where plain play would lead, $d = \xi(z - \eta\, \xi(z))$.
 
-    `step_size` is that of the look ahead, usually the optimiser's own. Two gradients of each player a step. On the
-    bilinear game, with a = lr sigma, it contracts by sqrt(1 - a^2 + a^4) a step.
-    Source: Korpelevich 1976; Gidel et al. 2019 (arXiv 1802.10551).
+    On the bilinear game, with $a = \text{lr}\, \sigma$, it contracts by $\sqrt{1 - a^2 + a^4}$ a step.
+
+    Costs two gradients of each player a step. Source: Korpelevich 1976; Gidel et al. 2019 (arXiv 1802.10551).
+
+    Args:
+        step_size: $\eta$, the length of the look ahead; usually the optimiser's own learning rate.
+
+    Raises:
+        ValueError: If `step_size` is not a positive finite number.
+
+    Examples:
+        >>> import torch, bilevel as bl
+        >>> from functools import partial
+        >>> x = bl.Player(lambda x, y: x * y, torch.tensor(1.0))
+        >>> y = bl.Player(lambda x, y: -x * y, torch.tensor(1.0))
+        >>> sgd = partial(torch.optim.SGD, lr=0.5)
+        >>> play = partial(bl.solve, bl.Game(x=x, y=y), optimizer=sgd, steps=50)
+        >>> bool(play(dynamics=Extragradient(0.5)).variables["x"].abs() < 0.1)
+        True
     """
 
     step_size: float
@@ -39,10 +55,13 @@ class Extragradient(Dynamics):
 @final
 @dataclass(frozen=True)
 class Optimistic(Dynamics):
-    r"""The gradient, and its change since the last step once more: 2 xi_t - xi_(t-1).
+    r"""The gradient, and its change since the last step once more: $d_t = 2 \xi_t - \xi_{t-1}$.
 
-    One gradient of each player a step, and one kept in memory. On the bilinear game, with a = lr sigma <= 1/2, it
-    contracts by sqrt((1 + sqrt(1 - 4 a^2)) / 2) a step. Source: Popov 1980; Daskalakis et al. 2018 (arXiv 1711.00141).
+    On the bilinear game, with $a = \text{lr}\, \sigma \le 1/2$, it contracts by $\sqrt{(1 + \sqrt{1 - 4 a^2}) / 2}$ a
+    step.
+
+    Costs one gradient of each player a step, and keeps one in memory. Source: Popov 1980; Daskalakis et al. 2018
+    (arXiv 1711.00141).
     """
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -58,11 +77,19 @@ class Optimistic(Dynamics):
 @final
 @dataclass(frozen=True)
 class NegativeMomentum(Dynamics):
-    r"""Momentum that pulls back, with players in turn: d_t = xi_t + momentum d_(t-1), momentum < 0.
+    r"""Momentum that pulls back, with players in turn: $d_t = \xi_t + \beta\, d_{t-1}$ with $\beta < 0$.
 
-    One gradient of each player a step, and one direction kept. torch's SGD refuses a momentum below 0, so it is here.
-    Simultaneously it still diverges on the bilinear game; in turn it converges. Source: Gidel et al. 2019 (arXiv
-    1807.04740).
+    On the bilinear game players who move at once still diverge by it; in turn they converge. It is a rule of its own
+    because torch's SGD refuses a momentum below 0.
+
+    Costs one gradient of each player a step, and keeps one direction in memory. Source: Gidel et al. 2019
+    (arXiv 1807.04740).
+
+    Args:
+        momentum: $\beta$, between -1 and 0.
+
+    Raises:
+        ValueError: If `momentum` is not between -1 and 0.
     """
 
     momentum: float = -0.5

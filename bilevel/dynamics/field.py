@@ -19,10 +19,16 @@ Losses = Callable[[Mapping[str, list[Tensor]]], dict[str, Tensor]]
 
 
 class Field:
-    """xi(z): each player's gradient of its own loss in its own variables, stacked `[n]`; J `[n, n]` its Jacobian.
+    r"""The players' own gradients $\xi(z)$, stacked `[n]`, as a rule of play asks for them.
 
-    Batches and random numbers are the same at every point that is asked for within one step. `point` is where the
-    players are; `movers` are those whose gradients are asked for: everybody, unless players move in turn.
+    Batches and random numbers are the same at every point that is asked for within one step. `solve` makes the field;
+    `point` is where the players are, by name, and `products` counts the products with a player's rows of the Jacobian.
+
+    Args:
+        evaluate: From everybody's leaves to the named players' own gradients.
+        point: Where the players are.
+        movers: Those whose gradients are asked for: everybody (None), unless players move in turn.
+        losses: From everybody's leaves to everybody's loss; None where no rule needs it.
     """
 
     def __init__(
@@ -66,6 +72,9 @@ class Field:
         """Everybody's loss at a point, differentiable in everybody's leaves; counted as one gradient of each.
 
         For rules that need how one player's variables move another's loss, which own gradients do not tell.
+
+        Raises:
+            ValueError: If the field was built without `losses`.
         """
         if self._losses is None:
             raise ValueError("This Field was built without losses=, which the rule needs.")
@@ -88,12 +97,18 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
-    """J = d xi / dz `[n, n]` at a point, by products; and xi itself `[n]`.
+    r"""The Jacobian of the field, $J = d\xi / dz$ `[n, n]`, at a point, by products; and $\xi$ itself `[n]`.
 
-    Block (i, j) is the derivative of player i's own gradient in player j's variables. S and A are its symmetric and
-    antisymmetric parts, J_o what lies off the diagonal blocks. A transposed product costs one backward pass of all
-    gradients, a plain one two, those of the diagonal one for each player; each is told to `count` as one product for
-    each player.
+    Block $(i, j)$ is the derivative of player $i$'s own gradient in player $j$'s variables. $S$ and $A$ are its
+    symmetric and antisymmetric parts, $J_o$ what lies off the diagonal blocks.
+
+    A transposed product costs one backward pass of all gradients, a plain one two, those of the diagonal one for each
+    player.
+
+    Args:
+        leaves: Every player's variables, leaf by leaf.
+        slopes: Every player's own gradient there, on a graph that is kept.
+        count: Told of each product, as one for each player.
     """
 
     leaves: Leaves

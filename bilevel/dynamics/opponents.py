@@ -17,12 +17,24 @@ from bilevel.dynamics.field import Field, Leaves
 class LOLA(Dynamics):
     r"""Learning with opponent-learning awareness, to first order in the others' step.
 
-        player i descends the gradient in z_i of  L_i - a sum_{j != i} <grad_j L_i, grad_j L_j>
+    Player $i$ descends the gradient in $z_i$ of
 
-    which is (I - a J_o) xi - a chi: look-ahead, and the term chi_i = sum_j J_ji' grad_j L_i that shapes how the others
-    learn. Its fixed points need not be the game's (`LookAhead`'s are). Costs n^2 + n gradients of n players, and one
-    backward pass through them for each. Source: Foerster et al. 2017 (arXiv 1709.04326); Letcher et al. 2019
-    (arXiv 1811.08469).
+    $$
+    L_i - \eta \sum_{j \ne i} \langle \nabla_j L_i, \nabla_j L_j \rangle,
+    $$
+
+    which is $(I - \eta J_o)\, \xi - \eta \chi$: `LookAhead`, and the term
+    $\chi_i = \sum_j J_{ji}^\top \nabla_j L_i$ that shapes how the others learn. Its fixed points need not be the game's
+    (those of `LookAhead` are).
+
+    Costs $n^2 + n$ gradients of $n$ players a step, and one backward pass through them for each. Source: Foerster et
+    al. 2017 (arXiv 1709.04326); Letcher et al. 2019 (arXiv 1811.08469).
+
+    Args:
+        step_size: $\eta$, the step that the others are assumed to take.
+
+    Raises:
+        ValueError: If `step_size` is not a positive finite number.
     """
 
     step_size: float
@@ -53,10 +65,22 @@ class LOLA(Dynamics):
 class ExactLOLA(Dynamics):
     r"""Learning with opponent-learning awareness, through the others' very step instead of its first order.
 
-        player i descends the gradient in z_i of  L_i(z_i, z_j - a grad_j L_j(z) for all j != i)
+    Player $i$ descends the gradient in $z_i$ of
 
-    It differs from `LOLA` by terms of order a^2. Costs an evaluation of all losses at n + 1 points and a backward pass
-    through two for each player. Source: Foerster et al. 2017 (arXiv 1709.04326), eq. 4.2.
+    $$
+    L_i\big(z_i,\; z_j - \eta \nabla_j L_j(z) \text{ for all } j \ne i\big).
+    $$
+
+    It differs from `LOLA` by terms of order $\eta^2$.
+
+    Costs an evaluation of all losses at $n + 1$ points and a backward pass through two for each player. Source:
+    Foerster et al. 2017 (arXiv 1709.04326), eq. 4.2.
+
+    Args:
+        step_size: $\eta$, the step that the others are assumed to take.
+
+    Raises:
+        ValueError: If `step_size` is not a positive finite number.
     """
 
     step_size: float

@@ -26,14 +26,25 @@ def _split(rule: Dynamics, field: Field, leaders: int) -> tuple[tuple[str, ...],
 @final
 @dataclass(frozen=True)
 class FollowTheRidge(Dynamics):
-    r"""Leaders descend their own gradient; followers descend theirs and make up for how the leaders move their optimum.
+    r"""Followers make up for how the leaders' moves shift their optimum; leaders descend their own gradient.
 
-        d_x = xi_x,    d_y = xi_y - ratio J_yy^-1 J_yx xi_x
+    $$
+    d_x = \xi_x, \qquad d_y = \xi_y - r\, J_{yy}^{-1} J_{yx}\, \xi_x
+    $$
 
-    `ratio` is the leaders' learning rate over the followers'; the first `leaders` players lead, the others follow
-    together. In zero-sum games its stable points are exactly the differential Stackelberg equilibria, local minimax
-    points. Costs a gradient of each player and one linear solve, two or three backward passes a product.
-    Source: Wang et al. 2019 (arXiv 1910.07512).
+    The first `leaders` players lead, the others follow together. In zero-sum games its stable points are exactly the
+    differential Stackelberg equilibria, the local minimax points.
+
+    Costs one gradient of each player and one linear solve a step, two or three backward passes a product. Source: Wang
+    et al. 2019 (arXiv 1910.07512).
+
+    Args:
+        ratio: $r$, the leaders' learning rate over the followers'.
+        leaders: How many players lead, in order of play.
+        linear_solver: Solves with $J_{yy}$, which is not symmetric where several players follow: hence GMRES.
+
+    Raises:
+        ValueError: If `ratio` is not a positive finite number or, in the first step, if nobody is left to follow.
     """
 
     ratio: float = 1.0
@@ -61,13 +72,24 @@ class FollowTheRidge(Dynamics):
 class TotalGradient(Dynamics):
     r"""Leaders descend their total derivative, as if the followers' best response were followed; followers their own.
 
-        d_x = grad_x f - J_yx' J_yy^-T grad_y f,    d_y = xi_y
+    $$
+    d_x = \nabla_x f - J_{yx}^\top J_{yy}^{-\top} \nabla_y f, \qquad d_y = \xi_y,
+    $$
 
-    f the leader's loss, one solve for each leader; the first `leaders` players lead, the others follow together. Where
-    the followers are not at their optimum this is no gradient of anything; at equilibria it is `Implicit`'s, and the
+    $f$ the leader's loss. The first `leaders` players lead, the others follow together. Where the followers are not at
+    their optimum this is the gradient of no function; at equilibria it is the hypergradient of `Implicit`, and the
     stable points of zero-sum games are exactly the differential Stackelberg equilibria. Give the followers the larger
-    learning rate. Costs a gradient of each player, one of each leader's loss in the followers' variables, and the
-    solves. Source: Fiez et al. 2020 (arXiv 1906.01217).
+    learning rate.
+
+    Costs a step: one gradient of each player, one of each leader's loss in the followers' variables, and one linear
+    solve for each leader. Source: Fiez et al. 2020 (arXiv 1906.01217).
+
+    Args:
+        leaders: How many players lead, in order of play.
+        linear_solver: Solves with $J_{yy}^\top$, which is not symmetric where several players follow: hence GMRES.
+
+    Raises:
+        ValueError: In the first step, if nobody is left to follow.
     """
 
     leaders: int = 1

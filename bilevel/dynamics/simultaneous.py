@@ -15,10 +15,12 @@ from bilevel.dynamics.field import Field
 @final
 @dataclass(frozen=True)
 class Simultaneous(Dynamics):
-    """Gradient play: each player descends its own gradient, xi(z). One gradient of each player a step.
+    r"""Gradient play: each player descends its own gradient, $d = \xi(z)$.
 
     With one leading player it is plain gradient descent. With several it need not converge: on the bilinear game
-    sigma x y its distance from equilibrium grows by sqrt(1 + lr^2 sigma^2) a step.
+    $\sigma x y$ its distance from equilibrium grows by $\sqrt{1 + \text{lr}^2 \sigma^2}$ a step.
+
+    Costs one gradient of each player a step.
     """
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -29,10 +31,11 @@ class Simultaneous(Dynamics):
 @final
 @dataclass(frozen=True)
 class Alternating(Dynamics):
-    """Gradient play in turn: each player sees the moves of those before it. One gradient of each player a step.
+    """Gradient play in turn: each player sees the moves of those before it.
 
     On the bilinear game it neither grows nor shrinks: the orbit is closed, with a mean factor of 1.
-    Source: Bailey et al. 2019 (arXiv 1907.04392).
+
+    Costs one gradient of each player a step. Source: Bailey et al. 2019 (arXiv 1907.04392).
     """
 
     @property
@@ -48,12 +51,20 @@ class Alternating(Dynamics):
 @final
 @dataclass(frozen=True)
 class TwoTimescale(Dynamics):
-    """Gradient play at different speeds: player i descends ratio_i times its own gradient. One gradient of each a step.
+    r"""Gradient play at different speeds, $d_i = r_i\, \xi_i(z)$.
 
-    `ratios`: by player; who is not named moves at 1. A follower much faster than its leader is nearly at its best
-    response whenever the leader moves. With an optimiser that normalises (Adam) a ratio has no effect: give
-    `solve(optimizer={"x": ..., "y": ...})` different rates instead, which do the same for SGD.
-    Source: Heusel et al. 2017 (arXiv 1706.08500).
+    A follower much faster than its leader is nearly at its best response whenever the leader moves. With an optimiser
+    that normalises (Adam) a ratio has no effect: give `solve(optimizer={"x": ..., "y": ...})` different rates instead,
+    which do the same for SGD.
+
+    Costs one gradient of each player a step. Source: Heusel et al. 2017 (arXiv 1706.08500).
+
+    Args:
+        ratios: $r_i$ by player; a player that is not named moves at 1.
+
+    Raises:
+        ValueError: If a ratio is not a positive finite number or, in the first step, if it names nobody who plays at
+            once.
     """
 
     ratios: Mapping[str, float]

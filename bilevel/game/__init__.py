@@ -1,6 +1,21 @@
-"""What is being solved: players, their objectives, their variables and data."""
+"""What is being solved: players, their objectives, their variables and data, and what vanishes where they rest."""
 
-from bilevel.game._game import Buffers, Game, Player
+from bilevel.game._game import Game
 from bilevel.game.data import Batch, Position, Stream
+from bilevel.game.follower import Follower, HeldResidual, Size
+from bilevel.game.player import Player
+from bilevel.game.residual import Buffers, Residual, UserResidual
 
-__all__ = ["Batch", "Buffers", "Game", "Player", "Position", "Stream"]
+__all__ = [
+    "Batch",
+    "Buffers",
+    "Follower",
+    "Game",
+    "HeldResidual",
+    "Player",
+    "Position",
+    "Residual",
+    "Size",
+    "Stream",
+    "UserResidual",
+]

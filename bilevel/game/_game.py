@@ -1,100 +1,48 @@
-"""What is being solved: players, their objectives, their variables and data. All checks of the user's input."""
+"""What is being solved: players, their objectives, their variables and data."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.autodiff import gradient, transforms_active
+from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.data import Batch, Position, Stream
-from bilevel.randomness import random_kept
+from bilevel.game.follower import Follower
+from bilevel.game.groups import Groups
+from bilevel.game.modules import CallableVariables, lent
+from bilevel.game.player import Player
+from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
-Buffers = dict[str, dict[str, Tensor]]
-"""Non-differentiated state of the players' modules: player -> buffer's name -> tensor."""
+Anticipated = Callable[[Mapping[str, Variables]], Variables]
+"""From the variables of those who move before a player to its own."""
 
-# Words that a call of an objective or of solve() already uses; a player of that name could never be addressed.
-RESERVED = frozenset(
-    (
-        *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "progress", "seed", "dynamics"),
-    )
-)
+Derived = TypeVar("Derived", bound="Game")
 
 
-@dataclass(frozen=True, kw_only=False)
-class Player:
-    """One player: a loss to minimise, the variables it chooses, and the data that it sees.
+@dataclass(frozen=True)
+class Parts:
+    """What a game is made of; a game derived from another differs in some of them.
 
-    `objective` is called with keyword arguments named after the players that it depends on, and with `batch` when
-    the player has data; it returns a scalar loss, to minimise. `init` is a tensor, a pytree of tensors, or an
-    `nn.Module`: then the variables are the module's parameters that require grad, as a dict by name, and its buffers
-    (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed. `data` is
-    any iterable of batches that can be iterated more than once; it is re-iterated for ever.
-
-    `optimizer_hyper=True` declares that the variables are hyperparameters of the *inner optimiser*, a learning rate
-    say: they reach the follower through `Unrolled(lambda params, lr: SGD(params, lr=lr))` and no objective.
-
-    Raises `TypeError` or `ValueError` naming the argument, what came and what was expected.
-
-    >>> def loss(x, y): return ((y - x) ** 2).sum()
-    >>> Player(loss, init=torch.zeros(3)).names
-    ('x', 'y')
+    `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
+    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones.
     """
 
-    objective: Callable[..., Tensor]
-    init: Any
-    data: Iterable[Batch] | None = None
-    optimizer_hyper: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not callable(self.objective):
-            raise TypeError(f"Player: objective is {_kind(self.objective)}; expected a function that returns a loss.")
-        for parameter in inspect.signature(self.objective).parameters.values():
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise TypeError(
-                    f"Player: parameter {str(parameter)!r} of the objective cannot be named in a call. Name each "
-                    "parameter after a player (and `batch`), as in `def loss(decay, weights, batch)`."
-                )
-        if self.data is not None:
-            if isinstance(self.data, Tensor | Mapping) or not isinstance(self.data, Iterable):
-                raise TypeError(
-                    f"Player: data is {_kind(self.data)}; expected an iterable of batches, such as a DataLoader or "
-                    "a list. A single batch is `data=[batch]`."
-                )
-            if isinstance(self.data, Iterator):
-                raise TypeError(
-                    f"Player: data is a {type(self.data).__name__}, which can be iterated only once and would be "
-                    "exhausted after one pass. Pass something re-iterable: a list of batches or a DataLoader."
-                )
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The parameters that the objective must be called with."""
-        return tuple(
-            name
-            for name, p in inspect.signature(self.objective).parameters.items()
-            if p.default is inspect.Parameter.empty
-        )
-
-    def variables(self) -> Variables:
-        """A fresh copy of the initial variables."""
-        if isinstance(self.init, nn.Module):
-            return {name: p.detach().clone() for name, p in self.init.named_parameters() if p.requires_grad}
-        return detached(self.init)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """A fresh copy of the module's buffers; empty when `init` is no module."""
-        if isinstance(self.init, nn.Module):
-            return {name: b.detach().clone() for name, b in self.init.named_buffers()}
-        return {}
+    players: Mapping[str, Player]
+    order: tuple[str, ...]
+    arguments: Mapping[str, tuple[str, ...]]
+    initial: Mapping[str, Variables]
+    structures: Mapping[str, Structure]
+    buffers: Buffers
+    streams: Mapping[str, Stream]
+    groups: Groups
+    anticipated: Mapping[str, Anticipated]
+    depends: Depends
 
 
 class Game:
@@ -117,21 +65,30 @@ class Game:
     """
 
     def __init__(self, **players: Player) -> None:
-        self._players = dict(players)
-        self._order = tuple(players)
-        self._groups: dict[str, tuple[str, ...]] = {}
-        self._anticipated: dict[str, Callable[[Mapping[str, Variables]], Variables]] = {}
-        self._check_names()
-        # Read once: inspecting a signature costs as much as a small network's gradient.
-        self._arguments = {n: tuple(a for a in p.names if a != "batch") for n, p in players.items()}
-        self._initial = {name: player.variables() for name, player in players.items()}
-        self._check_variables()
-        # The copy above is the only one: whoever lets go of the tensors that he passed holds them no longer.
-        self._players = {n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()}
-        self._structures = {name: structure_of(value) for name, value in self._initial.items()}
-        self._buffers = {name: player.buffers() for name, player in players.items()}
-        self._streams = {name: Stream(name, p.data) for name, p in players.items() if p.data is not None}
-        self._check_objectives()
+        check_names(players)
+        initial = {name: player.variables() for name, player in players.items()}
+        check_variables(initial)
+        self._parts = Parts(
+            # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
+            players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
+            order=tuple(players),
+            # Read once: inspecting a signature costs as much as a small network's gradient.
+            arguments={n: tuple(a for a in p.names if a != "batch") for n, p in players.items()},
+            initial=initial,
+            structures={name: structure_of(value) for name, value in initial.items()},
+            buffers={name: player.buffers() for name, player in players.items()},
+            streams={name: Stream(name, p.data) for name, p in players.items() if p.data is not None},
+            groups=Groups(),
+            anticipated={},
+            depends={},
+        )
+        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
+
+    def derived(self: Derived, **changed: Any) -> Derived:
+        """The same game with some of its `Parts` changed; checks nothing."""
+        game = copy.copy(self)
+        game._parts = replace(self._parts, **changed)
+        return game
 
     # What is in the game -------------------------------------------------------------------------------------------
 
@@ -141,36 +98,48 @@ class Game:
 
         Each comes with a copy of its initial variables, or with its module: to write into the copy changes no game.
         """
-        return _Players(self._players, self._initial)
+        return _Players(self._parts.players, self._parts.initial)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The players' names, in order of play."""
-        return self._order
+        return self._parts.order
 
     def members(self, player: str) -> tuple[str, ...]:
         """Those who make up a joint player; of any other player itself alone."""
-        return self._groups.get(player, (player,))
+        return self._parts.groups.of(player)
 
     @property
     def anticipated(self) -> frozenset[str]:
         """The players whose variables are functions of those who move before them."""
-        return frozenset(self._anticipated)
+        return frozenset(self._parts.anticipated)
 
-    @property
-    def count(self) -> int | None:
-        """How many games are played as one, each loss being `[count]`; None for one by itself. See `Games`."""
-        return None
+    def require_follower(self, name: str) -> None:
+        """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
+        check_follower(name, self.members(name), self._parts.players, self._parts.depends)
 
     def require_one(self, asker: str) -> None:
-        """Raise `TypeError` when these are many games, and say how to ask one by one."""
-        if self.count is not None:
-            raise TypeError(f"{asker} looks at one game, not at {self.count}: give it games.game(i) and solutions[i].")
+        """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
+
+    def require_minima(self, asker: str) -> None:
+        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own."""
+        for name in self.names:
+            members = self.members(name)
+            if members != (name,):
+                raise ValueError(
+                    f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
+                    "joined(), or hold the answer against finite differences."
+                )
+            if not self.residual(name).minimises:
+                raise ValueError(
+                    f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
+                    "loss. Hold the answer against finite differences of re-solved followers."
+                )
 
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
-        return leaves(self._initial[self.names[0]])[0].device  # type: ignore[no-any-return]
+        return leaves(self._parts.initial[self.names[0]])[0].device  # type: ignore[no-any-return]
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of `loss`, which `evaluate` gave: of many games the sum, else itself."""
@@ -182,45 +151,54 @@ class Game:
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
-        return detached(self._initial[player])
+        return detached(self._parts.initial[player])
 
     def structure(self, player: str) -> Structure:
         """How a player's variables are laid out in a flat vector."""
-        return self._structures[player]
+        return self._parts.structures[player]
 
     def buffers(self) -> Buffers:
         """A fresh copy of the initial buffers of every player's module."""
-        return self._grouped(detached(self._buffers))
+        return self._parts.groups.joined(detached(self._parts.buffers), self.names)
 
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names; of a joint player, all its members' objectives."""
-        owner = {member: group for group, members in self._groups.items() for member in members}
-        named = [owner.get(name, name) for member in self.members(player) for name in self._named(member)]
-        return tuple(dict.fromkeys(named))
+        named = [name for member in self.members(player) for name in self._parts.arguments[member]]
+        for member in self.members(player):
+            own = self._parts.players[member]
+            named += [] if own.follows_loss else own.own_residual.players
+        return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
 
-    def _named(self, member: str) -> tuple[str, ...]:
-        """The objective's own parameters."""
-        return self._arguments[member]
+    def residual(self, player: str) -> Residual:
+        """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
+        members = self.members(player)
+        if members == (player,):
+            return self._parts.players[player].rests
+        return MembersGradients(all(self._parts.players[member].follows_loss for member in members))
+
+    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+        """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
+        return Follower(self, others, state, batch)
 
     # Playing it ----------------------------------------------------------------------------------------------------
 
     def start(self, player: str, seed: int = 0) -> Position | None:
         """The position of a player's first batch; None when it has no data. A joint player's has one by member."""
-        if player in self._groups:
-            return {member: self.start(member, seed) for member in self._groups[player]}
-        return Stream.start(seed) if player in self._streams else None
+        if self.members(player) != (player,):
+            return {member: self.start(member, seed) for member in self.members(player)}
+        return Stream.start(seed) if player in self._parts.streams else None
 
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position; `(None, None)` when it has no data.
 
         A joint player's are dicts by member.
         """
-        if player in self._groups and position is not None:
-            drawn = {member: self.draw(member, position[member]) for member in self._groups[player]}
+        if self.members(player) != (player,) and position is not None:
+            drawn = {member: self.draw(member, position[member]) for member in self.members(player)}
             return {m: batch for m, (batch, _) in drawn.items()}, {m: place for m, (_, place) in drawn.items()}
-        if player not in self._streams or position is None:
+        if player not in self._parts.streams or position is None:
             return None, None
-        return self._streams[player].draw(position)
+        return self._parts.streams[player].draw(position)
 
     def loss(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
@@ -234,65 +212,37 @@ class Game:
         """A player's loss and the buffers after it; the modules' own buffers and `buffers` stay as they are.
 
         A joint player's is the sum of its members' losses, in which each member moves alone: its first derivative is
-        the stack of their own gradients, and its second derivative means nothing; `own_gradients` has both.
+        the stack of their own gradients, and its second derivative means nothing; `residual` has both.
         """
-        if player in self._groups:
+        if self.members(player) != (player,):
             return self._evaluate_group(player, variables, batch, buffers)
-        arguments = {name: self._value(name, variables) for name in self._named(player)}
-        if player in self._streams:
-            arguments["batch"] = batch
-        current = self._buffers if buffers is None else {**self._buffers, **self._ungrouped(buffers)}
-        with self._swapped(current, arguments) as swapped:
-            loss = self._players[player].objective(**arguments)
-        return loss, self._grouped(swapped)
+        found, after = self.call(player, self._parts.players[player].objective, variables, batch, buffers, {})
+        return found, after
 
-    def own_gradients(
+    def call(
         self,
         player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch = None,
-        buffers: Buffers | None = None,
-    ) -> tuple[Tensor, list[Tensor], Buffers]:
-        """The loss, the gradient of each leaf `y` of a player's variables, and the buffers after it.
+        function: Callable[..., Any],
+        variables: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+    ) -> tuple[Variables, Buffers]:
+        """A function called as the player's objective is: with everybody it names, `batch`, and what is `extra`."""
+        arguments = self._given(player, function, variables)
+        if "batch" in self._named(player, function):
+            arguments["batch"] = batch
+        for name, given in arguments.items():
+            module = self._parts.players[name].init if name in self._parts.players else None
+            if isinstance(module, nn.Module) and isinstance(given, Mapping):
+                arguments[name] = CallableVariables(given, module, training=name == player)
+        groups = self._parts.groups
+        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
+        with lent(self._parts.players, current, arguments) as advanced:
+            found = function(**arguments, **extra)
+        return found, groups.joined(advanced, self.names)
 
-        A joint player's are its members' own gradients, each of its own loss alone: what vanishes where nobody in it
-        gains by moving alone. Differentiable again, in others and in y, when grad is enabled.
-        """
-        form, current = self._structures[player], dict(buffers or {})
-        if player not in self._groups:
-            after: Buffers = {}
-
-            def alone(*own: Tensor) -> Tensor:
-                value, advanced = self.evaluate(player, {**others, player: form.build(own)}, batch, current)
-                after.update(advanced)
-                return self.total(value)
-
-            value, found = gradient(alone, *y)
-            return value, list(found), current | {name: after[name] for name in (player,) if name in after}
-        places = form.build(range(len(form.shapes)))  # type: ignore[arg-type]
-        losses: list[Tensor] = []
-        slopes: list[Tensor] = list(y)
-        for member in self.members(player):
-            mine = leaves(places[member])
-
-            def loss(*own: Tensor, member: str = member, mine: Sequence[int] = mine) -> Tensor:
-                moved = list(y)
-                for index, leaf in zip(mine, own, strict=True):
-                    moved[index] = leaf
-                part = None if batch is None else batch[member]
-                value, after = self.evaluate(member, {**others, player: form.build(moved)}, part, current)
-                if player in after:
-                    current[player] = after[player]
-                return self.total(value)
-
-            value, found = gradient(loss, *(y[index] for index in mine))
-            losses.append(value)
-            for index, slope in zip(mine, found, strict=True):
-                slopes[index] = slope
-        return sum(losses[1:], losses[0]), slopes, current
-
-    def joined(self, **groups: Sequence[str]) -> Game:
+    def joined(self: Derived, **groups: Sequence[str]) -> Derived:
         """The same game, in which players who move together make up one joint player.
 
         `game.joined(firms=("b", "c"))`: the variables of `firms` are `{"b": ..., "c": ...}`, and one response answers
@@ -316,46 +266,54 @@ class Game:
         >>> game.joined(both=("a", "b")).names
         ('x', 'both')
         """
-        game = object.__new__(type(self))
-        game.__dict__.update(self.__dict__)
+        game = self
         for name, members in groups.items():
-            game._join(name, tuple(members))
+            game = game.derived(**game._joining(name, tuple(members)))
         return game
 
-    def anticipate(self, **responses: Callable[[Mapping[str, Variables]], Variables]) -> Game:
+    def anticipate(self: Derived, **responses: Anticipated) -> Derived:
         """The same game, in which the named players' variables are functions of those who move before them.
 
         A loss that names such a player calls its function instead of looking its variables up.
         """
-        game = object.__new__(type(self))
-        game.__dict__.update(self.__dict__)
-        game._anticipated = {**self._anticipated, **responses}
-        return game
+        return self.derived(anticipated={**self._parts.anticipated, **responses})
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""
-        structure, wanted = structure_of(variables), self._structures[player]
+        structure, wanted = structure_of(variables), self._parts.structures[player]
         if structure.spec != wanted.spec or structure.shapes != wanted.shapes:
             came = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(variables)}
-            expected = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(self._initial[player])}
+            expected = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(self.initial(player))}
             raise ValueError(f"Variables of player {player!r} are {came}; expected the form of its init, {expected}.")
+
+    def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
+        """The parameters that one of a player's functions must be called with."""
+        own = self._parts.players[player]
+        return own.names if function is own.objective else own.own_residual.names
+
+    def _given(
+        self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
+    ) -> dict[str, Variables]:
+        """The players' variables that a function is called with."""
+        named = [name for name in self._named(player, function) if name in self._parts.players]
+        return {name: self._value(name, variables) for name in named}
 
     def _value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         if name in variables:
             return variables[name]
-        for group, members in self._groups.items():
-            if name in members:
-                return self._value(group, variables)[name]
-        if name not in self._anticipated:
+        owner = self._parts.groups.owner(name)
+        if owner != name:
+            return self._value(owner, variables)[name]
+        if name not in self._parts.anticipated:
             raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
-        return self._anticipated[name](variables)
+        return self._parts.anticipated[name](variables)
 
     def _evaluate_group(
         self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
     ) -> tuple[Tensor, Buffers]:
         own, current = self._value(group, variables), dict(buffers or {})
         losses = []
-        for member in self._groups[group]:
+        for member in self.members(group):
             tree = {m: v if m == member else map_leaves(Tensor.detach, v) for m, v in own.items()}
             part = None if batch is None else batch[member]
             loss, after = self.evaluate(member, {**variables, group: tree}, part, current)
@@ -363,204 +321,36 @@ class Game:
             current |= {group: after[group]} if group in after else {}
         return sum(losses[1:], losses[0]), current
 
-    def _grouped(self, buffers: Buffers) -> Buffers:
-        """A joint player's buffers under its own name, `member.path`."""
-        found = {name: tensors for name, tensors in buffers.items() if name in self._order}
-        for group, members in self._groups.items():
-            found[group] = {f"{m}.{path}": t for m in members for path, t in buffers.get(m, {}).items()}
-        return found
-
-    def _ungrouped(self, buffers: Buffers) -> Buffers:
-        found: Buffers = {}
-        for name, tensors in buffers.items():
-            if name not in self._groups:
-                found[name] = tensors
-                continue
-            for path, tensor in tensors.items():
-                member, _, rest = path.partition(".")
-                found.setdefault(member, {})[rest] = tensor
-        return found
-
-    def _join(self, name: str, members: tuple[str, ...]) -> None:
-        told = f"joined({name}={members})"
-        if name in RESERVED or name in self._order or name in self._players:
-            raise ValueError(f"{told}: the name {name!r} is taken; players are {list(self._order)}. Choose another.")
+    def _joining(self, name: str, members: tuple[str, ...]) -> dict[str, Any]:
+        """What changes in the `Parts` when these players become one."""
+        told, parts = f"joined({name}={members})", self._parts
+        if name in RESERVED or name in parts.order or name in parts.players:
+            raise ValueError(f"{told}: the name {name!r} is taken; players are {list(parts.order)}. Choose another.")
         if len(set(members)) != len(members) or len(members) < 2:
             raise ValueError(f"{told}: expected at least two different players.")
         for member in members:
-            if member not in self._order or member in self._groups or member in self._anticipated:
-                raise ValueError(f"{told}: {member!r} is no player that can be joined; those are {list(self._order)}.")
-        first = min(self._order.index(member) for member in members)
+            if member not in parts.order or self.members(member) != (member,) or member in parts.anticipated:
+                raise ValueError(f"{told}: {member!r} is no player that can be joined; those are {list(parts.order)}.")
+        first = min(parts.order.index(member) for member in members)
         if first == 0:
             raise ValueError(
-                f"{told}: {self._order[0]!r} moves first and has nobody to answer to. Players who lead together need "
+                f"{told}: {parts.order[0]!r} moves first and has nobody to answer to. Players who lead together need "
                 "no joining: leave them without a response."
             )
-        together = self._order[first : first + len(members)]
+        together = parts.order[first : first + len(members)]
         if set(together) != set(members):
             raise ValueError(
-                f"{told}: in the order of play, {list(self._order)}, others move between them. Declare them together."
+                f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
             )
-        if any(self._players[member].optimizer_hyper for member in members):
+        if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
-        self._groups = {**self._groups, name: together}
-        self._order = (*self._order[:first], name, *self._order[first + len(members) :])
-        self._initial = {**self._initial, name: {member: self._initial[member] for member in together}}
-        self._structures = {**self._structures, name: structure_of(self._initial[name])}
-
-    @contextmanager
-    def _swapped(self, buffers: Buffers, arguments: Mapping[str, Any]) -> Iterator[Buffers]:
-        """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards."""
-        advanced: Buffers = {}
-        lent: list[tuple[str, str, nn.Module, str, Tensor]] = []
-        lift: Callable[[Tensor], Tensor] = torch.clone
-        if transforms_active() and any(buffers.values()):
-            lift = _lifting(leaves(dict(arguments)))
-        try:
-            for player, tensors in buffers.items():
-                advanced[player] = {}
-                for path, tensor in tensors.items():
-                    prefix, _, name = path.rpartition(".")
-                    owner = self._players[player].init.get_submodule(prefix)
-                    lent.append((player, path, owner, name, owner._buffers[name]))
-                    owner._buffers[name] = lift(tensor)
-            yield advanced
-            for player, path, owner, name, _ in lent:
-                after = owner._buffers[name]
-                if after is not None:
-                    advanced[player][path] = after.detach()
-        finally:
-            for _, _, owner, name, original in lent:
-                owner._buffers[name] = original
-
-    # The checks ----------------------------------------------------------------------------------------------------
-
-    def _check_names(self) -> None:
-        if not self._players:
-            raise ValueError("Game: no players. Declare them in order of play: Game(leader=Player(...), ...).")
-        for name, player in self._players.items():
-            if name in RESERVED:
-                raise ValueError(
-                    f"Game: {name!r} cannot name a player; solve() and objectives use the word themselves."
-                )
-            if not isinstance(player, Player):
-                raise TypeError(f"Game: {name!r} is {_kind(player)}; expected a Player(objective, init=...).")
-        known = (*self._players, "batch")
-        for name, player in self._players.items():
-            for argument in player.names:
-                if argument not in known:
-                    raise ValueError(
-                        f"Player {name!r}: its objective has a parameter {argument!r}, which names no player. "
-                        f"Players are {list(self._players)}; rename it, or give it a default value."
-                    )
-            if "batch" in player.names and player.data is None:
-                raise ValueError(f"Player {name!r}: its objective takes `batch`, but the player has no data=.")
-            if "batch" not in player.names and player.data is not None:
-                raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
-
-    def _check_variables(self) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], str] = {}
-        for name, variables in self._initial.items():
-            pairs = named_leaves(variables)
-            if not pairs:
-                raise ValueError(f"Player {name!r}: init has no variables; expected at least one tensor.")
-            for path, leaf in pairs:
-                where = f"Player {name!r}: init{path}"
-                if not isinstance(leaf, Tensor):
-                    raise TypeError(f"{where} is {_kind(leaf)}; expected a tensor, as in torch.tensor({leaf!r}).")
-                if not leaf.is_floating_point():
-                    raise TypeError(f"{where} has dtype {leaf.dtype}; expected a floating dtype: use init.float().")
-                if leaf.numel() == 0:
-                    raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
-                kinds.setdefault((leaf.dtype, leaf.device), where)
-        if len(kinds) > 1:
-            (first, at), (second, there) = list(kinds.items())[:2]
-            raise ValueError(
-                f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-                "game share one dtype and one device: use .to(dtype, device)."
-            )
-        for name, variables in self._initial.items():
-            for path, leaf in named_leaves(variables):
-                if not bool(torch.isfinite(leaf).all()):
-                    raise ValueError(
-                        f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
-                    )
-
-    def _check_objectives(self) -> None:
-        """Evaluate each objective once and see from the graph what it depends on."""
-        reached: dict[str, set[str]] = {name: set() for name in self._players}
-        for name in self._players:
-            for other, paths in self._dependence(name).items():
-                reached[other] |= paths
-        for name, player in self._players.items():
-            if player.optimizer_hyper:
-                continue
-            missing = [path for path, _ in named_leaves(self._initial[name]) if path not in reached[name]]
-            if len(missing) == len(leaves(self._initial[name])):
-                raise ValueError(
-                    f"Player {name!r}: its variables reach no objective, so that every gradient for them would be "
-                    "zero. Name it in an objective and use it there; if it tunes the inner optimiser, say "
-                    "Player(..., optimizer_hyper=True)."
-                )
-            if missing and name == self.names[0]:
-                raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
-
-    def _dependence(self, name: str) -> dict[str, set[str]]:
-        """The leaves that a player's loss depends on: player -> paths. Refuses losses that nothing can be done with."""
-        trial = {
-            other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in self._initial.items()
+        initial = {member: parts.initial[member] for member in together}
+        return {
+            "groups": Groups({**parts.groups.members, name: together}),
+            "order": (*parts.order[:first], name, *parts.order[first + len(members) :]),
+            "initial": {**parts.initial, name: initial},
+            "structures": {**parts.structures, name: structure_of(initial)},
         }
-        batch, _ = self.draw(name, self.start(name))
-        with random_kept(self.device), torch.enable_grad():
-            try:
-                loss = self.loss(name, trial, batch)
-            except Exception as error:
-                raise ValueError(
-                    f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
-                    f"({_kind(batch)}): {error}. Data is an iterable of batches: a single one is data=[batch]."
-                ) from error
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"Player {name!r}: its objective returned {_kind(loss)}; expected a scalar tensor.")
-        if loss.ndim != 0:
-            raise ValueError(
-                f"Player {name!r}: its objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar "
-                "(shape ()). Take .sum() or .mean()."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"Player {name!r}: its loss is not differentiable in any player's variables (dtype {loss.dtype}, no "
-                "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a module is "
-                "called by torch.func.functional_call(model, weights, inputs)."
-            )
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
-        owners = [(other, path, leaf) for other, v in trial.items() for path, leaf in named_leaves(v)]
-        grads = torch.autograd.grad(loss, [leaf for *_, leaf in owners], allow_unused=True)
-        found: dict[str, set[str]] = {}
-        for (other, path, _), grad in zip(owners, grads, strict=True):
-            if grad is not None:
-                found.setdefault(other, set()).add(path)
-        self._check_dependence(name, found)
-        return found
-
-    def _check_dependence(self, name: str, found: Mapping[str, set[str]]) -> None:
-        if not found:
-            raise ValueError(f"Player {name!r}: its loss depends on no player's variables.")
-        position = self.names.index(name)
-        if position == 0:
-            return
-        if name not in found:
-            raise ValueError(
-                f"Player {name!r}: its objective does not depend on its own variables, so that it has nothing to "
-                "choose. Did the objective use a module's own parameters instead of the argument?"
-            )
-        earlier = self.names[:position]
-        if not any(other in found or self._players[other].optimizer_hyper for other in earlier):
-            raise ValueError(
-                f"Player {name!r}: its objective does not depend on {' or '.join(map(repr, earlier))}, who moves "
-                "before it; its response would have no derivative. Use that argument in the objective, or make the "
-                "leader Player(..., optimizer_hyper=True) when it tunes the inner optimiser."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -579,16 +369,3 @@ class _Players(Mapping[str, Player]):
 
     def __len__(self) -> int:
         return len(self.players)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"{value!r}" if value is None else f"a {type(value).__name__}"
-
-
-def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
-    """Make a buffer a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
-    numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]  # a batch may hold other things
-    zero = sum((torch.zeros_like(t).sum() for t in numbers), torch.zeros(()))
-    return lambda buffer: buffer + zero.to(buffer)

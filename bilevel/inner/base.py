@@ -13,11 +13,15 @@ from bilevel.tree import Structure, Variables
 
 
 class Problem(Protocol):
-    """min over y of f(y), the other players standing still.
+    r"""What an inner solver sees of its follower: $\min_y f(y)$, the other players standing still.
 
-    `form` is the layout of y; `others` are the other players' variables, detached; `batch` is the present batch.
-    Of several players together the loss is a sum that none of them minimises: only the gradients, each member's own,
-    say where they settle.
+    Of several players who answer together, and of a player with a residual of its own, the loss does not say where
+    they settle: only `gradients`, the residual, does.
+
+    Attributes:
+        name: The follower's.
+        form: The layout of y: the shapes of its leaves, and how they make up the follower's variables.
+        batch: The present batch, None without data.
     """
 
     name: str
@@ -25,37 +29,47 @@ class Problem(Protocol):
     batch: Batch
 
     @property
-    def joint(self) -> bool:
-        """Whether y is of several players together, so that f is to be ignored."""
+    def minimises(self) -> bool:
+        """Whether y settles at a minimum of f; else f is to be ignored."""
 
     @property
     def others(self) -> Mapping[str, Variables]:
         """The other players' variables, detached."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradient of each leaf on the present batch; counted as one gradient."""
+        """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
 
     def advance(self) -> None:
         """Move on to the next batch."""
 
 
-def refuse_joint(problem: Problem, what: str) -> None:
-    """Raise `TypeError` for a solver that goes by the loss, which several players together do not have."""
-    if problem.joint:
+def require_minimum(problem: Problem, what: str) -> None:
+    """Raise `TypeError` for a solver that goes by the loss, where a minimum of it is not what is looked for."""
+    if not problem.minimises:
         raise TypeError(
-            f"{what} minimises one loss, and {problem.name!r} is several players with a loss each. Use "
-            "bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or Adam."
+            f"{what} minimises one loss, and {problem.name!r} is several players with a loss each, or has a residual "
+            "of its own. Use bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or "
+            "Adam."
         )
 
 
 class InnerSolver(ABC):
-    """Finds a follower's optimum; nothing of it is differentiated."""
+    """Finds a follower's optimum; nothing of it is differentiated.
+
+    A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
+    any other method, as a frozen dataclass that holds its settings.
+    """
 
     @abstractmethod
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of y after at most `steps` steps, or sooner once |gradient| <= `threshold`; and what to remember.
+        """The leaves of y where the method ends, and what to remember for the next call.
 
-        `memory` is None or what an earlier call returned: tensors, numbers, lists and dicts of them.
+        Args:
+            problem: Loss and gradients at any y, and the batches.
+            y: The leaves to start from; they are not written to.
+            memory: None, or what an earlier call returned: tensors, numbers, lists and dicts of them.
+            steps: The most steps to take.
+            threshold: Stop sooner once |gradient| is at most this.
         """

@@ -18,12 +18,19 @@ from bilevel.tree import Variables, leaves
 class ClosedForm(InnerSolver):
     """A follower's optimum by the user's own function, or by any solver that she calls in it.
 
-    `function` has parameters named after players (and `batch`), as objectives have, and returns the follower's
-    variables. It may be anything, NumPy included: it is not differentiated. Its answer is checked: the follower's
-    gradient there is measured and `Implicit` warns when it is not stationary.
+    The function may be anything, NumPy included: it is not differentiated. Its answer is checked: the follower's
+    gradient there is measured, and `Implicit` warns when it is not stationary.
 
-    >>> ClosedForm(lambda x: x + 1)  # doctest: +ELLIPSIS
-    ClosedForm(function=<function ...>)
+    Args:
+        function: Has parameters named after players (and `batch`), as objectives have, and returns the follower's
+            variables.
+
+    Raises:
+        ValueError: In a call, if the function's answer has not the shapes of the follower's init.
+
+    Examples:
+        >>> ClosedForm(lambda x: x + 1)  # doctest: +ELLIPSIS
+        ClosedForm(function=<function ...>)
     """
 
     function: Callable[..., Variables]

@@ -9,22 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem, refuse_joint
+from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.tree import join
 
 
 @dataclass(frozen=True)
 class Scipy(InnerSolver):
-    """Follower's optimum by `scipy.optimize.minimize(method=...)`, on one held batch, in float64 on the CPU.
+    """The follower's optimum by `scipy.optimize.minimize`, on one held batch, in float64 on the CPU.
 
-    `method` is SciPy's name of a method that uses gradients ("L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP", ...);
-    `options` go to SciPy as they are, and win over the response's `steps` and tolerance where they name
-    `maxiter` or `gtol`. `bounds` (low, high) hold every entry in a box, where the method can (L-BFGS-B, TNC, SLSQP):
-    an optimum on its walls is not stationary, and `Implicit` then warns. Nothing is remembered between calls but the
-    solution itself.
+    Nothing is remembered between calls but the solution itself. An optimum on the walls of `bounds` is not stationary,
+    and `Implicit` then warns.
 
-    >>> Scipy("L-BFGS-B", options={"ftol": 0.0})
-    Scipy(method='L-BFGS-B', options={'ftol': 0.0}, bounds=None)
+    Args:
+        method: SciPy's name of a method that uses gradients: "L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP".
+        options: Go to SciPy as they are, and win over the response's `steps` and tolerance where they name `maxiter` or
+            `gtol`.
+        bounds: (low, high), a box for every entry, where the method can (L-BFGS-B, TNC, SLSQP).
+
+    Raises:
+        TypeError: When it is used for several players who answer together: they have no loss in common.
+
+    Examples:
+        >>> Scipy("L-BFGS-B", options={"ftol": 0.0})
+        Scipy(method='L-BFGS-B', options={'ftol': 0.0}, bounds=None)
     """
 
     method: str
@@ -38,7 +45,7 @@ class Scipy(InnerSolver):
         import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
         from scipy.optimize import minimize  # noqa: PLC0415
 
-        refuse_joint(problem, f"Scipy({self.method!r})")
+        require_minimum(problem, f"Scipy({self.method!r})")
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:
@@ -61,15 +68,19 @@ class Scipy(InnerSolver):
 
 @dataclass(frozen=True)
 class ScipyRoot(InnerSolver):
-    """A zero of the follower's own gradient by `scipy.optimize.root(method=...)`, in float64 on the CPU.
+    """A zero of the follower's own gradient by `scipy.optimize.root`, in float64 on the CPU.
 
-    What several players who answer together need: their stacked own gradients are no loss's gradient, so that nothing
-    can be minimised. It looks for *any* zero, a maximum too: certify what it finds. `method` is SciPy's name: "hybr"
-    (Powell's; differences for the Jacobian, a hundred unknowns or so), "krylov" or "df-sane" for more. `options` go
-    to SciPy as they are, and win over the response's `steps` and tolerance.
+    Several players who answer together need it: their stacked own gradients are no loss's gradient, so that nothing can
+    be minimised. It finds *any* zero, a maximum too: certify what it finds.
 
-    >>> ScipyRoot().method
-    'hybr'
+    Args:
+        method: SciPy's name. "hybr" is Powell's, with differences for the Jacobian, for a hundred unknowns or so;
+            "krylov" and "df-sane" are for more.
+        options: Go to SciPy as they are, and win over the response's `steps` and tolerance.
+
+    Examples:
+        >>> ScipyRoot().method
+        'hybr'
     """
 
     method: str = "hybr"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem, refuse_joint
+from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.tree import Variables, join, map_leaves
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -53,7 +53,13 @@ def build(
 
 
 def player_parameters(factory: OptimizerFactory, players: Mapping[str, Any]) -> list[str]:
-    """The parameters of a factory that are named after players and not bound already."""
+    """The parameters of a factory that are named after players and not bound already.
+
+    A function that somebody wrote names players; an optimiser's class names its own options, whatever players are
+    called: `weight_decay`, `momentum`.
+    """
+    if isinstance(getattr(factory, "func", factory), type):  # the class itself, or functools.partial of it
+        return []
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError):  # a builtin without a signature takes no players
@@ -139,7 +145,7 @@ class TorchOptimizer(InnerSolver):
 
         searches = isinstance(optimizer, torch.optim.LBFGS)  # it evaluates along a line, on one batch
         if searches:
-            refuse_joint(problem, "LBFGS")
+            require_minimum(problem, "LBFGS")
         for step in range(steps):
             if step:
                 problem.advance()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel.game import Buffers, Game
+from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch, Position, Stream
+from bilevel.many.follower import BatchedFollower
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
@@ -68,13 +69,17 @@ class Games(Game):
                 f"Games: player {tuned[0]!r} tunes the inner optimiser, of which there is one for all games. Solve "
                 "them one by one."
             )
-        self.__dict__.update(game.__dict__)
         self._one, self._count = game, count
         self._dims = dict.fromkeys(data or {}, 0) | dict(data_dims or {})
-        self._initial = self._started(dict(init or {}))
-        self._structures = {name: structure_of(value) for name, value in self._initial.items()}
-        self._buffers = map_leaves(self._repeated, game._buffers)
-        self._streams = self._streamed(dict(data or {}))
+        self._parts = game._parts
+        initial = self._started(dict(init or {}))
+        self._parts = replace(
+            game._parts,
+            initial=initial,
+            structures={name: structure_of(value) for name, value in initial.items()},
+            buffers=map_leaves(self._repeated, game._parts.buffers),
+            streams=self._streamed(dict(data or {})),
+        )
         for name in game.players:
             self._try(name)
 
@@ -87,12 +92,11 @@ class Games(Game):
         """One of them, by itself; `index` may be negative."""
         if not -self.count <= index < self.count:
             raise IndexError(f"There is no game {index} among {self.count}.")
-        game = object.__new__(Game)
-        game.__dict__.update(self._one.__dict__)
-        game._initial = map_leaves(lambda leaf: leaf[index].clone(), self._initial)
-        game._buffers = map_leaves(lambda leaf: leaf[index].clone(), self._buffers)
-        game._streams = self._picked(index)
-        return game
+        return self._one.derived(
+            initial=map_leaves(lambda leaf: leaf[index].clone(), self._parts.initial),
+            buffers=map_leaves(lambda leaf: leaf[index].clone(), self._parts.buffers),
+            streams=self._picked(index),
+        )
 
     def chosen(self, indices: Sequence[int]) -> Games:
         """Some of them, in this order: those without one that fails, say."""
@@ -100,20 +104,21 @@ class Games(Game):
         if beyond or not len(indices):
             raise IndexError(f"There is no game {beyond[0] if beyond else 'chosen'} among {self.count}.")
         rows = torch.arange(self.count)[torch.as_tensor(indices)]  # on the CPU: data may be, whatever the variables are
-        games = object.__new__(Games)
-        games.__dict__.update(self.__dict__)
+        initial = map_leaves(lambda leaf: leaf[rows], self._parts.initial)
+        games = self.derived(
+            initial=initial,
+            structures={name: structure_of(value) for name, value in initial.items()},
+            buffers=map_leaves(lambda leaf: leaf[rows], self._parts.buffers),
+            streams=self._picked(rows),
+        )
         games._count = len(rows)
-        games._initial = map_leaves(lambda leaf: leaf[rows], self._initial)
-        games._structures = {name: structure_of(value) for name, value in games._initial.items()}
-        games._buffers = map_leaves(lambda leaf: leaf[rows], self._buffers)
-        games._streams = self._picked(rows)
         return games
 
     def joined(self, **groups: Sequence[str]) -> Games:
         """The same games, in each of which players who move together make up one joint player; as `Game.joined`."""
         games = super().joined(**groups)
-        games._one = self._one.joined(**groups)  # type: ignore[attr-defined]
-        return games  # type: ignore[return-value]
+        games._one = self._one.joined(**groups)
+        return games
 
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, that of every game where they differ, and the next position."""
@@ -132,14 +137,43 @@ class Games(Game):
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> tuple[Tensor, Buffers]:
         """A player's loss in each game `[count]`, and the buffers after it."""
-        if player in self._groups:
+        if self.members(player) != (player,):
             return self._evaluate_group(player, variables, batch, buffers)
-        # Looked up here, because an anticipated player answers for all games at once.
-        given = {name: self._value(name, variables) for name in self._named(player)}
-        current = self._buffers if buffers is None else {**self._buffers, **self._ungrouped(buffers)}
+        objective = self._parts.players[player].objective
+        return self._at_once(
+            lambda given, batch, current, _: self._one.evaluate(player, given, batch, current),
+            player, self._given(player, objective, variables), batch, buffers, {},
+        )  # fmt: skip
 
-        parts = (given, batch, current)
-        dims = [0] * len(leaves(given)) + self._flat_dims(player, batch) + [0] * len(leaves(current))
+    def call(
+        self,
+        player: str,
+        function: Callable[..., Any],
+        variables: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+    ) -> tuple[Variables, Buffers]:
+        """A function called in each game as the player's objective is; its answers have the leading dimension."""
+        return self._at_once(
+            lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
+            player, self._given(player, function, variables), batch, buffers, extra,
+        )  # fmt: skip
+
+    def _at_once(
+        self,
+        function: Callable[..., tuple[Variables, Buffers]],
+        player: str,
+        given: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+    ) -> tuple[Variables, Buffers]:
+        """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
+        groups = self._parts.groups
+        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
+        parts = (dict(given), batch, current, dict(extra))
+        dims = [0] * len(leaves(parts[0])) + self._flat_dims(player, batch) + [0] * len(leaves(parts[2:]))
         # One flat list of what varies: vmap would walk the nests again and again.
         values, spec = pytree.tree_flatten(parts)
         varying = [place for place, dim in enumerate(dims) if dim is not None]
@@ -149,13 +183,21 @@ class Games(Game):
             every = list(values)
             for place, value in zip(varying, mine, strict=True):
                 every[place] = value
-            loss, after = self._one.evaluate(player, *pytree.tree_unflatten(every, spec))
-            tensors, form = pytree.tree_flatten(after)
+            tensors, form = pytree.tree_flatten(function(*pytree.tree_unflatten(every, spec)))
             forms.append(form)
-            return (loss, *tensors)
+            return tuple(tensors)
 
-        loss, *after = torch.func.vmap(one, randomness="different")(*(values[place] for place in varying))
-        return loss, pytree.tree_unflatten(after, forms[0])
+        found = torch.func.vmap(one, randomness="different")(*(values[place] for place in varying))
+        answer, after = pytree.tree_unflatten(found, forms[0])
+        return answer, after
+
+    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+        """The follower of all games at once, whose solvers keep them apart."""
+        return BatchedFollower(self, others, state, batch)
+
+    def require_one(self, asker: str) -> None:
+        """Refuse who can look at one game only."""
+        raise TypeError(f"{asker} looks at one game, not at {self.count}: give it games.game(i) and solutions[i].")
 
     def batch_dims(self, player: str, batch: Batch) -> Any:
         """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
@@ -202,7 +244,7 @@ class Games(Game):
                 if wrong:
                     raise ValueError(f"{where} holds NaN or infinity in game {wrong[0]}, and {len(wrong)} in all.")
             found[name] = detached(variables)
-        return found | {group: {m: found[m] for m in members} for group, members in self._groups.items()}
+        return found | {group: {m: found[m] for m in members} for group, members in self._parts.groups.members.items()}
 
     def _streamed(self, data: Mapping[str, Iterable[Batch]]) -> dict[str, Stream]:
         for name in (*data, *self._dims):
@@ -218,25 +260,25 @@ class Games(Game):
                     "None for what all games share."
                 )
         for name, batches in data.items():
-            if name not in self._streams:
+            if name not in self._parts.streams:
                 raise ValueError(f"Games: player {name!r} was given data, but its objective takes no `batch`.")
             if isinstance(batches, Tensor | Mapping | Iterator) or not isinstance(batches, Iterable):
                 raise TypeError(
                     f"Games: the data of player {name!r} is a {type(batches).__name__}; expected an iterable of "
                     "batches that can be iterated again and again. A single batch is `data=[batch]`."
                 )
-        return self._streams | {name: Stream(name, batches) for name, batches in data.items()}
+        return dict(self._parts.streams) | {name: Stream(name, batches) for name, batches in data.items()}
 
     def _picked(self, rows: int | Tensor) -> dict[str, Stream]:
         return {
             name: Stream(name, _Rows(stream.data, rows, self._dims[name])) if name in self._dims else stream
-            for name, stream in self._streams.items()
+            for name, stream in self._parts.streams.items()
         }
 
     def _try(self, name: str) -> None:
         """Evaluate an objective once for all games."""
         batch, _ = self.draw(name, self.start(name))
-        variables = {other: detached(value) for other, value in self._initial.items()}
+        variables = {other: detached(value) for other, value in self._parts.initial.items()}
         with random_kept(self.device), torch.no_grad():
             try:
                 losses = self.loss(name, variables, batch)

@@ -13,25 +13,22 @@ from torch import Tensor
 from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
-from bilevel.game import Game
+from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
-from bilevel.many.inner import BatchedInnerSolver
-from bilevel.many.response import games_above, linear_solver_of, worst_above
 from bilevel.responses.base import (
-    Follower,
-    HeldResidual,
     Response,
     State,
+    at_start,
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
-from bilevel.responses.promise import Optimum, Promise, Report, Size
+from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
 
@@ -94,40 +91,35 @@ class Implicit(Response):
         factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
         refuse_optimizer_hyper(self, game, state["follower"], factory)
         refuse_captured(game, state)
-        members = game.members(state["follower"])
-        if len(members) > 1 and self.linear_solver.needs_symmetry:
+        start = at_start(game, state)
+        if not start.symmetric and self.linear_solver.needs_symmetry:
             raise NotSymmetricError(
-                f"Implicit: {state['follower']!r} is {list(members)} together, whose own gradients have no symmetric "
-                f"Jacobian, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
+                f"Implicit: the residual of {start.name!r} has no symmetric Jacobian, since it is no single loss's "
+                f"gradient, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        blank = Receipt.blank(
-            flatten(state["variables"]), linear_solver_of(game, state["follower"], self.linear_solver)
-        )
-        state |= {"optimizer": None, "linear": vars(blank).copy()}
-        if self.linear_solver.from_optimizer and game.count is None:
+        solver = start.adapted_linear(self.linear_solver)
+        state |= {"optimizer": None, "linear": vars(Receipt.blank(flatten(state["variables"]), solver)).copy()}
+        if solver.from_optimizer:
             remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
-            self.linear_solver.inform(self.linear_solver.init(flatten(state["variables"])), remembered)
+            solver.inform(solver.init(flatten(state["variables"])), remembered)
         if self.inexactness is None:
             return state
-        if game.count is not None:
-            raise TypeError(
-                f"Implicit: inexactness={self.inexactness} follows one leader's progress, and these are {game.count} "
-                "games. Leave it out, or solve them one by one: solve(games.game(i), ...)."
-            )
+        game.require_one(f"Implicit(inexactness={self.inexactness}), which follows one leader's progress,")
         return state | {"leader": self._track(state)}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
-        follower = Follower(game, others, state, batch)
+        follower = game.follower(others, state, batch)
+        solver = follower.adapted_linear(self.linear_solver)
         looser = self._looser(follower, state)
         if transforms_active():
-            solver = _Solve(self, game, follower, state, batch, looser)
-            y: Tensor = _Detached.apply(solver, *follower.xs)  # type: ignore[no-untyped-call]
+            below = _Solve(self, game, follower, state, batch, looser)
+            y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
             after, receipt, products = state, None, None
-            follower.batch = solver.held(follower)
+            follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
             y, after, residual, products = self._solve(game, follower, state, looser)
@@ -141,16 +133,15 @@ class Implicit(Response):
                 map_leaves(torch.clone, before["memory"]),  # which a solve writes in place
             )
             kept = after["optimizer"]
-            if game.count is None:  # of many games, each solve starts with a blank preconditioner
-                self.linear_solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
+            solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
         attached = attach(
             residual,
             y,
             follower.xs,
-            linear_solver=linear_solver_of(game, follower.name, self.linear_solver.loosened(looser)),
-            symmetric=not follower.joint,
+            linear_solver=follower.adapted_linear(self.linear_solver.loosened(looser)),
+            symmetric=follower.symmetric,
             receipt=receipt,
             products=products,
         )
@@ -169,6 +160,20 @@ class Implicit(Response):
     def with_budget(self, steps: int) -> Implicit:
         """The same with so many steps of the inner solver a call."""
         return replace(self, steps=steps)
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """It warns unless `tolerance` is None."""
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=self.linear_solver.rtol or 0.0)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory | None:
+        """`optimizer`, unless it is an inner solver."""
+        return None if isinstance(self.optimizer, InnerSolver) else self.optimizer
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Implicit:
+        """The same with another optimiser."""
+        return replace(self, optimizer=optimizer)
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the linear solve's answer, the start of the next one, and its residual and products."""
@@ -197,12 +202,11 @@ class Implicit(Response):
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
-        solver = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
+        plain = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
+        solver = follower.adapted_inner(plain)
         reference: Size = state["reference"]
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
-        if game.count is not None:
-            solver = BatchedInnerSolver(solver)
         with torch.no_grad():
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
@@ -215,17 +219,18 @@ class Implicit(Response):
         follower.require_finite(y, advice, residual.loss)
         norm = follower.norm(follower.form.split(slope))
         relative = follower.relative(norm, state)
-        missed = None if self.tolerance is None else worst_above(norm, threshold, relative)
+        missed = None if self.tolerance is None else follower.shortfall(norm, threshold, relative)
         if missed is not None:
+            how_far, games = missed
             message = (
-                f"Implicit: the gradient of player {follower.name!r} is still {missed} "
+                f"Implicit: the gradient of player {follower.name!r} is still {how_far} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased to that order. Give "
                 "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
                 "tolerance_change), or accept it by tolerance=."
             )
             if self.strict:
                 raise ConvergenceError(message)
-            warnings.warn(NonConvergenceWarning(message, games=games_above(norm, threshold)), stacklevel=3)
+            warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
         after: dict[str, Any] = state | {
             "variables": follower.form.unflatten(flat),
             "optimizer": memory,
@@ -298,7 +303,7 @@ class _Solve:
         self.last: Batch = batch
 
     def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
-        follower = Follower(self.game, self.form.build(xs), self.state, self.batch)
+        follower = self.game.follower(self.form.build(xs), self.state, self.batch)
         y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         return y

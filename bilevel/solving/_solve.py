@@ -77,36 +77,38 @@ def solve(
 ) -> Solution | Solutions:
     """Play a game: every player without a response leads; the others answer by theirs.
 
-    `solve(game, weights=Implicit(...), optimizer=partial(Adam, lr=0.05), steps=200)`. With no response at all it is
-    simultaneous gradient play: everybody assumes that the others stand still. With responses for b and c of players
-    a, b, c in order of play, a anticipates both and b anticipates c.
+    With no response at all it is simultaneous gradient play. With responses for b and c of players a, b, c in order of
+    play, a anticipates both and b anticipates c. Warnings are gathered into the solution; what still holds at the end
+    is issued, once.
 
-    `Games` are many games, played at once and each to its own end: `Solutions`.
+    Args:
+        game: A `Game`; or `Games`, played at once, which gives `Solutions`.
+        optimizer: From tensors to the leaders' torch.optim optimiser, or one by leader; default: Adam, lr 0.01.
+        steps: Of the leaders.
+        scheduler: From that optimiser to a torch learning-rate scheduler.
+        clip_norm: Largest norm of a leader's gradient; None: as it is.
+        dynamics: How several leaders follow their field; default: `Simultaneous()`.
+        callbacks: Called as `callback(step, record, variables)` after each step.
+        checkpoint: A file to write, also when interrupted.
+        checkpoint_every: So many steps.
+        resume: Go on from the checkpoint, bit for bit.
+        progress: Show a bar.
+        seed: Of batches and responses; dropout's is torch's own.
+        **responses: Follower -> its response.
 
-    `optimizer`: a callable from tensors to a torch.optim optimiser (default Adam, lr 0.01), or one per leader by name.
-    `scheduler`: from that optimiser to a torch learning-rate scheduler, stepped once a step. `clip_norm`: largest
-    norm of a leader's gradient. `dynamics`: how several leaders follow their field (default `Simultaneous()`).
-    `callbacks`: called as `callback(step, record, variables)` after each step. `progress`: show a bar with the losses
-    and the time left. `seed`: of the order of batches and of the responses' randomness. A loss's own
-    randomness (dropout) is torch's: set it by `torch.manual_seed`; a checkpoint carries it on.
+    Raises:
+        ValueError: For wrong arguments, before any work.
+        NonFiniteError: If a leader's gradient is NaN or infinite.
+        CheckpointError: For a file of another game.
 
-    `checkpoint`: a file that is written every `checkpoint_every` steps and when the run is interrupted; with `resume`
-    a run that finds it goes on from there, and ends bit for bit where an uninterrupted one ends.
-
-    Warnings of the responses are gathered into the solution; what still holds at the last step is issued, once.
-    Raises `ValueError`/`TypeError` for wrong arguments before any work, `NonFiniteError` when a leader's gradient is
-    NaN or infinite (its variables are then still finite), `CheckpointError` for a file of another game.
-
-    >>> import torch
-    >>> from functools import partial
-    >>> from bilevel import Game, Player, Unrolled
-    >>> def lead(y): return (y - 3) ** 2
-    >>> def follow(x, y): return (y - 2 * x) ** 2
-    >>> game = Game(x=Player(lead, torch.tensor(0.0)), y=Player(follow, torch.tensor(0.0)))
-    >>> response = Unrolled(partial(torch.optim.SGD, lr=0.25), steps=20)
-    >>> solution = solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.1), steps=50)
-    >>> round(solution.variables["x"].item(), 3)
-    1.5
+    Examples:
+        >>> import torch, bilevel as bl
+        >>> x = bl.Player(lambda y: (y - 3) ** 2, torch.tensor(0.0))
+        >>> y = bl.Player(lambda x, y: (y - 2 * x) ** 2, torch.tensor(0.0))
+        >>> response = bl.Implicit(bl.ClosedForm(lambda x: 2 * x))
+        >>> solution = solve(bl.Game(x=x, y=y), y=response, steps=500)
+        >>> round(solution.variables["x"].item(), 2)
+        1.5
     """
     run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
     if steps < 1 or checkpoint_every < 1:

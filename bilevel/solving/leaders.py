@@ -13,8 +13,8 @@ from torch import Tensor
 from bilevel.errors import NonFiniteError
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, build
-from bilevel.many.response import refuse_mixing
-from bilevel.responses.base import among
+from bilevel.many import Games
+from bilevel.many.follower import among, refuse_mixing
 from bilevel.tree import Variables, leaves
 
 
@@ -37,7 +37,8 @@ class Leaders:
         self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in names}
         self.optimizers = {}
         for name in names:
-            refuse_mixing("solve", factories[name], game, name)
+            if isinstance(game, Games):
+                refuse_mixing("solve", factories[name], game, name)
             self.optimizers[name] = build(factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
         self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
@@ -50,7 +51,7 @@ class Leaders:
         """Step one leader along a direction, in the run's `step`; its norm, of many games one each."""
         norm = self.game.norms(direction)
         if not bool(torch.isfinite(norm).all()):
-            where = f"norm {float(norm)}" if self.game.count is None else f"no finite norm{among(norm)}"
+            where = f"norm {float(norm)}" if not isinstance(self.game, Games) else f"no finite norm{among(norm)}"
             raise NonFiniteError(
                 f"Player {name!r}: its gradient at step {step} has {where}. Lower the learning rates; its variables "
                 "are still those of the step before."

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from bilevel.dynamics import Dynamics, Field
 from bilevel.errors import CheckpointError, NonConvergenceWarning
-from bilevel.game import Buffers, Game
+from bilevel.game import Buffers, Game, Size
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
+from bilevel.many import Games
+from bilevel.many.dynamics import refuse_mixing_dynamics
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
-from bilevel.responses.promise import Report, Size
+from bilevel.responses.promise import Report
 from bilevel.solving.evaluation import Answers, StepEvaluator
 from bilevel.solving.gathered import Gathered, RunWarning
 from bilevel.solving.leaders import Leaders
-from bilevel.solving.separable import refuse_mixing_dynamics
 from bilevel.solving.solution import Solution
 from bilevel.solving.solutions import Solutions, summary
 from bilevel.tree import Variables, map_leaves
@@ -67,7 +68,7 @@ class Run:
         for name, response in reversed(list(self.followers.items())):
             view = self._nest(self.states)[name]
             self.states[name] = response.init(view, follower=name, seed=seed)
-        if game.count is not None:
+        if isinstance(game, Games):
             refuse_mixing_dynamics(dynamics, game.count)
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
         self.positions = {name: game.start(name, seed) for name in leading}
@@ -270,7 +271,7 @@ class Run:
             "states": states,
             "buffers": buffers,
         }
-        if self.game.count is not None:
+        if isinstance(self.game, Games):
             warned = tuple(warning.games for warning in told)
             return Solutions(values=values, residuals=known, warned=warned, **ended)
         return Solution(

@@ -56,17 +56,25 @@ class End(ABC, Generic[Number]):
 @final
 @dataclass(frozen=True, eq=False)
 class Solution(End[float]):
-    """The end of a run.
+    """The end of a run of `solve`: where the players are, how much work it took, and how far to trust it.
 
-    `variables`: player -> its variables, detached. `values`: player -> its loss there, on its last batch. `history`:
-    one record a step, with the loss of each player (by name), each follower's "name.stationarity", "step",
-    "gradient_norm" (the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so far.
-    `stationarity`: follower -> |gradient of its own loss| in units of that at the start; `residuals`: follower ->
-    relative residual of the equation for its derivative: of its last linear solve, or of the learned slope; Unrolled
-    has none. `errors`: follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it,
-    where it did.
-    `gradients`, `products` (Hessian-vector products) and `seconds` are the run's totals. `warnings`: what to know
-    before trusting it. `states`: follower -> its response's state, `buffers`: player -> its module's buffers.
+    Attributes:
+        variables: Player -> its variables, detached.
+        values: Player -> its loss there, on its last batch.
+        history: One record a step: the loss of each player under its name, each follower's "name.stationarity", "step",
+            "gradient_norm" (of the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so
+            far.
+        stationarity: Follower -> |gradient of its own loss| in units of that at the start.
+        residuals: Follower -> relative residual of the equation for its derivative: of its last linear solve, or of the
+            learned slope. `Unrolled` has none.
+        gradients: Gradients of the whole run.
+        products: Hessian-vector products of the whole run.
+        seconds: Wall-clock seconds of the whole run.
+        warnings: What to know before trusting it.
+        states: Follower -> its response's state.
+        buffers: Player -> its module's buffers.
+        errors: Follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it, where it
+            did.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)

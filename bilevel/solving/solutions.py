@@ -25,13 +25,19 @@ def summary(name: str, value: Any) -> dict[str, float]:
 class Solutions(End[Tensor]):
     """The end of a run of many games. `solutions[17]` is the `Solution` of one, `len(solutions)` how many there are.
 
-    `variables`: player -> its variables, each leaf `[count, ...]`. `values`: player -> its loss in each game `[count]`,
-    on its last batch. `stationarity`: follower -> |gradient of its own loss| in units of that at the start, `[count]`;
-    `residuals`: follower -> relative residual of its last linear solve, `[count]`. `history`: one record a step,
-    with the median over games under each name, and the largest under `name.worst`. `gradients` and `products` are those
-    of the whole run, each of which was one for every game at once; `seconds` is its time. `warnings` name how many
-    games, and the worst; `warned`: for each of them the games that it has spoken of in any step, None for all.
-    `states`: follower -> its response's state, `buffers`: player -> its module's buffers `[count, ...]`.
+    Attributes:
+        variables: Player -> its variables, each leaf `[count, ...]`.
+        values: Player -> its loss in each game `[count]`, on its last batch.
+        history: One record a step, with the median over the games under each name, and the largest under "name.worst".
+        stationarity: Follower -> |gradient of its own loss| in units of that at the start, `[count]`.
+        residuals: Follower -> relative residual of its last linear solve, `[count]`.
+        gradients: Gradients of the whole run, each of which was one for every game at once.
+        products: Hessian-vector products of the whole run, likewise.
+        seconds: Wall-clock seconds of the whole run.
+        warnings: What to know before trusting it: how many games, and the worst.
+        states: Follower -> its response's state.
+        buffers: Player -> its module's buffers `[count, ...]`.
+        warned: For each warning the games that it has spoken of in any step; None for all.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)

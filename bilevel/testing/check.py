@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LawReport:
-    """What the laws said of one subject: `rows`, one a law; true when none fails.
+    """What the laws said of one subject; true when none fails.
 
     `str` is a table: law, verdict, what was tested or why it does not apply, and the game that breaks it, as code.
+
+    Attributes:
+        subject: What was tested.
+        rows: One a law.
     """
 
     subject: str
@@ -56,36 +60,45 @@ class LawReport:
 def check_response(
     response: Response,
     *,
-    unrolled: bool | None = None,
     laws: Sequence[Law] | None = None,
     examples: int = 10,
     raises: bool = True,
 ) -> LawReport:
     """Draw games with known answers and assert the laws that every right response obeys.
 
-    `unrolled` says whether the response promises the derivative of its steps (True) or of the follower's optimum
-    (False); our own say so by their class. `laws` defaults to all of them, `examples` is the number of games a law is
-    tried on (costly laws take fewer). Budgets are set through the response's own field `steps` (`warmup` of a
-    Hypernetwork): as many as bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17
-    to 1, where any gradient method with a step size of up to 1 converges. Tolerances are derived from each game's
-    conditioning, from how far the follower got, and from the residual that the response reports; see
-    `bilevel.testing.tolerance`.
+    It is held to its own `promise`: the derivative of its steps, or of the follower's optimum, or an estimate. An
+    estimate with a stated bias b may be wrong by b of the Jacobian's size once the follower has converged, and no more;
+    one that states none is held to the residual that it reports. Budgets are set by `with_budget`: as many steps as
+    bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17 to 1, where any gradient
+    method with a step size of up to 1 converges. Tolerances are derived from each game's conditioning, from how far the
+    follower got, and from the residual that the response reports; see `bilevel.testing.tolerance`.
 
-    Returns a `LawReport`; with `raises` an `AssertionError` that holds it when a law is broken, with the smallest game
-    found, as code. Laws that do not apply say why. It cannot see what only large or non-convex games show, and a
-    response that promises no accuracy (`Identity`) is held to none. Takes half a minute or so: `examples` times the
-    time of `steps` steps on games of up to four unknowns, for each law. Needs Hypothesis.
+    It cannot see what only large or non-convex games show, and holds a response that promises no accuracy (`Identity`)
+    to none. Laws that do not apply say why.
 
-    >>> from bilevel.responses import Implicit
-    >>> from bilevel.inner import ClosedForm
-    >>> from bilevel.testing.laws.state import STATE
-    >>> response = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
-    >>> bool(check_response(response, laws=STATE[:1], examples=2))
-    True
+    Takes half a minute or so: `examples` times the time of `steps` steps on games of up to four unknowns, for each law.
+
+    Args:
+        response: What is tested.
+        laws: Default: all of them.
+        examples: Games that a law is tried on; costly laws take fewer.
+        raises: Whether a broken law raises; else the report says so.
+
+    Raises:
+        AssertionError: If a law is broken; it holds the report, with the smallest game found, as code.
+        TypeError: For what is no response.
+        ImportError: Without Hypothesis.
+
+    Examples:
+        >>> from bilevel.responses import Implicit
+        >>> from bilevel.testing.laws.state import STATE
+        >>> response = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
+        >>> bool(check_response(response, laws=STATE[:1], examples=2))
+        True
     """
     if not isinstance(response, Response):
         raise TypeError(f"check_response: response={response!r}; expected an instance of bilevel.Response.")
-    return _check(ResponseSubject(response, unrolled), str(response), laws, examples, raises)
+    return _check(ResponseSubject(response), str(response), laws, examples, raises)
 
 
 def check_hypergradient_function(
@@ -99,10 +112,18 @@ def check_hypergradient_function(
 ) -> LawReport:
     """The same laws for any function that gives a hypergradient, another library's for example.
 
-    `function(leader, follower, x, y, *, optimizer, steps)` gets two losses of the pytrees x and y, whose leaves require
-    grad (x) and are where the follower starts (y), a callable from tensors to a torch.optim optimiser, and how many
-    steps to take; it returns a pytree like x, attached to x's graph if it can be differentiated again. What it does not
-    offer it refuses by `NotImplementedError`. Laws about states do not apply.
+    The function is called as `function(leader, follower, x, y, *, optimizer, steps)`. It gets two losses of the pytrees
+    x and y, whose leaves require grad (x) and are where the follower starts (y), a callable from tensors to a
+    torch.optim optimiser, and how many steps to take. It returns a pytree like x, attached to x's graph if it can be
+    differentiated again. What it does not offer it refuses by `NotImplementedError`. Laws about states do not apply.
+
+    Args:
+        function: What is tested.
+        unrolled: Whether it promises the derivative of its steps, or of the follower's optimum.
+        optimizer: The follower's; default: SGD with a rate of 0.5, which converges on every game drawn.
+        laws: Default: all of them.
+        examples: Games that a law is tried on; costly laws take fewer.
+        raises: Whether a broken law raises an AssertionError; else the report says so.
     """
     inner = partial(torch.optim.SGD, lr=0.5) if optimizer is None else optimizer
     subject = FunctionSubject(function, inner, unrolled)

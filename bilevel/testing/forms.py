@@ -51,10 +51,14 @@ class Scalar(Form):
 
 @dataclass(frozen=True)
 class Nested(Form):
-    """A dict of a dict with a 0-d tensor and a list of columns; `reverse` inserts the keys the other way round.
+    """A dict of a dict with a 0-d tensor and a list of columns.
 
-    >>> Nested().build(torch.tensor([1.0, 2.0, 3.0]))
-    {'head': {'first': tensor(1.)}, 'tail': [tensor([[2.], [3.]])]}
+    Args:
+        reverse: Insert the keys the other way round.
+
+    Examples:
+        >>> Nested().build(torch.tensor([1.0, 2.0, 3.0]))
+        {'head': {'first': tensor(1.)}, 'tail': [tensor([[2.], [3.]])]}
     """
 
     reverse: bool = False

@@ -15,14 +15,21 @@ from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response, State
 from bilevel.testing.diagnosis import diagnosis
 from bilevel.testing.evidence import Verdict, claimed, gathered
-from bilevel.testing.resolved import LeaderFollowerPoint, still
+from bilevel.testing.losses import LeaderFollowerLosses, still
 from bilevel.tree import Variables, detached, flatten, leaves
 
 
 @final
 @dataclass(frozen=True)
 class Row:
-    """One direction of unit length: what was claimed along it, and the differences' value +- error."""
+    """One direction of unit length.
+
+    Attributes:
+        direction: Which one.
+        claimed: The derivative along it by autograd.
+        difference: The derivative along it by finite differences.
+        error: What the difference may be wrong by.
+    """
 
     direction: str
     claimed: float
@@ -35,10 +42,18 @@ class Row:
 class HypergradientCheck:
     """The answer of `check_hypergradient`; true only when the hypergradient is right.
 
-    `error` is |claimed - true| / |true|, as far as the directions show it, and `uncertainty` what finite differences
-    may be wrong by, in the same units: right means error + uncertainty <= `tolerance`, wrong error - uncertainty >
-    `tolerance`. `rows` are the directions, `findings` what is wrong or in the way, in words, the gravest first.
     `print(check)` shows all of it; `assert check, str(check)` shows it in a failing test.
+
+    Attributes:
+        verdict: Right when error + uncertainty <= tolerance, wrong when error - uncertainty > tolerance.
+        error: |claimed - true| / |true|, as far as the directions show it.
+        uncertainty: What finite differences may be wrong by, in the same units.
+        tolerance: `rtol`, plus `atol` over the gradient's size.
+        rows: The directions.
+        findings: What is wrong or in the way, in words, the gravest first.
+        leader: Whose hypergradient it is.
+        follower: Through whose response.
+        seconds: That it took.
     """
 
     verdict: Verdict
@@ -100,34 +115,40 @@ def check_hypergradient(
 ) -> HypergradientCheck:
     r"""Is the hypergradient through `response` right? Finite differences of re-solved followers, at your own game.
 
-        claimed: d objective(x, response(x)) / dx by autograd,    true: d objective(x, argmin_y f(x, y)) / dx
+    $$
+    \text{claimed: } \tfrac{d}{dx}\, g(x, \text{response}(x)) \text{ by autograd}, \qquad
+    \text{true: } \tfrac{d}{dx}\, g(x, \operatorname{argmin}_y f(x, y))
+    $$
 
-    The follower is solved anew, from the response's own answer, at x +- h d for unit directions d: the claimed
-    gradient's own, where it has most to say, and random ones at right angles to it, `directions` in all (no more than
-    x has entries: then the whole gradient is seen). h and the differences' error are found by extrapolation, with the
-    noise that re-solving from different starts shows.
+    The follower is solved anew at $x \pm h d$ for directions $d$: the claimed gradient's own, and random ones at right
+    angles. The answer is right, wrong beyond doubt, or cannot be told; its `findings` say why, and the way out. A right
+    answer at one point and batch is no proof for others.
 
-    `leader` (default: the first player) and `follower` (the last) name the pair; `at` holds others' variables where
-    they are not their init; `state` is the response's, from a run of yours (default: fresh). `settle` calls of the
-    response at the same point come first, for one that warms up from call to call. Batches (the first of each
-    player's data, or `batches`), buffers and torch's random numbers stand still, for the response as for the
-    re-solving: a dropout mask is one mask.
+    Costs about six re-solved followers a direction.
 
-    **Right**: the relative error is at most `rtol`, plus `atol` over the gradient's size (default 1e-8, in float32
-    1e-5), beyond doubt. **Wrong**: it is larger beyond doubt; `findings` say by what, and the way out. **Cannot
-    tell**: the differences are not good enough to judge, or there is no strict minimum to re-solve for; `findings`
-    say why. A right answer at one point and batch is no proof for others. With more entries than directions an error
-    at right angles to the claimed gradient is estimated from the random directions: one five times `rtol` is missed
-    about once in 25 checks, with `directions=6` once in a thousand. Steps start at a tenth of x's root mean square
-    (.1 where it is 0): structure much finer than that is not seen.
+    Args:
+        game: Your own; batches, buffers and random numbers stand still.
+        response: The follower's.
+        leader: Default: the first player.
+        follower: Default: the last player.
+        at: Others' variables where they are not their init.
+        state: The response's, from a run of yours; default: a fresh one.
+        batches: Default: the first of each player's data.
+        settle: Calls at the same point that come first, for a response that warms up.
+        directions: With three an error of five times `rtol` is missed once in 25 checks, with six once in a thousand.
+        rtol: Relative error that is accepted.
+        atol: Absolute error; default 1e-8, in float32 1e-5.
+        seed: Of directions and batches.
 
-    Costs about six re-solved followers a direction, warm-started, each some gradients and Hessian-vector products.
-    Raises `ValueError` and `TypeError` for wrong arguments.
+    Raises:
+        ValueError: For wrong arguments; TypeError for what is no response.
 
-    >>> from bilevel import Implicit, Scipy, testing
-    >>> known = testing.Quadratic(curvatures=(0.5, 1.0), coupling=((1.0,), (0.5,)), at=(2.0,))
-    >>> bool(check_hypergradient(known.game(), Implicit(Scipy("L-BFGS-B"), tolerance=1e-6)))
-    True
+    Examples:
+        >>> from bilevel import Implicit, Scipy, testing
+        >>> known = testing.Quadratic((0.5, 1.0), coupling=((1.0,), (0.5,)), at=(2.0,))
+        >>> response = Implicit(Scipy("L-BFGS-B"), tolerance=1e-6)
+        >>> bool(check_hypergradient(known.game(), response))
+        True
     """
     game.require_one("check_hypergradient")
     began = time.perf_counter()
@@ -149,7 +170,7 @@ def check_hypergradient(
         if state is None:
             state = response.init(quiet, follower=follower, seed=seed)
         buffers = {follower: state["buffers"]} if state.get("buffers") else {}
-        held = LeaderFollowerPoint(quiet, leader, follower, point, given, buffers)
+        held = LeaderFollowerLosses(quiet, leader, follower, point, given, buffers)
         claim = claimed(held, response, x, state, settle)
         evidence = gathered(claim, count=directions, rtol=rtol, atol=atol, seed=seed)
         verdict, error, uncertainty, tolerance = evidence.judged()
@@ -167,6 +188,7 @@ def _named(game: Game, leader: str | None, follower: str | None) -> tuple[str, s
     if not isinstance(game, Game):
         raise TypeError(f"check_hypergradient: game is a {type(game).__name__}; expected a bilevel.Game.")
     names = list(game.names)
+    game.require_minima("check_hypergradient")
     if game.anticipated:
         raise ValueError(
             f"check_hypergradient: {sorted(game.anticipated)} of this game answer by functions of their own; expected "

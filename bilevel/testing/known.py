@@ -17,6 +17,9 @@ from bilevel.testing.forms import Form, Vector
 Numbers = tuple[float, ...]
 Matrix = tuple[Numbers, ...]
 
+DOUBLE = torch.empty(0, dtype=torch.float64)
+"""What `constant` makes float64 tensors like."""
+
 
 class KnownGame(ABC):
     """A leader x `[n]` and a follower y `[m]` whose best response is known in closed form, or to rounding.
@@ -25,10 +28,11 @@ class KnownGame(ABC):
     formulas are on flat vectors; `game()` is the `Game` that a response sees, with players "x" and "y" in the layout
     of `leader_form` and `follower_form`. Everything else here is exact in float64, and follows from `best_response`.
 
-    >>> from bilevel.testing import Quadratic
-    >>> known = Quadratic(curvatures=(0.5, 1.0), coupling=((1.0,), (0.0,)), at=(2.0,))
-    >>> known.best_response(known.x0)
-    tensor([4., 0.], dtype=torch.float64)
+    Examples:
+        >>> from bilevel.testing import Quadratic
+        >>> known = Quadratic(curvatures=(0.5, 1.0), coupling=((1.0,), (0.0,)), at=(2.0,))
+        >>> known.best_response(known.x0)
+        tensor([4., 0.], dtype=torch.float64)
     """
 
     # What a family gives ---------------------------------------------------------------------------------------------
@@ -127,7 +131,8 @@ class KnownGame(ABC):
     def equilibrium(self) -> Tensor:
         """The leader's optimum x `[n]` when it anticipates the follower (Stackelberg), by Newton's method.
 
-        Raises `ArithmeticError` when the total second derivative is not positive definite there.
+        Raises:
+            ArithmeticError: If the total second derivative is not positive definite there.
         """
         x = self.x0.clone()
         for _ in range(100):

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.game import Game, Player
-from bilevel.testing.known import Matrix, Numbers, constant
-
-_DOUBLE = torch.empty(0, dtype=torch.float64)
+from bilevel.testing.known import DOUBLE, Matrix, Numbers, constant
 
 
 class KnownPlayers(ABC):
@@ -40,13 +38,22 @@ class KnownPlayers(ABC):
 @final
 @dataclass(frozen=True)
 class QuadraticPlayers(KnownPlayers):
-    r"""One scalar each, quadratic losses.
+    r"""Players of one scalar each, with quadratic losses.
 
-        L_i = 1/2 M_ii z_i^2 + z_i (sum_{j != i} M_ij z_j + m_i) + 1/2 sum_j P_ij z_j^2
+    $$
+    L_i = \tfrac12 M_{ii} z_i^2 + z_i \Big(\sum_{j \ne i} M_{ij} z_j + m_i\Big) + \tfrac12 \sum_j P_{ij} z_j^2
+    $$
 
-    The stacked own-gradients are M z + m, so Nash is -M^-1 m; it is one because every M_ii > 0. A symmetric M is a
-    potential game, M_ij = -M_ji with two players a saddle. `private` P `[n, n]` adds what a player's loss owes to the
-    others alone: Nash does not notice, Stackelberg does.
+    The stacked own gradients are $M z + m$, so Nash is $-M^{-1} m$; it is one because every $M_{ii} > 0$. A symmetric M
+    is a potential game, $M_{ij} = -M_{ji}$ with two players a saddle.
+
+    Args:
+        matrix: M `[n, n]`.
+        shift: m `[n]`.
+        private: P `[n, n]`, what a player's loss owes to the others alone: Nash does not notice, Stackelberg does.
+
+    Raises:
+        ValueError: If a diagonal entry of M is not positive.
     """
 
     matrix: Matrix
@@ -65,7 +72,7 @@ class QuadraticPlayers(KnownPlayers):
     def _forms(self) -> list[tuple[Tensor, Tensor]]:
         """Each loss as 1/2 z'Qz + q'z."""
         count = len(self.shift)
-        matrix, shift = constant(self.matrix, _DOUBLE), constant(self.shift, _DOUBLE)
+        matrix, shift = constant(self.matrix, DOUBLE), constant(self.shift, DOUBLE)
         forms = []
         for i in range(count):
             quadratic, linear = torch.zeros_like(matrix), torch.zeros_like(shift)
@@ -73,7 +80,7 @@ class QuadraticPlayers(KnownPlayers):
             quadratic[:, i] += matrix[i]
             quadratic[i, i] = matrix[i, i]
             if self.private:
-                quadratic += torch.diag(constant(self.private, _DOUBLE)[i])
+                quadratic += torch.diag(constant(self.private, DOUBLE)[i])
                 quadratic[i, i] = matrix[i, i]
             linear[i] = shift[i]
             forms.append((quadratic, linear))
@@ -88,17 +95,18 @@ class QuadraticPlayers(KnownPlayers):
 
     def nash(self) -> Mapping[str, Tensor]:
         """-M^-1 m."""
-        z = -torch.linalg.solve(constant(self.matrix, _DOUBLE), constant(self.shift, _DOUBLE))
+        z = -torch.linalg.solve(constant(self.matrix, DOUBLE), constant(self.shift, DOUBLE))
         return dict(zip(self.names, z, strict=True))
 
     def jacobian(self) -> Tensor:
         """M."""
-        return constant(self.matrix, _DOUBLE)
+        return constant(self.matrix, DOUBLE)
 
     def stackelberg(self) -> Mapping[str, Tensor]:
-        """By substitution from the last player to the first: each z_i is affine in those who move before it.
+        """By substitution from the last player to the first: each $z_i$ is affine in those who move before it.
 
-        Raises `ArithmeticError` when an earlier player's loss, with the answers put in, is not convex.
+        Raises:
+            ArithmeticError: If an earlier player's loss, with the answers put in, is not convex.
         """
         forms, count = self._forms(), len(self.shift)
         # Columns: z as an affine function of (z_1 .. z_k, 1), for k from n down to 0.
@@ -116,26 +124,43 @@ class QuadraticPlayers(KnownPlayers):
 
 
 def saddle(own: tuple[float, float], coupling: float, shift: tuple[float, float] = (0.0, 0.0)) -> QuadraticPlayers:
-    """A zero-sum game 1/2 p a^2 + c a b - 1/2 q b^2 + s a - t b of a, who minimises, and b, who maximises.
+    r"""A zero-sum game $\tfrac12 p a^2 + c\, a b - \tfrac12 q b^2 + s a - t b$ of a, who minimises it, and b.
 
     Each player's loss holds the other's square with the other sign, as zero-sum asks.
+
+    Args:
+        own: p and q.
+        coupling: c.
+        shift: s and t.
     """
     first, second = own
     return QuadraticPlayers(((first, coupling), (-coupling, second)), shift, private=((0.0, -second), (-first, 0.0)))
 
 
 def cournot_players(intercept: float, slope: float, costs: Numbers) -> QuadraticPlayers:
-    """Cournot's oligopoly: firm i minimises -q_i (a - b sum q - c_i)."""
+    r"""Cournot's oligopoly: firm i minimises $-q_i (a - b \sum_j q_j - c_i)$.
+
+    Args:
+        intercept: a.
+        slope: b.
+        costs: c, one a firm.
+    """
     count = len(costs)
     matrix = tuple(tuple(2.0 * slope if i == j else slope for j in range(count)) for i in range(count))
     return QuadraticPlayers(matrix, tuple(cost - intercept for cost in costs))
 
 
 def bertrand_players(alpha: float, beta: float, gamma: float, costs: Numbers) -> QuadraticPlayers:
-    """Bertrand's oligopoly: firm i minimises -(p_i - c_i) (alpha - beta p_i + gamma sum of the others' p_j).
+    r"""Bertrand's oligopoly: firm i minimises $-(p_i - c_i) (\alpha - \beta p_i + \gamma \sum_{j \ne i} p_j)$.
 
-    The term gamma c_i p_j, which firm i cannot move, is left out: it is linear in the others' prices, and matters to a
-    leader. Use `Bertrand` for the duopoly with an order of play.
+    The term $\gamma c_i p_j$, which firm i cannot move, is left out: it is linear in the others' prices, and matters to
+    a leader. Use `Bertrand` for the duopoly with an order of play.
+
+    Args:
+        alpha: Demand at prices of 0.
+        beta: What an own price takes from it.
+        gamma: What each other price adds to it.
+        costs: c, one a firm.
     """
     count = len(costs)
     matrix = tuple(tuple(2.0 * beta if i == j else -gamma for j in range(count)) for i in range(count))

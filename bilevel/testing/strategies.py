@@ -11,10 +11,12 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from bilevel.testing.changes import LaidOut, Reflection, Single, Stretch
-from bilevel.testing.families import Bertrand, Cournot, Exponential, LogBarrier, Logistic, Quadratic, Ridge
+from bilevel.testing.duopolies import Bertrand, Cournot
+from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Nested, Scalar
 from bilevel.testing.known import KnownGame, Matrix, Numbers
 from bilevel.testing.players import QuadraticPlayers, bertrand_players, cournot_players, saddle
+from bilevel.testing.regressions import Logistic, Ridge
 
 
 def numbers(size: int, low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[Numbers]:
@@ -31,9 +33,14 @@ def matrices(rows: int, columns: int) -> st.SearchStrategy[Matrix]:
 def quadratics(
     leaders: int = 3, followers: int = 4, *, conditioning: float = 5.0, coupling: float = 1.0, symmetric: bool = False
 ) -> st.SearchStrategy[Quadratic]:
-    """`Quadratic` with up to so many entries, curvatures in [1 / conditioning, 1] and |B_ij| <= `coupling`.
+    """`Quadratic` with up to so many entries.
 
-    `symmetric` draws potential games: the leader's cross term is the follower's.
+    Args:
+        leaders: The most entries of x.
+        followers: The most entries of y.
+        conditioning: Curvatures lie in [1 / conditioning, 1].
+        coupling: The largest $|B_{ij}|$.
+        symmetric: Draw potential games: the leader's cross term is the follower's.
     """
 
     @st.composite

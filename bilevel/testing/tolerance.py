@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,29 +61,43 @@ def exact(known: KnownGame) -> Exact:
 
 
 def tolerance(known: KnownGame, subject: Subject, found: Evaluation, steps: int, truth: Exact | None = None) -> float:
-    r"""A bound on |h - h*| for a right answer at y, with e = |y - y*| and r the residual that it reports.
+    r"""A bound on $|h - h^*|$ for a right answer at y, with $e = |y - y^*|$ and r the residual that it reports.
 
-    * *Where it is taken.* The implicit hypergradient moves with y by S e, S the norm of its derivative in y; twice
-      that, for the second order.
-    * *Its equation.* H u = g_y solved to a relative residual r is wrong by |f_yx| r |g_y| / least curvature.
-    * *Its steps.* The iterates of a linear iteration on a quadratic are y* + p_K(H) (y_0 - y*) and their derivative is
-      J - p_K(H) J with the same polynomial, so that |J_K - J| <= max |p_K| |J|; as the game starts off its optimum by
-      `radius` along every eigenvector, max |p_K| <= e / radius. Elsewhere the derivative lags behind by the number of
-      steps, like K rho^K. The leader's slope there differs by (|g_yy| |J| + |g_xy|) e.
-    * *Rounding.* 1,000 eps times conditioning, of |g_x| + |J| |g_y|.
+    * *Where it is taken.* The implicit hypergradient moves with y by $S e$, S the norm of its derivative in y; twice
+    that, for the second order. * *Its equation.* $H u = g_y$ solved to a relative residual r is wrong by $|f_{yx}|\,
+    r\, |g_y|$ over the least curvature. * *Its steps.* The iterates of a linear iteration on a quadratic are $y^* +
+    p_K(H)(y_0 - y^*)$, and their derivative is $J - p_K(H) J$ with the same polynomial, so that $|J_K - J| \le \max
+    |p_K|\, |J|$. As the game starts off its optimum by `radius` along every eigenvector, $\max |p_K| \le e /
+    \text{radius}$. Elsewhere the derivative lags behind by the number of steps, like $K \rho^K$. The leader's slope
+    there differs by $(|g_{yy}| |J| + |g_{xy}|)\, e$. * *Rounding.* 1,000 eps times conditioning, of $|g_x| + |J|
+    |g_y|$.
+
+    Args:
+        known: The game that was played.
+        subject: Who answered.
+        found: The answer, with its residual.
+        steps: That were taken.
+        truth: The exact answer, where it is known already.
     """
     truth = exact(known) if truth is None else truth
     e = float((found.follower - truth.best_response).norm())
     size = float(torch.linalg.matrix_norm(truth.jacobian, 2))
     rounding = 1000.0 * torch.finfo(known.dtype).eps * (truth.largest / truth.least) * truth.scale
     equation = truth.mixed * found.residual * (truth.leader_slope + truth.curvature * e) / truth.least
-    total = rounding
-    if subject.unrolled is not True:
-        total += 2.0 * truth.sensitivity * e + equation
-    if subject.unrolled is not False:
+    total = rounding + equation
+    if not subject.of_steps:
+        total += 2.0 * truth.sensitivity * e
+    else:
         linear = known.quadratic and subject.linear_iteration
         lag = 1.0 if linear else 1.0 + steps
         if not linear:  # it may oscillate, and be at the optimum for a moment
             e = max(e, subject.distance(known, max(1, steps * 7 // 8)))
         total += truth.leader_slope * size * lag * e / known.radius + truth.curvature * (1.0 + lag) * e
     return total
+
+
+def stated_error(subject: Subject, truth: Exact) -> float:
+    """What an estimate of stated bias b may be off by beyond `tolerance`, b |J| |g_y|; 0 where it states none."""
+    stated = subject.promise.stated_bias
+    size = float(torch.linalg.matrix_norm(truth.jacobian, 2))
+    return 0.0 if math.isnan(stated) else stated * size * truth.leader_slope

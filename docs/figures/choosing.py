@@ -1,24 +1,17 @@
-"""Writes the tables of docs/choosing.md from docs/choosing/comparison.json, which `bilevel compare` measured."""
+"""The tables of docs/choosing.md from docs/choosing/comparison.json, which `bilevel compare` measured."""
 
-import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from bilevel.comparison import Comparison
 from bilevel.comparison.rows import number, size
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
-TUNING = ("digits", "mnist")
+Rows = list[list[str]]
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text and the others numbers."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def costs(found: Comparison) -> str:
+def costs(found: Comparison) -> Rows:
     """One row a response on the larger tuning game: what its hypergradient and its run took."""
     heads = ["On `mnist`", "error", "gradients + products", "peak memory", "loss after the run", "work of the run"]
     rows = []
@@ -28,19 +21,19 @@ def costs(found: Comparison) -> str:
             rows.append(
                 [s.response, number(s.error.median), work, memory, f"{s.value.median:.3f}", number(s.total.median)]
             )
-    return table(heads, rows)
+    return [heads, *rows]
 
 
-def errors(found: Comparison) -> str:
+def errors(found: Comparison) -> Rows:
     """One row a response, one column a game: the error of one hypergradient, and in how much work."""
     cells = {(s.response, s.game): number(s.error.median) for s in found.summaries if s.error}
-    return table(
+    return [
         ["Error", *found.games],
-        [[name, *[cells.get((name, game), "") for game in found.games]] for name in found.responses],
-    )
+        *[[name, *[cells.get((name, game), "") for game in found.games]] for name in found.responses],
+    ]
 
 
-def ratios(found: Comparison) -> str:
+def ratios(found: Comparison) -> Rows:
     """One row a response: work and memory of one hypergradient against implicit CG's, medians over the games."""
     by = {(s.response, s.game): s for s in found.summaries}
     rows = []
@@ -52,9 +45,8 @@ def ratios(found: Comparison) -> str:
         ]
         count = sum(s.error.median < 1e-2 for s in found.summaries if s.response == name)
         rows.append([name, *[f"{value:.1f}" for value in ratio], f"{count} of {len(found.games)}"])
-    return table(
-        ["Against implicit CG", "work of a hypergradient", "work of a run", "peak memory", "error below 1 %"], rows
-    )
+    heads = ["Against implicit CG", "work of a hypergradient", "work of a run", "peak memory", "error below 1 %"]
+    return [heads, *rows]
 
 
 def settings(found: Comparison) -> str:
@@ -62,22 +54,13 @@ def settings(found: Comparison) -> str:
     versions = ", ".join(f"{name} {found.versions[name]}" for name in ("python", "torch", "numpy", "scipy"))
     return (
         f"{len(found.games)} games, {len(found.responses)} responses, {len(found.seeds)} seeds, "
-        f"{found.settings['steps']} leader steps, float64; {versions}; {found.machine}.\n"
+        f"{found.settings['steps']} leader steps, float64; {versions}; {found.machine}."
     )
 
 
-def told(page: str) -> str:
-    """The page with each table as the JSON has it."""
-    found = Comparison.from_json(DOCS / "choosing" / "comparison.json")
-    makers = {"costs": costs, "errors": errors, "ratios": ratios, "settings": settings}
-
-    def one(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- {name} -->\n{makers[name](found)}<!-- /{name} -->\n"
-
-    return PLACE.sub(one, page)
+def measured(part: Callable[[Comparison], Rows | str]) -> Callable[[], Rows | str]:
+    """The part, made of the committed file."""
+    return lambda: part(Comparison.from_json(DOCS / "choosing" / "comparison.json"))
 
 
-if __name__ == "__main__":
-    path = DOCS / "choosing.md"
-    path.write_text(told(path.read_text(encoding="utf-8")), encoding="utf-8")
+PARTS = {part.__name__: measured(part) for part in (costs, errors, ratios, settings)}

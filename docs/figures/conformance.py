@@ -1,12 +1,10 @@
-"""Writes the tables of docs/conformance.md from docs/conformance/verdicts.json, made by benchmarks/conformance."""
+"""The tables of docs/conformance.md from docs/conformance/verdicts.json, made by benchmarks/conformance."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
 MARKS = {"holds": "holds", "fails": "**fails**", "does not apply": "–"}
 
 
@@ -17,13 +15,12 @@ def applying(found: dict[str, Any]) -> list[str]:
     return [law for law in dict.fromkeys(row["law"] for row in rows) if law in used]
 
 
-def verdicts(found: dict[str, Any], unrolled: bool) -> str:
+def verdicts(found: dict[str, Any], unrolled: bool) -> list[list[str]]:
     """Law by library, of those that promise the derivative of their steps or of the optimum."""
     chosen = {name: entry for name, entry in found.items() if entry["unrolled"] is unrolled}
     by = {name: {row["law"]: row for row in entry["laws"]} for name, entry in chosen.items()}
     rows = [[law, *[MARKS[by[name][law]["verdict"]] for name in chosen]] for law in applying(chosen)]
-    lines = [["Law", *chosen], ["---"] * (len(chosen) + 1), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return [["Law", *chosen], *rows]
 
 
 def told(found: dict[str, Any], verdict: str) -> list[tuple[str, dict[str, Any]]]:
@@ -42,7 +39,7 @@ def failures(found: dict[str, Any]) -> str:
     lines = [
         f"* **{name}**, {row['law']}: {row['note']}\n\n    `{row['game']}`\n\n" for name, row in told(found, "fails")
     ]
-    return "\n" + "".join(lines)
+    return "".join(lines)
 
 
 def missing(found: dict[str, Any]) -> str:
@@ -50,7 +47,7 @@ def missing(found: dict[str, Any]) -> str:
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, row in told(found, "does not apply"):
         reasons.setdefault((row["law"], row["note"]), []).append(name)
-    return "\n" + "".join(f"* {law}: {', '.join(names)}. {note}\n" for (law, note), names in reasons.items()) + "\n"
+    return "".join(f"* {law}: {', '.join(names)}. {note}\n" for (law, note), names in reasons.items())
 
 
 def versions(found: dict[str, Any]) -> str:
@@ -68,27 +65,18 @@ def versions(found: dict[str, Any]) -> str:
             }.items()
         )
     )
-    return f"{told}; {'; '.join(sorted(common))}. Games a law (costly laws take fewer): {examples}.\n"
+    return f"{told}; {'; '.join(sorted(common))}. Games a law (costly laws take fewer): {examples}."
 
 
-def written(page: str) -> str:
-    """The page with each part as the JSON has it."""
-    found = json.loads((DOCS / "conformance" / "verdicts.json").read_text())
-    parts = {
-        "unrolled": verdicts(found, True),
-        "implicit": verdicts(found, False),
-        "failures": failures(found),
-        "missing": missing(found),
-        "versions": versions(found),
-    }
-
-    def one(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- {name} -->\n{parts[name]}<!-- /{name} -->\n"
-
-    return PLACE.sub(one, page)
+def read() -> dict[str, Any]:
+    """The verdicts, adapter by adapter."""
+    return json.loads((DOCS / "conformance" / "verdicts.json").read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
-    path = DOCS / "conformance.md"
-    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+PARTS = {
+    "unrolled": lambda: verdicts(read(), True),
+    "implicit": lambda: verdicts(read(), False),
+    "failures": lambda: failures(read()),
+    "missing": lambda: missing(read()),
+    "versions": lambda: versions(read()),
+}

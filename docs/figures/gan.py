@@ -1,30 +1,30 @@
-"""Writes the tables of docs/gan.md from docs/gan/*.json.
+"""The tables of docs/gan.md from docs/gan/*.json.
 
-`python docs/figures/gan.py FOLDER` first takes them, and the figures, from a folder that
+`python docs/figures/gan.py FOLDER` takes these files, and the figures, from a folder that
 `bilevel gan tuning finals ring grid digits mnist --output FOLDER` has filled; samples stay there.
 """
 
 import json
-import re
 import shutil
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
-from games.gan.catalogue import by_method, ending, rows
-from games.gan.run import mixtures
+from games.gan.mixture_experiment import rows
+from games.gan.run import by_method, final_moment, mixtures
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /\w+ -->\n")
 
 
-def lines_of(name: str, results: dict) -> list[dict[str, str]]:
-    """One experiment's table."""
+def lines_of(name: str) -> list[dict[str, str]]:
+    """One experiment's runs as they ended, method by method."""
+    results = json.loads((DOCS / "gan" / f"{name}.json").read_text(encoding="utf-8"))["results"]
     if name in mixtures():
         return rows(mixtures()[name], results)
     found = []
     for method, runs in by_method(results).items():
-        ends = [end for end in map(ending, runs) if end is not None]
+        ends = [end for end in map(final_moment, runs) if end is not None]
         values = sorted(end["frechet"] for end in ends)
         found.append(
             {
@@ -37,21 +37,10 @@ def lines_of(name: str, results: dict) -> list[dict[str, str]]:
     return [*found, {"discriminator": "real images", "Frechet distance": f"{runs[0]['floor']:.2f}"}]
 
 
-def told(page: str) -> str:
-    """The page with the files' numbers in its tables."""
-
-    def table(match: re.Match) -> str:
-        name = match["name"]
-        file = DOCS / "gan" / f"{name}.json"
-        if not file.exists():
-            return match[0]
-        lines = lines_of(name, json.loads(file.read_text(encoding="utf-8"))["results"])
-        head = list(lines[0])
-        body = ["| " + " | ".join(line.get(key, "") for key in head) + " |" for line in lines]
-        whole = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body]
-        return "\n".join([f"<!-- {name} -->", *whole, f"<!-- /{name} -->", ""])
-
-    return PLACE.sub(table, page)
+def table(name: str) -> list[list[str]]:
+    """One experiment's table."""
+    lines = lines_of(name)
+    return [list(lines[0]), *([line.get(key, "") for key in lines[0]] for line in lines)]
 
 
 def take(folder: Path) -> None:
@@ -68,8 +57,7 @@ def take(folder: Path) -> None:
         (target / file.name).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
+PARTS = {name: partial(table, name) for name in ("ring", "grid", "digits", "mnist")}
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        take(Path(sys.argv[1]))
-    target = DOCS / "gan.md"
-    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
+    take(Path(sys.argv[1]))

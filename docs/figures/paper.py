@@ -1,23 +1,15 @@
-"""Writes under each picture of docs/paper.md the line that `bilevel paper --output docs/paper` printed for it."""
+"""The line under each picture of docs/paper.md, as `bilevel paper --output docs/paper` printed it."""
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- see (?P<name>[\w-]+) -->\n(?:> .*\n<!-- /see -->\n)?")
+PAPER = Path(__file__).resolve().parents[1] / "paper"
 
 
-def told(page: str) -> str:
-    """The page with each line as its JSON has it."""
-
-    def line(match: re.Match[str]) -> str:
-        see = json.loads((DOCS / "paper" / f"{match['name']}.json").read_text())["see"].replace("|", r"\|")
-        return f"<!-- see {match['name']} -->\n> {see}\n<!-- /see -->\n"
-
-    return PLACE.sub(line, page)
+def seen(file: Path) -> Callable[[], str]:
+    """What an experiment's file says that its picture shows, as a quotation."""
+    return lambda: "> " + json.loads(file.read_text(encoding="utf-8"))["summary"].replace("|", r"\|")
 
 
-if __name__ == "__main__":
-    path = DOCS / "paper.md"
-    path.write_text(told(path.read_text()))
+PARTS = {file.stem.replace("-", "_"): seen(file) for file in sorted(PAPER.glob("*.json"))}

@@ -1,31 +1,30 @@
-"""Writes the tables of docs/performance.md, and draws its figures, from docs/performance/*.json.
+"""The tables of docs/performance.md from docs/performance/*.json; draws its figures when it is run.
 
 The files are made by the programs that the page names.
 """
 
 import json
-import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from games.paper.style import COLOURS, DPI, LINES, SMALL, blank, tidy
+from games.experiments.style import COLOURS, DPI, LINES, SMALL, empty_figure, label_axes
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>[\w ]+) -->\n(?:(?!<!-- /).*\n)*<!-- /[\w ]+ -->\n")
 KINDS = {"unroll": "unrolled steps", "cg": "conjugate gradients", "neumann": "Neumann terms"}
 
 
-def read(name: str) -> dict | None:
-    """One program's results, if they are there."""
-    file = DOCS / "performance" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def read(name: str) -> dict:
+    """One program's results."""
+    return json.loads((DOCS / "performance" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def equal_work() -> list[dict[str, str]]:
     """Ratios of time and of peak memory to hand-written torch."""
-    rows = [row for row in (read("equal_work") or {"rows": []})["rows"] if "failure" not in row]
+    rows = [row for row in read("equal_work")["rows"] if "failure" not in row]
     table = []
     for problem, kind in dict.fromkeys((row["problem"], row["kind"]) for row in rows):
         some = {row["method"]: row for row in rows if (row["problem"], row["kind"]) == (problem, kind)}
@@ -49,8 +48,6 @@ def equal_work() -> list[dict[str, str]]:
 def accuracy() -> list[dict[str, str]]:
     """Seconds to each accuracy, and how many times the fastest other library's or plain method's."""
     whole = read("accuracy")
-    if whole is None:
-        return []
     problems = list(dict.fromkeys(row["problem"] for row in whole["rows"]))
     table = []
     for name in dict.fromkeys(row["method"] for row in whole["rows"]):
@@ -83,7 +80,7 @@ def _cell(rows: list[dict], problem: str, name: str, wanted: float) -> str:
 
 def along() -> list[dict[str, str]]:
     """Seconds of a later step of a run, and how many times the plain method's; those of the first."""
-    rows = (read("along") or {"rows": []})["rows"]
+    rows = read("along")["rows"]
     table = []
     for name in dict.fromkeys(row["method"] for row in rows):
         line = {"method": name}
@@ -109,8 +106,6 @@ def later_step(row: dict) -> tuple[float, float, float]:
 def whole_run() -> list[dict[str, str]]:
     """Work of a leader's run, means by means."""
     whole = read("whole_run")
-    if whole is None:
-        return []
     first = whole["rows"][0]
     return [
         {
@@ -139,7 +134,7 @@ def growth() -> list[dict[str, str]]:
             "memory": f"{_bytes(sweep['rows'][0]['bytes'])} to {_bytes(sweep['rows'][-1]['bytes'])}",
             "slope of memory": f"{sweep['bytes slope']:.2f}",
         }
-        for sweep in (read("growth") or {"sweeps": []})["sweeps"]
+        for sweep in read("growth")["sweeps"]
     ]
 
 
@@ -154,30 +149,39 @@ def _bytes(value: float) -> str:
     return f"{value / 1e3:.3g} kB"
 
 
-TABLES = {"equal work": equal_work, "accuracy": accuracy, "along": along, "whole run": whole_run, "growth": growth}
+def table(lines: Callable[[], list[dict[str, str]]]) -> list[list[str]]:
+    """Rows of cells, in the order of the heads' first appearance."""
+    found = lines()
+    heads = list(dict.fromkeys(key for line in found for key in line))
+    return [heads, *([line.get(head, "") for head in heads] for line in found)]
 
 
-def told(page: str) -> str:
-    """The page with the files' numbers in its tables."""
+def limits(tell: Callable[[dict], str]) -> Callable[[], str]:
+    """A number of what could be had, told by `tell`."""
+    return lambda: tell(read("limits"))
 
-    def table(match: re.Match) -> str:
-        lines = TABLES[match["name"]]()
-        if not lines:
-            return match[0]
-        head = list(dict.fromkeys(key for line in lines for key in line))
-        body = ["| " + " | ".join(line.get(key, "") for key in head) + " |" for line in lines]
-        whole = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body]
-        return "\n".join([f"<!-- {match['name']} -->", *whole, f"<!-- /{match['name']} -->", ""])
 
-    return PLACE.sub(table, page)
+def iterations(preconditioner: str) -> Callable[[], str]:
+    """The iterations to 1e-3 and to 1e-6 with this preconditioner."""
+    return limits(lambda found: "{} and {}".format(*found["iterations"][preconditioner]))
+
+
+PARTS = {
+    **{part.__name__: partial(table, part) for part in (equal_work, accuracy, along, whole_run, growth)},
+    "largest_eigenvalue": limits(lambda found: f"{found['largest over the penalty']:.0f}"),
+    "above_ten_penalties": limits(lambda found: str(found["above"]["10"])),
+    "above_two_penalties": limits(lambda found: str(found["above"]["2"])),
+    "plain_iterations": iterations("plain"),
+    "unit_blocks_iterations": iterations("exact blocks, one a unit"),
+    "one_block_iterations": iterations("exact blocks, one for all"),
+    "estimated_block_iterations": iterations("BlockDiagonal"),
+}
 
 
 def draw_growth() -> None:
     """Seconds and memory against size, one panel an axis."""
     whole = read("growth")
-    if whole is None:
-        return
-    figure = blank(14.0, 8.0)
+    figure = empty_figure(14.0, 8.0)
     axes_of = list(dict.fromkeys(sweep["axis"] for sweep in whole["sweeps"]))
     names = list(dict.fromkeys(sweep["response"] for sweep in whole["sweeps"]))
     panels = figure.subplots(2, len(axes_of))
@@ -194,7 +198,7 @@ def draw_growth() -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-            tidy(axes, x=said[axis] if key == "bytes" else "", y=unit if axis == axes_of[0] else "")
+            label_axes(axes, x=said[axis] if key == "bytes" else "", y=unit if axis == axes_of[0] else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=SMALL, frameon=False)
     figure.savefig(DOCS / "performance" / "growth.png", dpi=DPI // 2)
@@ -203,12 +207,10 @@ def draw_growth() -> None:
 def draw_accuracy() -> None:
     """Seconds to an error of 1e-3 and of 1e-6, a panel a problem."""
     whole = read("accuracy")
-    if whole is None:
-        return
     rows = [row for row in whole["rows"] if "seconds" in row]
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    figure = blank(14.0, 1.5 + 0.36 * len(names))
+    figure = empty_figure(14.0, 1.5 + 0.36 * len(names))
     panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
     for axes, problem in zip(panels, problems, strict=True):
         for wanted, mark, shift in ((1e-3, "o", -0.15), (1e-6, "D", 0.15)):
@@ -221,14 +223,12 @@ def draw_accuracy() -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        tidy(axes, x="seconds of the processor", y="", title=problem)
+        label_axes(axes, x="seconds of the processor", y="", title=problem)
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     figure.suptitle("To a relative error of 1e-3 (circles) and of 1e-6 (diamonds)", fontsize=SMALL)
     figure.savefig(DOCS / "performance" / "accuracy.png", dpi=DPI // 2)
 
 
 if __name__ == "__main__":
-    target = DOCS / "performance.md"
-    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
     draw_growth()
     draw_accuracy()

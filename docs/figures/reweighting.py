@@ -1,16 +1,15 @@
-"""Writes the tables of docs/reweighting.md from docs/reweighting/*.json, and draws their figure.
+"""The tables of docs/reweighting.md from docs/reweighting/*.json; draws their figure when it is run.
 
 `results.json` is `bilevel reweight --seeds 3`, `fashion.json` is `bilevel reweight --seeds 3 --steps 60 --data FOLDER`
 with Fashion-MNIST's IDX files, `perceptron.json` is `bilevel reweight --hidden 64 --case 'symmetric 0.4' --seeds 3`.
 """
 
-import re
+from functools import partial
 from pathlib import Path
 
-from games.reweighting.run import figure, medians, read
+from games.reweighting.report import figure, medians, read
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) (?P<what>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- / -->\n")
 TRAINED = ("plain", "clean set alone", "oracle", "per example", "network", "network, pruned", "network, capped")
 FOUND = (
     ("per example", "auc", "weights per example"),
@@ -22,10 +21,10 @@ FOUND = (
 )
 
 
-def accuracies(found: dict) -> list[list[str]]:
+def accuracies(name: str) -> list[list[str]]:
     """Test accuracy, and the share of the gap from plain to oracle, case by method."""
     lines = [["labels", *TRAINED]]
-    for case, methods in found.items():
+    for case, methods in medians(read(DOCS / "reweighting" / f"{name}.json")).items():
         best = "oracle" if "oracle" in methods else "inverse frequency"
         line = [case]
         for method in TRAINED:
@@ -36,30 +35,21 @@ def accuracies(found: dict) -> list[list[str]]:
     return lines
 
 
-def orderings(found: dict) -> list[list[str]]:
+def orderings(name: str) -> list[list[str]]:
     """How well wrong labels are told from right ones, case by means."""
     lines = [["labels", *(said for *_, said in FOUND)]]
-    for case, methods in found.items():
+    for case, methods in medians(read(DOCS / "reweighting" / f"{name}.json")).items():
         if "oracle" in methods:
             numbers = [methods[method][key] for method, key, _ in FOUND]
             lines.append([case, *(f"{n:.3f}" for n in numbers)])
     return lines
 
 
-def told(page: str) -> str:
-    """The page with the files' medians in its tables."""
-
-    def table(match: re.Match) -> str:
-        file = DOCS / "reweighting" / f"{match['name']}.json"
-        lines = {"accuracies": accuracies, "orderings": orderings}[match["what"]](medians(read(file)))
-        head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-        whole = [head, "|---" * len(lines[0]) + "|", *body]
-        return "\n".join([f"<!-- {match['name']} {match['what']} -->", *whole, "<!-- / -->", ""])
-
-    return PLACE.sub(table, page)
-
+PARTS = {
+    f"{part.__name__}_{name}": partial(part, name)
+    for part in (accuracies, orderings)
+    for name in ("results", "fashion", "perceptron")
+}
 
 if __name__ == "__main__":
-    target = DOCS / "reweighting.md"
-    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
     figure(read(DOCS / "reweighting" / "results.json")).savefig(DOCS / "reweighting" / "accuracy.png", dpi=100)

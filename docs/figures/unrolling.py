@@ -1,17 +1,14 @@
-"""Writes the tables of docs/unrolling.md from docs/unrolling/memory.json, which `benchmarks/memory.py` measured."""
+"""The tables of docs/unrolling.md from docs/unrolling/memory.json, which `benchmarks/memory.py` measured."""
 
 import json
-import re
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n(?:(?!<!-- /).*\n)*<!-- /(?P=name) -->\n")
 
 
-def table(heads, rows):
-    """A Markdown table whose first column is text and the others numbers."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def read():
+    """What was measured, case by case."""
+    return json.loads((DOCS / "unrolling" / "memory.json").read_text(encoding="utf-8"))["rows"]
 
 
 def named(row):
@@ -27,8 +24,9 @@ def counted(row):
     return "" if row.get("counted") is None else f"{row['counted'] / 1e6:,.0f} MB"
 
 
-def segments(rows):
+def segments():
     """Plain runs, storing all and segments, by steps."""
+    rows = read()
     shown = [row for row in rows if row["how"] != "forward"]
     per_step = {row["steps"]: row["cpu"] / row["steps"] for row in rows if row["how"] == "all"}
     all_steps = per_step[max(per_step)]
@@ -38,13 +36,13 @@ def segments(rows):
         size = f"{row['resident'] / 1e6:,.0f} MB"
         body.append([named(row), f"{row['steps']:,}", counted(row), size, f"{row['cpu']:.1f} s", share])
     heads = ["Differentiation", "steps", "tensors", "resident set", "seconds", "time a step, of storing all"]
-    return table(heads, body)
+    return [heads, *body]
 
 
-def forward(rows):
+def forward():
     """Forward mode by network and entries, against plain runs."""
     body = []
-    for row in rows:
+    for row in read():
         if row["how"] == "forward":
             net = "-".join(str(w) for w in (784, *row["hidden"], 10))
             runs = row["plain_runs"]
@@ -58,21 +56,7 @@ def forward(rows):
                     f"{runs / (row['leaders'] + 1):.2f}",
                 ]
             )
-    return table(["Network", "entries p", "steps", "tensors", "plain runs", "plain runs / (p + 1)"], body)
+    return [["Network", "entries p", "steps", "tensors", "plain runs", "plain runs / (p + 1)"], *body]
 
 
-def told(page):
-    """The page with the file's numbers in its tables."""
-    rows = json.loads((DOCS / "unrolling" / "memory.json").read_text())["rows"]
-    tables = {"segments": segments(rows), "forward": forward(rows)}
-
-    def filled(match):
-        name = match["name"]
-        return f"<!-- {name} -->\n{tables[name]}<!-- /{name} -->\n"
-
-    return PLACE.sub(filled, page)
-
-
-if __name__ == "__main__":
-    target = DOCS / "unrolling.md"
-    target.write_text(told(target.read_text(encoding="utf-8")), encoding="utf-8")
+PARTS = {part.__name__: part for part in (segments, forward)}

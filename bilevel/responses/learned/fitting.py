@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.game import Follower
 from bilevel.randomness import random_kept, random_state
-from bilevel.responses.base import Follower
 from bilevel.responses.learned.maps import LearnedMap, Weights
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
@@ -28,12 +28,12 @@ from bilevel.inner.torch_optim import (
 from bilevel.networks.flat import Linear
 from bilevel.networks.leafwise import LeafNetwork
 from bilevel.randomness import random_kept
-from bilevel.responses.base import Follower, Response, State, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.learned.fitting import Fitting
 from bilevel.responses.learned.footprint import available, footprint, told
 from bilevel.responses.learned.maps import FlatMap, LeafMap, LearnedMap
 from bilevel.responses.learned.trial import made, refuse_flat, refuse_leaves, shown
-from bilevel.responses.promise import Estimate, Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, leaves
 
 Sampler = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
@@ -167,6 +167,11 @@ class Hypernetwork(Response):
         later = min(self.steps, steps)
         return replace(self, warmup=steps - later, steps=later)
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """It draws perturbations, and inside a transform the map is not fitted; it warns unless `tolerance` is None."""
+        return Behaviour(warm=True, random=True, steps_in_transforms=False, warns=self.tolerance is not None)
+
     def report(self, state: State) -> Report:
         """With the learned slope's residual, measured on a fresh draw."""
         return Report(int(state["gradients"]), int(state["products"]), state["stationarity"], float(state["residual"]))
@@ -176,6 +181,7 @@ class Hypernetwork(Response):
         state = fresh_state(game, follower, seed)
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
         refuse_captured(game, state)
+        at_start(game, state).require_loss("Hypernetwork")
         others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
         x, w0 = flatten(others), leaves(state["variables"])
         form = game.structure(state["follower"])
@@ -210,7 +216,7 @@ class Hypernetwork(Response):
     ) -> tuple[Variables, State]:
         """The learned response at `others`, differentiable in them, and the state to continue from."""
         given = {name: others[name] for name in state["players"] if name in others}
-        follower = Follower(game, given, state, batch)
+        follower = game.follower(given, state, batch)
         x = flatten(given)
         weights = state["network"] | state["constants"]
         if transforms_active():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
+from bilevel.game import Follower, Game
 from bilevel.inner.differentiable import DifferentiableOptimizer
 from bilevel.inner.torch_optim import Memory, OptimizerFactory
-from bilevel.responses.base import Follower
 from bilevel.tree import Variables, map_leaves
 
 
@@ -124,6 +124,9 @@ class Differentiation(ABC):
     @abstractmethod
     def follow(self, steps: Steps, start: Point, count: int) -> Followed:
         """Where `count` steps from `start` lead, differentiable in the others' variables."""
+
+    def require(self, game: Game) -> None:  # noqa: B027 - as a rule there is nothing to refuse
+        """Refuse a game that this way cannot differentiate."""
 
 
 @final

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError, CapturedTensorError
+from bilevel.game import Game
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.segment import tried
 from bilevel.responses.unrolled.tangents import moving_tangents
@@ -49,6 +50,10 @@ class ForwardMode(Differentiation):
     def __post_init__(self) -> None:
         if self.most < 1:
             raise ValueError(f"ForwardMode: most={self.most}; expected at least 1.")
+
+    def require(self, game: Game) -> None:
+        """Refuse many games at once: it carries a derivative for every leader's entry, of all of them."""
+        game.require_one("ForwardMode, which carries a derivative for every leader's entry,")
 
     def follow(self, steps: Steps, start: Point, count: int) -> Followed:
         """Where the steps lead, attached to the others' variables by the derivative that was carried along."""
@@ -97,7 +102,7 @@ class _Carried:
         self.y = [leaf.clone() for leaf in here.y]
         self.moving = moving_tangents(steps, here, self.others, self.chosen, self.units)
         self.products = 0
-        self.symmetric = not follower.joint
+        self.symmetric = follower.symmetric
         self._sizes = [torch.zeros((), dtype=self.y[0].dtype, device=self.y[0].device) for _ in range(2)]
 
     @property

@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import BilevelError, CapturedTensorError
-from bilevel.game import Buffers
+from bilevel.game import Buffers, Follower
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept, random_state, set_random_state
-from bilevel.responses.base import Follower
 from bilevel.responses.unrolled.differentiation import Point, Steps
 from bilevel.responses.unrolled.memory_plan import Sizes, measured_graph, unique_bytes
 from bilevel.responses.unrolled.new_leaves import NewLeafTracker
@@ -121,7 +120,7 @@ class Segment:
             warnings.simplefilter("ignore")  # they were issued the first time
             for record in self.records:
                 with record.again(game.device):
-                    _, slopes, after = game.own_gradients(name, y, others, record.batch, buffers)
+                    _, slopes, after = self.steps.follower.rests(game, name, y, others, record.batch, buffers)
                     y = stepper.step(y, slopes)
                 buffers = {name: after[name]} if buffers else {}
         return PointForm.of(Point(y, stepper.memory))[1]

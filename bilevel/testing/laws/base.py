@@ -17,8 +17,13 @@ _SHRINKING_SECONDS = 20.0
 class Law:
     """A statement that holds for every right hypergradient, as a function that asserts.
 
-    `games` is a Hypothesis strategy; `check(subject, drawn)` raises `AssertionError` when the law is broken on what was
-    drawn, and `NotOffered` when it does not apply, with the reason. `promise` says it in one line.
+    Args:
+        name: In two words.
+        promise: The statement in one line.
+        games: A Hypothesis strategy, made when it is called.
+        check: `check(subject, drawn)` raises `AssertionError` when the law is broken on what was drawn, and
+            `NotOffered` when it does not apply, with the reason.
+        share: How many of the asked-for examples it is worth; costly laws take fewer.
     """
 
     name: str
@@ -26,12 +31,19 @@ class Law:
     games: Callable[[], Any]
     check: Callable[[Subject, Any], None]
     share: float = 1.0
-    """How many of the asked-for examples it is worth; costly ones take fewer."""
 
 
 @dataclass(frozen=True)
 class LawRow:
-    """A law's verdict on one subject: "holds", "fails" or "does not apply", why, and the game that shows a failure."""
+    """A law's verdict on one subject.
+
+    Attributes:
+        law: Its name.
+        verdict: "holds", "fails" or "does not apply".
+        note: Why.
+        game: The game that shows a failure, as code.
+        examples: How many games were tried.
+    """
 
     law: str
     verdict: str

