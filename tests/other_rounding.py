@@ -69,7 +69,7 @@ def _perturbed(name: str, kernel: Any, seed: int) -> Callable[..., Any]:
     added = name.startswith(("add", "badd"))
 
     def call(keys: Any, *arguments: Any, **options: Any) -> Any:
-        before = arguments[0].clone() if added else None
+        before = arguments[0].clone() if added and options.get("beta", 1) != 0 else None
         result = kernel.call_boxed(keys, *arguments, **options)
         if _rounded_alike(name, arguments, result):
             return result

@@ -167,7 +167,7 @@ def test_settings_that_cannot_work_are_refused(made):
 
 def implicit(kind, rtol=1e-8):
     return bl.Implicit(
-        bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-7, linear_solver=ConjugateGradient(rtol=rtol, preconditioner=kind)
+        bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-6, linear_solver=ConjugateGradient(rtol=rtol, preconditioner=kind)
     )
 
 

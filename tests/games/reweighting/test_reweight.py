@@ -62,7 +62,7 @@ def test_one_step_goes_along_the_finite_difference_of_retraining(weighting):
     still = type(weighting)(
         optimizer=partial(torch.optim.SGD, lr=1.0), **({} if isinstance(weighting, PerExample) else {"decay": 0.1})
     )
-    exact = bl.Implicit(bl.Scipy("BFGS"), steps=500, tolerance=1e-8, linear_solver=bl.ConjugateGradient(rtol=1e-12))
+    exact = bl.Implicit(bl.inner.ScipyRoot(), steps=500, tolerance=1e-8, linear_solver=bl.ConjugateGradient(rtol=1e-12))
     found = reweight(linear(), train, clean, weighting=still, response=exact, steps=1)
     form = torch.utils._pytree.tree_flatten(start)
     moved = [a - b for a, b in zip(torch.utils._pytree.tree_leaves(found.leader), form[0])]
