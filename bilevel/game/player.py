@@ -23,8 +23,9 @@ class Player:
         objective: called with keyword arguments named after the players that it depends on, and with `batch` when the
             player has data; returns a scalar loss, to minimise.
         init: a tensor, a pytree of tensors, or an `nn.Module`: then the variables are the module's parameters that
-            require grad, as a dict by name, and its buffers (BatchNorm's statistics, say) travel along as state that
-            advances. The module itself is never changed.
+            require grad, as a mapping by name that a loss can call, `weights(images)`: in training mode in the player's
+            own loss, in evaluation mode in the others', or as `weights(images, training=True)` says. Its buffers
+            (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed.
         data: any iterable of batches that can be iterated more than once, or a function without arguments that makes
             one for each pass; it is re-iterated for ever. Each batch is read once for all who ask for it.
         optimizer_hyper: declares that the variables are hyperparameters of the *inner optimiser*, a learning rate say:
@@ -40,6 +41,7 @@ class Player:
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Examples:
+        >>> import torch
         >>> def loss(x, y): return ((y - x) ** 2).sum()
         >>> Player(loss, init=torch.zeros(3)).names
         ('x', 'y')
@@ -60,6 +62,8 @@ class Player:
         refuse_unnamed("the objective", self.objective)
         if self.data is not None:
             check_data("Player: data", self.data)
+        if isinstance(self.init, nn.Module):
+            _refuse_uninitialised(self.init)
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -104,6 +108,15 @@ class Player:
         if isinstance(self.init, nn.Module):
             return {name: b.detach().clone() for name, b in self.init.named_buffers()}
         return {}
+
+
+def _refuse_uninitialised(module: nn.Module) -> None:
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Player: the module's {path!r} has no shape yet; a lazy module gets it from its first batch. Call the "
+                "module once, model(inputs), before it becomes a player."
+            )
 
 
 def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
 from bilevel.linear.iteration import Iteration
 from bilevel.linear.preconditioner import Memory, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
@@ -139,11 +139,17 @@ class ConjugateGradient(LinearSolver):
         if not settled():
             told = (
                 f"ConjugateGradient stopped after {products} products before its answer settled: its error was about "
-                f"{watch.error:.2g} at the last look; wanted {self.stopping.rtol:g}. Give it more max_steps."
+                f"{watch.error:.2g} at the last look; wanted {self.stopping.rtol:g} twice running. Give it more "
+                "max_steps."
             )
             found = self._conclude(solution, left, size, products, remedy="more max_steps, a preconditioner")
-            # A residual of rounding is all there is to be had: a small system, or a warm start, gets there unwatched.
-            exact = concrete(found.residual_norm - torch.finfo(rhs.dtype).eps * size) <= 0.0
+            # A small system, or a warm start, is solved down to rounding unwatched. Products are right to
+            # c eps |A| |u|, c around 1 to 10, so that no smaller residual can be asked for; what it leaves of an error
+            # in u, |residual| / least eigenvalue, must be as small as was asked for too.
+            length = norm(solution)
+            attainable = 10.0 * torch.finfo(rhs.dtype).eps * (size + run.largest * length)
+            allowed = torch.minimum(attainable, self.stopping.rtol * run.least * length)
+            exact = concrete(found.residual_norm - allowed) <= 0.0
             if self.rtol is None and not exact:
                 self._complain(told)
             return replace(found, error=watch.error, converged=found.converged or exact)

@@ -19,7 +19,8 @@ class Iteration:
     """One solve's iterations, and the pairs (p, A p) that they went through, evenly spaced.
 
     The configuration sets what it wants: `inverse` is M^-1, `pairs` how many pairs to keep, `watch` looks at the
-    solution on the way, which began at `start`. `spent` are products that were no steps.
+    solution on the way, which began at `start`. `spent` are products that were no steps. Curvatures p'Ap / p'p
+    that a watched solve met lie between `least` and `largest`, which in the end are near A's extreme eigenvalues.
     """
 
     def __init__(self, matvec: Callable[[Tensor], Tensor]) -> None:
@@ -28,6 +29,7 @@ class Iteration:
         self.pairs, self.spent = 0, 0
         self.watch: Watch | None = None
         self.start: Tensor | None = None
+        self.least, self.largest = math.inf, 0.0
         self.directions: list[Tensor] = []
         self.products: list[Tensor] = []
         self._stride, self._seen = 1, 0
@@ -149,6 +151,10 @@ class Iteration:
         return self.watch.satisfied
 
     def _note(self, p: Tensor, product: Tensor) -> None:
+        if self.watch is not None:
+            curvature = torch.dot(p, product) / torch.dot(p, p)  # NaN of a system that is done: neither below nor above
+            self.least = min(self.least, -concrete(torch.where(curvature > 0.0, -curvature, -torch.inf)))
+            self.largest = max(self.largest, concrete(torch.where(curvature > 0.0, curvature, 0.0)))
         if self.pairs and self._seen % self._stride == 0:
             if len(self.directions) == self.pairs:
                 # Twice as far apart from here on, and so before.

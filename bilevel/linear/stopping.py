@@ -43,7 +43,8 @@ class HypergradientTolerance(Stopping):
     It stops when that is below rtol |q_i| twice running. An estimate, not a bound: an iteration that stands still
     for a while, as conjugate gradients do between clusters of eigenvalues, looks settled; `certify` bounds the error.
     By itself, outside an `Implicit` response or `root`, inside torch.func and with create_graph, u takes the place of
-    C'u. What is solved down to rounding before it was looked at often enough is enough as well.
+    C'u. What is solved down to rounding before it was looked at often enough is enough as well, where rounding leaves
+    u right to `rtol`.
 
     Costs a mixed product a look, which is next to nothing where the leader enters by penalties, and at most a
     Hessian-vector product; each counts as one.

@@ -15,7 +15,7 @@ from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
 from bilevel.randomness import random_kept
-from bilevel.responses.promise import Promise, Report
+from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, flatten, leaves
 
 State = dict[str, Any]
@@ -57,6 +57,23 @@ class Response(ABC):
     def with_budget(self, steps: int) -> Response:
         """The same response, with so many steps of the follower a call; raises `TypeError` where it has no budget."""
         raise TypeError(f"{type(self).__name__} has no budget of steps to set; override budget and with_budget.")
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """How it behaves from call to call; override what is not so."""
+        return Behaviour()
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory | None:
+        """The torch.optim optimiser that steps the follower's variables; None where there is none."""
+        return None
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Response:
+        """The same response, with another optimiser for its steps; raises `TypeError` where it has none."""
+        raise TypeError(
+            f"{type(self).__name__} has no torch.optim optimiser to replace; override inner_optimizer and "
+            "with_inner_optimizer."
+        )
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with what the backward pass through `answer`, a call's variables, has learned.
@@ -101,6 +118,7 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
             f"Player {name!r} moves first and has nobody to respond to. A follower is declared after its leader in "
             f"Game(...); players in order of play: {list(game.names)}."
         )
+    game.require_follower(name)
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
     state: State = {

@@ -28,7 +28,7 @@ from bilevel.responses.base import (
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
-from bilevel.responses.promise import Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
 
@@ -160,6 +160,20 @@ class Implicit(Response):
     def with_budget(self, steps: int) -> Implicit:
         """The same with so many steps of the inner solver a call."""
         return replace(self, steps=steps)
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """It warns unless `tolerance` is None."""
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=self.linear_solver.rtol or 0.0)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory | None:
+        """`optimizer`, unless it is an inner solver."""
+        return None if isinstance(self.optimizer, InnerSolver) else self.optimizer
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Implicit:
+        """The same with another optimiser."""
+        return replace(self, optimizer=optimizer)
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the linear solve's answer, the start of the next one, and its residual and products."""

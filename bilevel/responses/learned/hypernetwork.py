@@ -33,7 +33,7 @@ from bilevel.responses.learned.fitting import Fitting
 from bilevel.responses.learned.footprint import available, footprint, told
 from bilevel.responses.learned.maps import FlatMap, LeafMap, LearnedMap
 from bilevel.responses.learned.trial import made, refuse_flat, refuse_leaves, shown
-from bilevel.responses.promise import Estimate, Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, leaves
 
 Sampler = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
@@ -166,6 +166,11 @@ class Hypernetwork(Response):
         """The same with so many fitting steps in the first call; no more than before in the following ones."""
         later = min(self.steps, steps)
         return replace(self, warmup=steps - later, steps=later)
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """It draws perturbations, and inside a transform the map is not fitted; it warns unless `tolerance` is None."""
+        return Behaviour(warm=True, random=True, steps_in_transforms=False, warns=self.tolerance is not None)
 
     def report(self, state: State) -> Report:
         """With the learned slope's residual, measured on a fresh draw."""
