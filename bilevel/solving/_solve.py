@@ -110,34 +110,38 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
-    run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
-    if steps < 1 or checkpoint_every < 1:
-        raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-    if path is not None and resume and path.exists():
-        run.restore(checkpoints.load(path), path)
-    if run.step_count > steps:
-        raise ValueError(
-            f"solve: steps={steps}, but {path} has already {run.step_count}. Ask for more steps, or pass resume=False."
-        )
-    saved = run.step_count
     try:
-        with _progress_bar(progress, run.step_count, steps) as show:
-            while run.step_count < steps:
-                record = run.step()
-                show(record)
-                for callback in callbacks:
-                    callback(run.step_count, record, run.variables)
-                if path is not None and run.step_count % checkpoint_every == 0:
-                    checkpoints.save(path, run.state())
-                    saved = run.step_count
+        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
+        if steps < 1 or checkpoint_every < 1:
+            raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+        if path is not None and resume and path.exists():
+            run.restore(checkpoints.load(path), path)
+        if run.step_count > steps:
+            raise ValueError(
+                f"solve: steps={steps}, but {path} has already {run.step_count}. Ask for more steps, or pass "
+                "resume=False."
+            )
+        saved = run.step_count
+        try:
+            with _progress_bar(progress, run.step_count, steps) as show:
+                while run.step_count < steps:
+                    record = run.step()
+                    show(record)
+                    for callback in callbacks:
+                        callback(run.step_count, record, run.variables)
+                    if path is not None and run.step_count % checkpoint_every == 0:
+                        checkpoints.save(path, run.state())
+                        saved = run.step_count
+        finally:
+            # Stopped in the middle of a step, the players are of two minds: the file keeps the last whole one.
+            if path is not None and run.whole and run.step_count > saved:
+                checkpoints.save(path, run.state())
+        return run.solution()
     finally:
-        # Stopped in the middle of a step, the players are of two minds: the file keeps the last whole one.
-        if path is not None and run.whole and run.step_count > saved:
-            checkpoints.save(path, run.state())
-    return run.solution()
+        game.stop_reading()
 
 
 @contextmanager
