@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from bilevel.randomness import random_kept
 
 Batch = Any
 Position = dict[str, Any]
+_Place = tuple[int, int, int]
 
 _LIVE_ITERATORS = 4  # a few consumers may read one stream in turn; each re-reads its epoch if it is pushed out
 
@@ -25,19 +27,22 @@ _LIVE_ITERATORS = 4  # a few consumers may read one stream in turn; each re-read
 class Stream:
     """The batches of one player, re-iterated for ever.
 
-    The order within a pass is made from the position's seed and epoch: while a pass begins, PyTorch's global
-    generator (and a DataLoader's own) is seeded from them, and the global one is then put back. Live iterators are
-    only a cache: any position can be reached again, at the price of skipping to it.
+    The order within a pass is made from the position's seed and epoch, and each batch's own random numbers (an
+    augmentation's) from its place in the pass too: while a batch is drawn, PyTorch's global generator (and a
+    DataLoader's own) is seeded from them, and the global one is then put back. Live iterators are only a
+    cache: any position can be reached again, at the price of skipping to it. Random numbers from elsewhere, NumPy's or
+    Python's, are the user's to keep.
     """
 
     def __init__(self, owner: str, data: Iterable[Batch]) -> None:
         self.owner = owner
         self.data = data
-        self._live: OrderedDict[tuple[int, int, int], Iterator[Batch]] = OrderedDict()
+        self._live: OrderedDict[_Place, Iterator[Batch]] = OrderedDict()
+        self._latest: tuple[_Place, Batch, Position] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: the data. Live iterators cannot travel, and are made again."""
-        return {"owner": self.owner, "data": self.data, "_live": OrderedDict()}
+        return {"owner": self.owner, "data": self.data, "_live": OrderedDict(), "_latest": None}
 
     @staticmethod
     def start(seed: int = 0) -> Position:
@@ -50,30 +55,46 @@ class Stream:
         Raises `ExhaustedDataError` when a pass over the data gives nothing at all.
         """
         seed, epoch, index = position["seed"], position["epoch"], position["index"]
+        # What was only looked at is drawn once more: a second read would begin the pass anew, to skip to it.
+        if self._latest is not None and self._latest[0] == (seed, epoch, index):
+            return self._latest[1], dict(self._latest[2])
         iterator = self._live.pop((seed, epoch, index), None)
         try:
             if iterator is None:
                 iterator, batch = self._skip_to(seed, epoch, index)
             else:
-                batch = next(iterator)
+                with self._drawing(seed, epoch, index):
+                    batch = next(iterator)
         except StopIteration:
             if index == 0:
                 raise ExhaustedDataError(
                     f"The data of player {self.owner!r} gave no batch in pass {epoch + 1}. Data must be an iterable "
                     "that can be iterated again and again, such as a list of batches or a DataLoader."
                 ) from None
-            return self.draw({"seed": seed, "epoch": epoch + 1, "index": 0})
+            found = self.draw({"seed": seed, "epoch": epoch + 1, "index": 0})
+            self._latest = (seed, epoch, index), *found
+            return found
         self._live[(seed, epoch, index + 1)] = iterator
         while len(self._live) > _LIVE_ITERATORS:
             self._live.popitem(last=False)
-        return batch, {"seed": seed, "epoch": epoch, "index": index + 1}
+        after = {"seed": seed, "epoch": epoch, "index": index + 1}
+        self._latest = (seed, epoch, index), batch, after
+        return batch, dict(after)
 
     def _skip_to(self, seed: int, epoch: int, index: int) -> tuple[Iterator[Batch], Batch]:
-        order = (seed * 1_000_003 + epoch) % 2**63
-        with random_kept(start=order):
-            if isinstance(self.data, DataLoader) and self.data.generator is not None:
-                self.data.generator.manual_seed(order)
+        with self._drawing(seed, epoch, 0):
             iterator = iter(self.data)
-            for _ in range(index + 1):
+            batch = next(iterator)
+        for place in range(1, index + 1):
+            with self._drawing(seed, epoch, place):
                 batch = next(iterator)
         return iterator, batch
+
+    @contextmanager
+    def _drawing(self, seed: int, epoch: int, index: int) -> Iterator[None]:
+        """Random numbers that depend on the position alone."""
+        own = (seed * 1_000_003 + epoch + index * 0x9E3779B97F4A7C15) % 2**63
+        with random_kept(start=own):
+            if isinstance(self.data, DataLoader) and self.data.generator is not None:
+                self.data.generator.manual_seed(own)
+            yield
