@@ -16,7 +16,7 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetric
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
@@ -107,6 +107,14 @@ class Implicit(Response):
             return state
         game.require_one(f"Implicit(inexactness={self.inexactness}), which follows one leader's progress,")
         return state | {"leader": self._track(state)}
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the memory of a torch.optim optimiser, where it is such as this one's."""
+        factory = self.optimizer.factory if isinstance(self.optimizer, TorchOptimizer) else self.optimizer
+        if isinstance(factory, InnerSolver):
+            return super().adopt(saved, start)
+        kept = kept_memory(factory, leaves(start["variables"]), saved.get("optimizer"))
+        return super().adopt(saved, start) | {"optimizer": kept}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None

@@ -21,6 +21,7 @@ from bilevel.inner.torch_optim import (
     SchedulerFactory,
     build,
     build_scheduler,
+    kept_memory,
     recall,
     remember,
     remember_scheduler,
@@ -210,6 +211,17 @@ class Hypernetwork(Response):
             "calls": 0,
             "residual": math.nan,
         }
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the fit where its network has this one's form, else with a new warm-up; the schedule begins anew."""
+        after = super().adopt(saved, start)
+        if "w0" not in saved:
+            after["w0"] = leaves(after["variables"])
+        fitted = saved.get("network", {}), start["network"]
+        if [(n, p.shape) for n, p in fitted[0].items()] != [(n, p.shape) for n, p in fitted[1].items()]:
+            return after | {"network": start["network"], "constants": start["constants"], "fits": 0}
+        parameters = [*after["w0"], *after["network"].values()]
+        return after | {"optimizer": kept_memory(self.optimizer, parameters, saved.get("optimizer"))}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
