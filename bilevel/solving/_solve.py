@@ -130,7 +130,8 @@ def solve(
             run.restore(checkpoints.load(path), path, accept_changes=accept_changes)
         if run.now.step > steps:
             raise ValueError(
-                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass resume=False."
+                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
+                "resume=False."
             )
         if run.now.step < steps:
             with (
