@@ -35,7 +35,7 @@ KERNELS = (
     "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data "
 )
 
-_INTEGERS = {torch.float64: (torch.int64, (1 << 20) - 1, 61), torch.float32: (torch.int32, (1 << 8) - 1, 29)}
+_INTEGERS = {torch.float64: (torch.int64, (1 << 20) - 1, 62), torch.float32: (torch.int32, (1 << 8) - 1, 30)}
 _KEPT: list[Library] = []  # a kernel goes when its library does
 _MIXES = {torch.int64: 0x5851F42D4C957F2D, torch.int32: 0x2C1B3C6D}
 
@@ -48,9 +48,8 @@ def nudge(result: Any, seed: int) -> Any:
     elif isinstance(result, Tensor) and result.dtype in _INTEGERS:
         integer, exact, shift = _INTEGERS[result.dtype]
         bits = result.detach().view(integer)
-        mixed = (bits ^ (bits >> 7)).add_(seed).mul_(_MIXES[integer])
-        moves = ((mixed >> shift) & 3).clamp_(max=2).sub_(1)  # -1, 0 and twice as often 1
-        bits.add_(moves.mul_((bits & exact) != 0))
+        moves = bits.add(seed).mul_(_MIXES[integer]) >> shift  # -2, -1, 0 or 1, from all bits
+        bits.add_(moves.clamp_(min=-1).mul_((bits & exact) != 0))
     return result
 
 
