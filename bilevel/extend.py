@@ -7,12 +7,23 @@ from bilevel.autodiff import concrete, gradient, pullback, transforms_active
 from bilevel.dynamics import Dynamics, Field
 from bilevel.game import Follower, Residual, UserResidual
 from bilevel.inner import InnerSolver, Problem
-from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Preconditioner
+from bilevel.linear import (
+    Candidate,
+    LinearOperator,
+    LinearSolution,
+    LinearSolver,
+    LinearSystem,
+    Memory,
+    Preconditioner,
+    gaussian,
+    norm,
+)
 from bilevel.responses import Differentiation, Estimate, Inexactness, Optimum, Promise, Report, Response, State, Steps
 from bilevel.responses.base import fresh_state
 from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 __all__ = [
+    "Candidate",
     "Differentiation",
     "Dynamics",
     "Estimate",
@@ -23,6 +34,8 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "LinearSystem",
+    "Memory",
     "Optimum",
     "Preconditioner",
     "Problem",
@@ -38,10 +51,12 @@ __all__ = [
     "concrete",
     "flatten",
     "fresh_state",
+    "gaussian",
     "gradient",
     "join",
     "leaves",
     "map_leaves",
+    "norm",
     "pullback",
     "structure_of",
     "transforms_active",
