@@ -2,8 +2,11 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -503,3 +506,13 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(bl.errors.CheckpointError, match="could not read it back") as caught:
         bl.solve(line(), steps=3, scheduler=partial(Schedule, step_size=2), checkpoint=path)
     assert "\n" not in str(caught.value) and not path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals and forks")
+def test_runs_that_are_killed_starved_doubled_and_damaged():
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "interruptions.py"
+    done = subprocess.run([sys.executable, script, "--trials", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("kill -9", "SIGINT", "SIGTERM", "disk full", "folder read-only", "two processes", "flipped bit")
+    assert all(kind in done.stdout for kind in kinds)
