@@ -28,7 +28,6 @@ class Oracle(Stopping):
     errors: list[tuple[int, float]] = field(default_factory=list)
     satisfied: bool = False
     error: float = 0.0
-    looks: int = 0
 
     def loosened(self, factor: float) -> Oracle:
         """It knows the truth whatever the factor."""

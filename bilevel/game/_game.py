@@ -77,7 +77,11 @@ class Game:
             initial=initial,
             structures={name: structure_of(value) for name, value in initial.items()},
             buffers={name: player.buffers() for name, player in players.items()},
-            streams={name: Stream(name, p.data) for name, p in players.items() if p.data is not None},
+            streams={
+                name: Stream(name, p.data, leaves(initial[name])[0].device)
+                for name, p in players.items()
+                if p.data is not None
+            },
             groups=Groups(),
             anticipated={},
             depends={},
@@ -199,6 +203,14 @@ class Game:
         if player not in self._parts.streams or position is None:
             return None, None
         return self._parts.streams[player].draw(position)
+
+    def stop_reading(self) -> None:
+        """Stop the workers that read the players' data; `solve` does so in the end.
+
+        Whoever draws again starts them again, and reads from the beginning of its pass up to its position.
+        """
+        for stream in self._parts.streams.values():
+            stream.close()
 
     def loss(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None

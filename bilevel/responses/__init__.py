@@ -3,7 +3,7 @@
 from bilevel.responses.base import Response, State
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
-from bilevel.responses.learned import Hypernetwork
+from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
 from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
@@ -11,17 +11,21 @@ __all__ = [
     "AsLeaderMoves",
     "Behaviour",
     "Differentiation",
+    "Draws",
     "Estimate",
     "ForwardMode",
     "Geometric",
     "Hypernetwork",
     "Implicit",
     "Inexactness",
+    "Memory",
     "Optimum",
+    "Perturbations",
     "Promise",
     "Report",
     "Response",
     "ReverseMode",
+    "Sampler",
     "Segments",
     "State",
     "Steps",

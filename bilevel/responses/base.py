@@ -83,6 +83,14 @@ class Response(ABC):
         """
         return state
 
+    def adopt(self, saved: State, start: State) -> State:
+        """The state to go on from, of `saved`, which a response with other settings left; `start` is this one's own.
+
+        What has the form that it has in `start` is kept. What `start` does not know yet, such as an optimiser's memory,
+        begins anew; override to keep more of it.
+        """
+        return {key: _adopted(saved.get(key), entry) for key, entry in start.items()}
+
     def report(self, state: State) -> Report:
         """What a state says of the calls so far: work, stationarity, and what is left of the derivative's equation."""
         return Report(int(state["gradients"]), int(state["products"]), state["stationarity"])
@@ -100,6 +108,19 @@ class Response(ABC):
         `batch` is used for every step when it is given; else batches are drawn from the player's data, from the
         place that the state remembers.
         """
+
+
+def _adopted(saved: Any, start: Any) -> Any:
+    """`saved` where it has the form of `start`, and of dicts what has; else `start`."""
+    if isinstance(start, dict) and isinstance(saved, dict):
+        return {key: _adopted(saved.get(key), entry) for key, entry in start.items()}
+    if isinstance(start, Tensor) or isinstance(saved, Tensor):
+        tensors = isinstance(start, Tensor) and isinstance(saved, Tensor)
+        return saved if tensors and (saved.shape, saved.dtype) == (start.shape, start.dtype) else start
+    if isinstance(start, list | tuple) and isinstance(saved, list | tuple):
+        pairs = zip(saved, start, strict=False)
+        return saved if len(saved) == len(start) and all(_adopted(one, other) is one for one, other in pairs) else start
+    return saved if type(saved) is type(start) else start
 
 
 def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False) -> State:

@@ -105,7 +105,12 @@ def floored(source: DigitSource, *, seed: int, start: float, steps: int) -> Resu
     solution = bl.solve(
         units_game(Units.of(source, seed), start),
         weights=bl.Hypernetwork(
-            partial(torch.optim.Adam, lr=1e-2), scale=4.0, warmup=500, steps=10, perturbations=4, tolerance=None
+            partial(torch.optim.Adam, lr=1e-2),
+            scale=4.0,
+            warmup=500,
+            steps=10,
+            sampler=bl.responses.Perturbations(count=4),
+            tolerance=None,
         ),
         optimizer=partial(torch.optim.Adam, lr=0.5),
         scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),

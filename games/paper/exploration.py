@@ -91,8 +91,7 @@ def fitting(picks: Tensor, latest: int) -> bl.Hypernetwork:
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=3e-4),
         scale=1.0,
-        sampler=around(picks, latest),
-        perturbations=DRAWS,
+        sampler=bl.responses.Draws(around(picks, latest), count=DRAWS),
         steps=FITS,
         tolerance=None,
     )

@@ -33,9 +33,8 @@ def global_response(fits: int) -> bl.Hypernetwork:
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=3e-4),
         network=bl.networks.MLP((50,)),
-        sampler=everywhere,
+        sampler=bl.responses.Draws(everywhere, count=10),
         scale=1.5,
-        perturbations=10,
         warmup=fits,
         steps=0,
         scheduler=partial(CosineAnnealingLR, T_max=fits),

@@ -41,7 +41,7 @@ def linear_response(centre: float, scale: float, fits: int) -> bl.Hypernetwork:
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=0.02),
         network=bl.networks.Linear(),
-        around={"hyper": torch.tensor(centre, dtype=torch.float64)},
+        sampler=bl.responses.Perturbations(around={"hyper": torch.tensor(centre, dtype=torch.float64)}),
         scale=scale,
         warmup=fits,
         steps=0,

@@ -37,7 +37,7 @@ def noiseless() -> bl.Hypernetwork:
         return bl.Hypernetwork(
             partial(torch.optim.Adam, lr=1e-4),
             scale=0.0,
-            centred=False,
+            network=bl.networks.Uncentred(bl.networks.Linear()),
             warmup=500,
             tolerance=None,
         )

@@ -92,9 +92,8 @@ def hypernetwork(source: DigitSource, *, seed: int, known: int, held: int, fits:
 
     response = bl.Hypernetwork(
         partial(torch.optim.Adam, lr=1e-3),
-        sampler=anywhere if fresh else one_of_the_known,
+        sampler=bl.responses.Draws(anywhere if fresh else one_of_the_known, count=10),
         scale=math.sqrt(3.0),  # the standard deviation of U[-3, 3]
-        perturbations=10,
         warmup=fits,
         steps=0,
         scheduler=partial(CosineAnnealingLR, T_max=fits),

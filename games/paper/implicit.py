@@ -50,7 +50,7 @@ def responses(size: int) -> dict[str, bl.Response]:
             partial(torch.optim.Adam, lr=1e-4),
             scale=0.5,
             warmup=100,
-            perturbations=1 if size == 1 else 5,
+            sampler=bl.responses.Perturbations(count=1 if size == 1 else 5),
             tolerance=None,  # the figure says how well
         ),
         # In float32, as the others; a quasi-Newton solver, for the curvature runs from about 1 to 500.
@@ -68,7 +68,7 @@ def from_scratch(method: str, size: int, steps: int) -> bl.Response:
             scale=0.2,
             warmup=fits,
             steps=0,
-            perturbations=1 if size == 1 else 5,
+            sampler=bl.responses.Perturbations(count=1 if size == 1 else 5),
             scheduler=partial(CosineAnnealingLR, T_max=fits),
             tolerance=None,
         )

@@ -41,7 +41,7 @@ def responses() -> dict[str, tuple[bl.Response, Callable[..., torch.optim.Optimi
             network=bl.networks.LowRank(rank),
             warmup=2000,
             steps=10,
-            perturbations=4,
+            sampler=bl.responses.Perturbations(count=4),
             tolerance=None,  # the table says what residual it has
         )
 

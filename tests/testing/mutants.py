@@ -13,7 +13,7 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.autodiff import transforms_active
 from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.linear import LinearSolution
+from bilevel.linear import Candidate
 from bilevel.responses import Steps
 from bilevel.tree import leaves, map_leaves
 
@@ -111,8 +111,9 @@ class Solver(bl.linear.LinearSolver):
     def answer(self, operator, rhs):
         raise NotImplementedError
 
-    def solve(self, operator, rhs, initial=None):
-        return LinearSolution(self.answer(operator, rhs), torch.zeros_like(rhs[0]), 1, True)
+    def iterate(self, system):
+        rhs = system.rhs
+        return Candidate(self.answer(system.operator, rhs), torch.zeros_like(rhs), torch.zeros_like(rhs[0]))
 
 
 class MixedResidual(Solver):

@@ -13,7 +13,7 @@ from bilevel.autodiff import concrete, transforms_active
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.inner.differentiable import refuse_undifferentiable
-from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.inner.torch_optim import OptimizerFactory, build, kept_memory
 from bilevel.responses.base import Response, State, at_start, fresh_state
 from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
@@ -108,6 +108,11 @@ class Unrolled(Response):
         players = {name: game.initial(name) for name in game.names if name != state["follower"]}
         refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
         return state | {"optimizer": None}
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the optimiser's memory, where it is such as this one's."""
+        kept = kept_memory(self.optimizer, leaves(start["variables"]), saved.get("optimizer"))
+        return super().adopt(saved, start) | {"optimizer": kept}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None

@@ -48,11 +48,9 @@ def test_the_learned_discriminator_is_the_exact_one_to_one_per_cent():
 
     learned = bl.Hypernetwork(
         partial(torch.optim.Adam, lr=1e-2),
-        network=bl.networks.MLP((32,)),
+        network=bl.networks.Uncentred(bl.networks.MLP((32,))),
         scale=1.0,
-        centred=False,
-        sampler=draw,
-        perturbations=16,
+        sampler=bl.responses.Draws(draw, count=16),
         warmup=steps,
         steps=1,
         tolerance=None,

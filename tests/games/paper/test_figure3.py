@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,11 +35,10 @@ def test_the_fitted_line_minimises_the_expected_loss_it_was_fitted_to():
     # The fit is a mean over 2 x 64 draws a step, its rate falling to 0: the slope's own noise is below .01.
     response = bl.Hypernetwork(
         figure3.linear_response(0.0, scale, 600).optimizer,
-        around=figure3.linear_response(0.0, scale, 600).around,
         scale=scale,
         warmup=600,
         steps=0,
-        perturbations=64,
+        sampler=replace(figure3.linear_response(0.0, scale, 600).sampler, count=64),
         scheduler=figure3.linear_response(0.0, scale, 600).scheduler,
         tolerance=None,
     )
