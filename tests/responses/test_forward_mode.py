@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 import bilevel as bl
 from bilevel.tree import flatten
 
-from .test_segments import hypergradient, network, network_game, wide_game
+from .test_segments import assert_close, hypergradient, network, network_game, wide_game
 from .test_unrolled import GAME, LEADER, OPTIMISERS, D, H, leader_loss, lr_game, unrolled
 
 
@@ -63,7 +63,7 @@ def test_dropout_batch_norm_minibatches_and_truncation():
         found.append((slope, flatten(y).detach(), state, torch.rand(1)))
     (slope, y, state, drawn), (other, z, after, drawn_too) = found
     assert torch.equal(y, z) and torch.equal(drawn, drawn_too) and state["data"] == after["data"]
-    torch.testing.assert_close(other, slope, rtol=1e-11, atol=0)
+    assert_close(other, slope, rtol=1e-11)
     assert all(torch.equal(state["buffers"][k], after["buffers"][k]) for k in state["buffers"])
 
 
@@ -90,7 +90,7 @@ def test_a_gradient_that_is_no_gradient_of_its_loss_is_noticed():
         slope, _, state = hypergradient(game, response, LEADER)
         slopes.append(slope)
         states.append(state)
-    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-12, atol=0)
+    assert_close(slopes[1], slopes[0], rtol=1e-12)
     # One more product a step for the transposed graph, and three for the check that failed at once; else 24 + 10.
     assert states[1]["products"] == 24 + 8 + 3
 
@@ -105,7 +105,7 @@ def test_joint_followers():
     for how in (bl.ReverseMode(), bl.ForwardMode()):
         response = bl.Unrolled(partial(optim.Adam, lr=0.1), steps=9, differentiation=how)
         slopes.append(hypergradient(game, response, LEADER)[0])
-    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-12, atol=0)
+    assert_close(slopes[1], slopes[0], rtol=1e-12)
 
 
 def test_an_entry_without_any_gradient():
@@ -122,7 +122,7 @@ def test_an_entry_without_any_gradient():
         slopes.append(hypergradient(game, response, x)[0])
     assert slopes[0].isfinite().all()
     for slope in slopes[1:]:
-        torch.testing.assert_close(slope, slopes[0], rtol=1e-12, atol=0)
+        assert_close(slope, slopes[0], rtol=1e-12)
 
 
 def test_solve_goes_the_same_way():
@@ -131,7 +131,7 @@ def test_solve_goes_the_same_way():
         response = bl.Unrolled(OPTIMISERS["Adam"], steps=5, differentiation=how)
         solution = bl.solve(GAME, y=response, optimizer=partial(optim.SGD, lr=0.1), steps=3)
         found.append(solution.variables["x"])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0)
+    assert_close(found[1], found[0], rtol=1e-10)
 
 
 def test_work_and_memory_do_not_grow_with_what_is_not_needed():
@@ -183,7 +183,7 @@ def test_transforms_give_what_reverse_mode_gives():
         torch.func.vmap(torch.func.grad(partial(value, differentiation=how)))(points)
         for how in (bl.ForwardMode(), bl.ReverseMode())
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    assert_close(found, wanted, rtol=1e-12)
 
 
 def test_rounding_near_a_loss_of_zero_is_no_asymmetry():
