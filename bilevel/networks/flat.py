@@ -132,7 +132,7 @@ class MLP(FlatNetwork):
 
     def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
         """As torch's linear layers start, and the last layer at zero."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for index, width in enumerate(self.hidden):
             layer = nn.Linear(inputs, width)
             found |= {f"{index}.weight": layer.weight.detach(), f"{index}.bias": layer.bias.detach()}

@@ -148,7 +148,7 @@ class FlatMap(LearnedMap):
             moved = moved[:-1] - moved[-1]
         else:
             moved = self.network(parameters, rows)
-        parts = moved.split([shape.numel() for shape in self.form.shapes], dim=-1)
+        parts = torch.split(moved, [shape.numel() for shape in self.form.shapes], dim=-1)
         return [leaf + part.reshape((*u.shape[:-1], *leaf.shape)) for leaf, part in zip(w0, parts, strict=True)]
 
 
