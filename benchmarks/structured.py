@@ -349,14 +349,15 @@ def fidelity(known: Known, fits: int) -> dict[str, dict[str, float]]:
         )  # fmt: skip
         x = decay.clone().requires_grad_()
         answer, state = response(game, {"decay": x}, response.init(game))
+        report = response.report(state)
         jacobian = [slope_of(leaf, x) for leaf in leaves(answer)]
         found[name] = {
             "cosine": cosine(jacobian, truth),
             "error": norm([a - b for a, b in zip(jacobian, truth, strict=True)]) / norm(truth),
-            "residual": state["residual"],
-            "stationarity": state["stationarity"],
+            "residual": report.residual,
+            "stationarity": report.stationarity,
         }
-        print(f"  {name}: cosine {found[name]['cosine']:.3f}, residual {state['residual']:.2f}", flush=True)
+        print(f"  {name}: cosine {found[name]['cosine']:.3f}, residual {report.residual:.2f}", flush=True)
     for name, columns in (("rows", False), ("rows and columns", True)):
         nearest = [projected(w, j, columns=columns) for w, j in zip(optimum, truth, strict=True)]
         found[name]["best_possible_cosine"] = cosine(nearest, truth)

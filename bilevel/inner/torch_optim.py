@@ -93,6 +93,22 @@ def recall(
             optimizer.state[parameter] = _copied(remembered) if copy else dict(remembered)
 
 
+def kept_memory(factory: OptimizerFactory, leaves: Sequence[Tensor], memory: Memory | None) -> Memory | None:
+    """`memory` where it has the form of what the factory's optimiser remembers of these leaves; None where it has not.
+
+    For a run that goes on with another optimiser: another learning rate keeps Adam's moments, SGD has no use for them.
+    """
+    try:
+        wanted = after_one_step(factory, leaves) or [{} for _ in leaves]
+    except TypeError:  # a factory that takes players as well
+        return None
+    return memory if memory is not None and list(map(_form, memory)) == list(map(_form, wanted)) else None
+
+
+def _form(slot: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v.shape) if isinstance(v, Tensor) else () for key, v in slot.items() if v is not None}
+
+
 def build_scheduler(
     factory: SchedulerFactory, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any] | None
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -4,11 +4,12 @@ from bilevel.responses.base import Response, State
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
 from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
-from bilevel.responses.promise import Estimate, Optimum, Promise, Report, Steps
+from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
 from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
 __all__ = [
     "AsLeaderMoves",
+    "Behaviour",
     "Differentiation",
     "Draws",
     "Estimate",

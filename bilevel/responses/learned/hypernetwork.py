@@ -20,6 +20,7 @@ from bilevel.inner.torch_optim import (
     SchedulerFactory,
     build,
     build_scheduler,
+    kept_memory,
     recall,
     remember,
     remember_scheduler,
@@ -33,7 +34,7 @@ from bilevel.responses.learned.footprint import Memory, require_room
 from bilevel.responses.learned.maps import LearnedMap, Network, learned_map, shown, start, start_on_meta
 from bilevel.responses.learned.sampling import Perturbations, Sampler
 from bilevel.responses.learned.trial import refuse_misfit
-from bilevel.responses.promise import Estimate, Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, leaves
 
 
@@ -147,6 +148,11 @@ class Hypernetwork(Response):
         later = min(self.steps, steps)
         return replace(self, warmup=steps - later, steps=later)
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """It draws perturbations, and inside a transform the map is not fitted; it warns unless `tolerance` is None."""
+        return Behaviour(warm=True, random=True, steps_in_transforms=False, warns=self.tolerance is not None)
+
     def report(self, state: State) -> Report:
         """With the slope's residual, as it was measured last.
 
@@ -187,6 +193,17 @@ class Hypernetwork(Response):
             "calls": 0,
             "residual": math.nan,
         }
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the fit where its network has this one's form, else with a new warm-up; the schedule begins anew."""
+        after = super().adopt(saved, start)
+        if "w0" not in saved:
+            after["w0"] = leaves(after["variables"])
+        fitted = saved.get("network", {}), start["network"]
+        if [(n, p.shape) for n, p in fitted[0].items()] != [(n, p.shape) for n, p in fitted[1].items()]:
+            return after | {"network": start["network"], "constants": start["constants"], "fits": 0}
+        parameters = [*after["w0"], *after["network"].values()]
+        return after | {"optimizer": kept_memory(self.optimizer, parameters, saved.get("optimizer"))}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None

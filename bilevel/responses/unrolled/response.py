@@ -13,9 +13,9 @@ from bilevel.autodiff import concrete, transforms_active
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.inner.differentiable import refuse_undifferentiable
-from bilevel.inner.torch_optim import OptimizerFactory, build
+from bilevel.inner.torch_optim import OptimizerFactory, build, kept_memory
 from bilevel.responses.base import Response, State, at_start, fresh_state
-from bilevel.responses.promise import Estimate, Promise
+from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.tree import Variables, leaves, map_leaves
@@ -86,6 +86,20 @@ class Unrolled(Response):
         last = self.backprop_steps
         return replace(self, steps=steps, backprop_steps=None if last is None else min(steps, last))
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """It starts where it stopped if `warm_start`."""
+        return Behaviour(warm=self.warm_start)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory:
+        """`optimizer`."""
+        return self.optimizer
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Unrolled:
+        """The same with another optimiser."""
+        return replace(self, optimizer=optimizer)
+
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
         state = fresh_state(game, follower, seed, many=True)
@@ -94,6 +108,11 @@ class Unrolled(Response):
         players = {name: game.initial(name) for name in game.names if name != state["follower"]}
         refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
         return state | {"optimizer": None}
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the optimiser's memory, where it is such as this one's."""
+        kept = kept_memory(self.optimizer, leaves(start["variables"]), saved.get("optimizer"))
+        return super().adopt(saved, start) | {"optimizer": kept}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -122,16 +141,9 @@ class Unrolled(Response):
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
-        slope_norm = follower.norm(steps.slopes)
-        return variables, state | {
-            "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
-            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],
-            "data": follower.position,
-            "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + follower.gradient_count + followed.gradients,
-            "products": state["products"] + followed.products,
-            "stationarity": follower.relative(slope_norm, state),
-        }
+        state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
+        memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
+        return variables, state | {"optimizer": memory}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
