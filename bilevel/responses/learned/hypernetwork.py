@@ -48,19 +48,18 @@ class Hypernetwork(Response):
     \min_{w_0,\,\operatorname{net}} \mathbb{E}_x\, f(x, y(x)), \qquad s = \text{scale} \cdot \sqrt n
     $$
 
-    for n entries of the others. The slope is as good as the fit: zero at first, its residual reported. A call costs
+    for n entries of others. The slope is as good as the fit: zero at first, its residual reported. A call costs
     `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product. Source: arXiv 1802.09419.
 
     Args:
         optimizer: from tensors to a torch.optim optimiser, for w0 and the network together.
         network: of `bilevel.networks`, a module, or a function of (inputs, outputs) that makes one; a matrix is exact
             for quadratic games.
-        scale: standard deviation of the perturbations, in the leader's units; 0.1 to 0.5 on log or logit scales.
-        steps: of fitting, each call; one keeps up with a slow leader.
-        warmup: more of them in the first call; none unless asked for.
+        scale: the perturbations' standard deviation, in the leader's units; 0.1 to 0.5 on log or logit scales.
+        steps: of fitting a call; one keeps up with a slow leader.
+        warmup: more of them in the first call; none by default.
         scheduler: from the optimiser to a learning-rate scheduler, stepped with it; else the rate is constant.
-        tolerance: residual, and share of the follower's first gradient, above which a call warns (None: never); at 1 a
-            slope is worthless.
+        tolerance: residual, and share of the first gradient, above which a call warns (None: never); 1 is worthless.
         examine_every: calls from one measurement to the next; 1 keeps the report fresh.
         sampler: draws the leader's values for the fit; one antithetic pair around $x_0$ is the cheapest.
         memory: its limit, and whether states are written over; by default not.
