@@ -85,7 +85,9 @@ RESPONSES = {
         tolerance=None,
         scheduler=partial(lr_scheduler.StepLR, step_size=2),
     ),
-    "in place": bl.Hypernetwork(partial(ADAM, lr=0.02), scale=0.2, tolerance=None, in_place=True),
+    "in place": bl.Hypernetwork(
+        partial(ADAM, lr=0.02), scale=0.2, tolerance=None, memory=bl.responses.Memory(in_place=True)
+    ),
 }
 LEADER = {"optimizer": partial(ADAM, lr=0.05), "scheduler": partial(lr_scheduler.StepLR, step_size=3, gamma=0.7)}
 
