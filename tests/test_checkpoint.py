@@ -386,7 +386,7 @@ def test_no_players_name_takes_the_runs_own_numbers(name):
 
 def test_two_numbers_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two numbers under 'y.stationarity'"):
-        refuse_ambiguous(["x", "y", "y.stationarity"], ["y"], many=False)
+        refuse_ambiguous(["x", "y", "y.stationarity"], ["y"])
 
 
 def test_the_history_is_kept_to_the_last_bit():

@@ -96,10 +96,6 @@ class BatchedFollower(Follower):
             Solver, BatchedLinearSolver(solver=cast(LinearSolver, solver), count=self.games.count, widths=widths)
         )
 
-    def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
-        """Raise `TypeError` for an optimiser that would mix games."""
-        refuse_mixing(asker, optimizer, self.games, self.name)
-
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""
         return among(values)
