@@ -60,8 +60,8 @@ class Leaders:
         norm = self.game.norms(direction)
         if not bool(torch.isfinite(norm).all()):
             raise NonFiniteError(
-                f"Player {name!r}: its gradient at step {step} has {self.game.described_norm(norm)}. Lower the learning "
-                "rates; its variables are still those of the step before."
+                f"Player {name!r}: its gradient at step {step} has {self.game.described_norm(norm)}. Lower the "
+                "learning rates; its variables are still those of the step before."
             )
         for parameter, slope in zip(self.points[name], direction, strict=True):
             parameter.grad = slope
