@@ -16,7 +16,8 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetric
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step
+from bilevel.inner.optimizer import leaf_memory, torch_optimizer
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, require_factory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
@@ -29,7 +30,7 @@ from bilevel.responses.base import (
 )
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Optimum, Promise, Report
-from bilevel.tree import Variables, flatten, join, leaves, map_leaves
+from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
 
 
 @final
@@ -71,11 +72,8 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
-        if not callable(self.optimizer) and not isinstance(self.optimizer, InnerSolver):
-            raise TypeError(
-                f"Implicit: optimizer is {self.optimizer!r}; expected a callable from parameters to a torch.optim "
-                "optimiser, or an inner solver: bilevel.Scipy('L-BFGS-B'), bilevel.ClosedForm(function)."
-            )
+        if not isinstance(self.optimizer, InnerSolver):
+            require_factory("Implicit: optimizer", self.optimizer)
         if not isinstance(self.linear_solver, LinearSolver):
             raise TypeError(
                 f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
@@ -88,8 +86,9 @@ class Implicit(Response):
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
         state = fresh_state(game, follower, seed, many=True)
-        factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
-        refuse_optimizer_hyper(self, game, state["follower"], factory)
+        inner = self._solver
+        optimizer = inner if isinstance(inner, TorchOptimizer) else None
+        refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         refuse_captured(game, state)
         start = at_start(game, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
@@ -101,7 +100,9 @@ class Implicit(Response):
         solver = start.adapted_linear(self.linear_solver)
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flatten(state["variables"]), solver)).copy()}
         if solver.from_optimizer:
-            remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
+            y = state["variables"]
+            names = leaf_names(y, start.name)
+            remembered = [] if optimizer is None else after_one_step(optimizer.factory, leaves(y), names)
             solver.inform(solver.init(flatten(state["variables"])), remembered)
         if self.inexactness is None:
             return state
@@ -132,7 +133,7 @@ class Implicit(Response):
                 torch.full_like(before["error"], torch.nan),
                 map_leaves(torch.clone, before["memory"]),  # which a solve writes in place
             )
-            kept = after["optimizer"]
+            kept = leaf_memory(after["optimizer"])
             solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
@@ -182,14 +183,19 @@ class Implicit(Response):
             leader["factor"] if leader and leader["calls"] else 1.0,
         )
 
+    @property
+    def _solver(self) -> InnerSolver:
+        return (
+            self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Implicit", self.optimizer)
+        )
+
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
     ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
-        plain = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
-        solver = follower.adapted_inner(plain)
+        solver = follower.adapted_inner(self._solver)
         reference: Size = state["reference"]
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
