@@ -68,8 +68,8 @@ def refuse_hooks(optimizer: optim.Optimizer) -> None:
         raise TypeError(
             f"The inner optimiser {type(optimizer).__name__} has {what}{name}: what it does would not be "
             "differentiated rightly, and where it is would be in no state. Say it as options, "
-            "bilevel.inner.TorchOptimizer(factory, clip_norm=..., clip_value=..., scheduler=..., accumulate=...), or write the step as a function, "
-            "bilevel.inner.DifferentiableOptimizer."
+            "bilevel.inner.TorchOptimizer(factory, clip_norm=..., clip_value=..., scheduler=..., accumulate=...), or "
+            "write the step as a function, bilevel.inner.DifferentiableOptimizer."
         )
 
 

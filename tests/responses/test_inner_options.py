@@ -100,7 +100,7 @@ def plain(factory, xs, *, clip_norm=None, clip_value=None, scheduler=None, rates
 
 
 def differences(function, at, h=1e-3):
-    """Of fourth order: truncation h^4 ~ 1e-12 and rounding eps / h ~ 2e-13, both times derivatives of order 1 to 1e3."""
+    """Of fourth order: truncation h^4 ~ 1e-12, rounding eps / h ~ 2e-13, both times derivatives of order 1 to 1e3."""
     found = []
     for unit in torch.eye(at.numel(), dtype=D):
         f = {k: function(at + k * h * unit.reshape(at.shape)).item() for k in (-2, -1, 1, 2)}

@@ -103,8 +103,9 @@ class Steps:
         # Chosen where it is: a GPU would wait for a number that is fetched in each step.
         self._worst = here if self._worst is None else torch.where(self._worst.isfinite().all(), here, self._worst)
 
-    def require_finite(self, y: Sequence[Tensor], advice: str) -> None:
+    def require_finite(self, y: Sequence[Tensor]) -> None:
         """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
+        advice = "Lower the inner learning rate of Unrolled(optimizer)."
         follower, worst = self.follower, self._worst
         if worst is not None and not concrete(worst.abs().max()) < math.inf:
             where = follower.where_loss_not_finite(y) or follower.where_not_finite(follower.game.norms(y))

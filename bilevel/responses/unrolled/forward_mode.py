@@ -154,6 +154,7 @@ class _Carried:
     def _turn(self, *, first: bool) -> None:
         """Go on by transposed products; refuses when steps were taken by the others already."""
         if not first:
+            self.steps.require_finite(self.y)  # of NaN nothing is symmetric
             raise BilevelError(
                 f"ForwardMode: the Hessian of player {self.steps.follower.name!r} was symmetric in the first step, and "
                 "is not in the last: its gradient is no longer that of its loss. Use ReverseMode() or Segments()."

@@ -139,7 +139,7 @@ class Unrolled(Response):
         else:
             followed = Followed(steps.stand_still(Point(y, lifted), self.steps), 0, 0)
         y, after = followed.end.y, followed.end.memory or ()
-        steps.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).")
+        steps.require_finite(y)
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state

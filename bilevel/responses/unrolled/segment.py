@@ -22,8 +22,8 @@ from bilevel.responses.unrolled.memory_plan import Sizes, measured_graph, unique
 from bilevel.responses.unrolled.new_leaves import NewLeafTracker
 from bilevel.responses.unrolled.recipe import Recipe
 
-# What torch's optimisers count in tensors: the same at every x.
-COUNTERS = frozenset(("step", "mu"))
+# What torch's optimisers remember and no later step's derivative needs: counts, and ASGD's average.
+INERT = frozenset(("step", "mu", "ax"))
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class PointForm:
         rest: list[Any] = []
         for path, leaf in pairs:
             # Those of torch lie right in a leaf's memory, which is the second of the pair.
-            counts = len(path) == 3 and path[0] == pytree.SequenceKey(1) and getattr(path[2], "key", None) in COUNTERS
-            moves = isinstance(leaf, Tensor) and not counts
+            inert = len(path) == 3 and path[0] == pytree.SequenceKey(1) and getattr(path[2], "key", None) in INERT
+            moves = isinstance(leaf, Tensor) and not inert
             tensors += [leaf] if moves else []
             rest.append(_Moving if moves else leaf)
         return PointForm(spec, tuple(rest), point.taken), tensors

@@ -13,7 +13,7 @@ from bilevel.inner.torch_optim import Memory
 from bilevel.responses.unrolled.differentiation import Point, Steps, detach_memory
 from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.recipe import InnerStep
-from bilevel.responses.unrolled.segment import COUNTERS, PointForm
+from bilevel.responses.unrolled.segment import INERT, PointForm
 from bilevel.tree import Variables, leaf_names
 
 Slot = dict[str, Tensor]
@@ -251,5 +251,5 @@ def _summed(terms: Sequence[tuple[Tensor, Tensor]], like: Tensor, *, start: Tens
 
 
 def _moves(name: str, value: object) -> bool:
-    """Whether what is remembered leads from y to y: rates and counts depend on no y, and no y on ASGD's average."""
-    return isinstance(value, Tensor) and name not in COUNTERS and name not in ("eta", "ax", "mu_product")
+    """Whether what is remembered leads from y to y: rates depend on no y."""
+    return isinstance(value, Tensor) and name not in INERT and name not in ("eta", "mu_product")
