@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 import bilevel as bl
 from benchmarks.head import head
 from bilevel.tree import flatten
-from games.tuning.cross_validation import CrossValidation, random
+from games.cross_validation import CrossValidation, random
 
 Make = Callable[[int, int], bl.Games]
 Play = Callable[[Any], Any]

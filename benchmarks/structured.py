@@ -37,21 +37,22 @@ from torch.nn.functional import cross_entropy, linear, one_hot
 import bilevel as bl
 from benchmarks.head import head
 from bilevel.comparison.memory import peak_bytes
+from bilevel.responses import Memory, Perturbations
 from bilevel.tree import Variables, flatten, leaves, structure_of
 
 WIDTHS = {"whole": (784, 2240, 2240, 1400, 10), "quick": (784, 700, 500, 200, 10)}
 ADAM = partial(optim.Adam, lr=1e-4, fused=True)
 STEPS = 10  # of fitting, in one call
 SHARED: dict[str, Any] = {"scale": 0.1, "steps": STEPS, "tolerance": None, "examine_every": 10_000}
-LEAN = SHARED | {"in_place": True, "antithetic": False}
+LEAN = SHARED | {"memory": Memory(in_place=True), "sampler": Perturbations(antithetic=False)}
 CASES = {
     "rows": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **LEAN),
     "rows, examined at every call": bl.Hypernetwork(
         ADAM, network=bl.networks.RowScaled(), **(LEAN | {"examine_every": 1})
     ),
     "rows, one step a call": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"steps": 1})),
-    "rows, copies": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"in_place": False})),
-    "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"antithetic": True})),
+    "rows, copies": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"memory": Memory()})),
+    "rows, antithetic": bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), **(LEAN | {"sampler": Perturbations()})),
     "rows and columns": bl.Hypernetwork(ADAM, network=bl.networks.RowColumnScaled(), **LEAN),
     "low-rank layers, 4": bl.Hypernetwork(ADAM, network=bl.networks.LowRankLayers(4), **LEAN),
     "low-rank layers, 10": bl.Hypernetwork(ADAM, network=bl.networks.LowRankLayers(10), **LEAN),
@@ -342,19 +343,21 @@ def fidelity(known: Known, fits: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, network in NETWORKS.items():
         response = bl.Hypernetwork(
-            partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=fits, steps=1, antithetic=False,
-            scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=fits + 1), tolerance=None,
+            partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=fits, steps=1, tolerance=None,
+            sampler=Perturbations(antithetic=False),
+            scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=fits + 1),
         )  # fmt: skip
         x = decay.clone().requires_grad_()
         answer, state = response(game, {"decay": x}, response.init(game))
+        report = response.report(state)
         jacobian = [slope_of(leaf, x) for leaf in leaves(answer)]
         found[name] = {
             "cosine": cosine(jacobian, truth),
             "error": norm([a - b for a, b in zip(jacobian, truth, strict=True)]) / norm(truth),
-            "residual": state["residual"],
-            "stationarity": state["stationarity"],
+            "residual": report.residual,
+            "stationarity": report.stationarity,
         }
-        print(f"  {name}: cosine {found[name]['cosine']:.3f}, residual {state['residual']:.2f}", flush=True)
+        print(f"  {name}: cosine {found[name]['cosine']:.3f}, residual {report.residual:.2f}", flush=True)
     for name, columns in (("rows", False), ("rows and columns", True)):
         nearest = [projected(w, j, columns=columns) for w, j in zip(optimum, truth, strict=True)]
         found[name]["best_possible_cosine"] = cosine(nearest, truth)

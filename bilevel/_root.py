@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bilevel.autodiff import Pullback, captured_leaves, concrete, pullback, tracked_at_any_level, transforms_active
 from bilevel.errors import CapturedTensorError, NonFiniteError
-from bilevel.linear import GMRES, LinearOperator, LinearSolver
+from bilevel.linear import GMRES, LinearOperator, LinearSolver, Memory
+from bilevel.linear.base import SolvesLinearSystems
+from bilevel.linear.operator import Shapes
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
 FlatResidual = Callable[..., Tensor]
@@ -32,13 +34,13 @@ class Receipt:
     residual: Tensor
     products: Tensor
     error: Tensor
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     @staticmethod
-    def blank(like: Tensor, solver: LinearSolver | None = None) -> Receipt:
-        """A receipt for `like: [n]` unknowns before any backward solve."""
+    def blank(like: Tensor, solver: SolvesLinearSystems | None = None, shapes: Shapes | None = None) -> Receipt:
+        """A receipt for `like: [n]` unknowns, leaves of these shapes, before any backward solve."""
         nothing = torch.full_like(like[0], torch.nan)
-        memory = {} if solver is None else solver.init(like)
+        memory = {} if solver is None else solver.init(like, shapes)
         return Receipt(torch.empty_like(like[:0]), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
 
 
@@ -102,7 +104,15 @@ def root(
     if linear_solver is None:
         linear_solver = GMRES(rtol=1e-10 if flat.dtype == torch.float64 else 1e-5)
     refuse_captures(flat_residual, flat, xs)
-    attached = attach(flat_residual, flat, xs, linear_solver=linear_solver, symmetric=symmetric, receipt=receipt)
+    attached = attach(
+        flat_residual,
+        flat,
+        xs,
+        linear_solver=linear_solver,
+        symmetric=symmetric,
+        shapes=form.shapes,
+        receipt=receipt,
+    )
     return form.unflatten(attached)
 
 
@@ -130,17 +140,19 @@ def attach(
     y: Tensor,
     xs: list[Tensor],
     *,
-    linear_solver: LinearSolver,
+    linear_solver: SolvesLinearSystems,
     symmetric: bool,
+    shapes: Shapes | None = None,
     receipt: Receipt | None = None,
     products: Pullback | None = None,
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
 
+    `shapes` are those of the leaves that y is made of.
     `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
     backward then takes its products from that graph instead of building it again, and lets it go.
     """
-    system = _System(residual, linear_solver, symmetric, receipt, products)
+    system = _System(residual, linear_solver, symmetric, shapes, receipt, products)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
@@ -166,8 +178,9 @@ class _System:
     """The part of a root that is no tensor; a class of its own, so that vmap hands it over untouched."""
 
     residual: FlatResidual
-    solver: LinearSolver
+    solver: SolvesLinearSystems
     symmetric: bool
+    shapes: Shapes | None
     receipt: Receipt | None
     products: Pullback | None = None
 
@@ -220,29 +233,30 @@ class _Root(torch.autograd.Function):
 
 def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """u `[n]` with (dF/dy)^T u = rhs, and (dF/dx)^T u for each further primal of `products`."""
-    last: list[tuple[Tensor, tuple[Tensor, ...]]] = []
 
-    def checked(v: Tensor) -> Tensor:
+    def both(v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         # The product that measures the residual gives the mixed products too: they share most of their work.
-        found, *mixed = products(v)
-        last[:] = [(v, tuple(mixed))]
-        return found
+        product, *mixed = products(v)
+        return product, tuple(mixed)
+
+    def mixed_alone(u: Tensor) -> tuple[Tensor, ...]:
+        return products(u, slice(1, None))
 
     single = not transforms_active() and not torch.is_grad_enabled()
     operator = LinearOperator(
         lambda v: products(v, slice(1))[0],
         system.symmetric,
-        checked if single else None,
-        (lambda v: join(products(v, slice(1, None)))) if single else None,
+        shapes=system.shapes,
+        matvec_and_mixed=both if single else None,
+        interest=(lambda u: join(mixed_alone(u))) if single else None,
     )
-    receipt = system.receipt
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
-    plain = receipt is not None and not transforms_active()
+    receipt = None if transforms_active() else system.receipt
     with torch.no_grad():
-        start = receipt.adjoint if plain and receipt is not None and receipt.adjoint.numel() else None
-        kept = {"memory": receipt.memory} if plain and receipt is not None and receipt.memory else {}
-        found = system.solver.solve(operator, rhs.detach() if plain else rhs, start, **kept)
-        if plain and receipt is not None:
+        start = receipt.adjoint if receipt is not None and receipt.adjoint.numel() else None
+        memory = receipt.memory or None if receipt is not None else None
+        found = system.solver.solve(operator, rhs if receipt is None else rhs.detach(), start, memory=memory)
+        if receipt is not None:
             size = torch.linalg.vector_norm(rhs)
             some = concrete(size) > 0
             # As long as the follower: taken over and not copied. To start from 0 costs a product and gives nothing.
@@ -250,14 +264,12 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
             receipt.residual = found.residual_norm / size if some else found.residual_norm
             receipt.products = receipt.products + found.products
             receipt.error = torch.full_like(receipt.error, found.error)
+            receipt.memory = found.memory
     if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
     if not single:
         return found.solution, ()  # to be differentiated themselves
-    for answer, mixed in last:
-        if answer is found.solution or torch.equal(answer, found.solution):
-            return found.solution, mixed
-    return found.solution, products(found.solution, slice(1, None))
+    return found.solution, mixed_alone(found.solution) if found.mixed is None else found.mixed
 
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:
@@ -269,7 +281,14 @@ def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tens
             _, products = pullback(lambda y: system.residual(y, *xs), y)
             return products(u)[0] - v
 
-    return attach(residual, adjoint, [cotangent, y, *xs], linear_solver=system.solver, symmetric=system.symmetric)
+    return attach(
+        residual,
+        adjoint,
+        [cotangent, y, *xs],
+        linear_solver=system.solver,
+        symmetric=system.symmetric,
+        shapes=system.shapes,
+    )
 
 
 __all__ = ["Receipt", "attach", "receipt_of", "refuse_captures", "root"]

@@ -7,7 +7,8 @@ derivative that the library takes goes through `pullback` and `gradient`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,13 @@ def transforms_active() -> bool:
     """Whether a `torch.func` transform (grad, vmap, jacrev, ...) is running."""
     # Private, but it is the test that autograd.Function.apply itself makes; there is no public one.
     return bool(torch._C._are_functorch_transforms_active())
+
+
+@contextmanager
+def transforms_left() -> Iterator[None]:
+    """Work beside the running `torch.func` transforms, for what is no function of their inputs."""
+    with torch._C._DisableFuncTorch():
+        yield
 
 
 def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Pullback]:

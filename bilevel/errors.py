@@ -32,7 +32,11 @@ class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
 
 
-class ExhaustedDataError(BilevelError):
+class DataError(BilevelError):
+    """A player's data raised, or gave other batches than before; the message says whose, and in which pass."""
+
+
+class ExhaustedDataError(DataError):
     """A player's data gave batches once and then no more."""
 
 

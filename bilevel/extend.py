@@ -8,11 +8,23 @@ from bilevel.dynamics import Dynamics, Field
 from bilevel.game import Follower, Residual, UserResidual
 from bilevel.inner import InnerSolver, Problem
 from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Preconditioner
-from bilevel.responses import Differentiation, Estimate, Inexactness, Optimum, Promise, Report, Response, State, Steps
+from bilevel.responses import (
+    Behaviour,
+    Differentiation,
+    Estimate,
+    Inexactness,
+    Optimum,
+    Promise,
+    Report,
+    Response,
+    State,
+    Steps,
+)
 from bilevel.responses.base import fresh_state
 from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 __all__ = [
+    "Behaviour",
     "Differentiation",
     "Dynamics",
     "Estimate",

@@ -15,6 +15,14 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 
 
+def global_generators(device: torch.device = _CPU) -> list[torch.Generator]:
+    """The global generators of the CPU and of `device`."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
 def random_state(device: torch.device = _CPU) -> dict[str, Tensor]:
     """The states of the global generators of the CPU and of `device`."""
     state = {"cpu": torch.random.get_rng_state()}

@@ -76,7 +76,7 @@ REFUSED = {
     "reaches nothing": (
         lambda: game(leader=lambda y: y.square().sum(), follower=lambda y: y.square().sum()),
         ValueError,
-        "does not depend on 'x'",
+        "'x': its variables reach no objective",
     ),
     "leader in no loss": (
         lambda: bl.Game(
@@ -85,7 +85,7 @@ REFUSED = {
             c=bl.Player(lambda b, c: (b * c).sum(), ZERO + 1),
         ),
         ValueError,
-        "'b'.*does not depend on 'a'",
+        "'a': its variables reach no objective",
     ),
     "one leaf reaches nothing": (
         lambda: game(lambda y: y.sum(), lambda x, y: (x["used"] * y).sum(), {"used": ZERO, "typo": ZERO}),
@@ -112,6 +112,45 @@ def test_a_module_that_is_not_called_functionally_is_found():
         bl.Game(
             decay=bl.Player(lambda weights: weights["weight"].sum(), torch.zeros(())),
             weights=bl.Player(lambda decay, weights: model(torch.ones(3)).sum() * decay.exp(), model),
+        )
+
+
+def two_leaders():
+    """Each leader is told of the follower alone, who is moved by both: y* = x1 + 2 x2."""
+    return bl.Game(
+        x1=bl.Player(lambda x1, y: (y - 1.0) ** 2 + x1**2, torch.tensor(0.5)),
+        x2=bl.Player(lambda y: (y - 2.0) ** 2, torch.tensor(0.5)),
+        y=bl.Player(lambda x1, x2, y: (y - x1 - 2.0 * x2) ** 2, torch.tensor(0.0)),
+    )
+
+
+def test_several_leaders_need_not_depend_on_each_other_or_on_themselves():
+    respond = bl.Unrolled(partial(torch.optim.SGD, lr=0.5), steps=1)
+    found = bl.solve(two_leaders(), y=respond, optimizer=partial(torch.optim.SGD, lr=0.05), steps=400)
+    # x2 brings y to 2; x1 settles where 2 (y - 1) + 2 x1 = 0.
+    assert found.variables["y"].item() == pytest.approx(2.0, abs=1e-5)
+    assert found.variables["x1"].item() == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_who_cannot_follow_is_refused_when_it_is_asked_to():
+    game, respond = two_leaders(), bl.Unrolled(partial(torch.optim.SGD, lr=0.5), steps=1)
+    with pytest.raises(ValueError, match=r"'x2'.*does not depend on its own variables"):
+        respond.init(game, follower="x2")
+    alone = bl.Game(
+        x=bl.Player(lambda x, y: (x - y) ** 2, torch.tensor(0.5)), y=bl.Player(lambda y: y**2, torch.tensor(1.0))
+    )
+    assert abs(bl.solve(alone, optimizer=partial(torch.optim.SGD, lr=0.3), steps=60).variables["x"].item()) < 1e-4
+    with pytest.raises(ValueError, match=r"'y'.*does not depend on 'x', who moves before it.*no response"):
+        bl.solve(alone, y=respond, steps=1)
+
+
+def test_a_gradient_that_is_no_number_at_the_start_is_named():
+    with pytest.raises(ValueError, match=r"'y'.*finite, but its gradient in the variables of 'y'\['w'\] holds NaN"):
+        bl.Game(
+            x=bl.Player(lambda y: y["w"].sum(), torch.tensor(1.0)),
+            y=bl.Player(
+                lambda x, y: x * y["w"].norm().sqrt() + y["b"].sum(), {"w": torch.zeros(2), "b": torch.ones(2)}
+            ),
         )
 
 

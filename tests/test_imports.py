@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ MAY = {
     "testing": SOLVE,
     "comparison": SOLVE | {"testing"},
 }
+# The same for the applications: what lies below them, and then each of them, which imports no other.
+BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
+APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "paper", "compare"}
+GAMES_MAY = {
+    "errors": set(),
+    "experiments": {"errors"},
+    "matrix": {"errors"},
+    "cross_validation": {"errors"},
+    "problems": {"errors", "experiments"},
+    **dict.fromkeys(APPLICATIONS, BELOW),
+    "cli": APPLICATIONS,
+    "__main__": {"cli"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -51,6 +65,41 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def circle(folder: Path) -> list[str]:
+    """The modules of a circle of imports inside a folder, the first one again at its end; [] when there is none.
+
+    It counts imports inside functions and those for type checkers alone as well.
+    """
+    files = {}
+    for path in folder.rglob("*.py"):
+        dotted = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(dotted[:-1] if dotted[-1] == "__init__" else dotted)] = path
+    graph = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {module if module in files else node.module for module in inside}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+        graph[name] &= set(files)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as found:
+        return list(found.args[1])
+    return []
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(p.parent for room in ("bilevel", "games") for p in (ROOT / room).glob("*/__init__.py")),
+    ids=lambda p: f"{p.parent.name}/{p.name}",
+)
+def test_no_circle_inside_a_folder(folder: Path) -> None:
+    assert circle(folder) == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bilevel").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_downhill(path: Path) -> None:
     room = path.relative_to(ROOT / "bilevel").parts[0].removesuffix(".py")
@@ -61,6 +110,16 @@ def test_imports_run_downhill(path: Path) -> None:
     assert room in MAY, f"{room} is a new room: say in MAY what it may import"
     used = {name.split(".")[1] for name in names if name.startswith("bilevel.")}
     assert used <= MAY[room] | {room}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "games").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_application_imports_another(path: Path) -> None:
+    room = path.relative_to(ROOT / "games").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in GAMES_MAY, f"{room} is a new room: say in GAMES_MAY what it may import"
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("games.")}
+    assert used <= GAMES_MAY[room] | {room}
 
 
 def test_importing_is_light() -> None:

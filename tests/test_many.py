@@ -94,7 +94,7 @@ RESPONSES = {
     "implicit lbfgs": bl.Implicit(
         partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"), 3, None, linear_solver=bl.GMRES(rtol=1e-12)
     ),
-    "implicit scipy": bl.Implicit(bl.Scipy("L-BFGS-B"), tolerance=1e-7, linear_solver=CG),
+    "implicit scipy": bl.Implicit(bl.Scipy("L-BFGS-B"), tolerance=1e-6, linear_solver=CG),
 }
 
 
@@ -103,8 +103,8 @@ RESPONSES = {
 def test_the_same_answers_as_the_loop(make, response):
     games = make()
     follower = games.names[-1]
-    # SciPy's line search amplifies rounding up to its own tolerance.
-    atol = 1e-7 if isinstance(response, bl.Implicit) and isinstance(response.optimizer, bl.Scipy) else 1e-10
+    # SciPy's line search amplifies rounding up to its own tolerance, which curvatures of at least .27 divide.
+    atol = 1e-5 if isinstance(response, bl.Implicit) and isinstance(response.optimizer, bl.Scipy) else 1e-10
     assert_as_alone(games, atol, optimizer=partial(ADAM, lr=0.05), steps=4, **{follower: response})
 
 

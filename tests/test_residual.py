@@ -265,7 +265,6 @@ def test_many_games_rest_each_where_it_rests_alone():
         (lambda y, gradient: gradient.sum(), ValueError, r"its residual returned \[\(\)\]; expected.*\(3,\)"),
         (lambda y, gradient: gradient / 0.0, ValueError, "residual at init.*NaN or infinite"),
         (lambda y, gradient: gradient.float(), ValueError, r"residual at init is torch\.float32"),
-        (lambda y: y - 1.0, ValueError, "its residual does not depend on 'x', who moves before"),
         (lambda x, y: x, ValueError, "its residual does not depend on its own variables"),
         (lambda x, y: (x - y).detach(), ValueError, "its residual is not differentiable"),
     ],
@@ -273,6 +272,11 @@ def test_many_games_rest_each_where_it_rests_alone():
 def test_a_residual_that_cannot_be_meant_is_refused_before_any_work(residual, error, text):
     with pytest.raises(error, match=text):
         game(residual)
+
+
+def test_a_residual_that_nobody_moves_is_no_followers():
+    with pytest.raises(ValueError, match="its residual does not depend on 'x', who moves before"):
+        bl.Unrolled(partial(SGD, lr=1.0)).init(game(lambda y: y - 1.0))
 
 
 def test_no_name_of_a_player_reaches_an_optimisers_own_options():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -27,6 +26,7 @@ from problem import MOST, Problem, optimum, problems
 from torch import Tensor
 
 import bilevel as bl
+from benchmarks.head import head
 
 ERRORS = (1e-3, 1e-6)
 Solver = Callable[[bl.ConjugateGradient], bl.linear.LinearSolver]
@@ -85,7 +85,7 @@ def run(problem: Problem, solvers: Sequence[bl.linear.LinearSolver]) -> list[Ste
         (found,) = torch.autograd.grad(problem.lead(y), x)
         seconds = time.process_time() - began
         state = response.after_backward(state, y)
-        steps.append(Step(found, int(state["linear"]["products"]), seconds))
+        steps.append(Step(found, response.report(state).products, seconds))
     return steps
 
 
@@ -156,8 +156,7 @@ def main() -> None:
                 | {"products": [step.products for step in rounds[0]], "seconds": seconds}
             )
             print(rows[-1], flush=True)
-        machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-        report = {"machine": machine, "seed": 0, "rounds": chosen.rounds, "steps": chosen.steps, "rows": rows}
+        report = {**head(), "rounds": chosen.rounds, "steps": chosen.steps, "rows": rows}
         chosen.output.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from scipy.linalg import ldl
 from torch import Tensor
 
 import bilevel as bl
+from benchmarks.head import head
 
 ERRORS = (1e-3, 1e-6)
 
@@ -109,8 +109,7 @@ def main() -> None:
         "BlockDiagonal": iterations(network, bl.linear.BlockDiagonal(shapes=network.shapes), truth),
     }
     print(found["iterations"], flush=True)
-    machine = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    chosen.output.write_text(json.dumps({"machine": machine, "seed": 0} | found, indent=1) + "\n")
+    chosen.output.write_text(json.dumps({**head(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

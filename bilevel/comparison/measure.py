@@ -23,7 +23,7 @@ from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
-from bilevel.responses import Hypernetwork, Response, Unrolled
+from bilevel.responses import Response
 from bilevel.responses.base import State
 from bilevel.solving import solve
 from bilevel.tree import Variables, flatten, leaves, map_leaves
@@ -138,10 +138,8 @@ class Valuation:
         others[setting.leader] = variables
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", BilevelWarning)
-            answer, state = self.response(game, others, self.state, setting.held(follower))
+            answer, self.state = self.response(game, others, self.state, setting.held(follower))
             loss = game.loss(setting.leader, {**others, follower: answer}, setting.held(setting.leader))
-        # Another leader's curvature is no guide: L-BFGS begins anew from the answer.
-        self.state = state | ({"optimizer": None} if "optimizer" in state else {})
         return _finite(float(loss))
 
 
@@ -202,18 +200,10 @@ def _ladder(
 
 
 def budgeted(response: Response, budget: float) -> Response | None:
-    """The response with `budget` times its steps (Hypernetwork: of fitting, all as warm-up); None if it has none."""
+    """The response with `budget` times its own budget of steps; None if it has none."""
     if budget == 1.0:
         return response
-    if isinstance(response, Hypernetwork):
-        return dataclasses.replace(response, warmup=max(1, round(budget * (response.warmup + response.steps))), steps=0)
-    if isinstance(response, Unrolled) and response.backprop_steps is not None:
-        steps = max(1, round(budget * response.steps))
-        return dataclasses.replace(response, steps=steps, backprop_steps=min(response.backprop_steps, steps))
-    if not dataclasses.is_dataclass(response):
-        return None
-    own = {field.name: getattr(response, field.name) for field in dataclasses.fields(response)}.get("steps")
-    return dataclasses.replace(response, steps=max(1, round(budget * own))) if isinstance(own, int) else None
+    return None if response.budget is None else response.with_budget(max(1, round(budget * response.budget)))
 
 
 def _played(

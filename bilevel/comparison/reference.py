@@ -49,16 +49,28 @@ class Polished(InnerSolver):
         return (there if left[1] <= left[0] else near), None
 
 
+@dataclass(frozen=True)
+class Searched(InnerSolver):
+    """L-BFGS with a line search, anew for each leader: another leader's curvature is no guide."""
+
+    def minimise(
+        self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
+    ) -> tuple[list[Tensor], Any]:
+        """Its answer; nothing is remembered."""
+        found, _ = TorchOptimizer(SEARCHED).minimise(problem, y, None, steps=steps, threshold=threshold)
+        return found, None
+
+
 def converged(dtype: torch.dtype) -> Implicit:
     """For hypergradients: to 1e-10 in float64, 1e-5 else."""
     if dtype == torch.float64:
         return Implicit(Polished(), steps=40, tolerance=1e-10, linear_solver=ConjugateGradient(rtol=1e-10))
-    return Implicit(SEARCHED, steps=40, tolerance=1e-5, linear_solver=ConjugateGradient(rtol=1e-5))
+    return Implicit(Searched(), steps=40, tolerance=1e-5, linear_solver=ConjugateGradient(rtol=1e-5))
 
 
 def settled(dtype: torch.dtype) -> Implicit:
     """For values, which are shown to four digits: to 1e-6 in float64, 1e-4 else."""
-    return Implicit(SEARCHED, steps=40, tolerance=1e-6 if dtype == torch.float64 else 1e-4)
+    return Implicit(Searched(), steps=40, tolerance=1e-6 if dtype == torch.float64 else 1e-4)
 
 
 def least(known: KnownGame) -> float | None:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.comparison.charts import COLOURS, FAINT, INK, Chart, charts, looks
+from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.rows import Spread, Summary, number, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from bilevel.comparison.result import Comparison
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -37,7 +36,7 @@ COLUMNS = (
 MARKS = {"passed": "✓", "failed": "✗"}
 
 
-def page(comparison: Comparison) -> str:
+def page(comparison: Measurements) -> str:
     """The whole page."""
     drawn = charts(comparison)
     parts = {
@@ -78,7 +77,7 @@ def svg(figure: Figure, name: str, alt: str) -> str:
     return opening + text[text.index(">") + 1 :]
 
 
-def _lead(comparison: Comparison) -> str:
+def _lead(comparison: Measurements) -> str:
     held = {"game": comparison.games, "response": comparison.responses, "seed": comparison.seeds}
     steps = comparison.settings.get("steps")
     told = ", ".join(f"{len(found)} {noun if len(found) == 1 else noun + 's'}" for noun, found in held.items())
@@ -108,7 +107,7 @@ def _head(heading: str, key: str, meaning: str) -> str:
     )
 
 
-def _row(comparison: Comparison, summary: Summary, place: int) -> str:
+def _row(comparison: Measurements, summary: Summary, place: int) -> str:
     colour = COLOURS.index(looks(comparison)[summary.response]["color"])
     troubles = summary.warnings + summary.failures
     told = f"{summary.failures} failed" if summary.failures else str(summary.warnings or "")
@@ -139,7 +138,7 @@ def _cell(spread: Spread | None, form: Any = number) -> str:
     return f'<td data-value="{spread.median!r}">{median}{extent}</td>'
 
 
-def _warnings(comparison: Comparison) -> str:
+def _warnings(comparison: Measurements) -> str:
     """Failures in plain sight, warnings folded by response, the same kind of words once with its runs."""
     failed = [row for row in comparison.rows if row.failure]
     failures = [f"{row.response} on {row.game}, seed {row.seed}: {row.failure}" for row in failed]
@@ -170,7 +169,7 @@ def _list(items: Iterable[str], kind: str) -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
 
 
-def _laws(comparison: Comparison) -> str:
+def _laws(comparison: Measurements) -> str:
     """A row a law, a column a response; notes below their verdict."""
     if not comparison.laws:
         return "<p>Not checked in this comparison. <code>bilevel.testing.check_response</code> checks them.</p>"
@@ -193,7 +192,7 @@ def _laws(comparison: Comparison) -> str:
     )
 
 
-def _references(comparison: Comparison) -> str:
+def _references(comparison: Measurements) -> str:
     heads = ("Game", "Seed", "Kind", "Norm of the hypergradient", "Follower's gradient left", "Linear residual left")
     rows = []
     for r in comparison.references:
@@ -204,7 +203,7 @@ def _references(comparison: Comparison) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _settings(comparison: Comparison) -> str:
+def _settings(comparison: Measurements) -> str:
     content: Mapping[str, Any] = {
         **comparison.settings,
         "versions": ", ".join(f"{name} {number_}" for name, number_ in comparison.versions.items()),

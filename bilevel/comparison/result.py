@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
-from bilevel.comparison.rows import Reference, Row, Spread, Summary, number, plain, size, summarise
+from bilevel.comparison.charts import charts
+from bilevel.comparison.measurements import Measurements
+from bilevel.comparison.report import page
+from bilevel.comparison.rows import Reference, Row, Spread, number, plain, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-Laws = Mapping[str, Sequence[tuple[str, str, str]]]
-"""For each response (law, verdict, note): a verdict is "passed", "failed" or another word."""
 
-
+@final
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Measurements):
     """Games x responses x seeds, side by side.
 
     Attributes:
@@ -36,47 +36,6 @@ class Comparison:
         >>> print(Comparison(rows=(row,)).warnings[0])
         one step on ridge: failed with seed 0: solve: too bad
     """
-
-    rows: tuple[Row, ...]
-    references: tuple[Reference, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    machine: str = ""
-    laws: Laws = field(default_factory=dict)
-
-    @property
-    def games(self) -> tuple[str, ...]:
-        """The games, in their order."""
-        return tuple(dict.fromkeys(row.game for row in self.rows))
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        """The responses, in their order."""
-        return tuple(dict.fromkeys(row.response for row in self.rows))
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds, in their order."""
-        return tuple(dict.fromkeys(row.seed for row in self.rows))
-
-    @property
-    def summaries(self) -> list[Summary]:
-        """Medians and ranges over the seeds, one for each game and response."""
-        return summarise(self.rows, self.references)
-
-    @property
-    def warnings(self) -> list[str]:
-        """Every failure, then every warning, with the runs that it is of; the same words are told once a run."""
-        failures, rest = [], []
-        for row in self.rows:
-            who = f"{row.response} on {row.game}"
-            if row.failure is not None:
-                failures.append(f"{who}: failed with seed {row.seed}: {row.failure}")
-            rest += [f"{who}, seed {row.seed}: {text}" for text in row.warnings]
-        for reference in self.references:
-            if reference.failure is not None:
-                failures.append(f"reference of {reference.game}, seed {reference.seed}: {reference.failure}")
-        return failures + rest
 
     def table(self) -> Table:
         """One line for each game and response: medians over the seeds, with the range where there is one."""
@@ -161,8 +120,6 @@ class Comparison:
         Raises:
             ImportError: Without matplotlib.
         """
-        from bilevel.comparison.charts import charts  # noqa: PLC0415 - matplotlib is optional
-
         return {name: chart.figure for name, chart in charts(self).items()}
 
     def to_html(self, path: str | Path) -> None:
@@ -171,8 +128,6 @@ class Comparison:
         Raises:
             ImportError: Without matplotlib.
         """
-        from bilevel.comparison.report import page  # noqa: PLC0415 - matplotlib is optional
-
         Path(path).write_text(page(self), encoding="utf-8")
 
 

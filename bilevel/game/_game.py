@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bilevel.game.checks import RESERVED, check_names, check_objectives, check_variables
+from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
-from bilevel.game.modules import lent
+from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
@@ -42,6 +42,7 @@ class Parts:
     streams: Mapping[str, Stream]
     groups: Groups
     anticipated: Mapping[str, Anticipated]
+    depends: Depends
 
 
 class Game:
@@ -76,11 +77,16 @@ class Game:
             initial=initial,
             structures={name: structure_of(value) for name, value in initial.items()},
             buffers={name: player.buffers() for name, player in players.items()},
-            streams={name: Stream(name, p.data) for name, p in players.items() if p.data is not None},
+            streams={
+                name: Stream(name, p.data, leaves(initial[name])[0].device)
+                for name, p in players.items()
+                if p.data is not None
+            },
             groups=Groups(),
             anticipated={},
+            depends={},
         )
-        check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -111,6 +117,10 @@ class Game:
     def anticipated(self) -> frozenset[str]:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._parts.anticipated)
+
+    def require_follower(self, name: str) -> None:
+        """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
+        check_follower(name, self.members(name), self._parts.players, self._parts.depends)
 
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
@@ -194,6 +204,14 @@ class Game:
             return None, None
         return self._parts.streams[player].draw(position)
 
+    def stop_reading(self) -> None:
+        """Stop the workers that read the players' data; `solve` does so in the end.
+
+        Whoever draws again starts them again, and reads from the beginning of its pass up to its position.
+        """
+        for stream in self._parts.streams.values():
+            stream.close()
+
     def loss(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> Tensor:
@@ -226,6 +244,10 @@ class Game:
         arguments = self._given(player, function, variables)
         if "batch" in self._named(player, function):
             arguments["batch"] = batch
+        for name, given in arguments.items():
+            module = self._parts.players[name].init if name in self._parts.players else None
+            if isinstance(module, nn.Module) and isinstance(given, Mapping):
+                arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
         with lent(self._parts.players, current, arguments) as advanced:

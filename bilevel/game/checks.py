@@ -17,7 +17,7 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "progress", "seed", "dynamics"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics"),
     )
 )
 
@@ -88,13 +88,21 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> None:
+Depends = Mapping[str, frozenset[str]]
+"""Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
+
+
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends:
     """Evaluate each objective once and see from the graph what it depends on."""
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
+    depends: dict[str, frozenset[str]] = {}
     for name in players:
-        for other, paths in _dependence(game, name, players, initial).items():
-            reached[other] |= paths
+        in_loss, in_residual = _dependence(game, name, players, initial)
+        depends[name] = frozenset(in_residual)
+        for found in (in_loss, in_residual):
+            for other, paths in found.items():
+                reached[other] |= paths
     for name, player in players.items():
         if player.optimizer_hyper:
             continue
@@ -107,12 +115,52 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> None:
             )
         if missing and name == next(iter(players)):
             raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
+    order = list(players)
+    for name in order[1:]:
+        later = order[order.index(name) + 1 :]
+        # A leader need not appear in its own loss: it may act through those who move after it.
+        if name not in depends[name] and not any(name in depends[other] for other in later):
+            raise ValueError(_chooses_nothing(name, players))
+    return depends
+
+
+def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
+    """Refuse a follower that has nothing to choose, or nobody to answer to; `members` make it up."""
+    for member in members:
+        if member not in depends[member]:
+            raise ValueError(_chooses_nothing(member, players))
+    order = list(players)
+    earlier = order[: min(order.index(member) for member in members)]
+    answers = frozenset().union(*(depends[member] for member in members))
+    if not any(other in answers or players[other].optimizer_hyper for other in earlier):
+        what = _what(players[members[0]])
+        raise ValueError(
+            f"Player {name!r}: its {what} does not depend on {' or '.join(map(repr, earlier))}, who moves "
+            f"before it; its response would have no derivative. Use that argument in the {what}, make the leader "
+            "Player(..., optimizer_hyper=True) when it tunes the inner optimiser, or give this player no response, so "
+            "that it leads too."
+        )
+
+
+def _what(player: Player) -> str:
+    return "objective" if player.follows_loss else "residual"
+
+
+def _chooses_nothing(name: str, players: Mapping[str, Player]) -> str:
+    return (
+        f"Player {name!r}: its {_what(players[name])} does not depend on its own variables, so that it has nothing to "
+        "choose. Did the objective use a module's own parameters instead of the argument?"
+    )
+
+
+Paths = dict[str, set[str]]
+"""Player -> the paths of those of its leaves that something depends on."""
 
 
 def _dependence(
     game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
-) -> dict[str, set[str]]:
-    """The leaves that a player's loss depends on: player -> paths. Refuses losses that nothing can be done with."""
+) -> tuple[Paths, Paths]:
+    """What a player's loss depends on, and what its residual does; refuses losses that nothing can be done with."""
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
@@ -134,24 +182,23 @@ def _dependence(
     if not loss.requires_grad:
         raise ValueError(
             f"Player {name!r}: its loss is not differentiable in any player's variables (dtype {loss.dtype}, no "
-            "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a module is "
-            "called by torch.func.functional_call(model, weights, inputs)."
+            "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a player that is "
+            "a module is called itself: weights(inputs)."
         )
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    if players[name].follows_loss:
-        _check_dependence("objective", name, found, players)
-        return found
-    rests = _residual_dependence(game, name, trial, batch)
-    _check_dependence("residual", name, rests, players)
-    return {other: found.get(other, set()) | rests.get(other, set()) for other in (*found, *rests)}
+    rests = found if players[name].follows_loss else _residual_dependence(game, name, trial, batch)
+    if not found or not rests:
+        told = "residual" if found else "loss"
+        raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
+    return found, rests
 
 
-def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]) -> dict[str, set[str]]:
+def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]) -> Paths:
     owners = [(other, path, leaf) for other, v in trial.items() for path, leaf in named_leaves(v)]
     grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
-    found: dict[str, set[str]] = {}
+    found: Paths = {}
     for (other, path, _), grad in zip(owners, grads, strict=True):
         if grad is None:
             continue
@@ -165,9 +212,7 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
     return found
 
 
-def _residual_dependence(
-    game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object
-) -> dict[str, set[str]]:
+def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object) -> Paths:
     """The same of a residual of the player's own; refuses one that is not finite or not of the form of its init."""
     others = {other: v for other, v in trial.items() if other != name}
     with random_kept(game.device), torch.enable_grad():
@@ -206,29 +251,6 @@ def _refuse_own_parameters(
             other, path = owned[id(leaf)]
             raise ValueError(
                 f"Player {name!r}: its objective uses {path!r} of the module of player {other!r} itself, and not the "
-                f"argument `{other}`: what the game moves would never be seen. Call the module by "
-                f"torch.func.functional_call(model, {other}, (inputs,))."
+                f"argument `{other}`: what the game moves would never be seen. Call the argument to run the module: "
+                f"{other}(inputs)."
             )
-
-
-def _check_dependence(what: str, name: str, found: Mapping[str, set[str]], players: Mapping[str, Player]) -> None:
-    if not found:
-        raise ValueError(
-            f"Player {name!r}: its {'loss' if what == 'objective' else what} depends on no player's variables."
-        )
-    order = list(players)
-    position = order.index(name)
-    if position == 0:
-        return
-    if name not in found:
-        raise ValueError(
-            f"Player {name!r}: its {what} does not depend on its own variables, so that it has nothing to "
-            "choose. Did the objective use a module's own parameters instead of the argument?"
-        )
-    earlier = order[:position]
-    if not any(other in found or players[other].optimizer_hyper for other in earlier):
-        raise ValueError(
-            f"Player {name!r}: its {what} does not depend on {' or '.join(map(repr, earlier))}, who moves "
-            "before it; its response would have no derivative. Use that argument in the objective, or make the "
-            "leader Player(..., optimizer_hyper=True) when it tunes the inner optimiser."
-        )

@@ -1,79 +1,200 @@
-"""Batches for ever, from any iterable, with the place in it as plain numbers.
+"""Batches for ever, from any data, with the place in it as plain numbers.
 
 A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. (A joint player's is a dict
-of its members'.) Two draws at the same
-position give the same batch, so that a saved position resumes bit for bit.
+of its members'.) Two draws at the same position give the same batch, so that a saved position resumes bit for bit.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
 
-from bilevel.errors import ExhaustedDataError
-from bilevel.randomness import random_kept
+from bilevel.errors import DataError, ExhaustedDataError
+from bilevel.game.passes import END, Place, Reader, Source
 
 Batch = Any
 Position = dict[str, Any]
 
-_LIVE_ITERATORS = 4  # a few consumers may read one stream in turn; each re-reads its epoch if it is pushed out
+_CPU = torch.device("cpu")
+_READERS = 4  # a few consumers may go their own ways through one stream
+_FEW, _MANY = 4, 64  # batches that are kept: as a rule, and where somebody comes back for more
+_REMEMBERED = 1024  # places, of which nothing but the numbers is kept
+_WAY_OUT = "Pass a list of batches, a DataLoader, or a function that makes the iterator of a pass: data=lambda: make()."
 
 
 class Stream:
     """The batches of one player, re-iterated for ever.
 
-    The order within a pass is made from the position's seed and epoch: while a pass begins, PyTorch's global
-    generator (and a DataLoader's own) is seeded from them, and the global one is then put back. Live iterators are
-    only a cache: any position can be reached again, at the price of skipping to it.
+    Each batch is a function of its position: the order within a pass, and what data draw from PyTorch's generators,
+    come from the seed and the pass (see `Reader`); drawing leaves the global generators as they were. What data draw
+    from Python's or NumPy's global numbers is theirs, except in a DataLoader's workers, which are seeded.
+
+    A batch is read once for all who ask for it soon: the last few are kept, and as many more, up to 64, as it takes
+    once somebody has come back for one that was gone. A position further away (a resumed run) is reached from the
+    start of its pass. A list is read by number, and nothing of it is kept.
     """
 
-    def __init__(self, owner: str, data: Iterable[Batch]) -> None:
+    def __init__(self, owner: str, data: Source, device: torch.device = _CPU) -> None:
         self.owner = owner
         self.data = data
-        self._live: OrderedDict[tuple[int, int, int], Iterator[Batch]] = OrderedDict()
+        self.device = device
+        self._functions: tuple[Callable[[Batch], Batch], ...] = ()
+        self._readers: list[Reader] = []
+        self._recent = _RecentBatches()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: the data. Live iterators cannot travel, and are made again."""
-        return {"owner": self.owner, "data": self.data, "_live": OrderedDict()}
+        """What another process needs: the data. Readers cannot travel, and are made again."""
+        return vars(self) | {"_readers": [], "_recent": _RecentBatches()}
 
     @staticmethod
     def start(seed: int = 0) -> Position:
         """The position of the first batch."""
         return {"seed": seed, "epoch": 0, "index": 0}
 
+    def mapped(self, function: Callable[[Batch], Batch]) -> Stream:
+        """The same stream with a function of each batch; the two read together."""
+        other = Stream(self.owner, self.data, self.device)
+        other._functions = (*self._functions, function)
+        other._readers, other._recent = self._readers, self._recent
+        return other
+
     def draw(self, position: Position) -> tuple[Batch, Position]:
         """The batch at a position, and the position after it.
 
-        Raises `ExhaustedDataError` when a pass over the data gives nothing at all.
+        Raises `ExhaustedDataError` when a pass over the data gives nothing at all, and `DataError` from what the data
+        raise, or when a pass is too short for the position.
         """
-        seed, epoch, index = position["seed"], position["epoch"], position["index"]
-        iterator = self._live.pop((seed, epoch, index), None)
-        try:
-            if iterator is None:
-                iterator, batch = self._skip_to(seed, epoch, index)
-            else:
-                batch = next(iterator)
-        except StopIteration:
-            if index == 0:
-                raise ExhaustedDataError(
-                    f"The data of player {self.owner!r} gave no batch in pass {epoch + 1}. Data must be an iterable "
-                    "that can be iterated again and again, such as a list of batches or a DataLoader."
-                ) from None
-            return self.draw({"seed": seed, "epoch": epoch + 1, "index": 0})
-        self._live[(seed, epoch, index + 1)] = iterator
-        while len(self._live) > _LIVE_ITERATORS:
-            self._live.popitem(last=False)
-        return batch, {"seed": seed, "epoch": epoch, "index": index + 1}
+        place = (position["seed"], position["epoch"], position["index"])
+        if isinstance(self.data, list | tuple):
+            batch, (seed, epoch, index) = self._listed(self.data, place)
+        else:
+            found = self._recent.find(place)
+            if found is None:
+                found = self._read(place)
+                self._recent.keep(place, found)
+            batch, (seed, epoch, index) = found
+        for function in self._functions:
+            batch = function(batch)
+        return batch, {"seed": seed, "epoch": epoch, "index": index}
 
-    def _skip_to(self, seed: int, epoch: int, index: int) -> tuple[Iterator[Batch], Batch]:
-        order = (seed * 1_000_003 + epoch) % 2**63
-        with random_kept(start=order):
-            if isinstance(self.data, DataLoader) and self.data.generator is not None:
-                self.data.generator.manual_seed(order)
-            iterator = iter(self.data)
-            for _ in range(index + 1):
-                batch = next(iterator)
-        return iterator, batch
+    def close(self) -> None:
+        """Stop what reads, with its workers, and let go of the batches; the next draw begins its pass anew."""
+        self._readers.clear()
+        self._recent.clear()
+
+    def _listed(self, batches: list[Batch] | tuple[Batch, ...], place: Place) -> tuple[Batch, Place]:
+        seed, epoch, index = place
+        if index == len(batches) > 0:
+            epoch, index = epoch + 1, 0
+        if not batches:
+            raise self._exhausted(epoch)
+        if index > len(batches):
+            raise self._shrunk(place, len(batches))
+        return batches[index], (seed, epoch, index + 1)
+
+    def _read(self, place: Place) -> tuple[Batch, Place]:
+        reader: Reader | None = None
+        at = place
+        try:
+            # Out of the list while it reads: one that fails is not used again.
+            reader = next((r for r in self._readers if r.place == place), None)
+            if reader is None:
+                self._recent.missed(place)
+                reader = self._begin(Reader(self.data, self.device), *place[:2])
+                while reader.place != place:
+                    at = reader.place
+                    if reader.read() is END:
+                        raise self._shrunk(place, at[2])
+            else:
+                self._readers.remove(reader)
+            at = reader.place
+            batch = reader.read()
+            if batch is END:
+                seed, epoch, index = at
+                if index:
+                    at = (seed, epoch + 1, 0)
+                    self._begin(reader, seed, epoch + 1)
+                    batch = reader.read()
+                if batch is END:
+                    raise self._exhausted(at[1])
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"The data of player {self.owner!r} raised {type(error).__name__} at batch {at[2] + 1} of pass "
+                f"{at[1] + 1}: {error}"
+            ) from error
+        self._resting(reader)
+        return batch, reader.place
+
+    def _begin(self, reader: Reader, seed: int, epoch: int) -> Reader:
+        before = [reader.iterator, *(other.iterator for other in self._readers)]
+        reader.begin(seed, epoch)
+        if not reader.resumes and any(reader.iterator is other for other in before):
+            raise ExhaustedDataError(
+                f"The data of player {self.owner!r} gave, for pass {epoch + 1}, the iterator that it had given before: "
+                f"it can be iterated once only. {_WAY_OUT}"
+            )
+        return reader
+
+    def _resting(self, reader: Reader) -> None:
+        """Keep a reader for the next draw, and few in all."""
+        if self._recent.enough:  # one reads for all who come here
+            self._readers[:] = [other for other in self._readers if other.place != reader.place]
+        self._readers.append(reader)
+        del self._readers[:-_READERS]
+
+    def _exhausted(self, epoch: int) -> ExhaustedDataError:
+        return ExhaustedDataError(
+            f"The data of player {self.owner!r} gave no batch in pass {epoch + 1}. Data must be an iterable that can "
+            f"be iterated again and again. {_WAY_OUT}"
+        )
+
+    def _shrunk(self, place: Place, length: int) -> DataError:
+        _, epoch, index = place
+        return DataError(
+            f"The data of player {self.owner!r} ended after {length} batches of pass {epoch + 1}, but its position is "
+            f"at batch {index + 1}: they were more before. Data must give the same batches whenever a pass is iterated "
+            "again; a run is resumed with the data that it was saved with."
+        )
+
+
+class _RecentBatches:
+    """The batches that were read last, each with the place after it, by their places."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Place, tuple[Batch, Place]] = OrderedDict()
+        self._order: OrderedDict[Place, int] = OrderedDict()
+        self._count, self._most = 0, _FEW
+        self.enough = True
+        """Whether nobody comes back for more than can be kept."""
+
+    def find(self, place: Place) -> tuple[Batch, Place] | None:
+        """What was read at a place, if it is still there."""
+        return self._kept.get(place)
+
+    def keep(self, place: Place, found: tuple[Batch, Place]) -> None:
+        """Keep what was read, in place of what was read long ago."""
+        self._count += 1
+        self._kept[place], self._order[place] = found, self._count
+        for entries, most in ((self._kept, self._most), (self._order, _REMEMBERED)):
+            entries.move_to_end(place)
+            while len(entries) > most:
+                entries.popitem(last=False)
+
+    def missed(self, place: Place) -> None:
+        """From now on keep so many that this one would still be here."""
+        if place not in self._order:
+            return
+        needed = self._count - self._order[place] + 1
+        self.enough = self.enough and needed <= _MANY
+        self._most = max(self._most, min(needed, _MANY))
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self._kept.clear()
+        self._order.clear()
+        self._count, self._most, self.enough = 0, _FEW, True

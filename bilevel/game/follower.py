@@ -99,6 +99,38 @@ class Follower:
         self.gradient_count += 1
         return loss, slopes
 
+    def next_state(
+        self,
+        state: Mapping[str, Any],
+        y: Sequence[Tensor],
+        residual: Sequence[Tensor],
+        *,
+        gradients: int = 0,
+        products: int = 0,
+    ) -> dict[str, Any]:
+        """The state after a call: a new dict, with whatever else the old one held.
+
+        Args:
+            state: the state that the call was given, which stays as it is.
+            y: the follower's leaves in answer; they are copied.
+            residual: F there, in the same leaves.
+            gradients: gradients of the call beyond those that `gradients` counted.
+            products: Hessian-vector products of the call, those of one backward pass included.
+
+        Inside a `torch.func` transform it is `state` itself: new tensors would leak out of the transform.
+        """
+        if transforms_active():
+            return dict(state)
+        return {
+            **state,
+            "variables": self.form.build([leaf.detach().clone() for leaf in y]),
+            "data": self.position,
+            "buffers": self.buffers.get(self.name, {}),
+            "gradients": state["gradients"] + self.gradient_count + gradients,
+            "products": state["products"] + products,
+            "stationarity": self.relative(self.norm(residual), state),
+        }
+
     def held_residual(self) -> HeldResidual:
         """F(y, *xs), for ever on the present batch, buffers and random numbers."""
         return HeldResidual(self)

@@ -47,3 +47,39 @@ def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
     numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]  # a batch may hold other things
     zero = sum((torch.zeros_like(t).sum() for t in numbers), torch.zeros(()))
     return lambda buffer: buffer + zero.to(buffer)
+
+
+class CallableVariables(dict[str, Tensor]):
+    """A module's variables by name, as a loss receives them: a mapping that can be called as the module is.
+
+    `weights(images)` runs the module with these variables in place of its own parameters: in training mode in the
+    loss of the player itself, in evaluation mode in the losses of others, and as `training=` says where it is given.
+    Submodules that are in evaluation mode while the module itself is in training mode stay so: somebody froze them.
+    Buffers advance as the game says; the module's own are put back.
+    """
+
+    def __init__(self, variables: Mapping[str, Tensor], module: nn.Module, training: bool) -> None:
+        super().__init__(variables)
+        self._module, self._training = module, training
+
+    def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
+        """What the module returns for these inputs."""
+        with _mode(self._module, self._training if training is None else training):
+            return torch.func.functional_call(self._module, dict(self), inputs, named)
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Set the modes of a module and its submodules, and put them back."""
+    before = {part: part.training for part in module.modules()}
+    if not training:
+        wanted = dict.fromkeys(before, False)
+    else:
+        wanted = before if module.training else dict.fromkeys(before, True)
+    try:
+        for part, mode in wanted.items():
+            part.training = mode
+        yield
+    finally:
+        for part, mode in before.items():
+            part.training = mode

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.game.data import Batch
+from bilevel.game.passes import Source
 from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
 from bilevel.tree import Variables, detached
 
@@ -23,9 +23,11 @@ class Player:
         objective: called with keyword arguments named after the players that it depends on, and with `batch` when the
             player has data; returns a scalar loss, to minimise.
         init: a tensor, a pytree of tensors, or an `nn.Module`: then the variables are the module's parameters that
-            require grad, as a dict by name, and its buffers (BatchNorm's statistics, say) travel along as state that
-            advances. The module itself is never changed.
-        data: any iterable of batches that can be iterated more than once; it is re-iterated for ever.
+            require grad, as a mapping by name that a loss can call, `weights(images)`: in training mode in the player's
+            own loss, in evaluation mode in the others', or as `weights(images, training=True)` says. Its buffers
+            (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed.
+        data: any iterable of batches that can be iterated more than once, or a function without arguments that makes
+            one for each pass; it is re-iterated for ever. Each batch is read once for all who ask for it.
         optimizer_hyper: declares that the variables are hyperparameters of the *inner optimiser*, a learning rate say:
             they reach the follower through `Unrolled(lambda params, lr: SGD(params, lr=lr))` and no objective.
         residual: what vanishes where this player, as a follower, rests: F(y, others) = 0. The default is the gradient
@@ -39,6 +41,7 @@ class Player:
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Examples:
+        >>> import torch
         >>> def loss(x, y): return ((y - x) ** 2).sum()
         >>> Player(loss, init=torch.zeros(3)).names
         ('x', 'y')
@@ -49,7 +52,7 @@ class Player:
 
     objective: Callable[..., Tensor]
     init: Any
-    data: Iterable[Batch] | None = None
+    data: Source | None = None
     optimizer_hyper: bool = field(default=False, kw_only=True)
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
 
@@ -58,16 +61,9 @@ class Player:
             raise TypeError(f"Player: objective is {kind(self.objective)}; expected a function that returns a loss.")
         refuse_unnamed("the objective", self.objective)
         if self.data is not None:
-            if isinstance(self.data, Tensor | Mapping) or not isinstance(self.data, Iterable):
-                raise TypeError(
-                    f"Player: data is {kind(self.data)}; expected an iterable of batches, such as a DataLoader or "
-                    "a list. A single batch is `data=[batch]`."
-                )
-            if isinstance(self.data, Iterator):
-                raise TypeError(
-                    f"Player: data is a {type(self.data).__name__}, which can be iterated only once and would be "
-                    "exhausted after one pass. Pass something re-iterable: a list of batches or a DataLoader."
-                )
+            check_data("Player: data", self.data)
+        if isinstance(self.init, nn.Module):
+            _refuse_uninitialised(self.init)
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -114,6 +110,15 @@ class Player:
         return {}
 
 
+def _refuse_uninitialised(module: nn.Module) -> None:
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"Player: the module's {path!r} has no shape yet; a lazy module gets it from its first batch. Call the "
+                "module once, model(inputs), before it becomes a player."
+            )
+
+
 def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
     """Raise `TypeError` for a parameter that cannot be named in a call."""
     for parameter in inspect.signature(function).parameters.values():
@@ -122,6 +127,32 @@ def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
                 f"Player: parameter {str(parameter)!r} of {what} cannot be named in a call. Name each parameter after "
                 "a player (and `batch`), as in `def loss(decay, weights, batch)`."
             )
+
+
+def check_data(told: str, data: object) -> None:
+    """Raise `TypeError`, which begins with `told`, for what gives no batches again and again."""
+    came = f"{told} is {kind(data)}"
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{came}, which can be iterated only once and would be exhausted after one pass. Pass something "
+            "re-iterable, a list of batches or a DataLoader, or a function that makes it: data=lambda: make()."
+        )
+    if isinstance(data, Iterable) and not isinstance(data, Tensor | Mapping | str):
+        return
+    if isinstance(data, Iterable | nn.Module) or not callable(data):
+        raise TypeError(
+            f"{came}; expected an iterable of batches, such as a DataLoader or a list, or a function that makes one. "
+            "A single batch is `data=[batch]`."
+        )
+    try:
+        inspect.signature(data).bind()
+    except ValueError:  # a few built-in functions have no signature
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{came}, {error}; a function that makes the batches of a pass is called without arguments: "
+            "data=lambda: make(...)."
+        ) from None
 
 
 def kind(value: object) -> str:

@@ -244,13 +244,18 @@ class _Schedule:
 
     def __init__(self, settings: TorchOptimizer, optimizer: torch.optim.Optimizer, memory: Any) -> None:
         self._optimizer, self._rates = optimizer, settings.rates
-        self._taken = 0 if memory is None else memory.get("taken", 0)
+        self._taken = 0 if memory is None else memory["taken"]
         self._run = None
         if settings.scheduler is not None:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):  # torch would write into the user's
                     group["lr"] = float(group["lr"])
-            self._run = build_scheduler(settings.scheduler, optimizer, None if memory is None else memory["runs"][0])
+            before = None if memory is None else memory.get("runs")
+            self._run = build_scheduler(settings.scheduler, optimizer, None if before is None else before[0])
+            if before is None and self._taken:
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of a scheduler without steps
+                for _ in range(self._taken):
+                    self._run.step()
 
     def before(self) -> None:
         """Set the next step's rate."""
@@ -269,7 +274,7 @@ class _Schedule:
     def memory(self) -> dict[str, Any] | None:
         """Where it is; None without a schedule."""
         if self._run is not None:
-            return {"runs": [remember_scheduler(self._run, self._optimizer)]}
+            return {"taken": self._taken, "runs": [remember_scheduler(self._run, self._optimizer)]}
         return None if self._rates is None else {"taken": self._taken}
 
 

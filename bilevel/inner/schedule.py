@@ -56,20 +56,25 @@ def tabulated(
 ) -> tuple[list[Changes], dict[str, Any]]:
     """What a torch scheduler sets in the next `count` steps from where `memory` left it, and the memory after them.
 
-    `make` gives the optimiser anew. A rate that is a tensor (a player's, say) comes out as an `Affine` function of it,
-    so that the rate may move between calls and has its derivative.
+    `make` gives the optimiser anew. A memory of the count of steps alone, which other settings left, is stepped to. A
+    rate that is a tensor (a player's, say) comes out as an `Affine` function of it, so that the rate may move between
+    calls and has its derivative.
     """
     symbolic = [isinstance(group["lr"], Tensor) for group in make().param_groups]
     bases = _BASES if any(symbolic) else _BASES[:1]
     runs, after = [], []
+    taken, before = (0, None) if memory is None else (memory["taken"], memory.get("runs"))
+    known = before is not None and len(before) == len(bases)
     for index, base in enumerate(bases):
         optimizer = make()
         for group, tensor in zip(optimizer.param_groups, symbolic, strict=True):
             if tensor:
                 group["lr"] = base
         tensors = [{n: group[n] for n in SCHEDULED if has_tensor(group.get(n))} for group in optimizer.param_groups]
-        run = build_scheduler(scheduler, optimizer, None if memory is None else memory["runs"][index])
+        run = build_scheduler(scheduler, optimizer, before[index] if before is not None and known else None)
         optimizer.step()  # without gradients it moves nothing; torch warns of schedulers that step before it
+        for _ in range(0 if known else taken):
+            run.step()
         rows = []
         for _ in range(count):
             for group, kept in zip(optimizer.param_groups, tensors, strict=True):
@@ -88,7 +93,12 @@ def tabulated(
                     "it would get no derivative. Give a plain number, or the rates themselves, rates=function of the "
                     "players."
                 )
-    return table, {"runs": after}
+    return table, {"taken": taken + count, "runs": after}
+
+
+def place_alone(memory: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How many steps a schedule has taken, for one with other settings to go on from."""
+    return None if memory is None else {"taken": memory["taken"]}
 
 
 def listed(rates: Sequence[float] | Tensor, groups: int, taken: int, count: int) -> list[Changes]:

@@ -49,7 +49,8 @@ class Scipy(InnerSolver):
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:
-            return form.split(torch.as_tensor(point, dtype=torch.float64).to(like))
+            # In torch's own memory: the last bits of MKL's sums depend on how a vector is aligned.
+            return form.split(torch.tensor(point, dtype=torch.float64).to(like))
 
         def value_and_gradient(point: Any) -> tuple[float, Any]:
             loss, slopes = problem.gradients(tensors(point))
@@ -95,7 +96,7 @@ class ScipyRoot(InnerSolver):
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:
-            return form.split(torch.as_tensor(point, dtype=torch.float64).to(like))
+            return form.split(torch.tensor(point, dtype=torch.float64).to(like))
 
         def residual(point: Any) -> Any:
             return np.asarray(join(problem.gradients(tensors(point))[1]).detach().to("cpu", torch.float64))

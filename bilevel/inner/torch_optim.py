@@ -172,6 +172,24 @@ def recall(
             optimizer.state[parameter] = _copied(remembered) if copy else dict(remembered)
 
 
+def kept_memory(
+    factory: OptimizerFactory, leaves: Sequence[Tensor], memory: Memory | None, names: Sequence[str] | None = None
+) -> Memory | None:
+    """`memory` where it has the form of what the factory's optimiser remembers of these leaves; None where it has not.
+
+    For a run that goes on with another optimiser: another learning rate keeps Adam's moments, SGD has no use for them.
+    """
+    try:
+        wanted = after_one_step(factory, leaves, names) or [{} for _ in leaves]
+    except TypeError:  # a factory that takes players as well
+        return None
+    return memory if memory is not None and list(map(_form, memory)) == list(map(_form, wanted)) else None
+
+
+def _form(slot: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v.shape) if isinstance(v, Tensor) else () for key, v in slot.items() if v is not None}
+
+
 # What schedulers set: the rate, and OneCycleLR and CyclicLR the momentum as well.
 SCHEDULED = ("lr", "momentum", "betas")
 

@@ -1,4 +1,4 @@
-"""What every linear solver takes and gives: products in, a solution with its residual out."""
+"""The contract of every linear solver: products in, a solution with its residual out."""
 
 from __future__ import annotations
 
@@ -6,65 +6,36 @@ import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, transforms_active
+from bilevel.autodiff import concrete
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
-
-
-@dataclass(frozen=True)
-class LinearOperator:
-    """A square matrix A `[n, n]` known only through its products.
-
-    `matvec` maps `v: [n]` to `A v: [n]` and leaves `v` alone. `symmetric` is a promise of the caller that A equals its
-    transpose; solvers that need it refuse an operator without it.
-
-    `checked`, where it is given, is taken instead of `matvec` for the product with a vector that may be the answer: a
-    caller who needs more than A u at the answer gets it from the product that measures the residual there. `interest`
-    maps u to what it is needed for: the hypergradient, for an adjoint.
-
-    >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    >>> LinearOperator(matrix.mv, symmetric=True).damped(0.5).matvec(torch.tensor([1.0, 0.0]))
-    tensor([2.5000, 1.0000])
-    """
-
-    matvec: Callable[[Tensor], Tensor]
-    symmetric: bool = False
-    checked: Callable[[Tensor], Tensor] | None = None
-    interest: Callable[[Tensor], Tensor] | None = None
-
-    def damped(self, damping: float) -> LinearOperator:
-        """A + damping * I."""
-        if damping == 0.0:
-            return self
-        checked = self.checked
-        return LinearOperator(
-            lambda v: self.matvec(v) + damping * v,
-            self.symmetric,
-            None if checked is None else lambda v: checked(v) + damping * v,
-            self.interest,
-        )
-
-    def residual(self, rhs: Tensor, solution: Tensor, *, last: bool = True, out: Tensor | None = None) -> Tensor:
-        """rhs - A u `[n]`, at one product, for a u `[n]` that may be the answer if `last`; written into `out: [n]`."""
-        product = self.checked if last and self.checked is not None else self.matvec
-        return torch.sub(rhs, product(solution), out=out)
+from bilevel.linear.norms import largest_entry, norm
+from bilevel.linear.operator import LinearOperator, Shapes, entries
+from bilevel.linear.system import Candidate, LinearSystem, Memory
 
 
 @dataclass(frozen=True)
 class LinearSolution:
     """What a solver found for (A + damping I) u = b.
 
-    `solution`: u `[n]`. `residual_norm`: |b - (A + damping I) u|, a 0-d tensor, computed from u itself. `products`:
-    how many products with A it took. `converged`: whether it is as good as was asked for. `error`: the estimated
-    relative error of what u is needed for, where the solver was asked to look at it, else NaN; infinite where the
-    solve was over before it had looked often enough. Inside `torch.func.vmap` the first two are one per system; the
-    others are plain numbers that speak for the whole batch.
+    Inside `torch.func.vmap` the first two are one per system; the others are plain numbers that speak for the whole
+    batch.
+
+    Args:
+        solution: u `[n]`.
+        residual_norm: |b - (A + damping I) u|, a 0-d tensor, computed from u itself.
+        products: How many products with A it took.
+        converged: Whether it is as good as was asked for.
+        error: The estimated relative error of what u is needed for, where the solver was asked to look at it, else NaN;
+            infinite where the solve was over before it had looked often enough.
+        memory: What to give the next solve of a system like this one; empty where none was given to this one.
+        mixed: What `LinearOperator.matvec_and_mixed` gave at u; None where it was not taken there.
     """
 
     solution: Tensor
@@ -72,18 +43,54 @@ class LinearSolution:
     products: int
     converged: bool
     error: float = math.nan
+    memory: Memory = field(default_factory=dict)
+    mixed: tuple[Tensor, ...] | None = None
+
+
+class SolvesLinearSystems(Protocol):
+    """What an implicit derivative asks of a solver: a `LinearSolver`, or what runs one on many games at once."""
+
+    @property
+    def from_optimizer(self) -> bool:
+        """Whether it depends on what the follower's own optimiser remembers."""
+
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
+        """The memory before the first system."""
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """The memory with what the follower's optimiser remembers."""
+
+    def solve(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        initial: Tensor | None = None,
+        *,
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> LinearSolution:
+        """u with A u = rhs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSolver(ABC):
-    """Solves (A + damping I) u = b from products with A.
+    r"""Solves a linear system from products with its matrix, to a residual that is measured.
 
-    Converged means |b - (A + damping I) u| <= max(rtol |b|, atol). With `rtol=None` no accuracy is asked for: the
-    answer is what the method's definition makes it, its residual is reported, and nothing warns. A solver that
-    stops short of its tolerance issues a `NonConvergenceWarning` with the residual and the wanted tolerance, or
-    raises `ConvergenceError` when `strict`.
+    $$
+    (A + \text{damping}\, I)\, u = b
+    \qquad\text{until}\qquad
+    |b - (A + \text{damping}\, I)\, u| \le \max(\text{rtol}\, |b|, \text{atol})
+    $$
 
-    A small residual is not a small error: |u - u*| <= |residual| / (smallest singular value of A + damping I).
+    A method of your own is a frozen dataclass with `iterate(system)`: the base checks what comes in, answers b = 0, and
+    judges what comes out. A small residual is not a small error: |u - u*| <= |residual| / (smallest singular value of
+    A + damping I).
+
+    Args:
+        rtol: Relative to |b|. None asks for no accuracy: the answer is what the method's definition makes it, its
+            residual is reported, and nothing warns.
+        atol: The least that is asked for.
+        damping: Added to the diagonal of A.
+        strict: Raise `ConvergenceError` when it stops short of its tolerance, instead of a `NonConvergenceWarning`.
     """
 
     rtol: float | None = 1e-6
@@ -92,12 +99,15 @@ class LinearSolver(ABC):
     strict: bool = False
 
     def __new__(cls, *args: object, **options: object) -> LinearSolver:
-        """Say who stops by more than a residual, where Python would only say that this solver does not."""
-        if "stopping" in options and "stopping" not in inspect.signature(cls.__init__).parameters:
-            raise TypeError(
-                f"{cls.__name__} was given stopping={options['stopping']!r}, but ends by its residual alone: rtol=. "
-                "On a symmetric system ConjugateGradient(stopping=...) looks at the hypergradient as well."
-            )
+        """Say who takes an option, where Python would only say that this solver does not."""
+        for name, value in options.items():
+            if _takes(cls, name) or _takes(LinearSolver, name):
+                continue
+            takers = sorted(f"{kind.__name__}({name}=...)" for kind in _kinds() if _takes(kind, name))
+            if takers:
+                raise TypeError(
+                    f"{cls.__name__} was given {name}={value!r}, which it does not take; {' or '.join(takers)} does."
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -107,22 +117,39 @@ class LinearSolver(ABC):
         self._require("atol", 0.0 <= self.atol < math.inf, wanted)
         self._require("damping", 0.0 <= self.damping < math.inf, f"{wanted}; it is added to the diagonal")
 
+    # What a method says of itself ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """The method: u with (A + damping I) u = rhs, as `system.measure(u)` measured it.
+
+        Take products by `system.matvec`, begin at `system.start()`, and stop once a residual's norm is within
+        `system.tolerance`. A method that learns reads `system.memory` and returns
+        `replace(system.measure(u), memory=...)`.
+        """
+
     @property
     def needs_symmetry(self) -> bool:
         """Whether it refuses a system that is not symmetric."""
         return False
 
     @property
+    def remedy(self) -> str:
+        """What to give it where it stops short of its tolerance: 'Give it more steps, more damping, ...'."""
+        return "more steps"
+
+    @property
     def from_optimizer(self) -> bool:
         """Whether it depends on what the follower's own optimiser remembers, and refuses one that remembers nothing."""
         return False
 
-    def init(self, like: Tensor) -> dict[str, Tensor]:
-        """What the method keeps from one system to the next like it, for `like: [n]` unknowns; {} if nothing.
-
-        A solver that keeps something takes it as `solve(..., memory=)`, and writes it in place.
-        """
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
+        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it has none."""
         return {}
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """The memory with what the follower's torch.optim optimiser remembers of each leaf; `[]` where it has none."""
+        return memory
 
     def loosened(self, factor: float) -> LinearSolver:
         """The same solver with `rtol` this many times larger, up to 1/2 where it is below that."""
@@ -130,16 +157,52 @@ class LinearSolver(ABC):
             return self
         return replace(self, rtol=loosened(self.rtol, factor))
 
-    def inform(self, memory: dict[str, Tensor], optimizer: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
-        """Take note of what the follower's torch.optim optimiser remembers of each leaf; writes `memory` in place."""
+    # What everybody calls --------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]` where the method can use it."""
+    @final
+    def solve(
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        initial: Tensor | None = None,
+        *,
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> LinearSolution:
+        """u `[n]` with (A + damping I) u = rhs.
+
+        Args:
+            operator: A.
+            rhs: `[n]`. Where it is 0, so is the solution, at no product.
+            initial: where to start, `[n]`, for methods that start somewhere.
+            memory: what earlier solves learned: `init(rhs)` at first, then the last solution's `memory`. It is not
+                written to. None: nothing is kept.
+
+        Raises:
+            ValueError: for vectors or a layout that cannot be of one system.
+            NonFiniteError: for NaN or infinity in them or in products.
+            NotSymmetricError: where `needs_symmetry` and the operator does not promise it.
+            ConvergenceError: when `strict`, for a residual above the tolerance.
+        """
+        if self.needs_symmetry:
+            self._require_symmetric(operator)
+        size = self._size(rhs, initial)
+        if operator.shapes is not None and entries(operator.shapes) != rhs.numel():
+            raise ValueError(
+                f"{type(self).__name__} was given an operator with shapes={[tuple(s) for s in operator.shapes]}, which "
+                f"have {entries(operator.shapes)} entries; the right-hand side has {rhs.numel()}."
+            )
+        system = LinearSystem.of(operator, self.damping, rhs, size, self._tolerance(size))
+        if concrete(size) == 0.0:
+            return self._judged(system, Candidate(torch.zeros_like(rhs), rhs, size), memory)
+        known = self.init(rhs, operator.shapes) if memory is None else dict(memory)
+        system = replace(system, initial=initial, memory=known, keeps=memory is not None)
+        return self._judged(system, self.iterate(system), memory)
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
         return self._tolerance(norm(rhs))
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _tolerance(self, size: Tensor) -> Tensor:
         """The same from |rhs|, which one pass over a long vector gives."""
@@ -158,7 +221,7 @@ class LinearSolver(ABC):
             )
 
     def _size(self, rhs: Tensor, initial: Tensor | None) -> Tensor:
-        """|rhs|, a 0-d tensor, of a system that can be solved; refuse others. Where it is 0, so is the solution."""
+        """|rhs|, a 0-d tensor, of a system that can be solved; refuse others."""
         name = type(self).__name__
         if rhs.dim() != 1 or rhs.numel() == 0 or not rhs.is_floating_point():
             raise ValueError(
@@ -167,7 +230,7 @@ class LinearSolver(ABC):
             )
         size = norm(rhs)
         # Only a norm that overflows leaves open whether all entries are finite.
-        if not math.isfinite(concrete(size)) and not math.isfinite(_largest(rhs)):
+        if not math.isfinite(concrete(size)) and not math.isfinite(largest_entry(rhs)):
             raise NonFiniteError(
                 f"{name} was given a right-hand side [{rhs.numel()}] with NaN or infinite entries. It is usually the "
                 "gradient of an objective: look for what made that non-finite."
@@ -178,36 +241,47 @@ class LinearSolver(ABC):
                     f"{name} was given an initial {list(initial.shape)} of {initial.dtype}; the right-hand side is "
                     f"{list(rhs.shape)} of {rhs.dtype}. Give one like it, or None to start from 0."
                 )
-            if not math.isfinite(_largest(initial)):
+            if not math.isfinite(largest_entry(initial)):
                 raise NonFiniteError(f"{name} was given an initial with NaN or infinite entries. Start from None.")
         return size
 
-    def _conclude(
-        self, solution: Tensor, residual_norm: Tensor, size: Tensor, products: int, *, remedy: str = "more max_steps"
-    ) -> LinearSolution:
-        """Judge |rhs - (A + damping I) solution| beside `size` = |rhs|: warn or raise when it misses the tolerance."""
-        worst = concrete(residual_norm)
+    def _judged(self, system: LinearSystem, found: Candidate, memory: Mapping[str, Tensor] | None) -> LinearSolution:
+        """The solution that a candidate is; warn or raise when it misses the tolerance."""
+        worst, products = concrete(found.residual_norm), system.products
         if not math.isfinite(worst):
             raise NonFiniteError(
                 f"{type(self).__name__} met NaN or infinite numbers within {products} products. Either the products "
                 "with A are not finite, or the system is so close to singular that its solution overflows: add damping."
             )
-        converged = self.rtol is not None and concrete(residual_norm - self._tolerance(size)) <= 0.0
-        if self.rtol is not None and not converged:
-            message = (
-                f"{type(self).__name__} stopped after {products} products at a residual of {worst:.3g} "
-                f"(|b| = {concrete(size):.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it "
-                f"{remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {size.dtype} "
-                f"resolves {torch.finfo(size.dtype).eps:.1g}."
-            )
-            self._complain(message)
-        return LinearSolution(solution, residual_norm, products, converged)
+        within = self.rtol is not None and concrete(found.residual_norm - system.tolerance) <= 0.0
+        if not (within or found.enough):
+            self._complain(self._missed(system, worst) if self.rtol is not None else found.shortfall)
+        learned = {} if memory is None else dict(memory) if found.memory is None else found.memory
+        return LinearSolution(
+            found.solution.contiguous(),  # a start that is the answer may be a 0 that takes no memory
+            found.residual_norm,
+            products,
+            within or found.enough,
+            found.error,
+            learned,
+            found.mixed,
+        )
+
+    def _missed(self, system: LinearSystem, residual: float) -> str:
+        size = system.rhs_norm
+        return (
+            f"{type(self).__name__} stopped after {system.products} products at a residual of {residual:.3g} "
+            f"(|b| = {concrete(size):.3g}); wanted max({self.rtol:g} |b|, {self.atol:g}). Give it "
+            f"{self.remedy}, more damping, or a larger rtol: at best, that of a well-conditioned system, {size.dtype} "
+            f"resolves {torch.finfo(size.dtype).eps:.1g}."
+        )
 
     def _complain(self, message: str) -> None:
         """Warn that the accuracy asked for was missed; raise when `strict`."""
-        if self.strict:
+        if message and self.strict:
             raise ConvergenceError(message)
-        warnings.warn(message, NonConvergenceWarning, stacklevel=4)
+        if message:
+            warnings.warn(message, NonConvergenceWarning, stacklevel=4)
 
 
 def loosened(tolerance: float, factor: float) -> float:
@@ -215,35 +289,13 @@ def loosened(tolerance: float, factor: float) -> float:
     return max(tolerance, min(0.5, factor * tolerance))
 
 
-def _largest(vector: Tensor) -> float:
-    """The largest absolute value, NaN if there is one; in a batch over all of it."""
-    if transforms_active():
-        return concrete(vector.abs().amax())
-    low, high = torch.aminmax(vector.detach())  # no vector of its own
-    return float(torch.maximum(-low, high))
+def _takes(kind: type[Any], option: str) -> bool:
+    return option in inspect.signature(kind.__init__).parameters
 
 
-def norm(vector: Tensor) -> Tensor:
-    """|vector|, a 0-d tensor that is 0 only for the zero vector."""
-    if not transforms_active():
-        plain: Tensor = torch.linalg.vector_norm(vector)
-        # Far from where squares underflow or overflow: a sixth of what the careful way below costs.
-        limits = torch.finfo(vector.dtype)
-        if limits.tiny**0.5 / limits.eps < float(plain.detach()) < limits.max**0.5:
-            return plain
-    # The squares of a float32 gradient of 1e-23 underflow, and a residual of 0 would be a lie.
-    largest = vector.abs().amax()
-    scale = torch.where(largest > 0.0, largest, 1.0)
-    size: Tensor = scale * torch.linalg.vector_norm(vector / scale)
-    return size
-
-
-def asymmetry_tolerance(dtype: torch.dtype) -> float:
-    """How far p'(A q) and q'(A p) may lie apart, relative to max(|p| |A q|, |q| |A p|), before A is not symmetric.
-
-    Products carry an error of c eps |A| |p| with c around 1 to 10, so what rounding does is small against |A| |p| |q|,
-    but a warm start lies where A is small: |A p| = s |A| |p|, s << 1. Conjugate gradients then take a step of 1/(s |A|)
-    along p, which turns the rounding of A p into a share eps/s of the next q. So max(s, eps/s) >= sqrt(eps) bounds the
-    scale from below, and c eps / sqrt(eps) the effect of rounding: 1.5e-7 in float64, 3.5e-3 in float32.
-    """
-    return 10.0 * math.sqrt(torch.finfo(dtype).eps)
+def _kinds(kind: type[LinearSolver] = LinearSolver) -> Iterator[type[LinearSolver]]:
+    """Every solver that there is, but for private ones."""
+    for sub in kind.__subclasses__():
+        if not sub.__name__.startswith("_"):
+            yield sub
+        yield from _kinds(sub)

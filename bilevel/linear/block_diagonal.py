@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -13,9 +12,11 @@ from torch.nn.functional import pad
 
 from bilevel.autodiff import concrete
 from bilevel.errors import NonFiniteError
-from bilevel.linear.base import LinearOperator, norm
 from bilevel.linear.gaussian import gaussian
-from bilevel.linear.preconditioner import Applied, Memory, Preconditioner
+from bilevel.linear.norms import norm
+from bilevel.linear.operator import LinearOperator, Shapes, entries
+from bilevel.linear.preconditioner import Applied, Preconditioner
+from bilevel.linear.system import Memory
 
 _COLUMNS = 4  # a direction; of fewer the least of the eigenvalues that are told apart would be noise
 
@@ -25,34 +26,44 @@ _COLUMNS = 4  # a direction; of fewer the least of the eigenvalues that are told
 class BlockDiagonal(Preconditioner):
     r"""Blocks for the units of each layer, alike within a layer: what a network's layers share is their inputs.
 
-        M = diag(C_1 x I, C_2 x I, ...),    C_j^2 = E[y y'],  y any column of leaf j of A v,  v_i = +-1
+    $$
+    M = \operatorname{diag}(C_1 \otimes I, C_2 \otimes I, \dots), \quad C_j^2 = \mathbb E[y y^\top],
+    \quad y \text{ any column of leaf } j \text{ of } A v, \quad v_i = \pm 1
+    $$
 
-    `shapes` are those of the follower's leaves, in their order: `[p.shape for p in model.parameters()]`. A leaf is a
-    matrix `[rows, columns]`, its first dimension against the others, whichever is longer being the rows; each column
-    is a unit with a block C of its own, `[rows, rows]`, and all columns of a product are samples of it: a layer of 16
-    units has 16 of them in one product. A leaf with one dimension, a bias, has its diagonal. C is known on up to `rank`
-    eigenvectors, a quarter as many as there were columns, and is the least of their eigenvalues elsewhere. The root
-    of a second moment, it is positive definite whatever A is.
+    A leaf is a matrix, its first dimension against the others, whichever is longer being the rows; each column is a
+    unit with a block C of its own, `[rows, rows]`, and all columns of a product are samples of it. A leaf with one
+    dimension, a bias, has its diagonal. The root of a second moment, C is positive definite whatever A is.
 
-    `probes` products are spent before the first system, `refresh` before each later one; old ones count `forgetting`
-    times as much per system. Memory `probes` n, or 4 rank columns a leaf if that is less; 4 n rank work each step of
-    the solver.
+    For layers of neurons and for matrices of correlated inputs. It does not pay for penalties of a weight each
+    (`Diagonal()`), for a softmax regression, or for narrow leaves, whose few columns tell little. Memory `probes` n, or
+    4 rank columns a leaf if that is less; 4 n rank work each step. Source: one of the Kronecker factors of Martens &
+    Grosse (arXiv 1503.05671), as a root like Shampoo's (arXiv 1802.09568).
 
-    For layers of neurons and for matrices of correlated inputs: on a network of 12,730 weights four products take
-    conjugate gradients from 176 iterations to 75. It does not pay for penalties of a weight each, which no two columns
-    share (`Diagonal()`); little for a softmax regression, whose outputs are coupled; nor for narrow leaves, whose few
-    columns tell little. Raises `ValueError` where the shapes do not have n entries, `NonFiniteError` for NaN in
-    products. Source: the blocks are Kronecker factors as in Martens & Grosse, arXiv 1503.05671, of which only one is
-    kept; the root of a second moment is Shampoo's, arXiv 1802.09568.
+    Args:
+        shapes: Those of the follower's leaves, in their order, where the operator does not bring them: `Implicit`'s and
+            `root`'s do.
+        rank: Eigenvectors on which C is known, a quarter as many as there were columns; elsewhere it is the least of
+            their eigenvalues.
+        probes: Products spent before the first system.
+        refresh: Products spent before each later one.
+        forgetting: So much of what a product weighs is left a system later.
+        seed: Of the signs.
 
-    >>> scales = torch.logspace(0, 3, 8, dtype=torch.float64)[:, None]
-    >>> operator = LinearOperator(lambda v: (scales * v.view(8, 4)).flatten(), symmetric=True)
-    >>> blocks, r = BlockDiagonal(shapes=[(8, 4)], probes=100), torch.ones(32, dtype=torch.float64)
-    >>> float((operator.matvec(blocks.prepare(operator, blocks.init(r))(r)) - r).abs().max()) < 0.1
-    True
+    Raises:
+        ValueError: If nobody gives shapes, or they do not have n entries.
+        NonFiniteError: For NaN in products.
+
+    Examples:
+        >>> scales = torch.logspace(0, 3, 8, dtype=torch.float64)[:, None]
+        >>> operator = LinearOperator(lambda v: (scales * v.view(8, 4)).flatten(), True, shapes=[(8, 4)])
+        >>> blocks, r = BlockDiagonal(probes=100), torch.ones(32, dtype=torch.float64)
+        >>> apply, memory = blocks.prepare(operator, blocks.init(r, operator.shapes))
+        >>> float((operator.matvec(apply(r)) - r).abs().max()) < 0.1
+        True
     """
 
-    shapes: Sequence[Sequence[int]]
+    shapes: Shapes | None = None
     rank: int = 32
     probes: int = 4
     refresh: int = 1
@@ -61,35 +72,37 @@ class BlockDiagonal(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
-        if self.rank < 1 or self.probes < 1 or self.refresh < 0 or not 0.0 <= self.forgetting <= 1.0 or not self.shapes:
+        empty = self.shapes is not None and not self.shapes
+        if self.rank < 1 or self.probes < 1 or self.refresh < 0 or not 0.0 <= self.forgetting <= 1.0 or empty:
             raise ValueError(
                 f"{self}: expected shapes of one leaf or more, rank and probes of at least 1, refresh of at least "
                 "0, and forgetting between 0 and 1."
             )
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """By leaf a sketch `[rows, width]` or squares `[n]`; how much the products weigh; how many systems there were.
 
         sketch sketch' is the second moment; its columns are orthogonal, longest first.
         """
-        leaves = self._leaves()
-        if sum(leaf.size for leaf in leaves) != like.numel():
+        layout = self._layout(shapes)
+        if entries(layout) != like.numel():
             raise ValueError(
-                f"BlockDiagonal was given shapes={[tuple(shape) for shape in self.shapes]}, which have "
-                f"{sum(leaf.size for leaf in leaves)} entries; the system has {like.numel()} unknowns. Give the shape "
-                "of each of the follower's leaves, in their order."
+                f"BlockDiagonal was given shapes={[tuple(shape) for shape in layout]}, which have {entries(layout)} "
+                f"entries; the system has {like.numel()} unknowns. Give the shape of each of the follower's leaves, in "
+                "their order."
             )
+        leaves = self._leaves(layout)
         zero = torch.zeros((), dtype=torch.float64, device=like.device)
         blank = {str(j): like.new_zeros(leaf.kept(self.probes)) for j, leaf in enumerate(leaves)}
         systems = torch.zeros((), dtype=torch.int64)
         return blank | {"weight": zero.clone(), "weight_squares": zero.clone(), "systems": systems}
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """C^-1 for each column."""
-        leaves, systems = self._leaves(), int(memory["systems"])
+        leaves, systems = self._leaves(self._layout(operator.shapes)), int(memory["systems"])
         like = torch.cat([memory[str(j)].reshape(-1)[:1] for j in range(len(leaves))])[0]
         count = self.refresh if systems else self.probes
-        memory["systems"] += 1
+        memory = memory | {"systems": memory["systems"] + 1}
         if count:
             size = (sum(leaf.size for leaf in leaves),)
             signs = [torch.sign(gaussian(size, like, self.seed + 7919 * systems + number)) for number in range(count)]
@@ -109,12 +122,22 @@ class BlockDiagonal(Preconditioner):
             parts = torch.split(r, [leaf.size for leaf in leaves])
             return torch.cat([inverse(part) for inverse, part in zip(inverses, parts, strict=True)])
 
-        return apply
+        return apply, memory
 
-    def _leaves(self) -> list[_Diagonal | _Alike]:
+    def _layout(self, shapes: Shapes | None) -> Shapes:
+        """Its own if it was given one, else the system's."""
+        known = shapes if self.shapes is None else self.shapes
+        if known is None:
+            raise ValueError(
+                "BlockDiagonal does not know the layout of the unknowns. Inside Implicit and root the system brings "
+                "it; by hand give LinearOperator(..., shapes=[p.shape for p in model.parameters()])."
+            )
+        return known
+
+    def _leaves(self, layout: Shapes) -> list[_Diagonal | _Alike]:
         return [
             _Alike(shape[0], math.prod(shape[1:]), self.rank) if len(shape) > 1 else _Diagonal(math.prod(shape))
-            for shape in self.shapes
+            for shape in layout
         ]
 
 

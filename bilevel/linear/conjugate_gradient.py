@@ -10,41 +10,51 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.base import LinearSolver
 from bilevel.linear.iteration import Iteration
-from bilevel.linear.preconditioner import Memory, Preconditioner
+from bilevel.linear.norms import norm
+from bilevel.linear.operator import Shapes
+from bilevel.linear.preconditioner import Applied, Preconditioner
 from bilevel.linear.refinement import default_steps, refine
-from bilevel.linear.stopping import Stopping
+from bilevel.linear.stopping import Stopping, Watch
+from bilevel.linear.system import Candidate, LinearSystem, Memory
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ConjugateGradient(LinearSolver):
-    """Solves a symmetric positive-definite system to the tolerance asked for, or says by how much it missed.
+    r"""Solves a symmetric positive-definite system to the tolerance asked for, or says by how much it missed.
 
-    Minimises 1/2 u'(A + damping I)u - b'u over a Krylov space that grows by one product a step; exact after n steps
-    in exact arithmetic, and the error falls by (sqrt(k) - 1)/(sqrt(k) + 1) a step for condition number k.
+    $$
+    u_k = \arg\min_{u \in u_0 + \mathcal K_k} \tfrac12 u^\top (A + \text{damping}\, I)\, u - b^\top u
+    $$
 
-    `max_steps`: None is min(max(2n, 20), 1000). `preconditioner`: `Diagonal()`, `BlockDiagonal(shapes=)`,
-    `NystromPreconditioner()`, `Recycled()`, `AdamPreconditioner()` or `LBFGSPreconditioner()`, which make M close
-    to A + damping I and keep what they learned in `memory`; or a map from `r: [n]` to a new `M^-1 r: [n]`, M
-    symmetric positive definite. `stopping=HypergradientTolerance(1e-3)` ends the solve, as converged, once what u
-    is needed for has settled, whatever the residual. `initial` is used.
-
-    Raises `NotSymmetricError` when the operator does not promise symmetry, and, at no cost, when its second product
-    gives the promise the lie; `IndefiniteSystemError` when p'Ap <= 0 along a direction p, or r'M^-1 r <= 0. Both tests
-    can miss: they see only the directions that the iteration visits.
+    over a Krylov space $\mathcal K_k$ that grows by one product a step. It is exact after n steps in exact arithmetic;
+    the error falls by $(\sqrt k - 1) / (\sqrt k + 1)$ a step for condition number k.
 
     Costs one product a step, one to measure the true residual at the end, one for an initial; memory for 5 vectors. In
-    float32 the residual of an ill-conditioned system stalls early; then this stops and warns.
-
+    float32 the residual of an ill-conditioned system stalls early; then this stops and warns. Both tests for what A is
+    see only the directions that the iteration visits.
     Source: Hestenes & Stiefel 1952; for hypergradients Pedregosa, arXiv 1602.02355.
 
-    >>> matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
-    >>> operator = LinearOperator(matrix.mv, symmetric=True)
-    >>> found = ConjugateGradient(rtol=1e-5).solve(operator, torch.tensor([1.0, 2.0]))
-    >>> found.solution, found.products
-    (tensor([0.0909, 0.6364]), 3)
+    Args:
+        max_steps: None is min(max(2n, 20), 1000).
+        preconditioner: One such as `Diagonal()`, which makes M close to A + damping I and keeps what it learned in the
+            solver's memory; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
+        stopping: `HypergradientTolerance(1e-3)` ends the solve, as converged, once what u is needed for has settled,
+            whatever the residual.
+
+    Raises:
+        NotSymmetricError: If the operator does not promise symmetry, or, at no cost, if its second product gives the
+            promise the lie.
+        IndefiniteSystemError: If p'Ap <= 0 along a direction p, or r'M^-1 r <= 0.
+
+    Examples:
+        >>> from bilevel.linear import LinearOperator
+        >>> operator = LinearOperator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]).mv, symmetric=True)
+        >>> found = ConjugateGradient(rtol=1e-5).solve(operator, torch.tensor([1.0, 2.0]))
+        >>> found.solution, found.products
+        (tensor([0.0909, 0.6364]), 3)
     """
 
     max_steps: int | None = None
@@ -73,6 +83,11 @@ class ConjugateGradient(LinearSolver):
         return True
 
     @property
+    def remedy(self) -> str:
+        """More steps, or shorter ones to take."""
+        return "more max_steps, a preconditioner"
+
+    @property
     def from_optimizer(self) -> bool:
         """Whether its preconditioner does."""
         return isinstance(self.preconditioner, Preconditioner) and self.preconditioner.from_optimizer
@@ -84,37 +99,27 @@ class ConjugateGradient(LinearSolver):
             return looser
         return replace(looser, stopping=self.stopping.loosened(factor))
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The preconditioner's memory before the first system."""
-        return self.preconditioner.init(like) if isinstance(self.preconditioner, Preconditioner) else {}
+        return self.preconditioner.init(like, shapes) if isinstance(self.preconditioner, Preconditioner) else {}
 
-    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the preconditioner."""
-        if isinstance(self.preconditioner, Preconditioner):
-            self.preconditioner.inform(memory, optimizer)
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """As the preconditioner takes it."""
+        kind = self.preconditioner
+        return kind.inform(memory, optimizer) if isinstance(kind, Preconditioner) else memory
 
-    def solve(
-        self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None, memory: Memory | None = None
-    ) -> LinearSolution:
-        """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
-        self._require_symmetric(operator)
-        size = self._size(rhs, initial)
-        if concrete(size) == 0.0:
-            return self._conclude(torch.zeros_like(rhs), size, size, 0)
-        damped = operator.damped(self.damping)
-        limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
-        run = Iteration(damped.matvec)
-        kept = self.init(rhs) if memory is None else memory
-        if isinstance(self.preconditioner, Preconditioner):
-            # Its own products are part of the price.
-            run.inverse = self.preconditioner.prepare(LinearOperator(run.counted, symmetric=True), kept)
-            run.pairs = self.preconditioner.pairs if memory is not None else 0
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """By conjugate gradients, corrected from the true residual as long as that helps."""
+        limit = default_steps(system.rhs.numel()) if self.max_steps is None else self.max_steps
+        watch = None if self.stopping is None else self.stopping.watch(system.interest)
+        given, memory, pairs = self.preconditioner, system.memory, 0
+        if isinstance(given, Preconditioner):
+            pairs = given.pairs if system.keeps else 0
+            inverse: Applied | None
+            inverse, memory = given.prepare(system.operator, memory)  # its own products are part of the price
         else:
-            run.inverse = self.preconditioner
-
-        run.start = initial
-        watch = None if self.stopping is None else self.stopping.watch(damped.interest or (lambda u: u))
-        run.watch = watch
+            inverse = given
+        run = Iteration(system.matvec, inverse=inverse, pairs=pairs, watch=watch, start=system.initial)
 
         def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
             found, steps = run.correct(residual, left, target, most, first=most == limit)
@@ -126,25 +131,26 @@ class ConjugateGradient(LinearSolver):
             return watch is not None and watch.satisfied
 
         # Short of its limit it ends believing to have converged: where not even half is gone, rounding is in the way.
-        wanted = self._tolerance(size)
-        solution, left, products = refine(
-            damped, rhs, size, initial, correct, wanted, limit, stalled=0.5, enough=settled
+        found = refine(system, correct, max_steps=limit, stalled=0.5, enough=settled)
+        if pairs and isinstance(given, Preconditioner):
+            memory = given.learn(memory, run.directions, run.products)
+        found = replace(found, memory=memory)
+        return found if watch is None else self._watched(system, found, watch, run)
+
+    def _watched(self, system: LinearSystem, found: Candidate, watch: Watch, run: Iteration) -> Candidate:
+        """The candidate with what the looks at it say."""
+        if watch.satisfied or self.stopping is None:
+            return replace(found, error=watch.error, enough=True)
+        # A small system, or a warm start, is solved down to rounding unwatched. Products are right to
+        # c eps |A| |u|, c around 1 to 10, so that no smaller residual can be asked for; what it leaves of an error
+        # in u, |residual| / least eigenvalue, must be as small as was asked for too.
+        length = norm(found.solution)
+        attainable = 10.0 * torch.finfo(length.dtype).eps * (system.rhs_norm + run.largest * length)
+        allowed = torch.minimum(attainable, self.stopping.rtol * run.least * length)
+        exact = concrete(found.residual_norm - allowed) <= 0.0
+        shortfall = (
+            f"ConjugateGradient stopped after {system.products} products before its answer settled: its error was "
+            f"about {watch.error:.2g} at the last look; wanted {self.stopping.rtol:g} twice running. Give it more "
+            "max_steps."
         )
-        if run.pairs and isinstance(self.preconditioner, Preconditioner):
-            self.preconditioner.learn(kept, run.directions, run.products)
-        products += run.spent
-        if watch is None or self.stopping is None:
-            return self._conclude(solution, left, size, products, remedy="more max_steps, a preconditioner")
-        products += watch.looks
-        if not settled():
-            told = (
-                f"ConjugateGradient stopped after {products} products before its answer settled: its error was about "
-                f"{watch.error:.2g} at the last look; wanted {self.stopping.rtol:g}. Give it more max_steps."
-            )
-            found = self._conclude(solution, left, size, products, remedy="more max_steps, a preconditioner")
-            # A residual of rounding is all there is to be had: a small system, or a warm start, gets there unwatched.
-            exact = concrete(found.residual_norm - torch.finfo(rhs.dtype).eps * size) <= 0.0
-            if self.rtol is None and not exact:
-                self._complain(told)
-            return replace(found, error=watch.error, converged=found.converged or exact)
-        return LinearSolution(solution, left, products, True, watch.error)
+        return replace(found, error=watch.error, enough=exact, shortfall=shortfall)

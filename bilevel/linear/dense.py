@@ -11,41 +11,45 @@ from torch import Tensor
 
 from bilevel.autodiff import concrete
 from bilevel.errors import NonFiniteError, SingularSystemError
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
+from bilevel.linear.base import LinearSolver
+from bilevel.linear.norms import norm
+from bilevel.linear.system import Candidate, LinearSystem
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
-    """Solves any non-singular system to rounding, by writing its matrix down.
+    """Solves any non-singular system to rounding, by writing its matrix down: LU with the n columns of A.
 
-    u = (A + damping I)^-1 b by LU with the n columns of A. `initial` is not used.
+    Costs n + 1 products, n^2 memory, n^3 work. It takes no initial. In float32 a condition number above 1e5 shows as a
+    warning.
 
-    Raises `SingularSystemError` when the smallest singular value is n eps times the largest or less: no digit of
-    the solution is known then.
+    Raises:
+        SingularSystemError: If the smallest singular value is n eps times the largest or less: no digit of the solution
+            is known then.
 
-    Costs n + 1 products, n^2 memory, n^3 work. In float32 a condition number above 1e5 shows as a warning.
-
-    >>> matrix = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    >>> found = Dense().solve(LinearOperator(matrix.mv), torch.tensor([2.0, 3.0]))
-    >>> found.solution, found.products
-    (tensor([3., 1.]), 3)
+    Examples:
+        >>> from bilevel.linear import LinearOperator
+        >>> operator = LinearOperator(torch.tensor([[0.0, 2.0], [1.0, 0.0]]).mv)
+        >>> found = Dense().solve(operator, torch.tensor([2.0, 3.0]))
+        >>> found.solution, found.products
+        (tensor([3., 1.]), 3)
     """
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        """u `[n]` with (A + damping I) u = rhs."""
-        size = self._size(rhs, initial)
-        if concrete(size) == 0.0:
-            return self._conclude(torch.zeros_like(rhs), size, size, 0)
-        damped = operator.damped(self.damping)
-        n = rhs.numel()
+    @property
+    def remedy(self) -> str:
+        """What it misses is rounding."""
+        return "float64"
+
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """By LU."""
+        rhs = system.rhs
         # One at a time: vmap over matvec would forbid the retained graphs that products are taken from.
-        basis = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([damped.matvec(column) for column in basis], dim=1)
+        basis = torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device)
+        matrix = torch.stack([system.matvec(column) for column in basis], dim=1)
         self._refuse_singular(matrix)
-        solution = torch.linalg.solve(matrix, rhs)
         # One more product: a matvec that is not linear shows in the residual, and nowhere else.
-        return self._conclude(solution, norm(damped.residual(rhs, solution)), size, n + 1, remedy="float64")
+        return system.measure(torch.linalg.solve(matrix, rhs))
 
     def _refuse_singular(self, matrix: Tensor) -> None:
         n = matrix.shape[0]

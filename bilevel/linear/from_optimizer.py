@@ -9,8 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.linear.base import LinearOperator
-from bilevel.linear.preconditioner import Applied, Memory, Preconditioner, keep_pairs, two_loops
+from bilevel.linear.operator import LinearOperator, Shapes
+from bilevel.linear.preconditioner import Applied, Preconditioner, no_pairs, two_loops, with_pairs
+from bilevel.linear.system import Memory
 
 _MOMENTS = ("exp_avg_sq", "square_avg", "sum")  # Adam and its kin, RMSprop and Adadelta, Adagrad
 
@@ -20,20 +21,28 @@ _MOMENTS = ("exp_avg_sq", "square_avg", "sum")  # Adam and its kin, RMSprop and 
 class AdamPreconditioner(Preconditioner):
     r"""The second moments v of the follower's Adam, AdamW, NAdam, RAdam, RMSprop, Adadelta or Adagrad.
 
-        M = v^power + floor * mean(v^power)
+    $$
+    M = v^\text{power} + \text{floor} \cdot \operatorname{mean}(v^\text{power})
+    $$
 
     With minibatches v is the gradients' noise, whose size is the curvature's for a well-specified model (the Fisher
-    information): `power=1`; 1/2 is the optimiser's own step. With the whole data v is what is left of gradients long
-    past, and may do harm: compare the products. Costs no product; memory n.
+    information). With the whole data v is what is left of gradients long past, and may do harm: compare the products.
+    Costs no product; memory n. Serves inside an `Implicit` response whose inner optimiser is one of those; by itself it
+    knows nothing and does nothing.
 
-    Serves inside an `Implicit` response whose inner optimiser is one of those; by itself it knows nothing and does
-    nothing. Raises `TypeError` for an optimiser without second moments.
+    Args:
+        power: 1 takes v for the curvature; 1/2 is the optimiser's own step.
+        floor: Relative to the mean.
 
-    >>> kind = AdamPreconditioner(floor=0.0)
-    >>> memory = kind.init(torch.zeros(2))
-    >>> kind.inform(memory, [{"exp_avg_sq": torch.tensor([4.0, 16.0])}])
-    >>> kind.prepare(LinearOperator(lambda v: v), memory)(torch.ones(2))
-    tensor([0.5000, 0.2500])
+    Raises:
+        TypeError: For an optimiser without second moments.
+
+    Examples:
+        >>> kind = AdamPreconditioner(floor=0.0)
+        >>> memory = kind.inform(kind.init(torch.zeros(2)), [{"exp_avg_sq": torch.tensor([4.0, 16.0])}])
+        >>> apply, memory = kind.prepare(LinearOperator(lambda v: v), memory)
+        >>> apply(torch.ones(2))
+        tensor([0.5000, 0.2500])
     """
 
     power: float = 0.5
@@ -49,14 +58,14 @@ class AdamPreconditioner(Preconditioner):
         """It is."""
         return True
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Second moments `[n]`, 0 while there are none."""
         return {"moments": torch.zeros_like(like)}
 
-    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
         """Take the second moments of all leaves."""
         if optimizer and not any(optimizer):
-            return  # it has not stepped yet
+            return memory  # it has not stepped yet
         found = [next((s[key] for key in _MOMENTS if isinstance(s.get(key), Tensor)), None) for s in optimizer]
         if not found or any(moment is None for moment in found):
             known = sorted({key for state in optimizer for key in state})
@@ -64,16 +73,16 @@ class AdamPreconditioner(Preconditioner):
                 f"AdamPreconditioner: the inner optimiser remembers {known or 'nothing'} of its parameters and no "
                 "second moments. Use Adam or another of its kin, Diagonal(), or LBFGSPreconditioner() for LBFGS."
             )
-        memory["moments"] = torch.cat([moment.detach().reshape(-1) for moment in found if moment is not None])
+        return memory | {"moments": torch.cat([moment.detach().reshape(-1) for moment in found if moment is not None])}
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """1 / M."""
         moments = memory["moments"].pow(self.power)
         mean = moments.mean()
         # Tensors throughout: under vmap there is no number to branch on.
         floored = (moments + self.floor * mean).clamp(min=torch.finfo(moments.dtype).tiny)
         diagonal = torch.where(mean > 0.0, floored, 1.0)
-        return lambda r: r / diagonal
+        return lambda r: r / diagonal, memory
 
 
 @final
@@ -81,10 +90,15 @@ class AdamPreconditioner(Preconditioner):
 class LBFGSPreconditioner(Preconditioner):
     """The pairs (step, change of the gradient) that the follower's `torch.optim.LBFGS` keeps, as its inverse Hessian.
 
-    Up to `size` of the latest. They come from the way to the optimum, so they know the directions that the follower
-    went, and those that a warm start leaves to go are few: `Recycled()` learns from the solves themselves. Costs no
-    product; memory 2 n size. By itself, outside an `Implicit` response, it does nothing. Raises `TypeError` for
-    another optimiser. Source: Ramzi et al. 2021, "SHINE" (arXiv 2106.00553).
+    They come from the way to the optimum, so they know the directions that the follower went, and those that a warm
+    start leaves to go are few: `Recycled()` learns from the solves themselves. Costs no product; memory 2 n size. By
+    itself, outside an `Implicit` response, it does nothing. Source: Ramzi et al. 2021, "SHINE" (arXiv 2106.00553).
+
+    Args:
+        size: How many of the latest pairs.
+
+    Raises:
+        TypeError: For another optimiser.
     """
 
     size: int = 20
@@ -99,15 +113,14 @@ class LBFGSPreconditioner(Preconditioner):
         """It is."""
         return True
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Directions and products `[size, n]`, oldest first, and how many are filled."""
-        blank = like.new_zeros(self.size, like.numel())
-        return {"directions": blank, "products": blank.clone(), "filled": torch.zeros((), dtype=torch.int64)}
+        return no_pairs(like, self.size)
 
-    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
         """Take the optimiser's pairs, which it keeps with its first parameter."""
         if optimizer and not any(optimizer):
-            return  # it has not stepped yet
+            return memory  # it has not stepped yet
         if not optimizer or "n_iter" not in optimizer[0]:
             known = sorted({key for state in optimizer for key in state})
             raise TypeError(
@@ -116,9 +129,8 @@ class LBFGSPreconditioner(Preconditioner):
             )
         # torch's names: what it calls old_dirs are the changes of the gradient.
         steps, changes = optimizer[0].get("old_stps") or [], optimizer[0].get("old_dirs") or []
-        memory |= self.init(memory["directions"][0])
-        keep_pairs(memory, list(steps), list(changes), self.size)
+        return with_pairs(self.init(memory["directions"][0]), list(steps), list(changes), self.size)
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """The two-loop recursion."""
-        return two_loops(memory, None) or (lambda r: r)
+        return two_loops(memory, None) or (lambda r: r), memory

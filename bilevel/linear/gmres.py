@@ -10,32 +10,43 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
+from bilevel.linear.base import LinearSolver
+from bilevel.linear.norms import norm
 from bilevel.linear.refinement import default_steps, refine
+from bilevel.linear.system import Candidate, LinearSystem
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class GMRES(LinearSolver):
-    """Solves any non-singular system by the smallest residual over a Krylov space, restarted to bound memory.
+    r"""Solves any non-singular system by the smallest residual over a Krylov space, restarted to bound memory.
 
-    u = argmin |b - (A + damping I)(u0 + e)| over e in span{r, A r, ..., A^(k-1) r}; after `restart` steps the search
-    starts anew from the true residual. Exact within n steps in exact arithmetic when restart >= n.
+    $$
+    u = \arg\min_{u \in u_0 + \mathcal K_k} |b - (A + \text{damping}\, I)\, u|,
+    \qquad \mathcal K_k = \operatorname{span}\{r, Ar, \dots, A^{k-1} r\}
+    $$
 
-    `max_steps`: steps over all restarts; None is min(max(2n, 20), 1000). `initial` is used.
-
-    Raises `ConvergenceError` only when `strict`. With restart < n it can stagnate for good, as on a cyclic shift;
-    it then stops, and warns. On a singular system it warns, unless the right-hand side lies in its range.
+    After `restart` steps the search starts anew from the true residual. With restart >= n it is exact within n steps in
+    exact arithmetic; with restart < n it can stagnate for good, as on a cyclic shift: it then stops, and warns. On a
+    singular system it warns, unless the right-hand side lies in its range.
 
     Costs one product a step and one more a restart to measure the true residual; memory for restart + 3 vectors, and
     restart^2 n work a restart for orthogonalisation.
-
     Source: Saad & Schultz 1986; Gram-Schmidt twice, Giraud, Langou & Rozloznik 2005.
 
-    >>> matrix = torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
-    >>> found = GMRES(rtol=1e-5).solve(LinearOperator(matrix.mv), torch.tensor([5.0, 0.0]))
-    >>> found.solution.round(decimals=4), found.products
-    (tensor([1., 2.]), 3)
+    Args:
+        restart: Steps before it starts anew: the number of vectors that are kept.
+        max_steps: Over all restarts; None is min(max(2n, 20), 1000).
+
+    Raises:
+        ConvergenceError: If it stops short and is `strict`.
+
+    Examples:
+        >>> from bilevel.linear import LinearOperator
+        >>> operator = LinearOperator(torch.tensor([[1.0, 2.0], [-2.0, 1.0]]).mv)
+        >>> found = GMRES(rtol=1e-5).solve(operator, torch.tensor([5.0, 0.0]))
+        >>> found.solution.round(decimals=4), found.products
+        (tensor([1., 2.]), 3)
     """
 
     restart: int = 30
@@ -47,21 +58,20 @@ class GMRES(LinearSolver):
         self._require("restart", self.restart >= 1, "at least 1, the number of vectors kept")
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        """u `[n]` with (A + damping I) u = rhs, started from `initial: [n]`."""
-        size = self._size(rhs, initial)
-        if concrete(size) == 0.0:
-            return self._conclude(torch.zeros_like(rhs), size, size, 0)
-        damped = operator.damped(self.damping)
+    @property
+    def remedy(self) -> str:
+        """More room, or more time."""
+        return "a larger restart, more max_steps"
+
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """Restarted, from the true residual each time."""
 
         def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
-            return _correction(damped.matvec, residual, left, target, min(most, self.restart))
+            return _correction(system.matvec, residual, left, target, min(most, self.restart))
 
-        limit = default_steps(rhs.numel()) if self.max_steps is None else self.max_steps
+        limit = default_steps(system.rhs.numel()) if self.max_steps is None else self.max_steps
         # Slow is not stalled; a restart that gains nothing will gain nothing again.
-        wanted = self._tolerance(size)
-        solution, left, products = refine(damped, rhs, size, initial, correct, wanted, limit, stalled=0.999)
-        return self._conclude(solution, left, size, products, remedy="a larger restart, more max_steps")
+        return refine(system, correct, max_steps=limit, stalled=0.999)
 
 
 def _correction(

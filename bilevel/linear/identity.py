@@ -6,28 +6,29 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-import torch
-from torch import Tensor
-
-from bilevel.autodiff import concrete
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, norm
+from bilevel.linear.base import LinearSolver
+from bilevel.linear.system import Candidate, LinearSystem
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Identity(LinearSolver):
-    """Takes scale * I for the inverse, and reports how wrong that is.
+    """Takes scale * I for the inverse, u = scale * b, and reports how wrong that is.
 
-    u = scale * b. `damping` enters the residual only; `initial` is not used.
-
-    Costs one product, for the residual; give `rtol` to be warned by it. With scale the follower's learning rate this
-    is one-step unrolling. It keeps the sign of the hypergradient only where A is close to a multiple of I.
-
+    Costs one product, for the residual; give `rtol` to be warned by it. `damping` enters the residual only, and it
+    takes no initial. With scale the follower's learning rate this is one-step unrolling. It keeps the sign of the
+    hypergradient only where A is close to a multiple of I.
     Source: Luketina et al., arXiv 1511.06727 (T1-T2); Neumann with no terms in Lorraine et al., arXiv 1911.02590.
 
-    >>> found = Identity(scale=0.5).solve(LinearOperator(lambda v: 2.5 * v), torch.tensor([4.0]))
-    >>> found.solution, found.residual_norm
-    (tensor([2.]), tensor(1.))
+    Args:
+        scale: About 1 over a typical eigenvalue of A.
+
+    Examples:
+        >>> import torch
+        >>> from bilevel.linear import LinearOperator
+        >>> found = Identity(scale=0.5).solve(LinearOperator(lambda v: 2.5 * v), torch.tensor([4.0]))
+        >>> found.solution, found.residual_norm
+        (tensor([2.]), tensor(1.))
     """
 
     rtol: float | None = None
@@ -38,11 +39,11 @@ class Identity(LinearSolver):
         super().__post_init__()
         self._require("scale", 0.0 < self.scale < math.inf, "a positive number, about 1 over a typical eigenvalue of A")
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        """scale * rhs `[n]`."""
-        size = self._size(rhs, initial)
-        if concrete(size) == 0.0:
-            return self._conclude(torch.zeros_like(rhs), size, size, 0)
-        solution = self.scale * rhs
-        residual = operator.damped(self.damping).residual(rhs, solution)
-        return self._conclude(solution, norm(residual), size, 1, remedy="another scale, another solver")
+    @property
+    def remedy(self) -> str:
+        """It has no steps to take more of."""
+        return "another scale, another solver"
+
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """scale * rhs."""
+        return system.measure(self.scale * system.rhs)

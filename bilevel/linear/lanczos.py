@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError, NotSymmetricError
-from bilevel.linear.base import LinearOperator
+from bilevel.linear.operator import LinearOperator
 
 
 @dataclass(frozen=True)

@@ -12,31 +12,44 @@ from torch import Tensor
 
 from bilevel.autodiff import concrete
 from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver, asymmetry_tolerance, norm
+from bilevel.linear.base import LinearSolver
 from bilevel.linear.gaussian import gaussian
+from bilevel.linear.norms import asymmetry_tolerance, norm
+from bilevel.linear.operator import LinearOperator
+from bilevel.linear.system import Candidate, LinearSystem
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Nystrom(LinearSolver):
-    """Inverts a rank-`rank` approximation of A plus damping, by a fixed number of products that do not depend on b.
+    r"""Inverts a low-rank approximation of A plus damping, by a fixed number of products that do not depend on b.
 
-    u = (N + damping I)^-1 b with N = (A O)(O'A O)^+ (A O)', O `[n, rank]` orthonormal from a Gaussian sketch of `seed`;
-    N <= A, and N = A when rank >= rank(A). `damping` > 0 is required: N alone is singular. `initial` is not used.
+    $$
+    u = (N + \text{damping}\, I)^{-1} b, \qquad N = (A \Omega) (\Omega^\top A \Omega)^+ (A \Omega)^\top
+    $$
 
-    Raises `NotSymmetricError` when the operator does not promise symmetry or O'AO shows that it lied;
-    `IndefiniteSystemError` when O'AO has a negative eigenvalue beyond rounding.
+    $\Omega$ `[n, rank]` is orthonormal, from a Gaussian sketch; N <= A, and N = A when rank >= rank(A). It takes no
+    initial.
 
-    Costs min(rank, n) products and one for the residual, n rank memory, n rank^2 work. `rtol` is None: give one to be
-    warned. Misleads when A has many eigenvalues above `damping` that the rank leaves out: their share of b is divided
-    by the damping alone, and u is far too long.
+    Costs min(rank, n) products and one for the residual, n rank memory, n rank^2 work. Misleads when A has many
+    eigenvalues above `damping` that the rank leaves out: their share of b is divided by the damping alone, and u is far
+    too long. Source: Frangella, Tropp & Udell, arXiv 2110.02820; for hypergradients Hataya & Yamada, arXiv 2302.09726.
 
-    Source: Frangella, Tropp & Udell, arXiv 2110.02820; for hypergradients Hataya & Yamada, arXiv 2302.09726.
+    Args:
+        rank: Products to spend.
+        damping: Above 0: N alone is singular.
+        rtol: None; give one to be warned.
+        seed: Of the sketch.
 
-    >>> curvature = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
-    >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
-    >>> Nystrom(rank=2, damping=1.0).solve(operator, torch.ones_like(curvature)).solution
-    tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
+    Raises:
+        NotSymmetricError: If the operator does not promise symmetry, or O'AO shows that it lied.
+        IndefiniteSystemError: If O'AO has a negative eigenvalue beyond rounding.
+
+    Examples:
+        >>> curvature = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+        >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
+        >>> Nystrom(rank=2, damping=1.0).solve(operator, torch.ones_like(curvature)).solution
+        tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
 
     rank: int
@@ -56,17 +69,17 @@ class Nystrom(LinearSolver):
         """Its algebra holds for symmetric systems only."""
         return True
 
-    def solve(self, operator: LinearOperator, rhs: Tensor, initial: Tensor | None = None) -> LinearSolution:
-        """u `[n]` with (N + damping I) u = rhs."""
-        self._require_symmetric(operator)
-        size = self._size(rhs, initial)
-        if concrete(size) == 0.0:
-            return self._conclude(torch.zeros_like(rhs), size, size, 0)
-        vectors, values = eigenpairs(operator, rhs, self.rank, self.seed)
+    @property
+    def remedy(self) -> str:
+        """More of the spectrum."""
+        return "a larger rank"
+
+    def iterate(self, system: LinearSystem) -> Candidate:
+        """(N + damping I)^-1 rhs."""
+        rhs = system.rhs
+        vectors, values = eigenpairs(system.undamped, rhs, self.rank, self.seed)
         inside = vectors.mT @ rhs
-        solution = vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping
-        residual = operator.damped(self.damping).residual(rhs, solution)
-        return self._conclude(solution, norm(residual), size, len(values) + 1, remedy="a larger rank")
+        return system.measure(vectors @ (inside / (values + self.damping)) + (rhs - vectors @ inside) / self.damping)
 
     def preconditioner(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
         """r `[n]` to M^-1 r, M as close to A + damping I as the rank allows; `like: [n]` gives n, dtype and device.

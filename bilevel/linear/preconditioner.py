@@ -10,38 +10,45 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.linear.base import LinearOperator, norm
 from bilevel.linear.gaussian import gaussian
+from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import eigenpairs
-
-Memory = dict[str, Tensor]
-"""What a preconditioner keeps between solves: tensors by name, written in place, part of a response's state."""
+from bilevel.linear.operator import LinearOperator, Shapes
+from bilevel.linear.system import Memory, nested, part_of
 
 Applied = Callable[[Tensor], Tensor]
 """r `[n]` to M^-1 r `[n]`, M symmetric positive definite."""
 
 
 class Preconditioner(ABC):
-    """Makes M close to A, from products with A and from what it kept of earlier systems like this one.
+    """Makes M close to A, from products with A and from what it learned from earlier systems like this one.
 
     Inside an `Implicit` response one leader step's system is nearly the last one's, so that what was learned there
     serves again: the memory is a part of the response's state, saved and resumed with it. A solver that is called by
-    hand, or within a `torch.func` transform, starts with an empty memory each time.
+    hand without a memory, or within a `torch.func` transform, starts with an empty one each time.
+
+    A memory comes in and a memory goes out. The one that came in is never written to: what did not change is shared.
     """
 
     @abstractmethod
-    def init(self, like: Tensor) -> Memory:
-        """The memory before the first system; `like: [n]` gives n, dtype and device."""
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
+        """M^-1 for this system, and the memory after it.
 
-    @abstractmethod
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
-        """M^-1 for this system; updates the memory in place."""
+        The operator is that of the solver, damping included. It counts its products, and `operator.shapes` is the
+        layout of the unknowns, where that is known.
+        """
 
-    def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> None:  # noqa: B027
-        """Take note of directions p and products A p `[n]` that a solve went through; updates the memory in place."""
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
+        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it has none."""
+        return {}
 
-    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
-        """Take note of what the follower's torch.optim optimiser remembers of each leaf; `[]` where it has none."""
+    def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> Memory:
+        """The memory with what directions p and products A p `[n]`, which a solve went through, tell."""
+        return memory
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """The memory with what the follower's torch.optim optimiser remembers of each leaf; `[]` where it has none."""
+        return memory
 
     @property
     def from_optimizer(self) -> bool:
@@ -59,21 +66,29 @@ class Preconditioner(ABC):
 class Diagonal(Preconditioner):
     r"""Jacobi's: M = diag(A), estimated without bias from products with random signs.
 
-        diag(A) = E[v * A v],   v_i = +-1
+    $$
+    \operatorname{diag}(A) = \mathbb E[v \circ A v], \qquad v_i = \pm 1
+    $$
 
     Entry i's standard error is that of the off-diagonal part of row i over the square root of the number of probes; an
-    estimate below its standard error is raised to it, which also keeps M positive. `probes` products are spent before
-    the first system, `refresh` before each later one; old ones count `forgetting` times as much per system. For
-    unknowns of different scale: a penalty for each weight, layers of different size, per-weight learning rates. Where
-    the diagonal is flat it does nothing, and costs little.
+    estimate below its standard error is raised to it, which also keeps M positive. For unknowns of different scale: a
+    penalty for each weight, layers of different size, per-weight learning rates. Where the diagonal is flat it does
+    nothing, and costs little. Memory 3 n.
+    Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix".
 
-    Memory 3 n. Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix".
+    Args:
+        probes: Products spent before the first system.
+        refresh: Products spent before each later one.
+        forgetting: So much of what a product weighs is left a system later.
+        seed: Of the signs.
 
-    >>> curvature = torch.tensor([1.0, 1e3, 1e6])
-    >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
-    >>> jacobi = Diagonal()
-    >>> jacobi.prepare(operator, jacobi.init(curvature))(curvature)
-    tensor([1., 1., 1.])
+    Examples:
+        >>> curvature = torch.tensor([1.0, 1e3, 1e6])
+        >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
+        >>> jacobi = Diagonal()
+        >>> apply, memory = jacobi.prepare(operator, jacobi.init(curvature))
+        >>> apply(curvature)
+        tensor([1., 1., 1.])
     """
 
     probes: int = 10
@@ -88,7 +103,7 @@ class Diagonal(Preconditioner):
                 f"{self}: expected probes of at least 2, refresh of at least 0, and forgetting between 0 and 1."
             )
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Weighted sums of v * A v and of its square, how much they weigh, and how many systems there were."""
         zero = torch.zeros((), dtype=torch.float64, device=like.device)
         return {
@@ -99,23 +114,13 @@ class Diagonal(Preconditioner):
             "systems": torch.zeros((), dtype=torch.int64),
         }
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """1 / diag(A), estimated."""
         like, systems = memory["sum"], int(memory["systems"])
         count = self.refresh if systems else self.probes
-        memory["systems"] += 1
+        memory = memory | {"systems": memory["systems"] + 1}
         if count:
-            memory["sum"] *= self.forgetting
-            memory["squares"] *= self.forgetting
-            memory["weight"] *= self.forgetting
-            memory["weight_squares"] *= self.forgetting**2
-        for number in range(count):
-            signs = torch.sign(gaussian(tuple(like.shape), like, self.seed + 7919 * systems + number))
-            seen = signs * operator.matvec(signs)
-            memory["sum"] += seen
-            memory["squares"] += seen.square()
-            memory["weight"] += 1.0
-            memory["weight_squares"] += 1.0
+            memory |= self._fresh(operator, memory, [self.seed + 7919 * systems + number for number in range(count)])
         weight = memory["weight"].to(like.dtype)
         mean = memory["sum"] / weight
         variance = (memory["squares"] / weight - mean.square()).clamp(min=0.0)
@@ -124,23 +129,45 @@ class Diagonal(Preconditioner):
         size = norm(mean)
         floor = torch.finfo(like.dtype).eps * torch.where(size > 0.0, size, 1.0)
         diagonal = torch.maximum(torch.maximum(mean, error), floor)
-        return lambda r: r / diagonal
+        return lambda r: r / diagonal, memory
+
+    def _fresh(self, operator: LinearOperator, memory: Memory, seeds: list[int]) -> Memory:
+        """The sums with a probe for each seed."""
+        total, squares = self.forgetting * memory["sum"], self.forgetting * memory["squares"]
+        weight, weight_squares = self.forgetting * memory["weight"], self.forgetting**2 * memory["weight_squares"]
+        for seed in seeds:
+            signs = torch.sign(gaussian(tuple(total.shape), total, seed))
+            seen = signs * operator.matvec(signs)
+            total, squares = total + seen, squares + seen.square()
+        weights = {"weight": weight + len(seeds), "weight_squares": weight_squares + len(seeds)}
+        return {"sum": total, "squares": squares} | weights
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class NystromPreconditioner(Preconditioner):
-    """Randomised Nystroem: M = A on the space of its `rank` largest eigenvalues, and the least of those elsewhere.
+    r"""Randomised Nystroem: M = A on the space of its largest eigenvalues, and the least of those elsewhere.
 
-    For a few large eigenvalues over a flat rest: correlated data under a small penalty. `rank` products, spent anew at
-    every `every`th system; in between the old one serves, as the Hessian moves little in a leader's step. Memory
-    n rank, n rank work each step of the solver. Source: Frangella, Tropp & Udell, arXiv 2110.02820.
+    $$
+    M^{-1} = l\, U L^{-1} U^\top + I - U U^\top, \qquad l = \min L
+    $$
 
-    >>> curvature = torch.tensor([1e4, 1e3, 1.0, 1.0], dtype=torch.float64)
-    >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
-    >>> nystrom = NystromPreconditioner(rank=4)
-    >>> nystrom.prepare(operator, nystrom.init(curvature))(curvature).round(decimals=4)
-    tensor([1., 1., 1., 1.], dtype=torch.float64)
+    For a few large eigenvalues over a flat rest: correlated data under a small penalty. In between two approximations
+    the old one serves, as the Hessian moves little in a leader's step. Memory n rank, n rank work each step of the
+    solver. Source: Frangella, Tropp & Udell, arXiv 2110.02820.
+
+    Args:
+        rank: Products that an approximation takes.
+        every: It is made anew at every so many systems.
+        seed: Of the sketch.
+
+    Examples:
+        >>> curvature = torch.tensor([1e4, 1e3, 1.0, 1.0], dtype=torch.float64)
+        >>> operator = LinearOperator(lambda v: curvature * v, symmetric=True)
+        >>> nystrom = NystromPreconditioner(rank=4)
+        >>> apply, memory = nystrom.prepare(operator, nystrom.init(curvature))
+        >>> apply(curvature).round(decimals=4)
+        tensor([1., 1., 1., 1.], dtype=torch.float64)
     """
 
     rank: int = 20
@@ -152,7 +179,7 @@ class NystromPreconditioner(Preconditioner):
         if self.rank < 1 or self.every < 1:
             raise ValueError(f"{self}: expected rank and every of at least 1.")
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Eigenvectors `[n, rank]`, eigenvalues `[rank]`, how many systems there were."""
         rank = min(self.rank, like.numel())
         return {
@@ -161,17 +188,16 @@ class NystromPreconditioner(Preconditioner):
             "systems": torch.zeros((), dtype=torch.int64),
         }
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """l U L^-1 U' + I - U U', l the least of L."""
-        if int(memory["systems"]) % self.every == 0:
-            like = memory["vectors"][:, 0]
-            memory["vectors"], memory["values"] = eigenpairs(operator, like, self.rank, self.seed)
-        memory["systems"] += 1
-        vectors, values = memory["vectors"], memory["values"]
+        vectors, values, systems = memory["vectors"], memory["values"], memory["systems"]
+        if int(systems) % self.every == 0:
+            vectors, values = eigenpairs(operator, vectors[:, 0], self.rank, self.seed)
         # Of a matrix whose rank is smaller than asked for, the rest is rounding.
         least = values[-1].clamp(min=torch.finfo(values.dtype).eps * values[0])
         inside = least / values.clamp(min=least) - 1.0
-        return lambda r: r + vectors @ (inside * (vectors.mT @ r))
+        after = {"vectors": vectors, "values": values, "systems": systems + 1}
+        return lambda r: r + vectors @ (inside * (vectors.mT @ r)), after
 
 
 @final
@@ -179,11 +205,14 @@ class NystromPreconditioner(Preconditioner):
 class Recycled(Preconditioner):
     """The L-BFGS inverse of the directions that earlier solves went through: curvature that was already paid for.
 
-    Each solve leaves up to `size` pairs (p, A p), evenly spaced along it, beside those before it, the oldest of which
-    are forgotten. No products of its own; the first system has none, and costs what it costs. `base` is what the
-    recursion starts from, instead of a multiple of I: `Recycled(base=Diagonal())` has both. Memory 2 n size; 4 n size
-    work each step of the solver. Source: Morales & Nocedal 2000, "Automatic preconditioning by limited memory
-    quasi-Newton updating".
+    Each solve leaves pairs (p, A p), evenly spaced along it, beside those before it, the oldest of which are forgotten.
+    No products of its own; the first system has none, and costs what it costs. Memory 2 n size; 4 n size work each step
+    of the solver.
+    Source: Morales & Nocedal 2000, "Automatic preconditioning by limited memory quasi-Newton updating".
+
+    Args:
+        size: How many pairs are kept.
+        base: What the recursion starts from, instead of a multiple of I: `Recycled(base=Diagonal())` has both.
     """
 
     size: int = 20
@@ -206,44 +235,40 @@ class Recycled(Preconditioner):
         """As many as it keeps."""
         return self.size
 
-    def init(self, like: Tensor) -> Memory:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Directions and products `[size, n]`, oldest first, how many are filled, and the base's."""
-        blank = like.new_zeros(self.size, like.numel())
-        own = {"directions": blank, "products": blank.clone(), "filled": torch.zeros((), dtype=torch.int64)}
-        base = {} if self.base is None else self.base.init(like)
-        return own | {f"base.{name}": value for name, value in base.items()}
+        base = {} if self.base is None else self.base.init(like, shapes)
+        return no_pairs(like, self.size) | nested("base", base)
 
-    def prepare(self, operator: LinearOperator, memory: Memory) -> Applied:
+    def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """The two-loop recursion."""
         base = None
         if self.base is not None:
-            theirs = self._theirs(memory)
-            base = self.base.prepare(operator, theirs)
-            memory |= {f"base.{name}": value for name, value in theirs.items()}
-        return two_loops(memory, base) or base or (lambda r: r)
+            base, theirs = self.base.prepare(operator, part_of(memory, "base"))
+            memory = memory | nested("base", theirs)
+        return two_loops(memory, base) or base or (lambda r: r), memory
 
-    def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> None:
-        """Keep those with curvature, at the end of what is kept."""
+    def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> Memory:
+        """With those that have curvature, at the end of what is kept."""
         if self.base is not None:
-            theirs = self._theirs(memory)
-            self.base.learn(theirs, directions, products)
-            memory |= {f"base.{name}": value for name, value in theirs.items()}
-        keep_pairs(memory, directions, products, self.size)
+            memory = memory | nested("base", self.base.learn(part_of(memory, "base"), directions, products))
+        return with_pairs(memory, directions, products, self.size)
 
-    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the base."""
-        if self.base is not None:
-            theirs = self._theirs(memory)
-            self.base.inform(theirs, optimizer)
-            memory |= {f"base.{name}": value for name, value in theirs.items()}
-
-    @staticmethod
-    def _theirs(memory: Memory) -> Memory:
-        return {name.removeprefix("base."): value for name, value in memory.items() if name.startswith("base.")}
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """As the base takes it."""
+        if self.base is None:
+            return memory
+        return memory | nested("base", self.base.inform(part_of(memory, "base"), optimizer))
 
 
-def keep_pairs(memory: Memory, directions: list[Tensor], products: list[Tensor], size: int) -> None:
-    """Put the pairs with curvature at the end of the memory's `size`, and forget as many of the oldest."""
+def no_pairs(like: Tensor, size: int) -> Memory:
+    """Room for `size` pairs, none of which is filled."""
+    blank = like.new_zeros(size, like.numel())
+    return {"directions": blank, "products": blank, "filled": torch.zeros((), dtype=torch.int64)}
+
+
+def with_pairs(memory: Memory, directions: list[Tensor], products: list[Tensor], size: int) -> Memory:
+    """The memory with the pairs that have curvature at the end of its `size`, and without as many of the oldest."""
     kept = []
     for p, product in zip(directions, products, strict=True):
         length = norm(p)
@@ -251,11 +276,14 @@ def keep_pairs(memory: Memory, directions: list[Tensor], products: list[Tensor],
         if float(torch.dot(p, product)) > 1e-10 * float(length * norm(product)) > 0.0:
             kept.append((p / length, product / length))
     kept = kept[-size:]
-    if kept:
-        for name, row in (("directions", 0), ("products", 1)):
-            new = torch.stack([pair[row] for pair in kept])
-            memory[name] = torch.cat([memory[name][len(kept) :], new])
-        memory["filled"] = (memory["filled"] + len(kept)).clamp(max=size)
+    if not kept:
+        return memory
+    filled = (memory["filled"] + len(kept)).clamp(max=size)
+    fresh = {
+        name: torch.cat([memory[name][len(kept) :], torch.stack([pair[row] for pair in kept])])
+        for row, name in enumerate(("directions", "products"))
+    }
+    return memory | fresh | {"filled": filled}
 
 
 def two_loops(memory: Memory, base: Applied | None) -> Applied | None:
@@ -263,7 +291,7 @@ def two_loops(memory: Memory, base: Applied | None) -> Applied | None:
     filled = int(memory["filled"])
     if not filled:
         return None
-    directions, products = memory["directions"][-filled:].clone(), memory["products"][-filled:].clone()
+    directions, products = memory["directions"][-filled:], memory["products"][-filled:]
     curvatures = (directions * products).sum(1)
     scale = curvatures[-1] / products[-1].square().sum()
     rows = list(zip(directions, products, curvatures, strict=True))

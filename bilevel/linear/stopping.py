@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.linear.base import loosened, norm
+from bilevel.linear.base import loosened
+from bilevel.linear.norms import norm
 
 
 class Stopping(ABC):
@@ -34,26 +35,34 @@ class Stopping(ABC):
 class HypergradientTolerance(Stopping):
     r"""Enough, once the hypergradient itself has settled to a relative error of about `rtol`.
 
-    A residual says little about the hypergradient C'u on an ill-conditioned follower: the part of u that C' sees can be
-    found long before, or long after, the residual is small. So q_i = C'u is looked at in steps k_1 < k_2 < ..., each
-    `spacing` times the one before, from `first` on. Changes d_i = |q_i - q_(i-1)| shrink by t_i = d_i / d_(i-1), and
+    A residual says little about the hypergradient $C^\top u$ on an ill-conditioned follower: the part of u that it sees
+    can be found long before, or long after, the residual is small. So $q_i = C^\top u$ is looked at in steps
+    $k_1 < k_2 < \dots$ Changes $d_i = |q_i - q_{i-1}|$ shrink by $t_i = d_i / d_{i-1}$, and
 
-        error of q_i  ~  d_i t / (1 - t),   t = max(t_i, 1/4)
+    $$
+    \text{error of } q_i \approx d_i \frac{t}{1 - t}, \qquad t = \max(t_i, \tfrac14).
+    $$
 
-    It stops when that is below rtol |q_i| twice running. An estimate, not a bound: an iteration that stands still
+    It stops when that is below rtol $|q_i|$ twice running. An estimate, not a bound: an iteration that stands still
     for a while, as conjugate gradients do between clusters of eigenvalues, looks settled; `certify` bounds the error.
-    By itself, outside an `Implicit` response or `root`, inside torch.func and with create_graph, u takes the place of
-    C'u. What is solved down to rounding before it was looked at often enough is enough as well.
+    By hand, inside torch.func and with create_graph, u takes the place of $C^\top u$. What is solved down to rounding
+    before it was looked at often enough is enough as well, where rounding leaves u right to `rtol`.
 
     Costs a mixed product a look, which is next to nothing where the leader enters by penalties, and at most a
     Hessian-vector product; each counts as one.
 
-    >>> from bilevel.linear import ConjugateGradient, LinearOperator
-    >>> curvature = torch.logspace(0, 3, 500, dtype=torch.float64)
-    >>> system, b = LinearOperator(lambda v: curvature * v, symmetric=True), torch.ones(500, dtype=torch.float64)
-    >>> found = ConjugateGradient(rtol=1e-12, stopping=HypergradientTolerance(1e-2)).solve(system, b)
-    >>> found.error < 1e-2
-    True
+    Args:
+        rtol: The relative error of the hypergradient.
+        first: The step of the first look.
+        spacing: Each later look is in a step so many times the last one's.
+
+    Examples:
+        >>> from bilevel.linear import ConjugateGradient, LinearOperator
+        >>> curvature = torch.logspace(0, 3, 500, dtype=torch.float64)
+        >>> system, b = LinearOperator(lambda v: curvature * v, True), torch.ones(500, dtype=torch.float64)
+        >>> found = ConjugateGradient(rtol=1e-12, stopping=HypergradientTolerance(1e-2)).solve(system, b)
+        >>> found.error < 1e-2
+        True
     """
 
     rtol: float = 1e-3
@@ -88,7 +97,6 @@ class Watch:
         self._good = 0
         self.error = math.inf
         """The estimate at the last look; infinite before there was one."""
-        self.looks = 0
 
     @property
     def satisfied(self) -> bool:
@@ -103,7 +111,6 @@ class Watch:
         """Judge the solution `[n]` after `step` steps."""
         self._next = max(step + 1.0, step * self._stopping.spacing)
         seen = self._interest(solution)
-        self.looks += 1
         if self._last is not None:
             size = norm(seen)
             change = concrete(norm(seen - self._last) / torch.where(size > 0.0, size, 1.0))

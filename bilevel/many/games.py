@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch, Position, Stream
+from bilevel.game.passes import Source
+from bilevel.game.player import check_data
 from bilevel.many.follower import BatchedFollower
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
@@ -53,7 +56,7 @@ class Games(Game):
         count: int,
         *,
         init: Mapping[str, Variables] | None = None,
-        data: Mapping[str, Iterable[Batch]] | None = None,
+        data: Mapping[str, Source] | None = None,
         data_dims: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(game, Game) or isinstance(game, Games) or game.anticipated:
@@ -246,7 +249,7 @@ class Games(Game):
             found[name] = detached(variables)
         return found | {group: {m: found[m] for m in members} for group, members in self._parts.groups.members.items()}
 
-    def _streamed(self, data: Mapping[str, Iterable[Batch]]) -> dict[str, Stream]:
+    def _streamed(self, data: Mapping[str, Source]) -> dict[str, Stream]:
         for name in (*data, *self._dims):
             if name not in self._one.players:
                 raise ValueError(f"Games: data or data_dims names {name!r}; players are {list(self._one.players)}.")
@@ -262,16 +265,13 @@ class Games(Game):
         for name, batches in data.items():
             if name not in self._parts.streams:
                 raise ValueError(f"Games: player {name!r} was given data, but its objective takes no `batch`.")
-            if isinstance(batches, Tensor | Mapping | Iterator) or not isinstance(batches, Iterable):
-                raise TypeError(
-                    f"Games: the data of player {name!r} is a {type(batches).__name__}; expected an iterable of "
-                    "batches that can be iterated again and again. A single batch is `data=[batch]`."
-                )
-        return dict(self._parts.streams) | {name: Stream(name, batches) for name, batches in data.items()}
+            check_data(f"Games: the data of player {name!r}", batches)
+        made = {name: Stream(name, batches, self.device) for name, batches in data.items()}
+        return dict(self._parts.streams) | made
 
     def _picked(self, rows: int | Tensor) -> dict[str, Stream]:
         return {
-            name: Stream(name, _Rows(stream.data, rows, self._dims[name])) if name in self._dims else stream
+            name: stream.mapped(partial(_rows, dims=self._dims[name], rows=rows)) if name in self._dims else stream
             for name, stream in self._parts.streams.items()
         }
 
@@ -294,19 +294,6 @@ class Games(Game):
                 f"Player {name!r}: its loss at init is {losses[wrong[0]].item()} in game {wrong[0]}, and not finite in "
                 f"{len(wrong)} in all; expected finite numbers."
             )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The batches of some of the games."""
-
-    data: Iterable[Batch]
-    rows: int | Tensor
-    dims: Any
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.data:
-            yield _rows(batch, self.dims, self.rows)
 
 
 def _spread(dims: Any, batch: Batch) -> list[int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError, NonConvergenceWarning
-from bilevel.linear.base import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Memory
+from bilevel.linear.operator import Shapes
 from bilevel.tree import join
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class BatchedLinearSolver(LinearSolver):
+class BatchedLinearSolver:
     """Solves a block-diagonal system, one block a game, by running `solver` on all blocks at once under vmap.
 
         A = diag(A_1, ..., A_count),    A v is one product for all blocks together
 
     Vectors `[count n]` are those of variables with leaves `[count, ...]`, leaf after leaf; `widths` are the leaves'
     sizes in one game. Each block ends where `solver` would end it alone: its step lengths are its own, and one that is
-    done stands still. `memory` receives the blocks' relative residuals `[count]`. Preconditioners start afresh with
-    each system. An error names the first game that raises it by itself.
+    done stands still. The solution's `memory` is the blocks' relative residuals `[count]`. Preconditioners start afresh
+    with each system. An error names the first game that raises it by itself.
 
     Costs the products of the block that takes the most.
     """
@@ -34,21 +35,26 @@ class BatchedLinearSolver(LinearSolver):
     count: int
     widths: tuple[int, ...] = field(repr=False)
 
-    @property
-    def needs_symmetry(self) -> bool:
-        """As `solver` does."""
-        return self.solver.needs_symmetry
-
-    def init(self, like: Tensor) -> dict[str, Tensor]:
+    def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The relative residual of each block in the last system."""
         return {"residuals": like.new_full((self.count,), torch.nan)}
+
+    @property
+    def from_optimizer(self) -> bool:
+        """No: preconditioners start afresh."""
+        return False
+
+    def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
+        """It takes no note."""
+        return memory
 
     def solve(
         self,
         operator: LinearOperator,
         rhs: Tensor,
         initial: Tensor | None = None,
-        memory: dict[str, Tensor] | None = None,
+        *,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> LinearSolution:
         """u `[count n]` with A u = rhs."""
         rows, start = self._rows(rhs), None if initial is None else self._rows(initial)
@@ -58,8 +64,6 @@ class BatchedLinearSolver(LinearSolver):
             raise type(error)(f"Game {self._first_wrong(operator, rows, type(error))}: {error}") from error
         sizes = torch.linalg.vector_norm(rows, dim=1)
         relative = torch.where(sizes > 0.0, norms / sizes, norms)
-        if memory is not None:
-            memory["residuals"].copy_(relative)
         missed = norms > wanted
         if self.solver.rtol is not None and bool(missed.any()):
             worst = int(torch.where(missed, relative, -1.0).argmax())
@@ -72,7 +76,8 @@ class BatchedLinearSolver(LinearSolver):
             )
             warnings.warn(NonConvergenceWarning(told, games=missed.nonzero().flatten().tolist()), stacklevel=2)
         whole = torch.linalg.vector_norm(norms)
-        return LinearSolution(self._flat(found), whole, products, not bool(missed.any()))
+        learned = {} if memory is None else {"residuals": relative}
+        return LinearSolution(self._flat(found), whole, products, not bool(missed.any()), memory=learned)
 
     def _all(
         self, operator: LinearOperator, rows: Tensor, start: Tensor | None, mask: Tensor | None = None
@@ -82,6 +87,7 @@ class BatchedLinearSolver(LinearSolver):
         Where `mask: [count]` is False, the block is the identity.
         """
         taken = 0
+        shapes = None if operator.shapes is None else [shape[1:] for shape in operator.shapes]
 
         def product(vectors: Tensor) -> Tensor:
             result = self._rows(operator.matvec(self._flat(vectors)))
@@ -89,7 +95,11 @@ class BatchedLinearSolver(LinearSolver):
 
         def one(rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             nonlocal taken
-            single = LinearOperator(lambda v: _Product.apply(v, rhs, product), operator.symmetric)  # type: ignore[no-untyped-call]
+            single = LinearOperator(
+                lambda v: _Product.apply(v, rhs, product),  # type: ignore[no-untyped-call]
+                operator.symmetric,
+                shapes=shapes,
+            )
             found = self.solver.solve(single, rhs, start)
             taken = found.products
             return found.solution, found.residual_norm, self.solver.tolerance(rhs)

@@ -1,105 +1,173 @@
-"""Flat networks for a learned response: from a displacement of the others' variables to one of the follower's.
-
-Each is a callable `(inputs, outputs) -> nn.Module` that maps `[..., inputs]` to `[..., outputs]`; write your own the
-same way. All start at zero output, so that a response starts where the follower does. For millions of weights see
-`leafwise`.
-"""
+"""Flat networks of a learned response: from a displacement of the others' variables to one of the follower's."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+Parameters = Mapping[str, Tensor]
+"""A network's numbers, by names of its own."""
 
 
-@final
-@dataclass(frozen=True)
-class Linear:
-    """A dense matrix: the best response of every quadratic game, and to first order of every smooth one.
+class FlatNetwork(ABC):
+    """A map from a vector of all the others' entries to one of all the follower's, as configuration.
 
-    inputs * outputs parameters: 0.25 GB for 7,850 x 7,850 in float32, 1 GB with gradient and Adam's memory, and 1.7 GB
-    with the copies of a call.
+    Its numbers are an argument. Those that it starts with should make it zero, so that a response starts where its
+    follower does. A module, or a function that makes one, serves as well: see `Hypernetwork(network=)`. For millions
+    of weights take a `LeafNetwork`.
     """
 
-    def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        """The network."""
-        return _zeroed(nn.Linear(inputs, outputs, bias=False))
+    @abstractmethod
+    def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
+        """The numbers that it starts with; random ones come from torch's global generator."""
+
+    @abstractmethod
+    def __call__(self, parameters: Parameters, u: Tensor) -> Tensor:
+        """From rows `u: [rows, inputs]`, each of norm about one, to `[rows, outputs]`; differentiable in both."""
+
+
+ModuleFactory = Callable[[int, int], nn.Module]
+"""A function of (inputs, outputs) that makes a module from `[rows, inputs]` to `[rows, outputs]`."""
 
 
 @final
 @dataclass(frozen=True)
-class LowRank:
-    """A linear map through a bottleneck: (inputs + outputs) * rank parameters (arXiv 1802.09419, section 4.3).
+class Uncentred:
+    r"""A flat network whose value at the leader's present variables is learned along with its slope.
 
-    It can only tell `rank` directions of the others' variables apart.
+    $$
+    y(x) = w_0 + \operatorname{net}(x / s) \quad\text{in place of}\quad
+    w_0 + \operatorname{net}\big((x - x_0) / s\big) - \operatorname{net}(0).
+    $$
+
+    For one map over a whole range, with a `sampler=` that draws from it. Fitted locally its slope is unreliable, and
+    `Hypernetwork` warns of it. Raises `TypeError` for a `LeafNetwork`, which is centred by its nature.
+
+    Examples:
+        >>> Uncentred(MLP((32,)))
+        Uncentred(network=MLP(hidden=(32,)))
+    """
+
+    network: FlatNetwork | nn.Module | ModuleFactory
+
+    def __post_init__(self) -> None:
+        if isinstance(self.network, type) or not (isinstance(self.network, FlatNetwork) or callable(self.network)):
+            raise TypeError(
+                f"Uncentred: network={self.network!r}; expected a flat one such as MLP((50,)), or a module."
+            )
+
+
+@final
+@dataclass(frozen=True)
+class Linear(FlatNetwork):
+    r"""A dense matrix: the best response of every quadratic game, and to first order of every smooth one.
+
+    $$
+    \operatorname{net}(u) = W u, \qquad W \in \mathbb{R}^{\text{outputs} \times \text{inputs}}.
+    $$
+
+    It takes 0.25 GB for 7,850 x 7,850 entries in float32, 1 GB with its gradient and Adam's memory, and 1.7 GB with the
+    copies of a call.
+    """
+
+    def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
+        """A matrix of zeros."""
+        return {"weight": torch.zeros(outputs, inputs)}
+
+    def __call__(self, parameters: Parameters, u: Tensor) -> Tensor:
+        """By one product."""
+        return linear(u, parameters["weight"])
+
+
+@final
+@dataclass(frozen=True)
+class LowRank(FlatNetwork):
+    r"""A linear map through a bottleneck, which tells at most `rank` directions of the others' variables apart.
+
+    $$
+    \operatorname{net}(u) = P Q u, \qquad P \in \mathbb{R}^{\text{outputs} \times k},\;
+    Q \in \mathbb{R}^{k \times \text{inputs}}.
+    $$
+
+    P starts at zero. Raises `ValueError` for a rank below 1. Source: Lorraine and Duvenaud 2018, section 4.3
+    (arXiv 1802.09419).
     """
 
     rank: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse a rank that tells nothing apart."""
         if self.rank < 1:
             raise ValueError(f"LowRank: rank={self.rank}; expected at least 1, the directions that it tells apart.")
 
-    def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        """The network."""
-        return nn.Sequential(
-            nn.Linear(inputs, self.rank, bias=False), _zeroed(nn.Linear(self.rank, outputs, bias=False))
-        )
+    def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
+        """Q as torch's linear layers start, P at zero."""
+        first = nn.Linear(inputs, self.rank, bias=False)
+        return {"first": first.weight.detach(), "last": torch.zeros(outputs, self.rank)}
+
+    def __call__(self, parameters: Parameters, u: Tensor) -> Tensor:
+        """By two products."""
+        return linear(linear(u, parameters["first"]), parameters["last"])
 
 
 @final
 @dataclass(frozen=True)
-class MLP:
-    """A ReLU network with hidden layers, for a response over a wide range (Algorithm 2 of arXiv 1802.09419)."""
+class MLP(FlatNetwork):
+    """A network with hidden layers of ReLU units, for a response over a wide range.
+
+    Its last layer starts at zero. Raises `ValueError` for a layer without units, which would hide the leader from the
+    answer. Source: Algorithm 2 of Lorraine and Duvenaud 2018 (arXiv 1802.09419).
+    """
 
     hidden: tuple[int, ...] = (50,)
 
     def __post_init__(self) -> None:
-        """Refuse a layer without units, which would hide the leader from the answer."""
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"MLP: hidden={self.hidden}; expected widths of at least 1.")
 
-    def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        """The network."""
-        layers: list[nn.Module] = []
-        for width in self.hidden:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
+    def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
+        """As torch's linear layers start, and the last layer at zero."""
+        found: dict[str, Tensor] = {}
+        for index, width in enumerate(self.hidden):
+            layer = nn.Linear(inputs, width)
+            found |= {f"{index}.weight": layer.weight.detach(), f"{index}.bias": layer.bias.detach()}
             inputs = width
-        return nn.Sequential(*layers, _zeroed(nn.Linear(inputs, outputs)))
+        return found | {"last.weight": torch.zeros(outputs, inputs), "last.bias": torch.zeros(outputs)}
 
-
-class _Elementwise(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.zeros(size))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs * self.slope
+    def __call__(self, parameters: Parameters, u: Tensor) -> Tensor:
+        """Layer by layer."""
+        for index in range(len(self.hidden)):
+            u = linear(u, parameters[f"{index}.weight"], parameters[f"{index}.bias"]).relu()
+        return linear(u, parameters["last.weight"], parameters["last.bias"])
 
 
 @final
 @dataclass(frozen=True)
-class Elementwise:
-    """Each of the follower's entries answers its own hyperparameter alone: a diagonal Jacobian, n parameters.
+class Elementwise(FlatNetwork):
+    r"""Each of the follower's entries answers its own hyperparameter alone: a diagonal Jacobian.
 
-    For one hyperparameter a weight (decay, say), laid out alike. Interactions between weights are left out.
+    $$
+    \operatorname{net}(u)_i = a_i u_i.
+    $$
+
+    For one hyperparameter a weight (decay, say), laid out alike; interactions between weights are left out. `init` of
+    the response raises `ValueError` where the two are not equally many.
     """
 
-    def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        """The network; raises `ValueError` unless there is one input for each output."""
+    def parameters(self, inputs: int, outputs: int) -> dict[str, Tensor]:
+        """Slopes of zero."""
         if inputs != outputs:
             raise ValueError(
                 f"Elementwise pairs each hyperparameter with one of the follower's entries, but there are {inputs} "
                 f"and {outputs}. Use Linear(), LowRank(rank) or your own network."
             )
-        return _Elementwise(inputs)
+        return {"slope": torch.zeros(inputs)}
 
-
-def _zeroed(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+    def __call__(self, parameters: Parameters, u: Tensor) -> Tensor:
+        """Entry by entry."""
+        return u * parameters["slope"]

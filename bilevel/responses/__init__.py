@@ -3,24 +3,29 @@
 from bilevel.responses.base import Response, State
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
-from bilevel.responses.learned import Hypernetwork
-from bilevel.responses.promise import Estimate, Optimum, Promise, Report, Steps
+from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
+from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
 from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
 __all__ = [
     "AsLeaderMoves",
+    "Behaviour",
     "Differentiation",
+    "Draws",
     "Estimate",
     "ForwardMode",
     "Geometric",
     "Hypernetwork",
     "Implicit",
     "Inexactness",
+    "Memory",
     "Optimum",
+    "Perturbations",
     "Promise",
     "Report",
     "Response",
     "ReverseMode",
+    "Sampler",
     "Segments",
     "State",
     "Steps",

@@ -16,7 +16,7 @@ from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
-from bilevel.responses.promise import Promise, Report
+from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, flatten, leaf_names, leaves
 
 State = dict[str, Any]
@@ -59,6 +59,23 @@ class Response(ABC):
         """The same response, with so many steps of the follower a call; raises `TypeError` where it has no budget."""
         raise TypeError(f"{type(self).__name__} has no budget of steps to set; override budget and with_budget.")
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """How it behaves from call to call; override what is not so."""
+        return Behaviour()
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory | None:
+        """The torch.optim optimiser that steps the follower's variables; None where there is none."""
+        return None
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Response:
+        """The same response, with another optimiser for its steps; raises `TypeError` where it has none."""
+        raise TypeError(
+            f"{type(self).__name__} has no torch.optim optimiser to replace; override inner_optimizer and "
+            "with_inner_optimizer."
+        )
+
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with what the backward pass through `answer`, a call's variables, has learned.
 
@@ -66,6 +83,14 @@ class Response(ABC):
         there had been no backward pass, and its products are not counted.
         """
         return state
+
+    def adopt(self, saved: State, start: State) -> State:
+        """The state to go on from, of `saved`, which a response with other settings left; `start` is this one's own.
+
+        What has the form that it has in `start` is kept. What `start` does not know yet, such as an optimiser's memory,
+        begins anew; override to keep more of it.
+        """
+        return {key: _adopted(saved.get(key), entry) for key, entry in start.items()}
 
     def report(self, state: State) -> Report:
         """What a state says of the calls so far: work, stationarity, and what is left of the derivative's equation."""
@@ -86,6 +111,19 @@ class Response(ABC):
         """
 
 
+def _adopted(saved: Any, start: Any) -> Any:
+    """`saved` where it has the form of `start`, and of dicts what has; else `start`."""
+    if isinstance(start, dict) and isinstance(saved, dict):
+        return {key: _adopted(saved.get(key), entry) for key, entry in start.items()}
+    if isinstance(start, Tensor) or isinstance(saved, Tensor):
+        tensors = isinstance(start, Tensor) and isinstance(saved, Tensor)
+        return saved if tensors and (saved.shape, saved.dtype) == (start.shape, start.dtype) else start
+    if isinstance(start, list | tuple) and isinstance(saved, list | tuple):
+        pairs = zip(saved, start, strict=False)
+        return saved if len(saved) == len(start) and all(_adopted(one, other) is one for one, other in pairs) else start
+    return saved if type(saved) is type(start) else start
+
+
 def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False) -> State:
     """What every response's state holds before its first call.
 
@@ -102,6 +140,7 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
             f"Player {name!r} moves first and has nobody to respond to. A follower is declared after its leader in "
             f"Game(...); players in order of play: {list(game.names)}."
         )
+    game.require_follower(name)
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
     state: State = {

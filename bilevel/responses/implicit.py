@@ -17,7 +17,8 @@ from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.optimizer import leaf_memory, torch_optimizer
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, require_factory
+from bilevel.inner.schedule import place_alone
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
@@ -29,7 +30,7 @@ from bilevel.responses.base import (
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
-from bilevel.responses.promise import Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
 
 
@@ -97,17 +98,27 @@ class Implicit(Response):
                 f"gradient, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        solver = start.adapted_linear(self.linear_solver)
-        state |= {"optimizer": None, "linear": vars(Receipt.blank(flatten(state["variables"]), solver)).copy()}
+        solver, flat, shapes = start.adapted_linear(self.linear_solver), flatten(state["variables"]), start.form.shapes
+        state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
             y = state["variables"]
             names = leaf_names(y, start.name)
             remembered = [] if optimizer is None else after_one_step(optimizer.factory, leaves(y), names)
-            solver.inform(solver.init(flatten(state["variables"])), remembered)
+            solver.inform(solver.init(flat, shapes), remembered)
         if self.inexactness is None:
             return state
         game.require_one(f"Implicit(inexactness={self.inexactness}), which follows one leader's progress,")
         return state | {"leader": self._track(state)}
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the memory of a torch.optim optimiser, where it is such as this one's; a schedule goes on."""
+        if not isinstance(self._solver, TorchOptimizer):
+            return super().adopt(saved, start)
+        y, before = start["variables"], saved.get("optimizer")
+        kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
+        if isinstance(before, dict):
+            kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
+        return super().adopt(saved, start) | {"optimizer": kept}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -124,17 +135,15 @@ class Implicit(Response):
             residual = follower.held_residual()
         else:
             y, after, residual, products = self._solve(game, follower, state, looser)
-            before = state["linear"]
+            before, kept = state["linear"], leaf_memory(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
                 torch.full_like(before["residual"], torch.nan),
                 torch.zeros_like(before["products"]),
                 torch.full_like(before["error"], torch.nan),
-                map_leaves(torch.clone, before["memory"]),  # which a solve writes in place
+                solver.inform(before["memory"], kept if isinstance(kept, list) else []),
             )
-            kept = leaf_memory(after["optimizer"])
-            solver.inform(receipt.memory, kept if isinstance(kept, list) else [])
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
         attached = attach(
@@ -143,6 +152,7 @@ class Implicit(Response):
             follower.xs,
             linear_solver=follower.adapted_linear(self.linear_solver.loosened(looser)),
             symmetric=follower.symmetric,
+            shapes=follower.form.shapes,
             receipt=receipt,
             products=products,
         )
@@ -162,13 +172,27 @@ class Implicit(Response):
         """The same with so many steps of the inner solver a call."""
         return replace(self, steps=steps)
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """It warns unless `tolerance` is None."""
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=self.linear_solver.rtol or 0.0)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory | None:
+        """That of `optimizer`, unless it is another inner solver."""
+        return self._solver.factory if isinstance(self._solver, TorchOptimizer) else None
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Implicit:
+        """The same with another optimiser, and the same options around it."""
+        options = self.optimizer if isinstance(self.optimizer, TorchOptimizer) else None
+        return replace(self, optimizer=optimizer if options is None else replace(options, factory=optimizer))
+
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the linear solve's answer, the start of the next one, and its residual and products."""
         receipt = receipt_of(answer)
         if receipt is None:
             return state
-        # A second backward pass through this answer writes its memory in place, and replaces all else.
-        return state | {"linear": vars(receipt) | {"memory": map_leaves(torch.clone, receipt.memory)}}
+        return state | {"linear": vars(receipt).copy()}  # a second backward pass through this answer replaces them
 
     def report(self, state: State) -> Report:
         """With the relative residual of the last backward solve, and its estimate of the hypergradient's error."""

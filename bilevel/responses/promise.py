@@ -1,4 +1,4 @@
-"""What a response promises of its derivative, and what it reports of its calls."""
+"""What a response promises of its derivative, how it behaves from call to call, and what it reports."""
 
 from __future__ import annotations
 
@@ -88,6 +88,28 @@ class Estimate(Promise):
     def stated_bias(self) -> float:
         """`bias`."""
         return self.bias
+
+
+@final
+@dataclass(frozen=True)
+class Behaviour:
+    """How a response behaves from call to call, where strategies differ and the laws must know.
+
+    Args:
+        warm: whether a call starts where the last one stopped.
+        random: whether a call draws random numbers of its own, beside those that the losses draw.
+        steps_in_transforms: whether a call inside a `torch.func` transform takes the steps that it takes outside; else
+            it answers by its state as it stands.
+        warns: whether an answer that is far from what is promised comes with a warning.
+        rtol: relative residual to which the equation for the derivative is solved; 0 where there is none, or where it
+            is solved as well as it can be.
+    """
+
+    warm: bool = False
+    random: bool = False
+    steps_in_transforms: bool = True
+    warns: bool = True
+    rtol: float = 0.0
 
 
 @final

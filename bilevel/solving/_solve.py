@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import overload
 
 from bilevel.dynamics import Dynamics, Simultaneous
+from bilevel.errors import CheckpointError
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
+from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
-from bilevel.solving.run import Record, Run
+from bilevel.solving.history import Record
+from bilevel.solving.progress import progress_bar
+from bilevel.solving.run import Run
 from bilevel.solving.solution import Solution
 from bilevel.solving.solutions import Solutions
 from bilevel.tree import Variables
@@ -34,6 +38,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
     **responses: Response,
@@ -53,6 +58,7 @@ def solve(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
     **responses: Response,
@@ -71,6 +77,7 @@ def solve(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
     **responses: Response,
@@ -92,6 +99,7 @@ def solve(
         checkpoint: A file to write, also when interrupted.
         checkpoint_every: So many steps.
         resume: Go on from the checkpoint, bit for bit.
+        accept_changes: Go on although settings differ from the checkpoint's; the present ones hold.
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
         **responses: Follower -> its response.
@@ -99,7 +107,8 @@ def solve(
     Raises:
         ValueError: For wrong arguments, before any work.
         NonFiniteError: If a leader's gradient is NaN or infinite.
-        CheckpointError: For a file of another game.
+        CheckpointError: For a file of another run, which says in what, for one that is damaged, and where none can be
+            written.
 
     Examples:
         >>> import torch, bilevel as bl
@@ -110,52 +119,72 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
-    run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
-    if steps < 1 or checkpoint_every < 1:
-        raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-    if path is not None and resume and path.exists():
-        run.restore(checkpoints.load(path), path)
-    if run.step_count > steps:
-        raise ValueError(
-            f"solve: steps={steps}, but {path} has already {run.step_count}. Ask for more steps, or pass resume=False."
-        )
-    saved = run.step_count
     try:
-        with _progress_bar(progress, run.step_count, steps) as show:
-            while run.step_count < steps:
-                record = run.step()
-                show(record)
-                for callback in callbacks:
-                    callback(run.step_count, record, run.variables)
-                if path is not None and run.step_count % checkpoint_every == 0:
-                    checkpoints.save(path, run.state())
-                    saved = run.step_count
+        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
+        if steps < 1 or checkpoint_every < 1:
+            raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+        if path is not None and resume and path.exists():
+            run.restore(checkpoints.load(path), path, accept_changes=accept_changes)
+        if run.now.step > steps:
+            raise ValueError(
+                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
+                "resume=False."
+            )
+        if run.now.step < steps:
+            with (
+                progress_bar(progress, run.now.step, steps) as show,
+                _saving(run, path, checkpoint_every) as save_if_due,
+            ):
+                while run.now.step < steps:
+                    record = run.step()
+                    show(record)
+                    _call(callbacks, run, record)
+                    save_if_due()
+        return run.solution()
     finally:
-        # Stopped in the middle of a step, the players are of two minds: the file keeps the last whole one.
-        if path is not None and run.whole and run.step_count > saved:
-            checkpoints.save(path, run.state())
-    return run.solution()
+        game.stop_reading()
 
 
 @contextmanager
-def _progress_bar(wanted: bool, done: int, steps: int) -> Iterator[Callable[[Record], None]]:
-    if not wanted:
-        yield lambda record: None
+def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
+    """Saves the run at once, so that a folder without room or permission is known before any work, and at the end.
+
+    Gives a function to call after each step. Stopped inside a step, where some have moved and others not, the file
+    keeps what it has.
+    """
+    if path is None:
+        yield lambda: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+    steps: list[int] = []
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("starting", total=steps, completed=done)
+    def save() -> None:
+        # The second is the first with everything in it that later ones have.
+        checkpoints.save(path, run.state(), check=len(steps) < 2)
+        steps.append(run.now.step)
 
-        def show(record: Record) -> None:
-            shown = [f"{k} {v:.4g}" for k, v in record.items() if k not in _NOT_SHOWN and "." not in k]
-            bar.update(task, completed=int(record["step"]), description="  ".join(shown))
+    def save_if_due() -> None:
+        if run.now.step % every == 0:
+            save()
 
-        yield show
+    checkpoints.remove_abandoned(path)
+    save()
+    try:
+        yield save_if_due
+    except CheckpointError:
+        raise  # it would fail once more
+    except BaseException:
+        if run.whole and run.now.step > steps[-1]:
+            save()
+        raise
+    if run.now.step > steps[-1]:
+        save()
 
 
-_NOT_SHOWN = {"step", "gradient_norm", "gradients", "products", "seconds", "work"}
+def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> None:
+    # Random numbers that a callback draws are its own: a run that is stopped in one goes on as if it had ended.
+    for callback in callbacks:
+        with random_kept(run.game.device):
+            callback(run.now.step, record, run.variables)

@@ -13,17 +13,16 @@ from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_state, set_random_state
+from bilevel.solving.followers import Answers
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import Variables
 
 Point = Mapping[str, list[Tensor]]
-Answers = tuple[dict[str, Variables], dict[str, Any], Buffers]
-"""Everybody's variables, the followers' next states, and the buffers that these hold."""
 
 
 @dataclass(frozen=True)
 class FirstEvaluation:
-    """What a step is remembered by: where the players are, not where a rule of play looked."""
+    """What a step's record tells: the losses where the players are, not where a rule of play looked ahead."""
 
     losses: Mapping[str, Tensor]
     variables: Mapping[str, Variables]
@@ -48,15 +47,15 @@ class StepEvaluator:
         self.game, self.leaders, self.batches = game, leaders, batches
         self._respond, self._only_once = respond, only_once
         self._random = random_state(game.device)
-        self._here: FirstEvaluation | None = None
+        self._first: FirstEvaluation | None = None
         self.gradients = 0
 
     @property
-    def here(self) -> FirstEvaluation:
-        """Of the first evaluation."""
-        if self._here is None:
+    def first(self) -> FirstEvaluation:
+        """The first evaluation, where the players are."""
+        if self._first is None:
             raise RuntimeError("a rule of play gave directions without asking for a gradient")
-        return self._here
+        return self._first
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
         """The wanted leaders' own gradients at a point."""
@@ -71,7 +70,7 @@ class StepEvaluator:
                     allow_unused=True,
                     materialize_grads=False,
                 )
-                slopes[name] = _known(name, point[name], grads)
+                slopes[name] = _required(name, point[name], grads)
                 self.gradients += 1
         return slopes
 
@@ -82,7 +81,7 @@ class StepEvaluator:
             return self._play(point, self.leaders.names)
 
     def _play(self, point: Point, wanted: Sequence[str]) -> dict[str, Tensor]:
-        first = self._here is None
+        first = self._first is None
         if not first:  # the same dropout masks as the first time
             if self._only_once:
                 raise ValueError(self._only_once)
@@ -94,13 +93,13 @@ class StepEvaluator:
             losses[name] = self.game.total(values[name])
             advanced = {n: b for n, b in after.items() if n in self.leaders.names and b}
         if first:
-            self._here = FirstEvaluation(
+            self._first = FirstEvaluation(
                 {name: value.detach() for name, value in values.items()}, variables, states, advanced
             )
         return losses
 
 
-def _known(name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _required(name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
     if all(grad is None for grad in grads):
         raise NonFiniteError(
             f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "

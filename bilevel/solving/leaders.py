@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from bilevel.errors import NonFiniteError
 from bilevel.game import Game
-from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, build
+from bilevel.inner.torch_optim import (
+    OptimizerFactory,
+    SchedulerFactory,
+    build,
+    build_scheduler,
+    kept_memory,
+    recall,
+)
 from bilevel.many import Games
 from bilevel.many.follower import among, refuse_mixing
 from bilevel.tree import Variables, leaves
@@ -33,15 +41,18 @@ class Leaders:
         if isinstance(optimizer, Mapping) and set(optimizer) != set(names):
             raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.names}.")
         default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
-        factories = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
+        chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
+        self.factories, self.scheduler = {name: chosen[name] for name in names}, scheduler
         self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in names}
         self.optimizers = {}
         for name in names:
             if isinstance(game, Games):
-                refuse_mixing("solve", factories[name], game, name)
-            self.optimizers[name] = build(factories[name], self.points[name])
+                refuse_mixing("solve", self.factories[name], game, name)
+            self.optimizers[name] = build(self.factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
-        self.schedulers = {} if scheduler is None else {n: scheduler(o) for n, o in self.optimizers.items()}
+        self.schedulers = (
+            {} if scheduler is None else {n: build_scheduler(scheduler, o, None) for n, o in self.optimizers.items()}
+        )
 
     def trees(self, point: Mapping[str, Sequence[Tensor]]) -> dict[str, Variables]:
         """Leaves in the form of each leader's variables."""
@@ -71,19 +82,39 @@ class Leaders:
         return {
             "points": {name: [t.detach() for t in point] for name, point in self.points.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "orders": {name: self._order(name) for name in self.names},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
         }
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+    def _order(self, name: str) -> list[int]:
+        """Which leaf comes at which place in an optimiser's groups, by which torch numbers what it remembers."""
+        places = {id(leaf): place for place, leaf in enumerate(self.points[name])}
+        return [places[id(leaf)] for group in self.optimizers[name].param_groups for leaf in group["params"]]
+
+    def restore(self, saved: Mapping[str, Any], steps: int, changed: Collection[str] = ()) -> None:
+        """Go on from what `state` gave after so many steps.
+
+        Leaders who `changed` their optimiser or scheduler keep the present settings: of what the optimiser remembered,
+        they take what has the form that theirs would have, and their schedulers stand where they were so many steps on.
+        """
         with torch.no_grad():
             for name, point in self.points.items():
                 for parameter, value in zip(point, saved["points"][name], strict=True):
                     parameter.copy_(value)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(saved["schedulers"][name])
+            if name not in changed:
+                optimizer.load_state_dict(saved["optimizers"][name])
+                if name in self.schedulers:
+                    self.schedulers[name].load_state_dict(saved["schedulers"][name])
+                continue
+            slots, order = saved["optimizers"][name]["state"], saved["orders"][name]
+            memory = [slots.get(order.index(place), {}) for place in range(len(order))]
+            recall(optimizer, self.points[name], kept_memory(self.factories[name], self.points[name], memory))
+            if name in self.schedulers:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch expects a step of the optimiser before each of these
+                    for _ in range(steps):
+                        self.schedulers[name].step()
 
 
 def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:

@@ -1,12 +1,13 @@
-"""One run of solve: its leaders, followers and states, how one step moves them, and how it is saved and ends."""
+"""One run of solve: where it is after each whole step, how one step moves it, how it is saved and how it ends."""
 
 from __future__ import annotations
 
 import math
-import re
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,62 @@ from torch import Tensor
 from bilevel.dynamics import Dynamics, Field
 from bilevel.errors import CheckpointError, NonConvergenceWarning
 from bilevel.game import Buffers, Game, Size
+from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
 from bilevel.many.dynamics import refuse_mixing_dynamics
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
-from bilevel.responses.promise import Report
-from bilevel.solving.evaluation import Answers, StepEvaluator
-from bilevel.solving.gathered import Gathered, RunWarning
+from bilevel.solving.evaluation import StepEvaluator
+from bilevel.solving.followers import Followers, States, with_followers
+from bilevel.solving.history import History, Record, loss_key, refuse_ambiguous, summary
+from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
 from bilevel.solving.solution import Solution
-from bilevel.solving.solutions import Solutions, summary
+from bilevel.solving.solutions import Solutions
+from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
 from bilevel.tree import Variables, map_leaves
 
-Record = dict[str, float]
-"""What is told of one step."""
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is after a whole step; the leaders' variables and optimisers, which move in place, are apart.
+
+    Args:
+        step: how many steps were made.
+        states: follower -> its response's state.
+        positions: leader -> the place of its next batch.
+        drawn: leader -> the place of its last batch.
+        buffers: player -> its module's buffers.
+        memory: of the dynamics.
+        random: the global random numbers' states.
+        gradients: of the leaders.
+        products: of the dynamics.
+        seconds: of the steps.
+        warned: the responses' warnings.
+        changes: settings that the run was resumed with, other than those that it began with.
+    """
+
+    states: States
+    positions: Mapping[str, Position | None]
+    drawn: Mapping[str, Position | None]
+    buffers: Buffers
+    random: Mapping[str, Tensor]
+    step: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    gradients: int = 0
+    products: int = 0
+    seconds: float = 0.0
+    warned: Log = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
 
 
 class Run:
-    """Everything that a checkpoint holds, and how one step moves it."""
+    """A game being played: `now`, the leaders, and the history of how it came there.
+
+    `whole` is false from the moment at which something begins to move in place until the next step is whole. An
+    exception in between leaves a state that is of neither step, and that nobody must save.
+    """
 
     def __init__(
         self,
@@ -47,226 +85,226 @@ class Run:
         seed: int,
     ) -> None:
         self.game, self.dynamics, self.seed = game, dynamics, seed
-        for name, response in responses.items():
-            if name not in game.names:
-                raise TypeError(f"solve: {name!r} is neither an option nor a player; players are {list(game.names)}.")
-            if not isinstance(response, Response):
-                raise TypeError(
-                    f"solve: {name}={response!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..."
-                )
-        self.followers = {name: responses[name] for name in game.names if name in responses}
-        leading = [name for name in game.names if name not in responses]
-        if not leading or game.names[0] in responses:
-            raise ValueError(f"solve: {game.names[0]!r} moves first and leads; it can have no response.")
-        self._in_place = [name for name, response in self.followers.items() if response.in_place]
-        if self._in_place and len(self.followers) > 1:
-            raise ValueError(
-                f"solve: {self._in_place} write into their states at every call, and with several followers the others "
-                "call them too. Use in_place=False."
-            )
-        self.states: dict[str, Any] = {}
-        for name, response in reversed(list(self.followers.items())):
-            view = self._nest(self.states)[name]
-            self.states[name] = response.init(view, follower=name, seed=seed)
+        self.followers = Followers(game, responses)
+        states = self.followers.init(seed)
         if isinstance(game, Games):
             refuse_mixing_dynamics(dynamics, game.count)
+        leading = [name for name in game.names if name not in responses]
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
-        self.positions = {name: game.start(name, seed) for name in leading}
-        self.batches: dict[str, Any] = {}
-        self.step_count, self.seconds, self.gradients, self.products = 0, 0.0, 0, 0
-        self.history: list[Record] = []
-        self.whole = True
-        self.memory: dict[str, Any] = {}  # of the dynamics
-        self.gathered = Gathered()
+        members = [member for name in game.names for member in game.members(name)]
+        refuse_ambiguous(members, responses, many=isinstance(game, Games))
+        start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
-        self.buffers: Buffers = {name: b for name, b in game.buffers().items() if b}
+        buffers = {name: b for name, b in game.buffers().items() if b}
+        self.now = Moment(states, start, start, buffers, random_state(game.device))
+        self.history = History()
+        self.whole = True
+        self._batches: dict[str, Batch] = {}  # the leaders' last
+        in_place = self.followers.in_place
+        told = (
+            f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {in_place} would "
+            "move on the states that they write into. Use in_place=False."
+        )
+        self._only_once = told if in_place else ""
 
     @property
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
-        leading = self.leaders.trees(self.leaders.points)
-        given = {n: self.states[n]["variables"] if n in self.states else leading[n] for n in self.game.names}
+        leading, states = self.leaders.trees(self.leaders.points), self.now.states
+        given = {n: states[n]["variables"] if n in states else leading[n] for n in self.game.names}
         return {name: map_leaves(lambda t: t.detach().clone(), tree) for name, tree in given.items()}
-
-    # The followers ---------------------------------------------------------------------------------------------------
-
-    def _nest(self, states: Mapping[str, Any]) -> dict[str, Game]:
-        """The game as each follower sees it: those who move after it answer by their responses, from these states."""
-        views: dict[str, Game] = {}
-        view = self.game
-        for name, response in reversed(list(self.followers.items())):
-            views[name] = view
-            if name in states:
-
-                def answer(
-                    variables: Mapping[str, Variables],
-                    name: str = name,
-                    response: Response = response,
-                    inner: Game = view,
-                ) -> Variables:
-                    earlier = self.game.names[: self.game.names.index(name)]
-                    given = {n: v for n, v in variables.items() if n in earlier or n not in self.followers}
-                    return response(inner, given, states[name])[0]
-
-                view = view.anticipate(**{name: answer})
-        return views
-
-    def _respond(self, point: Mapping[str, Variables]) -> Answers:
-        """What the followers answer to the leaders' `point`, from the present states."""
-        variables, after = dict(point), dict(self.states)
-        views = self._nest(self.states)
-        for name, response in self.followers.items():
-            given = {n: v for n, v in variables.items() if n != name}
-            variables[name], after[name] = response(views[name], given, self.states[name])
-        return variables, after, self._buffers(after)
-
-    def _buffers(self, states: Mapping[str, Any]) -> Buffers:
-        return {**self.buffers, **{name: state["buffers"] for name, state in states.items() if state["buffers"]}}
 
     # A step ----------------------------------------------------------------------------------------------------------
 
     def step(self) -> Record:
-        """One step of every leader."""
-        began = time.perf_counter()
-        positions = dict(self.positions)
-        for name in self.leaders.names:
-            self.batches[name], positions[name] = self.game.draw(name, self.positions[name])
-        # A response that writes into its state is of two minds from its call on.
-        self.whole = not self._in_place
-        once = self._in_place and (
-            f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {self._in_place} "
-            "would move on the states that they write into. Use in_place=False."
+        """One step of every leader; what it finds takes its place in `now` at once, when all of it is there."""
+        began, now, leading = time.perf_counter(), self.now, self.leaders.names
+        # A response that writes into its state moves it from its call on.
+        self.whole = not self._only_once
+        drawn = {name: self.game.draw(name, now.positions[name]) for name in leading}
+        self._batches = {name: batch for name, (batch, _) in drawn.items()}
+        played = StepEvaluator(
+            self.game,
+            self.leaders,
+            lambda point: self.followers.respond(point, now.states, now.buffers),
+            self._batches,
+            self._only_once,
         )
-        played = StepEvaluator(self.game, self.leaders, self._respond, self.batches, once or "")
-        leading = self.leaders.names
-        moving = [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]
+        memory, warned, products = now.memory, now.warned, now.products
+        losses: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        memory = self.memory
-        for movers in moving:
-            with self.gathered.gathering(self.step_count + 1):
+        for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
+            with caught() as new:
                 field = Field(played.slopes, self.leaders.points, movers, played.losses)
                 directions, memory = self.dynamics.directions(field, memory)
+            warned = logged(warned, new, now.step + 1)
+            products += field.products
+            looked = time.perf_counter()
+            losses = losses or self._losses(played)  # before anybody moves
+            began += time.perf_counter() - looked  # to look takes no part in the method's time
             self.whole = False
-            self.products += field.products
-            norms += [self.leaders.apply(name, directions[name], self.step_count + 1) for name in movers]
-        self.memory, self.buffers = memory, played.here.buffers
-        self.states = {
-            name: self.followers[name].after_backward(state, played.here.variables[name])
-            for name, state in played.here.states.items()
-        }
-        self.positions = positions
-        self.gradients += played.gradients
-        self.step_count += 1
+            norms += [self.leaders.apply(name, directions[name], now.step + 1) for name in movers]
+        after = Moment(
+            states=self.followers.after_backward(played.first.states, played.first.variables),
+            positions={name: position for name, (_, position) in drawn.items()},
+            drawn=now.positions,
+            buffers=played.first.buffers,
+            random=random_state(self.game.device),
+            step=now.step + 1,
+            memory=memory,
+            gradients=now.gradients + played.gradients,
+            products=products,
+            seconds=now.seconds + time.perf_counter() - began,
+            warned=warned,
+            changes=now.changes,
+        )
+        record = self._record(after, losses, norms)
+        self.history.append(record)
+        self.now = after
         self.whole = True
-        self.seconds += time.perf_counter() - began
-        self.history.append(self._record(played, norms))
-        return self.history[-1]
+        return record
 
-    def _record(self, played: StepEvaluator, norms: list[Tensor]) -> Record:
-        record: Record = {
-            "step": self.step_count,
-            **summary("gradient_norm", torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)),
-        }
-        shown = dict(played.here.losses)
-        for name in self.followers:
-            shown |= self._shown_losses(name, played.here.variables, self.states)
-            shown[f"{name}.stationarity"] = self.states[name]["stationarity"]
-        for name, value in shown.items():
-            record |= summary(name, value)
-        record |= {"gradients": self._gradients(), "products": self._products(), "seconds": self.seconds}
-        return record | {"work": record["gradients"] + record["products"]}
+    def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
+        """Everybody's loss where the players are, the followers' on the batch that comes next."""
+        first, found = played.first, dict(played.first.losses)
+        for name in self.followers.responses:
+            found |= self._shown(name, first.variables, first.states, first.buffers)
+        return found
 
-    def _shown_losses(
-        self, name: str, variables: Mapping[str, Variables], states: Mapping[str, Any]
+    def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:
+        record: Record = {"step": after.step}
+        record |= summary("gradient_norm", torch.linalg.vector_norm(torch.stack(norms).double(), dim=0))
+        for name, loss in losses.items():
+            record |= summary(loss_key(name), loss)
+        for name, state in after.states.items():
+            record |= summary(f"{name}.stationarity", state["stationarity"])
+        gradients, products = self._work(after, after.states)
+        record |= {"gradients": gradients, "products": products, "seconds": after.seconds}
+        return record | {"work": gradients + products}
+
+    def _shown(
+        self, name: str, variables: Mapping[str, Variables], states: Mapping[str, State], buffers: Buffers
     ) -> dict[str, Tensor]:
-        """A player's own loss on its last batch, or for a follower on the one that comes next: shown, not used.
+        """A leader's own loss on its last batch, or a follower's on the one that comes next: shown, not used.
 
         Of a joint player, its members'.
         """
         with torch.no_grad(), random_kept(self.game.device):
-            if name in self.batches:
-                batch = self.batches[name]
+            if name in states:
+                batch, _ = self.game.draw(name, states[name]["data"])
             else:
-                position = states[name]["data"] if name in states else self.positions[name]
-                batch, _ = self.game.draw(name, position)
-            detached, buffers = map_leaves(lambda t: t.detach(), dict(variables)), self._buffers(states)
+                batch = self._last_batch(name)
+            detached, current = map_leaves(lambda t: t.detach(), dict(variables)), with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: self.game.loss(name, detached, batch, buffers)}
-            return {m: self.game.loss(m, detached, None if batch is None else batch[m], buffers) for m in members}
+                return {name: self.game.loss(name, detached, batch, current)}
+            return {m: self.game.loss(m, detached, None if batch is None else batch[m], current) for m in members}
 
-    def _gradients(self) -> int:
-        return self.gradients + sum(report.gradients for report in self._reports(self.states).values())
+    def _last_batch(self, leader: str) -> Batch:
+        """A leader's last batch, drawn again where another process made the last step."""
+        if leader not in self._batches:
+            self._batches[leader], _ = self.game.draw(leader, self.now.drawn[leader])
+        return self._batches[leader]
 
-    def _products(self) -> int:
-        return self.products + sum(report.products for report in self._reports(self.states).values())
-
-    def _reports(self, states: Mapping[str, State]) -> dict[str, Report]:
-        """What each follower's response says of a state of its own."""
-        return {name: self.followers[name].report(state) for name, state in states.items()}
+    def _work(self, moment: Moment, states: States) -> tuple[int, int]:
+        """Gradients and Hessian-vector products so far, the followers' as these states report them."""
+        reports = self.followers.reports(states).values()
+        gradients = moment.gradients + sum(report.gradients for report in reports)
+        return gradients, moment.products + sum(report.products for report in reports)
 
     # A checkpoint ----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the run is known by."""
+        return identity(self.game, self.followers.responses, self.leaders, self.dynamics, self.seed)
+
     def state(self) -> dict[str, Any]:
         """All of it, as tensors, numbers and strings."""
-        return {
-            "players": {n: [list(s) for s in self.game.structure(n).shapes] for n in self.game.names},
-            "responses": {name: _told(response) for name, response in self.followers.items()},
-            "seed": self.seed,
-            "step": self.step_count,
-            **self.leaders.state(),
-            "states": self.states,
-            "positions": self.positions,
-            "buffers": self.buffers,
-            "dynamics": _told(self.dynamics),
-            "memory": self.memory,
-            "random": random_state(self.game.device),
-            "history": self.history,
-            "warned": self.gathered.kept,
-            "gradients": self.gradients,
-            "products": self.products,
-            "seconds": self.seconds,
-        }
+        moment = {name: getattr(self.now, name) for name in Moment.__dataclass_fields__}
+        return {"identity": self.identity, **moment, "leaders": self.leaders.state(), "history": self.history.state()}
 
-    def restore(self, saved: Mapping[str, Any], path: Path) -> None:
-        """Go on from what `state` gave; raises `CheckpointError` when it belongs to another game."""
-        own = self.state()
-        for key in ("players", "responses", "dynamics", "seed"):
-            if saved[key] != own[key]:
-                raise CheckpointError(
-                    f"{path} is a checkpoint of another run: its {key}: {saved[key]}; here: {own[key]}. "
-                    "Pass another checkpoint=, or resume=False to overwrite it."
-                )
-        self.leaders.restore(saved)
-        set_random_state(saved["random"], self.game.device)
-        self.step_count, self.seconds = saved["step"], saved["seconds"]
-        self.gradients, self.products = saved["gradients"], saved["products"]
-        self.states, self.positions, self.buffers = saved["states"], saved["positions"], saved["buffers"]
-        self.history, self.gathered.kept, self.memory = saved["history"], saved["warned"], saved["memory"]
+    def restore(self, saved: Mapping[str, Any], path: Path, *, accept_changes: bool) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            CheckpointError: when it is no run, one of another game or seed, or one with other settings and these are
+                not accepted.
+        """
+        missing = [key for key in self.state() if key not in saved]
+        if missing:
+            raise CheckpointError(
+                f"{path} is no checkpoint of solve: it has no {missing[0]!r}. Pass another checkpoint=, or "
+                "resume=False to overwrite it."
+            )
+        form = changed_form(saved["identity"], self.identity)
+        settings = [] if form else changed_settings(saved["identity"], self.identity)
+        if saved["step"] == 0 and (form or settings):
+            return  # nothing was done yet
+        if form:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another run: {in_words(form)}. A run cannot change that. Pass another "
+                "checkpoint=, or resume=False to overwrite it."
+            )
+        if settings and not accept_changes:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another run: {in_words(settings)}. Pass accept_changes=True to go on with "
+                "what is now, another checkpoint=, or resume=False to overwrite it."
+            )
+        self.history, self._batches = History(saved["history"]), {}
+        moment = Moment(**{name: saved[name] for name in Moment.__dataclass_fields__})
+        paths = [path for path, *_ in settings]
+        changed = [n for n in self.leaders.names if _touches(paths, "optimizer", n) or _touches(paths, "scheduler", n)]
+        self.leaders.restore(saved["leaders"], moment.step, changed)
+        set_random_state(moment.random, self.game.device)
+        self.now = self._with_present_settings(moment, paths, in_words(settings)) if settings else moment
+
+    def _with_present_settings(self, moment: Moment, paths: list[str], changes: str) -> Moment:
+        """A moment of a run with other settings, as one of this run; no work that was done is forgotten."""
+        states = dict(moment.states)
+        for name, response in self.followers.responses.items():
+            if _touches(paths, "responses", name):
+                states[name] = response.adopt(states[name], self.now.states[name])
+        last, (gradients, products) = self.history.records()[-1], self._work(moment, states)
+        return replace(
+            moment,
+            states=states,
+            memory={} if "dynamics" in paths else moment.memory,  # another rule's says nothing
+            gradients=moment.gradients + int(last["gradients"]) - gradients,
+            products=moment.products + int(last["products"]) - products,
+            changes=(*moment.changes, f"Resumed at step {moment.step} with other settings: {changes}."),
+        )
 
     # The end ---------------------------------------------------------------------------------------------------------
 
     def solution(self) -> Solution | Solutions:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
-        gathering = self.gathered.gathering(self.step_count + 1, counted=False)
-        with torch.no_grad(), random_kept(self.game.device), gathering:
-            variables, states, buffers = self._respond(self.leaders.trees(self.leaders.points))
-        values = {k: v for name in self.game.names for k, v in self._shown_losses(name, variables, states).items()}
-        told = self.gathered.told(self.step_count) + self._still_loose()
+        now = self.now
+        # The last derivative belongs to the last step, the answer here needs none; a learned slope is judged here too.
+        steps = self.followers.reports(now.states)
+        _, products = self._work(now, now.states)
+        with torch.no_grad(), random_kept(self.game.device), caught() as new:
+            point = self.leaders.trees(self.leaders.points)
+            variables, states, buffers = self.followers.respond(point, now.states, now.buffers)
+        ends = self.followers.reports(states)
+        values: dict[str, Tensor] = {}
+        for name in self.game.names:
+            values |= self._shown(name, variables, states, buffers)
+        told = [RunWarning(text) for text in now.changes]
+        told += as_run_warnings(logged(now.warned, new, now.step + 1, counted=False), now.step)
+        told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
         for warning in told:
             if warning.category is not None:
                 warnings.warn(warning.text, warning.category, stacklevel=3)
-        # The last derivative belongs to the last step, the answer here needs none; a learned slope is judged here too.
-        ends, steps = self._reports(states), self._reports(self.states)
         residuals = {n: steps[n].residual if _unknown(ends[n].residual) else ends[n].residual for n in ends}
         known: dict[str, Any] = {n: residual for n, residual in residuals.items() if residual is not None}
         ended: dict[str, Any] = {
             "variables": map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
-            "history": list(self.history),
+            "history": self.history.records(),
             "stationarity": {name: report.stationarity for name, report in ends.items()},
-            "gradients": self.gradients + sum(report.gradients for report in ends.values()),
-            "products": self._products(),
-            "seconds": self.seconds,
+            "gradients": now.gradients + sum(report.gradients for report in ends.values()),
+            "products": products,
+            "seconds": now.seconds,
             "warnings": tuple(warning.text for warning in told),
             "states": states,
             "buffers": buffers,
@@ -281,24 +319,21 @@ class Run:
             **ended,
         )
 
-    def _still_loose(self) -> list[RunWarning]:
-        """Followers whose last tolerances were not yet those that were asked for."""
-        found = []
-        for name, report in self._reports(self.states).items():
-            looser = report.loosened
-            if looser > 1.0:
-                text = (
-                    f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its "
-                    "tolerances: the leader's last step was taken with that. Give it more steps, or a faster schedule."
-                )
-                found.append(RunWarning(text, category=NonConvergenceWarning))
-        return found
+
+def _touches(paths: list[str], part: str, name: str) -> bool:
+    """Whether a change is in this part of this player's settings."""
+    whole = f"{part}.{name}"
+    return any(path in (part, whole) or path.startswith((f"{whole}.", f"{whole}[")) for path in paths)
+
+
+def _still_loose(name: str, looser: float) -> RunWarning:
+    """A follower whose last tolerances were not yet those that were asked for."""
+    text = (
+        f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its tolerances: "
+        "the leader's last step was taken with that. Give it more steps, or a faster schedule."
+    )
+    return RunWarning(text, category=NonConvergenceWarning)
 
 
 def _unknown(residual: Size | None) -> bool:
     return isinstance(residual, float) and math.isnan(residual)
-
-
-def _told(response: Response | Dynamics) -> str:
-    """A response's or a rule's configuration as text, the same from one process to the next."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(response))

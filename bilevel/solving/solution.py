@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
+from bilevel.solving.history import loss_key
 from bilevel.tree import Variables
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Solution(End[float]):
         values: Player -> its loss there, on its last batch.
         history: One record a step: the loss of each player under its name, each follower's "name.stationarity", "step",
             "gradient_norm" (of the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so
-            far.
+            far. The loss of a player who is named after one of these six is under "name.loss".
         stationarity: Follower -> |gradient of its own loss| in units of that at the start.
         residuals: Follower -> relative residual of the equation for its derivative: of its last linear solve, or of the
             learned slope. `Unrolled` has none.
@@ -91,7 +92,7 @@ class Solution(End[float]):
         for name, value in self.values.items():
             table.add_row(
                 name,
-                f"{first[name]:.4g}" if name in first else "",
+                f"{first[loss_key(name)]:.4g}" if loss_key(name) in first else "",
                 f"{value:.4g}",
                 f"{self.stationarity[name]:.2e}" if name in self.stationarity else "",
                 f"{self.residuals[name]:.2e}" if name in self.residuals else "",

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from bilevel.solving.history import loss_key
 from bilevel.solving.solution import End, Solution
 from bilevel.tree import map_leaves
-
-
-def summary(name: str, value: Any) -> dict[str, float]:
-    """What a record tells of a number: itself; of many games' `[count]` the median, and the largest as `name.worst`."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return {name: float(value)}
-    return {name: float(value.median()), f"{name}.worst": float(value.max())}
 
 
 @final
@@ -94,7 +88,7 @@ class Solutions(End[Tensor]):
             worst = int(torch.where(value.isnan(), torch.inf, value).argmax())
             table.add_row(
                 name,
-                f"{first[name]:.4g}" if name in first else "",
+                f"{first[loss_key(name)]:.4g}" if loss_key(name) in first else "",
                 f"{float(value.median()):.4g}",
                 f"{float(value[worst]):.4g}",
                 f"{worst}",

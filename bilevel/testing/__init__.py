@@ -15,12 +15,14 @@ from bilevel.testing.changes import (
     Stretch,
 )
 from bilevel.testing.check import LawReport, check_hypergradient_function, check_response
+from bilevel.testing.duopolies import Bertrand, Cournot
 from bilevel.testing.evidence import Verdict
-from bilevel.testing.families import Bertrand, Cournot, Exponential, LogBarrier, Logistic, Quadratic, Ridge
+from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Form, Nested, Scalar, Vector
 from bilevel.testing.hypergradient import HypergradientCheck, check_hypergradient
 from bilevel.testing.known import KnownGame
 from bilevel.testing.players import KnownPlayers, QuadraticPlayers, bertrand_players, cournot_players, saddle
+from bilevel.testing.regressions import Logistic, Ridge
 
 __all__ = [
     "Bertrand",

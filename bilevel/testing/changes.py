@@ -177,6 +177,18 @@ class LeaderMix(Changed):
 
 @final
 @dataclass(frozen=True)
+class FollowerCoordinate(Changed):
+    """The leader's loss is one coordinate of the follower's variables: the hypergradient is that row of dy/dx."""
+
+    index: int = 0
+
+    def leader(self, x: Tensor, y: Tensor) -> Tensor:
+        """y_index."""
+        return y[self.index]
+
+
+@final
+@dataclass(frozen=True)
 class NegatedFollower(Changed):
     """The follower's loss with the other sign: what a follower that maximises is given."""
 

@@ -60,17 +60,18 @@ class LawReport:
 def check_response(
     response: Response,
     *,
-    unrolled: bool | None = None,
     laws: Sequence[Law] | None = None,
     examples: int = 10,
     raises: bool = True,
 ) -> LawReport:
     """Draw games with known answers and assert the laws that every right response obeys.
 
-    Budgets are set through the response's own field `steps` (`warmup` of a Hypernetwork): as many as bring its follower
-    near the optimum of the slowest game drawn, with curvatures from 0.17 to 1, where any gradient method with a step
-    size of up to 1 converges. Tolerances are derived from each game's conditioning, from how far the follower got, and
-    from the residual that the response reports; see `bilevel.testing.tolerance`.
+    It is held to its own `promise`: the derivative of its steps, or of the follower's optimum, or an estimate. An
+    estimate with a stated bias b may be wrong by b of the Jacobian's size once the follower has converged, and no more;
+    one that states none is held to the residual that it reports. Budgets are set by `with_budget`: as many steps as
+    bring its follower near the optimum of the slowest game drawn, with curvatures from 0.17 to 1, where any gradient
+    method with a step size of up to 1 converges. Tolerances are derived from each game's conditioning, from how far the
+    follower got, and from the residual that the response reports; see `bilevel.testing.tolerance`.
 
     It cannot see what only large or non-convex games show, and holds a response that promises no accuracy (`Identity`)
     to none. Laws that do not apply say why.
@@ -79,8 +80,6 @@ def check_response(
 
     Args:
         response: What is tested.
-        unrolled: Whether it promises the derivative of its steps, or of the follower's optimum; our own say so by their
-            class.
         laws: Default: all of them.
         examples: Games that a law is tried on; costly laws take fewer.
         raises: Whether a broken law raises; else the report says so.
@@ -99,7 +98,7 @@ def check_response(
     """
     if not isinstance(response, Response):
         raise TypeError(f"check_response: response={response!r}; expected an instance of bilevel.Response.")
-    return _check(ResponseSubject(response, unrolled), str(response), laws, examples, raises)
+    return _check(ResponseSubject(response), str(response), laws, examples, raises)
 
 
 def check_hypergradient_function(

@@ -13,7 +13,8 @@ from torch import Tensor
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.responses import Response, State
 from bilevel.testing.finite_differences import Slope, slope_at_zero
-from bilevel.testing.resolved import LeaderFollowerPoint, bring_to_rest, extreme_curvatures
+from bilevel.testing.losses import LeaderFollowerLosses
+from bilevel.testing.resolved import ResolvedFollower
 from bilevel.tree import Variables, flatten
 
 
@@ -33,7 +34,7 @@ class Claim:
     then there is no hypergradient. `state` is the response's before the answer, `after` the one after it.
     """
 
-    held: LeaderFollowerPoint
+    held: LeaderFollowerLosses
     response: Response
     x: Tensor
     y: Tensor
@@ -56,7 +57,7 @@ class Claim:
             return math.nan
 
 
-def claimed(held: LeaderFollowerPoint, response: Response, x: Tensor, state: State, settle: int) -> Claim:
+def claimed(held: LeaderFollowerLosses, response: Response, x: Tensor, state: State, settle: int) -> Claim:
     """Call the response `settle` times at x `[n]`, then once more, and differentiate the leader's loss through it."""
     leaf = x.clone().requires_grad_()
     after, y = state, flatten(state["variables"]) if "variables" in state else torch.zeros(0).to(x)
@@ -70,7 +71,7 @@ def claimed(held: LeaderFollowerPoint, response: Response, x: Tensor, state: Sta
             answer, after = _answer(held, response, leaf, state)
             y = flatten(answer).detach()
             if after.get("buffers"):
-                held = LeaderFollowerPoint(**{**vars(held), "buffers": {held.follower: after["buffers"]}})
+                held = LeaderFollowerLosses(**{**vars(held), "buffers": {held.follower: after["buffers"]}})
             loss = held.loss(held.leader, leaf, flatten(answer))
             slope = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
             after = response.after_backward(after, answer)
@@ -89,95 +90,9 @@ def claimed(held: LeaderFollowerPoint, response: Response, x: Tensor, state: Sta
     )
 
 
-def _answer(held: LeaderFollowerPoint, response: Response, x: Tensor, state: State) -> tuple[Variables, State]:
+def _answer(held: LeaderFollowerLosses, response: Response, x: Tensor, state: State) -> tuple[Variables, State]:
     others = {**held.others, held.leader: held.game.structure(held.leader).unflatten(x)}
     return response(held.game, others, state, held.batches.get(held.follower))
-
-
-class Follower:
-    """The follower re-solved at any x along a line, each solve started from what the earlier ones predict."""
-
-    def __init__(self, held: LeaderFollowerPoint, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
-        self.held, self.x = held, x
-        eps = torch.finfo(x.dtype).eps
-        initial = flatten(held.game.initial(held.follower))
-        first = [held.slope(x, y)[1] for y in (initial, start)]
-        reference = max((float(s.norm()) for s in first if bool(torch.isfinite(s).all())), default=0.0)
-        self.rest = bring_to_rest(held, x, start, target=30 * eps * reference, most=300)
-        self.curvature = extreme_curvatures(held.hessian(x, self.rest.y), self.rest.y, seed=seed)
-        # Started at its optimum it has no gradient to measure by; rounding's own scale is curvature times size.
-        largest = max(map(abs, self.curvature)) if all(map(math.isfinite, self.curvature)) else 0.0
-        self.reference = max(reference, largest * float(self.rest.y.norm()) * eps**0.5)
-        self.accepted = 1e-2 * rtol * self.reference
-        self.target = 30 * eps * self.reference
-        self.value = held.value(x, self.rest.y)
-        self.noise, self.wander = self._noise(seed) if self.at_rest else (math.inf, 0.0)
-        self.jumped = False
-
-    @property
-    def stationarity(self) -> float:
-        """The norm of the follower's gradient at rest, in units of the one at the start."""
-        return self.rest.gradient_norm / self.reference if self.reference > 0.0 else 0.0
-
-    @property
-    def at_rest(self) -> bool:
-        """Whether its gradient vanishes, for the purpose."""
-        return self.rest.finite and self.rest.gradient_norm <= self.accepted
-
-    @property
-    def minimum(self) -> bool:
-        """Whether no negative curvature was seen there."""
-        least, largest = self.curvature
-        return least >= -1e3 * torch.finfo(self.x.dtype).eps * abs(largest)
-
-    @property
-    def sound(self) -> bool:
-        """Whether there is one answer to differentiate."""
-        return self.at_rest and self.minimum and self.unique
-
-    @property
-    def unique(self) -> bool:
-        """Whether other starts nearby end at the same answer, or at one that is worth the same to the leader."""
-        return self.wander <= 1e-3 or self.noise <= 1e4 * torch.finfo(self.x.dtype).eps * abs(self.value)
-
-    def _noise(self, seed: int) -> tuple[float, float]:
-        """A bound for the error of a re-solved value, from other starts; and how far apart the answers lie."""
-        y = self.rest.y
-        generator = torch.Generator().manual_seed(seed)
-        size = float(y.norm()) or 1.0
-        values, apart = [self.value], 0.0
-        for _ in range(2):
-            away = torch.randn(y.numel(), generator=generator, dtype=torch.float64).to(y)
-            other = bring_to_rest(self.held, self.x, y + 1e-2 * size * away / away.norm(), target=self.target, most=40)
-            values.append(self.held.value(self.x, other.y))
-            apart = max(apart, float((other.y - y).norm()) / size)
-        rounding = 4 * torch.finfo(y.dtype).eps * max(map(abs, values))
-        return max(2 * (max(values) - min(values)), rounding), apart
-
-    def along(self, direction: Tensor, *, step: float, goal: float, relative: float) -> Slope:
-        """The slope of the leader's re-solved loss along `direction: [n]`."""
-        here = self.rest.y
-        known: dict[float, Tensor] = {}
-
-        def value(s: float) -> float:
-            x = self.x + s * direction
-            start = here
-            if known:
-                # The nearest on this side, or on the other one mirrored.
-                nearest = min(known, key=lambda k: (k * s < 0, abs(math.log(abs(k / s)))))
-                start = here + (s / nearest) * (known[nearest] - here)
-            found = bring_to_rest(self.held, x, start, target=self.target, most=40)
-            if not found.finite or found.gradient_norm > max(self.accepted, 3 * self.rest.gradient_norm):
-                return math.nan
-            known[s] = found.y
-            return self.held.value(x, found.y)
-
-        slope = slope_at_zero(value, self.value, step=step, noise=self.noise, goal=goal, relative=relative)
-        speeds = {abs(s): float((y - here).norm()) / abs(s) for s, y in known.items()}
-        if not slope.settled and speeds:
-            # Another minimum is as far however short the step.
-            self.jumped |= speeds[min(speeds)] > 8 * speeds[max(speeds)] > 0.0
-        return slope
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +106,7 @@ class Evidence:
     """
 
     claim: Claim
-    follower: Follower | None
+    follower: ResolvedFollower | None
     names: tuple[str, ...]
     directions: Tensor
     weights: Tensor
@@ -248,7 +163,7 @@ def gathered(claim: Claim, *, count: int, rtol: float, atol: float, seed: int) -
     names, directions, weights = _directions(claim.gradient, count, seed)
     finite = bool(torch.isfinite(claim.gradient).all())
     along = directions.double() @ torch.where(torch.isfinite(claim.gradient), claim.gradient, 0.0).double()
-    follower = None if tunes_optimizer else Follower(held, x, claim.y, rtol=rtol, seed=seed)
+    follower = None if tunes_optimizer else ResolvedFollower(held, x, claim.y, rtol=rtol, seed=seed)
     repeatable = _same(held.value(x, claim.y), held.value(x, claim.y)) and _same(
         held.slope(x, claim.y)[0], held.slope(x, claim.y)[0]
     )

@@ -15,7 +15,7 @@ from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response, State
 from bilevel.testing.diagnosis import diagnosis
 from bilevel.testing.evidence import Verdict, claimed, gathered
-from bilevel.testing.resolved import LeaderFollowerPoint, still
+from bilevel.testing.losses import LeaderFollowerLosses, still
 from bilevel.tree import Variables, detached, flatten, leaves
 
 
@@ -170,7 +170,7 @@ def check_hypergradient(
         if state is None:
             state = response.init(quiet, follower=follower, seed=seed)
         buffers = {follower: state["buffers"]} if state.get("buffers") else {}
-        held = LeaderFollowerPoint(quiet, leader, follower, point, given, buffers)
+        held = LeaderFollowerLosses(quiet, leader, follower, point, given, buffers)
         claim = claimed(held, response, x, state, settle)
         evidence = gathered(claim, count=directions, rtol=rtol, atol=atol, seed=seed)
         verdict, error, uncertainty, tolerance = evidence.judged()

@@ -17,6 +17,9 @@ from bilevel.testing.forms import Form, Vector
 Numbers = tuple[float, ...]
 Matrix = tuple[Numbers, ...]
 
+DOUBLE = torch.empty(0, dtype=torch.float64)
+"""What `constant` makes float64 tensors like."""
+
 
 class KnownGame(ABC):
     """A leader x `[n]` and a follower y `[m]` whose best response is known in closed form, or to rounding.

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.game import Game, Player
-from bilevel.testing.known import Matrix, Numbers, constant
-
-_DOUBLE = torch.empty(0, dtype=torch.float64)
+from bilevel.testing.known import DOUBLE, Matrix, Numbers, constant
 
 
 class KnownPlayers(ABC):
@@ -74,7 +72,7 @@ class QuadraticPlayers(KnownPlayers):
     def _forms(self) -> list[tuple[Tensor, Tensor]]:
         """Each loss as 1/2 z'Qz + q'z."""
         count = len(self.shift)
-        matrix, shift = constant(self.matrix, _DOUBLE), constant(self.shift, _DOUBLE)
+        matrix, shift = constant(self.matrix, DOUBLE), constant(self.shift, DOUBLE)
         forms = []
         for i in range(count):
             quadratic, linear = torch.zeros_like(matrix), torch.zeros_like(shift)
@@ -82,7 +80,7 @@ class QuadraticPlayers(KnownPlayers):
             quadratic[:, i] += matrix[i]
             quadratic[i, i] = matrix[i, i]
             if self.private:
-                quadratic += torch.diag(constant(self.private, _DOUBLE)[i])
+                quadratic += torch.diag(constant(self.private, DOUBLE)[i])
                 quadratic[i, i] = matrix[i, i]
             linear[i] = shift[i]
             forms.append((quadratic, linear))
@@ -97,12 +95,12 @@ class QuadraticPlayers(KnownPlayers):
 
     def nash(self) -> Mapping[str, Tensor]:
         """-M^-1 m."""
-        z = -torch.linalg.solve(constant(self.matrix, _DOUBLE), constant(self.shift, _DOUBLE))
+        z = -torch.linalg.solve(constant(self.matrix, DOUBLE), constant(self.shift, DOUBLE))
         return dict(zip(self.names, z, strict=True))
 
     def jacobian(self) -> Tensor:
         """M."""
-        return constant(self.matrix, _DOUBLE)
+        return constant(self.matrix, DOUBLE)
 
     def stackelberg(self) -> Mapping[str, Tensor]:
         """By substitution from the last player to the first: each $z_i$ is affine in those who move before it.

@@ -1,91 +1,16 @@
-"""A game held still as functions of two flat vectors, and its follower brought to rest by Newton's method."""
+"""A follower solved anew, by Newton's method: brought to rest at one point, and beside it for differences."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import gradient, pullback
-from bilevel.game import Buffers, Game, Player
-from bilevel.game.data import Batch
-from bilevel.randomness import random_kept
-from bilevel.tree import Variables
-
-Product = Callable[[Tensor], Tensor]
-
-
-def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]) -> Game:
-    """The same game with one batch a player for ever, whose losses draw the same random numbers at every evaluation."""
-
-    def held(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(objective)
-        def loss(**arguments: object) -> Tensor:
-            with random_kept(game.device, start=random):
-                return objective(**arguments)
-
-        return loss
-
-    players = {
-        name: Player(
-            held(player.objective),
-            player.init,
-            data=None if player.data is None else [batches[name]],
-            optimizer_hyper=player.optimizer_hyper,
-        )
-        for name, player in game.players.items()
-    }
-    return Game(**players)
-
-
-@dataclass(frozen=True, eq=False)
-class LeaderFollowerPoint:
-    """Two players' losses as functions of x `[n]` of the leader and y `[m]` of the follower; all else stands still."""
-
-    game: Game
-    leader: str
-    follower: str
-    others: Mapping[str, Variables]
-    batches: Mapping[str, Batch]
-    buffers: Buffers
-
-    def loss(self, player: str, x: Tensor, y: Tensor) -> Tensor:
-        """A player's loss, a 0-d tensor."""
-        moving = {
-            self.leader: self.game.structure(self.leader).unflatten(x),
-            self.follower: self.game.structure(self.follower).unflatten(y),
-        }
-        return self.game.loss(player, {**self.others, **moving}, self.batches.get(player), self.buffers)
-
-    def value(self, x: Tensor, y: Tensor) -> float:
-        """The leader's loss."""
-        with torch.no_grad():
-            return float(self.loss(self.leader, x, y))
-
-    def slope(self, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
-        """The follower's loss, and its gradient in y `[m]`."""
-        with torch.no_grad():
-            loss, (slope,) = gradient(lambda y: self.loss(self.follower, x, y), y)
-        return float(loss), slope
-
-    def residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """The follower's gradient `[m]`, differentiable in both."""
-        # A loss that is linear in y has a gradient without y; its curvature is 0, not an error.
-        return gradient(lambda y: self.loss(self.follower, x, y), y)[1][0] + 0.0 * y
-
-    def hessian(self, x: Tensor, y: Tensor) -> Product:
-        """v -> H v, one graph for all products."""
-        _, products = pullback(lambda y: self.residual(y, x), y)
-
-        def product(v: Tensor) -> Tensor:
-            with torch.no_grad():
-                return products(v)[0]
-
-        return product
+from bilevel.testing.finite_differences import Slope, slope_at_zero
+from bilevel.testing.losses import LeaderFollowerLosses, Product
+from bilevel.tree import flatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +24,7 @@ class Rest:
 
 
 def bring_to_rest(
-    held: LeaderFollowerPoint, x: Tensor, y: Tensor, *, target: float, most: int = 100, products: int = 20_000
+    held: LeaderFollowerLosses, x: Tensor, y: Tensor, *, target: float, most: int = 100, products: int = 20_000
 ) -> Rest:
     """A local minimum of the follower's loss near y `[m]`, by Newton's method in a trust region.
 
@@ -201,3 +126,89 @@ def extreme_curvatures(product: Product, like: Tensor, *, steps: int = 30, seed:
         return math.nan, math.nan
     values = torch.linalg.eigvalsh(matrix)
     return float(values[0]), float(values[-1])
+
+
+class ResolvedFollower:
+    """The follower re-solved at any x along a line, each solve started from what the earlier ones predict."""
+
+    def __init__(self, held: LeaderFollowerLosses, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
+        self.held, self.x = held, x
+        eps = torch.finfo(x.dtype).eps
+        initial = flatten(held.game.initial(held.follower))
+        first = [held.slope(x, y)[1] for y in (initial, start)]
+        reference = max((float(s.norm()) for s in first if bool(torch.isfinite(s).all())), default=0.0)
+        self.rest = bring_to_rest(held, x, start, target=30 * eps * reference, most=300)
+        self.curvature = extreme_curvatures(held.hessian(x, self.rest.y), self.rest.y, seed=seed)
+        # Started at its optimum it has no gradient to measure by; rounding's own scale is curvature times size.
+        largest = max(map(abs, self.curvature)) if all(map(math.isfinite, self.curvature)) else 0.0
+        self.reference = max(reference, largest * float(self.rest.y.norm()) * eps**0.5)
+        self.accepted = 1e-2 * rtol * self.reference
+        self.target = 30 * eps * self.reference
+        self.value = held.value(x, self.rest.y)
+        self.noise, self.wander = self._noise(seed) if self.at_rest else (math.inf, 0.0)
+        self.jumped = False
+
+    @property
+    def stationarity(self) -> float:
+        """The norm of the follower's gradient at rest, in units of the one at the start."""
+        return self.rest.gradient_norm / self.reference if self.reference > 0.0 else 0.0
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether its gradient vanishes, for the purpose."""
+        return self.rest.finite and self.rest.gradient_norm <= self.accepted
+
+    @property
+    def minimum(self) -> bool:
+        """Whether no negative curvature was seen there."""
+        least, largest = self.curvature
+        return least >= -1e3 * torch.finfo(self.x.dtype).eps * abs(largest)
+
+    @property
+    def sound(self) -> bool:
+        """Whether there is one answer to differentiate."""
+        return self.at_rest and self.minimum and self.unique
+
+    @property
+    def unique(self) -> bool:
+        """Whether other starts nearby end at the same answer, or at one that is worth the same to the leader."""
+        return self.wander <= 1e-3 or self.noise <= 1e4 * torch.finfo(self.x.dtype).eps * abs(self.value)
+
+    def _noise(self, seed: int) -> tuple[float, float]:
+        """A bound for the error of a re-solved value, from other starts; and how far apart the answers lie."""
+        y = self.rest.y
+        generator = torch.Generator().manual_seed(seed)
+        size = float(y.norm()) or 1.0
+        values, apart = [self.value], 0.0
+        for _ in range(2):
+            away = torch.randn(y.numel(), generator=generator, dtype=torch.float64).to(y)
+            other = bring_to_rest(self.held, self.x, y + 1e-2 * size * away / away.norm(), target=self.target, most=40)
+            values.append(self.held.value(self.x, other.y))
+            apart = max(apart, float((other.y - y).norm()) / size)
+        rounding = 4 * torch.finfo(y.dtype).eps * max(map(abs, values))
+        return max(2 * (max(values) - min(values)), rounding), apart
+
+    def along(self, direction: Tensor, *, step: float, goal: float, relative: float) -> Slope:
+        """The slope of the leader's re-solved loss along `direction: [n]`."""
+        here = self.rest.y
+        known: dict[float, Tensor] = {}
+
+        def value(s: float) -> float:
+            x = self.x + s * direction
+            start = here
+            if known:
+                # The nearest on this side, or on the other one mirrored.
+                nearest = min(known, key=lambda k: (k * s < 0, abs(math.log(abs(k / s)))))
+                start = here + (s / nearest) * (known[nearest] - here)
+            found = bring_to_rest(self.held, x, start, target=self.target, most=40)
+            if not found.finite or found.gradient_norm > max(self.accepted, 3 * self.rest.gradient_norm):
+                return math.nan
+            known[s] = found.y
+            return self.held.value(x, found.y)
+
+        slope = slope_at_zero(value, self.value, step=step, noise=self.noise, goal=goal, relative=relative)
+        speeds = {abs(s): float((y - here).norm()) / abs(s) for s, y in known.items()}
+        if not slope.settled and speeds:
+            # Another minimum is as far however short the step.
+            self.jumped |= speeds[min(speeds)] > 8 * speeds[max(speeds)] > 0.0
+        return slope

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from bilevel.testing.changes import LaidOut, Reflection, Single, Stretch
-from bilevel.testing.families import Bertrand, Cournot, Exponential, LogBarrier, Logistic, Quadratic, Ridge
+from bilevel.testing.duopolies import Bertrand, Cournot
+from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Nested, Scalar
 from bilevel.testing.known import KnownGame, Matrix, Numbers
 from bilevel.testing.players import QuadraticPlayers, bertrand_players, cournot_players, saddle
+from bilevel.testing.regressions import Logistic, Ridge
 
 
 def numbers(size: int, low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[Numbers]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bilevel.errors import BilevelWarning
 from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.responses import Hypernetwork, Implicit, Response, Unrolled
+from bilevel.responses import Optimum, Promise, Report, Response, Steps
 from bilevel.testing.families import Quadratic
 from bilevel.testing.known import KnownGame
 from bilevel.tree import Variables, leaves, map_leaves, structure_of
@@ -36,8 +35,9 @@ class Evaluation:
     """One answer: the hypergradient `[n]`, and what came with it.
 
     `follower` is the y `[m]` that it was taken at. `residual` is what the answer itself says is left of the equation
-    for its derivative, relative; 0 when it says nothing. `second` `[n, n]` is the derivative of the hypergradient, on
-    request. `stationarity` is |grad_y f| as reported, nan when nothing is.
+    for its derivative, relative; 0 when it says nothing, infinite when it states no bias either. `second` `[n, n]` is
+    the derivative of the hypergradient, on request. `stationarity` is |grad_y f| over that at the start as reported,
+    nan when nothing is.
     """
 
     gradient: Tensor
@@ -66,8 +66,18 @@ class Subject(ABC):
 
     @property
     @abstractmethod
-    def unrolled(self) -> bool | None:
-        """Whether it promises the derivative of its steps (True) or of the optimum (False); None if unsaid."""
+    def promise(self) -> Promise:
+        """What it says its derivative is the derivative of."""
+
+    @property
+    def of_steps(self) -> bool:
+        """Whether it promises the derivative of its steps, or an estimate of that; else it is of the optimum."""
+        return self.promise.of_steps
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it promises no more than an estimate."""
+        return self.promise.stated_bias != 0.0
 
     @cached_property
     def enough(self) -> int:
@@ -124,45 +134,27 @@ class ResponseSubject(Subject):
     """A response of this library, or one that a user wrote."""
 
     response: Response
-    declared: bool | None = None
     seed: int = 0
     _memo: dict[Any, Evaluation] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def optimizer(self) -> OptimizerFactory | None:
-        """The response's field `optimizer`, when it is a callable."""
-        found = self.setting("optimizer")
-        return found if callable(found) else None
+        """The response's own."""
+        return self.response.inner_optimizer
 
     @property
-    def unrolled(self) -> bool | None:
-        """As declared, or by its class."""
-        if self.declared is not None:
-            return self.declared
-        if isinstance(self.response, Unrolled):
-            return True
-        return False if isinstance(self.response, Implicit | Hypernetwork) else None
-
-    def setting(self, name: str, default: object = None) -> Any:
-        """A field of the response's configuration."""
-        if dataclasses.is_dataclass(self.response) and name in {f.name for f in dataclasses.fields(self.response)}:
-            return getattr(self.response, name)
-        return default
+    def promise(self) -> Promise:
+        """The response's own."""
+        return self.response.promise
 
     def with_steps(self, steps: int) -> Response:
-        """The response with another budget: its `steps`, or a learned one's `warmup`; as it is when it has neither."""
-        if isinstance(self.response, Hypernetwork):
-            return dataclasses.replace(self.response, warmup=steps)
-        if isinstance(self.response, Unrolled) and self.response.backprop_steps is not None:
-            return dataclasses.replace(
-                self.response, steps=steps, backprop_steps=min(steps, self.response.backprop_steps)
-            )
-        return dataclasses.replace(self.response, steps=steps) if self.adjustable else self.response  # type: ignore[type-var]
+        """The response with another budget; as it is when it has none."""
+        return self.response.with_budget(steps) if self.adjustable else self.response
 
     @property
     def adjustable(self) -> bool:
         """Whether its budget can be set from outside."""
-        return self.setting("steps") is not None
+        return self.response.budget is not None
 
     def evaluate(self, known: KnownGame, steps: int, *, second: bool = False, maximize: bool = False) -> Evaluation:
         """By plain autograd through the leader's loss."""
@@ -178,7 +170,7 @@ class ResponseSubject(Subject):
         if maximize:
             if self.optimizer is None:
                 raise NotOffered("There is no torch.optim optimiser that could climb.")
-            response = dataclasses.replace(response, optimizer=maximizing(self.optimizer))  # type: ignore[type-var]
+            response = response.with_inner_optimizer(maximizing(self.optimizer))
         game = known.game()
         x = map_leaves(lambda t: t.requires_grad_(), game.initial("x"))
         with warnings.catch_warnings(record=True) as caught:
@@ -191,21 +183,24 @@ class ResponseSubject(Subject):
                 loss, leaves(x), create_graph=second, allow_unused=True, materialize_grads=True
             )
         gradient = _read(known, x, slopes)
-        after = response.after_backward(after, y)
-        residual = float(response.report(after).residual or 0.0)
-        if isinstance(self.response, Hypernetwork):
-            # Measured in one random direction of n, which may be a lucky one: by ten with a chance of 1/10.
-            residual *= 10.0 * math.sqrt(gradient.numel())
-        reported = float(after.get("stationarity", math.nan)) * float(after.get("reference", math.nan))
+        report = response.report(response.after_backward(after, y))
         return Evaluation(
             gradient.detach().double(),
             known.follower_form.read(y).detach().double(),
             gradient.dtype,
-            0.0 if math.isnan(residual) else residual,
-            reported,
+            self._residual(report, gradient.numel()),
+            float(report.stationarity),
             tuple(str(entry.message) for entry in caught if issubclass(entry.category, BilevelWarning)),
             _second(known, x, gradient) if second else None,
         )
+
+    def _residual(self, report: Report, size: int) -> float:
+        """What is left of the derivative's equation, by the report, for a leader of `size` entries."""
+        residual = math.nan if report.residual is None else float(report.residual)
+        if math.isnan(residual):
+            return math.inf if math.isnan(self.promise.stated_bias) else 0.0
+        # Measured in one random direction of n, it may be a lucky one: by ten with a chance of 1/10.
+        return residual * 10.0 * math.sqrt(size) if self.response.behaviour.random else residual
 
 
 @dataclass(frozen=True)
@@ -223,9 +218,9 @@ class FunctionSubject(Subject):
         return self.inner
 
     @property
-    def unrolled(self) -> bool:
+    def promise(self) -> Promise:
         """As declared."""
-        return self.promises_steps
+        return Steps() if self.promises_steps else Optimum()
 
     def evaluate(self, known: KnownGame, steps: int, *, second: bool = False, maximize: bool = False) -> Evaluation:
         """What the function gives; the follower's y is torch's own trajectory, which it is held to."""

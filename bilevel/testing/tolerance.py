@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +84,20 @@ def tolerance(known: KnownGame, subject: Subject, found: Evaluation, steps: int,
     size = float(torch.linalg.matrix_norm(truth.jacobian, 2))
     rounding = 1000.0 * torch.finfo(known.dtype).eps * (truth.largest / truth.least) * truth.scale
     equation = truth.mixed * found.residual * (truth.leader_slope + truth.curvature * e) / truth.least
-    total = rounding
-    if subject.unrolled is not True:
-        total += 2.0 * truth.sensitivity * e + equation
-    if subject.unrolled is not False:
+    total = rounding + equation
+    if not subject.of_steps:
+        total += 2.0 * truth.sensitivity * e
+    else:
         linear = known.quadratic and subject.linear_iteration
         lag = 1.0 if linear else 1.0 + steps
         if not linear:  # it may oscillate, and be at the optimum for a moment
             e = max(e, subject.distance(known, max(1, steps * 7 // 8)))
         total += truth.leader_slope * size * lag * e / known.radius + truth.curvature * (1.0 + lag) * e
     return total
+
+
+def stated_error(subject: Subject, truth: Exact) -> float:
+    """What an estimate of stated bias b may be off by beyond `tolerance`, b |J| |g_y|; 0 where it states none."""
+    stated = subject.promise.stated_bias
+    size = float(torch.linalg.matrix_norm(truth.jacobian, 2))
+    return 0.0 if math.isnan(stated) else stated * size * truth.leader_slope

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import bilevel as bl
-from games.paper.style import SMALL, blank, tidy
+from games.experiments.style import SMALL, empty_figure, label_axes
 
 START = torch.tensor(0.5, dtype=torch.float64)
 GAMES = {
@@ -36,7 +36,7 @@ def path(value, rule, steps=250):
 
 
 def main():
-    figure = blank(13.0, 5.0)
+    figure = empty_figure(13.0, 5.0)
     for index, (title, value) in enumerate(GAMES.items()):
         axes = figure.add_subplot(1, 3, index + 1)
         for name, (rule, line) in RULES.items():
@@ -45,7 +45,7 @@ def main():
             axes.plot(*been[-1], marker="o", color=drawn.get_color(), markersize=6, fillstyle="none")
         axes.plot(0.5, 0.5, marker="s", color="black", markersize=5)
         axes.plot(0.0, 0.0, marker="+", color="black", markersize=10)
-        tidy(axes, x="x, who minimises", y="y, who maximises" if index == 0 else "", title=title)
+        label_axes(axes, x="x, who minimises", y="y, who maximises" if index == 0 else "", title=title)
         axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False, fontsize=SMALL)

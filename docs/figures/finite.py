@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from games.experiments.style import BLACK, COLOURS, LINES, SMALL, empty_figure, label_axes
 from games.matrix.learning import EntropicMirrorDescent, FictitiousPlay, RegretMatching, Replicator, learn
 from games.matrix.named import biased_rock_paper_scissors
 from games.matrix.solvers import LinearProgramme, equilibria
-from games.paper.style import BLACK, COLOURS, LINES, SMALL, blank, tidy
 
 RULES = {
     "fictitious play": FictitiousPlay(),
@@ -31,7 +31,7 @@ def main():
     game = biased_rock_paper_scissors()
     [best] = equilibria(game, LinearProgramme())
     start = [torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.2, 0.2, 0.6]).double()]
-    figure = blank(14.0, 5.2)
+    figure = empty_figure(14.0, 5.2)
     simplex, last, average = figure.subplots(1, 3)
     simplex.plot(*flat(torch.eye(3).double()[[0, 1, 2, 0]]), color="0.6", linewidth=1.0)
     for (name, rule), colour, line in zip(RULES.items(), COLOURS, LINES, strict=False):
@@ -49,8 +49,8 @@ def main():
     simplex.set(aspect="equal", xticks=[], yticks=[], xlim=(-0.15, 1.15), ylim=(-0.15, 1.0))
     simplex.spines[:].set_visible(False)
     simplex.set_title("The row player's path", fontsize=SMALL)
-    tidy(last, x="rounds", y="NashConv", title="Last profile")
-    tidy(average, x="rounds", y="", title="Average profile")
+    label_axes(last, x="rounds", y="NashConv", title="Last profile")
+    label_axes(average, x="rounds", y="", title="Average profile")
     handles, labels = last.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=SMALL - 1)
     figure.savefig(Path(__file__).resolve().parents[1] / "games" / "learning.png", dpi=100)

@@ -11,8 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from games.gan.catalogue import by_method, ending, rows
-from games.gan.run import mixtures
+from games.gan.mixture_experiment import rows
+from games.gan.run import by_method, final_moment, mixtures
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,7 @@ def lines_of(name: str) -> list[dict[str, str]]:
         return rows(mixtures()[name], results)
     found = []
     for method, runs in by_method(results).items():
-        ends = [end for end in map(ending, runs) if end is not None]
+        ends = [end for end in map(final_moment, runs) if end is not None]
         values = sorted(end["frechet"] for end in ends)
         found.append(
             {

@@ -61,7 +61,7 @@ def main() -> None:
         ),
         (
             "they follow a learned map\nHypernetwork(scale=0.5)",
-            answer(bl.Hypernetwork(adam, scale=0.5, warmup=2000, perturbations=16)),
+            answer(bl.Hypernetwork(adam, scale=0.5, warmup=2000, sampler=bl.responses.Perturbations(count=16))),
             "#009E73",
             (0, (6, 2, 1, 2)),
             (8, -16),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from games.paper.style import COLOURS, DPI, LINES, SMALL, blank, tidy
+from games.experiments.style import COLOURS, DPI, LINES, SMALL, empty_figure, label_axes
 
 DOCS = Path(__file__).resolve().parents[1]
 KINDS = {"unroll": "unrolled steps", "cg": "conjugate gradients", "neumann": "Neumann terms"}
@@ -181,7 +181,7 @@ PARTS = {
 def draw_growth() -> None:
     """Seconds and memory against size, one panel an axis."""
     whole = read("growth")
-    figure = blank(14.0, 8.0)
+    figure = empty_figure(14.0, 8.0)
     axes_of = list(dict.fromkeys(sweep["axis"] for sweep in whole["sweeps"]))
     names = list(dict.fromkeys(sweep["response"] for sweep in whole["sweeps"]))
     panels = figure.subplots(2, len(axes_of))
@@ -198,7 +198,7 @@ def draw_growth() -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-            tidy(axes, x=said[axis] if key == "bytes" else "", y=unit if axis == axes_of[0] else "")
+            label_axes(axes, x=said[axis] if key == "bytes" else "", y=unit if axis == axes_of[0] else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=SMALL, frameon=False)
     figure.savefig(DOCS / "performance" / "growth.png", dpi=DPI // 2)
@@ -210,7 +210,7 @@ def draw_accuracy() -> None:
     rows = [row for row in whole["rows"] if "seconds" in row]
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    figure = blank(14.0, 1.5 + 0.36 * len(names))
+    figure = empty_figure(14.0, 1.5 + 0.36 * len(names))
     panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
     for axes, problem in zip(panels, problems, strict=True):
         for wanted, mark, shift in ((1e-3, "o", -0.15), (1e-6, "D", 0.15)):
@@ -223,7 +223,7 @@ def draw_accuracy() -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        tidy(axes, x="seconds of the processor", y="", title=problem)
+        label_axes(axes, x="seconds of the processor", y="", title=problem)
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     figure.suptitle("To a relative error of 1e-3 (circles) and of 1e-6 (diamonds)", fontsize=SMALL)
     figure.savefig(DOCS / "performance" / "accuracy.png", dpi=DPI // 2)

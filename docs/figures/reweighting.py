@@ -7,7 +7,7 @@ with Fashion-MNIST's IDX files, `perceptron.json` is `bilevel reweight --hidden 
 from functools import partial
 from pathlib import Path
 
-from games.reweighting.run import figure, medians, read
+from games.reweighting.report import figure, medians, read
 
 DOCS = Path(__file__).resolve().parents[1]
 TRAINED = ("plain", "clean set alone", "oracle", "per example", "network", "network, pruned", "network, capped")

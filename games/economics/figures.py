@@ -13,7 +13,7 @@ import bilevel as bl
 from games.economics.oligopoly import Bertrand, Cournot
 from games.economics.ordered import Contract, TwoRoads
 from games.economics.security import Security
-from games.paper.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, blank, tidy
+from games.experiments.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, empty_figure, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,21 +26,23 @@ _sgd = partial(torch.optim.SGD, lr=0.1)
 _answer = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-7)
 
 
-def path(game: bl.Game, steps: int, start: Mapping[str, float] | None = None, **options: Any) -> dict[str, Tensor]:
-    """Where each player has been `[steps, ...]` in `bl.solve(game, steps=steps, **options)`, from `start`.
+def path_of_play(
+    game: bl.Game, steps: int, start: Mapping[str, float] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Where each player was, `[steps, ...]` in `bl.solve(game, steps=steps, **options)`, from `start`.
 
     A follower's entries are its answers to its leaders' entries of the same number.
     """
-    begun = {name: torch.tensor(value, dtype=torch.float64) for name, value in (start or {}).items()}
-    game = bl.Game(**{n: bl.Player(player.objective, begun.get(n, player.init)) for n, player in game.players.items()})
-    been: dict[str, list[Any]] = {name: [] if name in options else [game.initial(name)] for name in game.names}
+    starts = {name: torch.tensor(value, dtype=torch.float64) for name, value in (start or {}).items()}
+    game = bl.Game(**{n: bl.Player(player.objective, starts.get(n, player.init)) for n, player in game.players.items()})
+    path: dict[str, list[Any]] = {name: [] if name in options else [game.initial(name)] for name in game.names}
 
     def note(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
         for name, value in variables.items():
-            been[name].append(value.detach())
+            path[name].append(value.detach())
 
     bl.solve(game, steps=steps, callbacks=[note], **options)
-    return {name: torch.stack(values[:steps]) for name, values in been.items()}
+    return {name: torch.stack(values[:steps]) for name, values in path.items()}
 
 
 def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tensor, Tensor]]:
@@ -50,7 +52,7 @@ def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tenso
     y = torch.linspace(box[2], box[3], count, dtype=torch.float64)
     grid = torch.meshgrid(x, y, indexing="xy")
 
-    def looked(player: str) -> tuple[Tensor, Tensor]:
+    def loss_and_slope(player: str) -> tuple[Tensor, Tensor]:
         def loss(a: Tensor, b: Tensor) -> Tensor:
             return game.loss(player, {one: a, other: b})
 
@@ -58,18 +60,20 @@ def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tenso
         slope, value = torch.func.vmap(torch.func.vmap(both))(*grid)
         return value, slope
 
-    return {name: looked(name) for name in game.names}
+    return {name: loss_and_slope(name) for name in game.names}
 
 
-def reactions(axes: Axes, game: bl.Game, box: Box, named: Mapping[str, str], colours: Mapping[str, str]) -> None:
-    """The curve of each player's best answers, where its own slope is 0; `named` says who it is."""
+def draw_best_answers(
+    axes: Axes, game: bl.Game, box: Box, named: Mapping[str, str], colours: Mapping[str, str]
+) -> None:
+    """The curve of each player's best answers, where its own slope is 0; `named` is how the legend calls them."""
     found = surfaces(game, box)
     for player, colour in colours.items():
         axes.contour(found[player][1], levels=[0.0], colors=colour, linewidths=2.0, extent=box, origin="lower")
         axes.plot([], [], color=colour, linewidth=2.0, label=f"{named[player]} best answers")
 
 
-def indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor, label: str) -> None:
+def draw_indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor, label: str) -> None:
     """Curves along which a player's loss is the same, the thick one through `at` `[2]`."""
     loss = surfaces(game, box)[player][0]
     through = float(game.loss(player, dict(zip(game.names, at, strict=True))))
@@ -80,20 +84,20 @@ def indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor, l
     axes.plot([], [], color="0.55", label=label)
 
 
-def walk(axes: Axes, x: Tensor, y: Tensor, colour: str, label: str = "") -> None:
+def draw_path(axes: Axes, x: Tensor, y: Tensor, colour: str, label: str = "") -> None:
     """A path with a dot at each step and a square where it began."""
     axes.plot(x, y, "-o", color=colour, markersize=3.5, linewidth=1.0, label=label or None)
     axes.plot(x[:1], y[:1], "s", color=colour, markersize=7)
 
 
-def mark(axes: Axes, at: Tensor, shape: str, label: str) -> None:
+def mark_answer(axes: Axes, at: Tensor, shape: str, label: str) -> None:
     """A closed form's answer."""
     axes.plot(*at.tolist(), shape, color=BLACK, markersize=13, fillstyle="none", markeredgewidth=1.8, label=label)
 
 
-def framed(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
+def finish_axes(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
     """Its names, its box and its legend."""
-    tidy(axes, x=x, y=y, title=title)
+    label_axes(axes, x=x, y=y, title=title)
     axes.set(xlim=box[:2], ylim=box[2:])
     axes.legend(fontsize=SMALL - 3, frameon=True, framealpha=0.9, edgecolor="none")
 
@@ -101,69 +105,71 @@ def framed(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
 def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
     """Two firms: at once on the left, one before the other on the right."""
     game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     named = {"firm1": "firm 1's", "firm2": "firm 2's"}
-    reactions(left, game, box, named, {"firm1": BLUE, "firm2": RED})
+    draw_best_answers(left, game, box, named, {"firm1": BLUE, "firm2": RED})
     for start, colour in zip(starts, (GREEN, PURPLE, ORANGE), strict=False):
-        been = path(game, 60, dict(zip(game.names, start, strict=True)), optimizer=_sgd)
-        walk(left, been["firm1"], been["firm2"], colour, "both follow their gradients" if start is starts[0] else "")
-    mark(left, nash, "o", "Nash, closed form")
-    framed(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
-    reactions(right, game, box, named, {"firm2": RED})
-    indifference(right, game, box, "firm1", led, "firm 1 earns the same")
-    been = path(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
-    walk(right, been["firm1"], been["firm2"], GREEN, "firm 1 leads, firm 2 answers")
-    mark(right, nash, "o", "Nash, closed form")
-    mark(right, led, "D", "Stackelberg, closed form")
-    framed(right, box, x=f"firm 1's {what}", y="", title="Firm 1 first")
+        path = path_of_play(game, 60, dict(zip(game.names, start, strict=True)), optimizer=_sgd)
+        draw_path(
+            left, path["firm1"], path["firm2"], colour, "both follow their gradients" if start is starts[0] else ""
+        )
+    mark_answer(left, nash, "o", "Nash, closed form")
+    finish_axes(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
+    draw_best_answers(right, game, box, named, {"firm2": RED})
+    draw_indifference(right, game, box, "firm1", led, "firm 1 earns the same")
+    path = path_of_play(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
+    draw_path(right, path["firm1"], path["firm2"], GREEN, "firm 1 leads, firm 2 answers")
+    mark_answer(right, nash, "o", "Nash, closed form")
+    mark_answer(right, led, "D", "Stackelberg, closed form")
+    finish_axes(right, box, x=f"firm 1's {what}", y="", title="Firm 1 first")
     return figure
 
 
 def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> Figure:
     """Tolls for revenue on the left, for the least time on the right."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     for axes, social in zip(figure.subplots(1, 2), (False, True), strict=True):
         roads = TwoRoads(free, congestion, social)
         game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
         box = (-0.1, 1.5, 0.0, 1.0)
         there = torch.stack([best, roads.share(best)])
-        reactions(axes, game, box, {"share": "drivers'"}, {"share": RED})
-        indifference(axes, game, box, "toll", there, "the same total time" if social else "the same revenue")
+        draw_best_answers(axes, game, box, {"share": "drivers'"}, {"share": RED})
+        draw_indifference(axes, game, box, "toll", there, "the same total time" if social else "the same revenue")
         for start, colour in ((0.05, GREEN), (1.4, PURPLE)):
-            been = path(game, 60, {"toll": start}, share=_answer, optimizer=_sgd)
-            walk(axes, been["toll"], been["share"], colour, "the toll leads" if start < 1.0 else "")
-        mark(axes, there, "D", "best toll, closed form")
+            path = path_of_play(game, 60, {"toll": start}, share=_answer, optimizer=_sgd)
+            draw_path(axes, path["toll"], path["share"], colour, "the toll leads" if start < 1.0 else "")
+        mark_answer(axes, there, "D", "best toll, closed form")
         wanted = "Least total time" if social else "Most revenue"
-        framed(axes, box, x="toll, in time", y="" if social else "share of drivers on road 1", title=wanted)
+        finish_axes(axes, box, x="toll, in time", y="" if social else "share of drivers on road 1", title=wanted)
     return figure
 
 
 def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     """The path to one contract, and how noise weakens incentives."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
-    reactions(left, game, box, {"effort": "the agent's"}, {"effort": RED})
-    indifference(left, game, box, "share", there, "the principal earns the same")
+    draw_best_answers(left, game, box, {"effort": "the agent's"}, {"effort": RED})
+    draw_indifference(left, game, box, "share", there, "the principal earns the same")
     for start, colour in ((0.02, GREEN), (1.05, PURPLE)):
-        been = path(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
-        walk(left, been["share"], been["effort"], colour, "the principal leads" if start < 1.0 else "")
-    mark(left, there, "D", "best contract, closed form")
-    framed(left, box, x="share of the output that the agent gets", y="effort", title="One contract")
+        path = path_of_play(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
+        draw_path(left, path["share"], path["effort"], colour, "the principal leads" if start < 1.0 else "")
+    mark_answer(left, there, "D", "best contract, closed form")
+    finish_axes(left, box, x="share of the output that the agent gets", y="effort", title="One contract")
     solved = []
     for variance in variances.tolist():
         noisy = Contract(contract.cost, contract.risk_aversion, variance)
         # A step of one over the curvature 1 / cost + risk_aversion variance, so that noise does not decide the pace.
         rate = 0.5 / (1.0 / contract.cost + contract.risk_aversion * variance)
         sgd = partial(torch.optim.SGD, lr=rate)
-        solved.append(float(path(noisy.game(), 60, effort=_answer, optimizer=sgd)["share"][-1]))
+        solved.append(float(path_of_play(noisy.game(), 60, effort=_answer, optimizer=sgd)["share"][-1]))
     fine = torch.linspace(0.0, float(variances.max()), 200).tolist()
     known = [Contract(contract.cost, contract.risk_aversion, variance).share() for variance in fine]
     right.plot(fine, known, color=BLACK, linewidth=1.5, label="closed form")
     right.plot(variances, solved, "o", color=GREEN, markersize=8, fillstyle="none", label="solved")
-    tidy(right, x="variance of the noise", y="share in the best contract", title="More noise, weaker incentives")
+    label_axes(right, x="variance of the noise", y="share in the best contract", title="More noise, weaker incentives")
     right.set_ylim(0.0, 1.05)
     right.legend(fontsize=SMALL, frameon=False)
     return figure
@@ -171,7 +177,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
 
 def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     """Two targets: whom attackers of growing precision pick, and what each coverage is worth against them."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2)
     best = targets.stackelberg()
     covers = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
@@ -185,18 +191,25 @@ def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
         response = bl.Implicit(bl.ClosedForm(partial(_quantal, targets, precision)))
         adam = partial(torch.optim.Adam, lr=0.1)
         game = targets.game(precision=precision)
-        been = path(game, 150, optimizer=adam, attack=response)
-        cover = torch.stack([targets.coverage(logits) for logits in been["coverage"]])
-        chosen = been["attack"].softmax(1)
+        path = path_of_play(game, 150, optimizer=adam, attack=response)
+        cover = torch.stack([targets.coverage(logits) for logits in path["coverage"]])
+        chosen = path["attack"].softmax(1)
         value = (chosen * torch.func.vmap(targets.defender)(cover)).sum(1)
         for axes, y in ((left, chosen[:, 0]), (right, value)):
             axes.plot(cover[::3, 0], y[::3], "o", color=colour, markersize=4, fillstyle="none")
             axes.plot(cover[-1:, 0], y[-1:], "o", color=colour, markersize=10)
     for axes in (left, right):
         axes.axvline(float(best.coverage[0]), color="0.5", linewidth=1.2, linestyle="--")
-    mark(right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "against a rational attacker, closed form")
-    tidy(left, x="how often target 1 is guarded", y="how often it is attacked", title="Best answers, and the path")
-    tidy(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
+    mark_answer(
+        right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "against a rational attacker, closed form"
+    )
+    label_axes(
+        left,
+        x="how often target 1 is guarded",
+        y="how often it is attacked",
+        title="Best answers, and the path",
+    )
+    label_axes(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
     left.legend(fontsize=SMALL - 2, frameon=False)
     right.legend(fontsize=SMALL - 2, frameon=False)
     return figure

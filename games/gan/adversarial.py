@@ -67,8 +67,8 @@ def adversarial_game(
         raise ValueError(f"adversarial_game: penalty={penalty}; expected a number >= 0.")
 
     def logits(variables: Any, examples: Tensor) -> Tensor:
-        told: Tensor = functional_call(discriminator, variables, (examples,))
-        return told.reshape(len(examples))
+        outputs: Tensor = functional_call(discriminator, variables, (examples,))
+        return outputs.reshape(len(examples))
 
     def fooled(made: Any, judge: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         return logits(judge, functional_call(generator, made, (batch[0],)))
@@ -78,11 +78,11 @@ def adversarial_game(
 
     def discriminating(generator: Any, discriminator: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         real, fake = judged(generator, discriminator, batch)
-        told: Tensor = softplus(fake - real) if loss == "relativistic" else softplus(-real) + softplus(fake)
+        losses: Tensor = softplus(fake - real) if loss == "relativistic" else softplus(-real) + softplus(fake)
         if not penalty:
-            return told.mean()
+            return losses.mean()
         slope: Tensor = torch.func.grad(lambda x: logits(discriminator, x).sum())(batch[1])
-        return told.mean() + 0.5 * penalty * slope.square().flatten(1).sum(1).mean()
+        return losses.mean() + 0.5 * penalty * slope.square().flatten(1).sum(1).mean()
 
     def generating(generator: Any, discriminator: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         if loss == "non-saturating":  # which real examples do not enter

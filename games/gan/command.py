@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from games.console import UsageError, prepare, told_in_one_line
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
 
 
 def gan_command(
@@ -33,28 +33,22 @@ def gan_command(
     from rich.console import Console
     from rich.table import Table
 
-    from games.gan.catalogue import experiments, rows
+    from games.experiments.progress import run_with_progress
+    from games.gan.catalogue import experiments
     from games.gan.methods import METHODS
+    from games.gan.mixture_experiment import rows
     from games.gan.run import mixtures
-    from games.paper.console import remake_shown
 
-    with told_in_one_line():
-        for option, count in (("--seeds", seeds), ("--evaluations", evaluations), ("--jobs", jobs)):
-            if count < 1:
-                raise UsageError(f"{option} {count}: expected at least 1.")
-        for name in method or ():
-            if name not in METHODS:
-                raise UsageError(f"--method {name}: there is no such method; expected one of {', '.join(METHODS)}.")
-        known = experiments(seeds=seeds, evaluations=evaluations, methods=tuple(dict.fromkeys(method or METHODS)))
-        for name in names or ():
-            if name not in known:
-                raise UsageError(f"{name}: there is no such experiment; expected one of {', '.join(known)}.")
-        prepare(output)
-        chosen = [known[name] for name in dict.fromkeys(names or ("ring", "grid"))]
-        found = remake_shown(chosen, data, output, jobs=jobs, resume=resume)
+    with errors_in_one_line():
+        check_at_least(1, seeds=seeds, evaluations=evaluations, jobs=jobs)
+        methods = tuple(chosen_names(method, METHODS, "method", option="--method"))
+        known = experiments(seeds=seeds, evaluations=evaluations, methods=methods)
+        chosen = [known[name] for name in chosen_names(names or ("ring", "grid"), known, "experiment")]
+        make_output_folder(output)
+        found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
         console = Console()
         for name, results in found.items():
-            if name in mixtures():
+            if name in mixtures() and results:
                 lines = rows(mixtures()[name], results, spread=False)
                 table = Table(*lines[0], title=known[name].title)
                 for line in lines:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from games.experiments.data import Digits, DigitSource, scikit_digits
+from games.experiments.experiment import Result
 from games.gan.adversarial import Draws, adversarial_game, perceptron
 from games.gan.methods import Setting
-from games.gan.run import play
-from games.paper.experiment import Result, Source
-from games.tuning.data import Digits, scikit_digits
+from games.gan.run import run_method
 
 LATENT, SHOWN = 16, 20
 PENALTY = 1.0
@@ -48,8 +48,8 @@ class Judge:
     @torch.no_grad()
     def classes(self, images: Tensor) -> int:
         """How many classes at least a tenth of their fair share of images is taken for."""
-        told = self.head(self.body(images)).argmax(1)
-        shares = torch.bincount(told, minlength=10).double() / len(images)
+        predicted = self.head(self.body(images)).argmax(1)
+        shares = torch.bincount(predicted, minlength=10).double() / len(images)
         return int((shares >= 0.1 / len(shares)).sum())
 
 
@@ -90,7 +90,7 @@ def judged(train: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, *, 
 
 
 @cache
-def _setup(source: Source, images: str) -> tuple[Digits, Judge]:
+def _setup(source: DigitSource, images: str) -> tuple[Digits, Judge]:
     train, test = SIZES[images]
     if images == "digits":
         digits = scikit_digits(train=train - 10, valid=10, test=test)
@@ -100,7 +100,7 @@ def _setup(source: Source, images: str) -> tuple[Digits, Judge]:
 
 
 def image_run(
-    source: Source,
+    source: DigitSource,
     *,
     images: str,
     method: str,
@@ -126,15 +126,20 @@ def image_run(
     game = adversarial_game(generator, discriminator, Draws(draw, LATENT), loss=loss, penalty=PENALTY)
     latents = torch.randn(len(judge.real), LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
 
-    def look(weights: dict[str, Tensor]) -> Result:
+    def measure(weights: dict[str, Tensor]) -> Result:
         with torch.no_grad():
             samples: Tensor = functional_call(generator, weights, (latents,))
-        told: Result = {"frechet": judge.frechet(samples), "classes": judge.classes(samples)}
+        measured: Result = {"frechet": judge.frechet(samples), "classes": judge.classes(samples)}
         # As bytes: seven digits of a grey level show nothing.
-        return told | ({"samples": (255.0 * samples[:SHOWN]).round().int()} if keep_samples else {})
+        return measured | ({"samples": (255.0 * samples[:SHOWN]).round().int()} if keep_samples else {})
 
     setting = Setting(rate, ratio, loss)
-    seen = play(
-        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, look=look
+    measurements = run_method(
+        game, method, setting, generator, LATENT, evaluations=evaluations, seed=seed, moments=moments, measure=measure
     )
-    return {"moments": seen, "floor": judge.floor, "accuracy": judge.accuracy, "shape": list(digits.image_shape)}
+    return {
+        "moments": measurements,
+        "floor": judge.floor,
+        "accuracy": judge.accuracy,
+        "shape": list(digits.image_shape),
+    }

@@ -88,9 +88,8 @@ def _learned(setting: Setting, generator: nn.Module, latent: int, spread: float)
     response = bl.Hypernetwork(
         setting.discriminator,
         scale=NOISE,
-        network=partial(SampleSummary, generator, latent, spread=spread),
-        centred=False,
-        sampler=_nearby,
+        network=bl.networks.Uncentred(partial(SampleSummary, generator, latent, spread=spread)),
+        sampler=bl.responses.Draws(_nearby),
         tolerance=None,
     )
     return {"optimizer": setting.generator, "discriminator": response}

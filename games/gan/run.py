@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Result, Results
 from games.gan.adversarial import Draws, adversarial_game, perceptron
 from games.gan.methods import METHODS, Setting
 from games.gan.mixtures import Mixture, grid, ring
-from games.paper.experiment import Result, Source
 
 AVERAGING = 0.995
 """Share of the averaged generator that a step keeps: samples come from weights averaged over some 200 steps."""
@@ -30,7 +31,7 @@ def mixtures() -> dict[str, Mixture]:
     return {"ring": ring(), "grid": grid()}
 
 
-def play(
+def run_method(
     game: bl.Game,
     method: str,
     setting: Setting,
@@ -41,14 +42,14 @@ def play(
     seed: int,
     moments: int,
     spread: float = 1.0,
-    look: Callable[[dict[str, Tensor]], Result],
+    measure: Callable[[dict[str, Tensor]], Result],
 ) -> list[Result]:
-    """Play for `evaluations` gradients and products; `look(averaged weights of the generator)` `moments` times.
+    """Play by `method` for `evaluations` gradients and products, and measure the generator at `moments` times.
 
-    `spread` is about how far examples are from 0.
-    Each entry is what `look` returned with its `work`, `seconds` (the processor's, looks included) and `step`. The
-    generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps what
-    it had: its last entry has `failure`.
+    `measure` gets the averaged weights of the generator. `spread` is about how far examples are from 0.
+    Each entry is what `measure` returned with its `work`, `seconds` (the processor's, measuring included) and `step`.
+    The generator's rate, and the discriminator's where it leads too, falls to 0 along a cosine. A run that fails keeps
+    what it had: its last entry has `failure`.
     """
     options = METHODS[method].options(setting, generator, latent, spread)
     with warnings.catch_warnings():
@@ -57,7 +58,7 @@ def play(
         steps = max(1, int(evaluations // (first[2]["work"] - first[1]["work"])))
         when = {max(1, round(steps * (i + 1) / moments)) for i in range(moments)}
         averaged: dict[str, Tensor] = {}
-        seen: list[Result] = []
+        measurements: list[Result] = []
         began = time.process_time()  # of which neighbours on the machine take nothing
 
         def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
@@ -66,18 +67,20 @@ def play(
                 averaged[name] = averaged[name].lerp(now, 1.0 - AVERAGING) if name in averaged else now.clone()
             if number in when:
                 spent = time.process_time() - began
-                seen.append({"step": number, "work": record["work"], "seconds": spent, **look(dict(averaged))})
+                measurements.append(
+                    {"step": number, "work": record["work"], "seconds": spent, **measure(dict(averaged))}
+                )
 
         cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
         try:
             bl.solve(game, steps=steps, seed=seed, scheduler=cosine, callbacks=[step], **options)
         except bl.BilevelError as error:
-            seen.append({"failure": f"{type(error).__name__}: {error}"})
-    return seen
+            measurements.append({"failure": f"{type(error).__name__}: {error}"})
+    return measurements
 
 
 def mixture_run(
-    source: Source,
+    source: DigitSource,
     *,
     mixture: str,
     method: str,
@@ -98,19 +101,19 @@ def mixture_run(
     game = adversarial_game(generator, discriminator, Draws(wanted.sample, LATENT), loss=loss)
     latents = torch.randn(2500, LATENT, generator=torch.Generator().manual_seed(10_000 + seed))
 
-    def look(weights: dict[str, Tensor]) -> Result:
+    def measure(weights: dict[str, Tensor]) -> Result:
         with torch.no_grad():
             samples = functional_call(generator, weights, (latents,))
         quality = wanted.quality(samples)
-        told: Result = {
+        measured: Result = {
             "modes": quality.modes,
             "high_quality": quality.high_quality,
             "reverse_kl": quality.reverse_kl,
             "covariance_ratio": quality.covariance_ratio,
         }
-        return told | ({"samples": samples[:500]} if keep_samples else {})
+        return measured | ({"samples": samples[:500]} if keep_samples else {})
 
-    seen = play(
+    measurements = run_method(
         game,
         method,
         Setting(rate, ratio, loss),
@@ -120,9 +123,9 @@ def mixture_run(
         seed=seed,
         moments=moments,
         spread=radius,
-        look=look,
+        measure=measure,
     )
-    return {"moments": seen}
+    return {"moments": measurements}
 
 
 class _Scaled(nn.Module):
@@ -136,8 +139,21 @@ class _Scaled(nn.Module):
         return self.factor * inputs
 
 
-def last(result: Result) -> Result:
-    """What a run ended with; all that is bad where it failed at once."""
-    whole = [moment for moment in result["moments"] if "failure" not in moment]
+def final_quality(result: Result) -> Result:
+    """How good the samples of a mixture's run were at its end; the worst of all numbers where it failed at once."""
     nothing = {"modes": 0, "high_quality": 0.0, "reverse_kl": math.inf, "covariance_ratio": math.nan, "seconds": 0.0}
-    return whole[-1] if whole else nothing
+    return final_moment(result) or nothing
+
+
+def final_moment(result: Result) -> Result | None:
+    """A run's last measurement of its generator, if it had one."""
+    whole = [moment for moment in result["moments"] if "failure" not in moment]
+    return whole[-1] if whole else None
+
+
+def by_method(results: Results) -> dict[str, list[Result]]:
+    """The runs of each method, by seed."""
+    found: dict[str, list[Result]] = {}
+    for name, result in results.items():
+        found.setdefault(name.rpartition("-")[0], []).append(result)
+    return found

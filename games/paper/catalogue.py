@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from games.experiments.experiment import Experiment
 from games.paper import (
     discrete,
     distillation,
@@ -16,7 +17,6 @@ from games.paper import (
     learned_scale,
     many,
 )
-from games.paper.experiment import Experiment
 
 
 def experiments() -> dict[str, Experiment]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, BLUE, GREEN, LARGE, RED, blank, tidy
-from games.tuning.cross_validation import CrossValidation
+from games.cross_validation import CrossValidation
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class Units:
     test: Batch
 
     @staticmethod
-    def of(source: Source, seed: int, dtype: torch.dtype = torch.float32) -> Units:
+    def of(source: DigitSource, seed: int, dtype: torch.dtype = torch.float32) -> Units:
         """64 random tanh units; 30 % of the 300 training labels are drawn anew, so that many units fit noise."""
         digits = source.digits(train=300, valid=1000, test=2000, seed=seed, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -84,7 +85,7 @@ def units_game(data: Units, start: float) -> bl.Game:
     )
 
 
-def every_number(source: Source, *, seed: int) -> Result:
+def every_number(source: DigitSource, *, seed: int) -> Result:
     """The truth: each number of units retrained to convergence."""
     data = Units.of(source, seed, torch.float64)
     game = units_game(data, 20.0)
@@ -98,13 +99,18 @@ def every_number(source: Source, *, seed: int) -> Result:
     }
 
 
-def floored(source: Source, *, seed: int, start: float, steps: int) -> Result:
+def floored(source: DigitSource, *, seed: int, start: float, steps: int) -> Result:
     """A local linear response to the unfloored number, fitted over a few units to either side."""
     path: list[float] = []
     solution = bl.solve(
         units_game(Units.of(source, seed), start),
         weights=bl.Hypernetwork(
-            partial(torch.optim.Adam, lr=1e-2), scale=4.0, warmup=500, steps=10, perturbations=4, tolerance=None
+            partial(torch.optim.Adam, lr=1e-2),
+            scale=4.0,
+            warmup=500,
+            steps=10,
+            sampler=bl.responses.Perturbations(count=4),
+            tolerance=None,
         ),
         optimizer=partial(torch.optim.Adam, lr=0.5),
         scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
@@ -121,7 +127,7 @@ def log_belief(belief: Mapping[str, Tensor]) -> Tensor:
     return (-0.5 * ((numbers - belief["mean"]) / belief["spread"].exp()).square()).log_softmax(0)
 
 
-def scored(source: Source, *, seed: int, start: float, samples: int, steps: int) -> Result:
+def scored(source: DigitSource, *, seed: int, start: float, samples: int, steps: int) -> Result:
     r"""A belief over the number follows its score; each number that it draws is retrained to convergence, once.
 
     grad E_p[F(n)] = E_p[(F(n) - b) grad log p(n)],  b the mean of F over the step's other draws
@@ -155,7 +161,7 @@ def scored(source: Source, *, seed: int, start: float, samples: int, steps: int)
 
 def draw(results: Results) -> Figure:
     """The truth with every end on it, a panel a seed; below, the way there."""
-    figure = blank(14.0, 9.0)
+    figure = empty_figure(14.0, 9.0)
     grid = figure.subplots(2, len(SEEDS))
     for column, seed in enumerate(SEEDS):
         above, below = grid[0][column], grid[1][column]
@@ -170,8 +176,8 @@ def draw(results: Results) -> Figure:
                 share = [step / len(found["path"]) for step in range(len(found["path"]))]
                 below.plot(share, found["path"], color=colour, linewidth=2.4, linestyle=line)
         below.axhline(truth["best"], color=GREEN, linewidth=1.8, linestyle=":", label="the best number")
-        tidy(above, x="hidden units", y="" if column else "validation loss (nats)", title=f"seed {seed}")
-        tidy(below, x="share of the run", y="" if column else "hidden units")
+        label_axes(above, x="hidden units", y="" if column else "validation loss (nats)", title=f"seed {seed}")
+        label_axes(below, x="share of the run", y="" if column else "hidden units")
         below.set_ylim(0, MOST)
     handles, labels = grid[0][0].get_legend_handles_labels()
     more, named = grid[1][0].get_legend_handles_labels()
@@ -179,9 +185,9 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where each ends, what that costs in loss, and the gradients taken."""
-    told = []
+    phrases = []
     for name in (f"{method} from {start:g}" for method in (FLOORED, SCORE) for start in STARTS):
         ends, above = [], []
         for seed in SEEDS:
@@ -189,10 +195,12 @@ def see(results: Results) -> str:
             ends.append(str(found["end"]))
             above.append(truth["valid"][found["end"] - 1] - truth["valid"][truth["best"] - 1])
         work = max(results[f"{name}, seed {seed}"]["gradients"] for seed in SEEDS)
-        told.append(f"{name}: {', '.join(ends)} units, at most {max(above):.3f} nats above (up to {work:,} gradients)")
+        phrases.append(
+            f"{name}: {', '.join(ends)} units, at most {max(above):.3f} nats above (up to {work:,} gradients)"
+        )
     best = ", ".join(str(results[f"every number, seed {s}"]["best"]) for s in SEEDS)
     work = results[f"every number, seed {SEEDS[0]}"]["gradients"]
-    return f"Best of all {MOST} numbers, seed by seed: {best} ({work:,} gradients). " + "; ".join(told) + "."
+    return f"Best of all {MOST} numbers, seed by seed: {best} ({work:,} gradients). " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(
@@ -219,5 +227,5 @@ EXPERIMENT = Experiment(
         )
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

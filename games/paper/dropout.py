@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import bilevel as bl
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, BLUE, GREEN, LARGE, PURPLE, RED, SMALL, blank, tidy
-from games.tuning.data import Digits
-from games.tuning.dropout import PerPixel, bernoulli, dropout_game, loss_on, rates_of, relaxed, train
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, GREEN, LARGE, PURPLE, RED, SMALL, empty_figure, label_axes
+from games.problems.dropout import PerPixel, bernoulli, dropout_game, loss_on, rates_of, relaxed, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,12 +27,12 @@ NONE, BEST = "no dropout", "best of the grid"
 LEARNED = ("a rate a layer, Bernoulli masks", "a rate a layer, relaxed masks", "a rate a pixel, Bernoulli masks")
 
 
-def digits_of(source: Source, seed: int) -> Digits:
+def digits_of(source: DigitSource, seed: int) -> Digits:
     """150 digits to train on, so that dropout matters."""
     return source.digits(train=150, valid=1000, test=2000, seed=seed)
 
 
-def grid(source: Source, *, seed: int, inputs: tuple[float, ...], hiddens: tuple[float, ...]) -> Result:
+def grid(source: DigitSource, *, seed: int, inputs: tuple[float, ...], hiddens: tuple[float, ...]) -> Result:
     """Every pair of fixed rates, trained from scratch; the best by validation."""
     digits, rows = digits_of(source, seed), []
     for first in inputs:
@@ -44,7 +44,7 @@ def grid(source: Source, *, seed: int, inputs: tuple[float, ...], hiddens: tuple
     return {"rows": rows, "best": best, "test": best[3], "none": rows[0][3]}
 
 
-def learned(source: Source, *, seed: int, soft: bool, per_pixel: bool, steps: int) -> Result:
+def learned(source: DigitSource, *, seed: int, soft: bool, per_pixel: bool, steps: int) -> Result:
     """The rates' schedule in one joint run from .3, and what a network trained from scratch at their end is worth."""
     digits = digits_of(source, seed)
     game = dropout_game(digits, mask=relaxed if soft else bernoulli, per_pixel=per_pixel, start=0.3, seed=seed)
@@ -77,7 +77,7 @@ def learned(source: Source, *, seed: int, soft: bool, per_pixel: bool, steps: in
     weights = train(digits, rates, steps=TRAINING, seed=seed)
     return {
         "path": path,
-        "standing": loss_on(solution.states["weights"]["variables"], digits.test),
+        "standing": loss_on(solution.variables["weights"], digits.test),
         "input": rates["input"],
         "hidden": rates["hidden"],
         "valid": loss_on(weights, digits.valid),
@@ -89,7 +89,7 @@ def learned(source: Source, *, seed: int, soft: bool, per_pixel: bool, steps: in
 
 def draw(results: Results) -> Figure:
     """Test losses on the left, the schedules in the middle, the rates of the pixels on the right."""
-    figure = blank(17.0, 5.6)
+    figure = empty_figure(17.0, 5.6)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.1, 1))
     columns = _tests(results)
     for place, (losses, colour) in enumerate(zip(columns.values(), (BLACK, GREEN, BLUE, RED, PURPLE), strict=True)):
@@ -101,7 +101,7 @@ def draw(results: Results) -> Figure:
     left.axvline(1.1 * statistics.median(columns[BEST]), color=GREEN, linestyle=":", linewidth=2)
     left.set_yticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns])
     left.invert_yaxis()
-    tidy(left, x="test loss (nats)", y="", title="bar: median; ◇: as the joint run left it")
+    label_axes(left, x="test loss (nats)", y="", title="bar: median; ◇: as the joint run left it")
     for number, name in enumerate(LEARNED[:2]):
         for seed in SEEDS:
             inputs, hiddens = zip(*results[f"{name}, seed {seed}"]["path"], strict=True)
@@ -110,7 +110,7 @@ def draw(results: Results) -> Figure:
                         label=f"input, {name.split(', ')[1]}" if seed == SEEDS[0] else None)  # fmt: skip
             middle.plot(hiddens, color=colour, linewidth=1.8, alpha=0.8, linestyle="--",
                         label=f"hidden, {name.split(', ')[1]}" if seed == SEEDS[0] else None)  # fmt: skip
-    tidy(middle, x="step of the leader", y="dropout rate", title="the schedules found")
+    label_axes(middle, x="step of the leader", y="dropout rate", title="the schedules found")
     middle.set_ylim(0, 1.25)
     middle.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
     middle.legend(fontsize=SMALL - 2, frameon=False, ncols=2, loc="upper center")
@@ -125,20 +125,20 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """The medians, and how many seeds are below no dropout."""
     columns = _tests(results)
     best = statistics.median(columns[BEST])
-    told = []
+    phrases = []
     for name in LEARNED:
         median = statistics.median(columns[name])
         below = sum(mine < none for mine, none in zip(columns[name], columns[NONE], strict=True))
         standing = statistics.median(results[f"{name}, seed {seed}"]["standing"] for seed in SEEDS)
         share = f"{100 * (median / best - 1):+.1f} %, {below} of {len(SEEDS)} seeds below none"
-        told.append(f"{name} {median:.3f} ({share}; as the joint run left it {standing:.3f})")
+        phrases.append(f"{name} {median:.3f} ({share}; as the joint run left it {standing:.3f})")
     return (
         f"Median test loss over {len(SEEDS)} seeds, retrained: no dropout {statistics.median(columns[NONE]):.3f}, best "
-        f"of {len(INPUTS) * len(HIDDENS)} fixed pairs {best:.3f}; " + "; ".join(told) + "."
+        f"of {len(INPUTS) * len(HIDDENS)} fixed pairs {best:.3f}; " + "; ".join(phrases) + "."
     )
 
 
@@ -169,5 +169,5 @@ EXPERIMENT = Experiment(
         )
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

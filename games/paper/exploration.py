@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.implicit import doubled, least, responses, true_loss
+from games.paper.implicit import responses
 from games.paper.seed_game import CLASSES, batch_of, seed_game, valid_loss
-from games.paper.style import BLUE, GREEN, LARGE, RED, blank, tidy
+from games.paper.truth import best_on_grid, float64_digits, true_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +91,7 @@ def fitting(picks: Tensor, latest: int) -> bl.Hypernetwork:
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=3e-4),
         scale=1.0,
-        sampler=around(picks, latest),
-        perturbations=DRAWS,
+        sampler=bl.responses.Draws(around(picks, latest), count=DRAWS),
         steps=FITS,
         tolerance=None,
     )
@@ -105,14 +106,14 @@ def predict(response: bl.Response, game: bl.Game, state: Any, picks: Tensor) -> 
         return torch.stack([game.loss("decay", {"weights": weights}, batch) for weights in rows])
 
 
-def searched(source: Source, *, explore: bool, rounds: int, seed: int) -> Result:
+def searched(source: DigitSource, *, explore: bool, rounds: int, seed: int) -> Result:
     """Rounds of picking, fitting the linear response around the picks, and predicting the loss at the latest ones.
 
     Work: the gradients of fitting and one for each prediction, the same for both ways of picking. The best so far is
     the pick of least prediction; what it is really worth, by retraining, is for the figure alone.
     """
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    exact, train, valid = doubled(source, seed)
+    exact, train, valid = float64_digits(source, seed)
     game = seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES), seed=seed)
     choose = exploring if explore else uniform
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +129,7 @@ def searched(source: Source, *, explore: bool, rounds: int, seed: int) -> Result
         truths = torch.tensor([true_loss(pick, train, valid) for pick in picks[-latest:]])
         curve.append(
             {
-                "work": int(state["gradients"]) + len(picks),
+                "work": response.report(state).gradients + len(picks),
                 "valid": true_loss(picks[int(losses.argmin())], train, valid),
                 "mistake": float((losses[-latest:] - truths).abs().median()),
             }
@@ -139,10 +140,10 @@ def searched(source: Source, *, explore: bool, rounds: int, seed: int) -> Result
     return {key: [record[key] for record in curve] for key in curve[0]} | {"end": best, "test": test}
 
 
-def descended(source: Source, *, steps: int, seed: int) -> Result:
+def descended(source: DigitSource, *, steps: int, seed: int) -> Result:
     """No picks at all: the leader descends on a local response from the middle of the box (Algorithm 3)."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    exact, train, valid = doubled(source, seed)
+    exact, train, valid = float64_digits(source, seed)
     path: list[tuple[float, Tensor]] = []
     bl.solve(
         seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES), seed=seed),
@@ -173,7 +174,7 @@ def excess(results: Results, name: str, seed: int) -> list[float]:
 
 def draw(results: Results) -> Figure:
     """What the best so far is worth over work; thin lines are seeds, thick ones their median."""
-    figure = blank(13.0, 5.8)
+    figure = empty_figure(13.0, 5.8)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for name, (colour, line) in LOOKS.items():
         curves = [excess(results, name, seed) for seed in SEEDS]
@@ -189,8 +190,10 @@ def draw(results: Results) -> Figure:
     left.set_ylim(bottom=0.0)
     right.set_ylim(bottom=0.0)
     y = "true validation loss\nabove the least (nats)"
-    tidy(left, x="gradients and predictions", y=y, title="best so far, retrained")
-    tidy(right, x="gradients and predictions", y="|predicted - true| (nats)", title="at the latest picks, medians")
+    label_axes(left, x="gradients and predictions", y=y, title="best so far, retrained")
+    label_axes(
+        right, x="gradients and predictions", y="|predicted - true| (nats)", title="at the latest picks, medians"
+    )
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=LARGE, frameon=False)
     return figure
 
@@ -199,12 +202,12 @@ def _median(curves: list[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*curves, strict=True)]
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """The medians at the end, in how many seeds exploring won, and the test losses."""
     ends = {name: [excess(results, name, seed)[-1] for seed in SEEDS] for name in LOOKS}
     tests = {name: [float(results[f"{name}, seed {seed}"]["test"]) for seed in SEEDS] for name in LOOKS}
     wins = sum(a < b for a, b in zip(ends["exploring"], ends["uniform"], strict=True))
-    told = "; ".join(
+    phrases = "; ".join(
         f"{name} {statistics.median(ends[name]):.3f} ({min(ends[name]):.3f} to {max(ends[name]):.3f}; "
         f"test loss {statistics.median(tests[name]):.3f})"
         for name in LOOKS
@@ -212,7 +215,7 @@ def see(results: Results) -> str:
     work = results[f"exploring, seed {SEEDS[0]}"]["work"][-1]
     return (
         f"True validation loss above the least after {work:,} gradients and predictions, median over {len(SEEDS)} "
-        f"seeds (range): {told}. Exploring ends below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the "
+        f"seeds (range): {phrases}. Exploring ends below uniform picks in {wins} of {len(SEEDS)} seeds; descent is the "
         f"leader's gradient alone, for {results[f'descent, seed {SEEDS[0]}']['work'][-1]:,.0f}."
     )
 
@@ -228,9 +231,12 @@ EXPERIMENT = Experiment(
             for seed in SEEDS
             for name in ("uniform", "exploring")
         ),
-        *(Part(f"least, seed {seed}", least, {"size": CLASSES, "seed": seed, "count": 111}, 2.5) for seed in SEEDS),
+        *(
+            Part(f"least, seed {seed}", best_on_grid, {"size": CLASSES, "seed": seed, "count": 111}, 2.5)
+            for seed in SEEDS
+        ),
         *(Part(f"descent, seed {seed}", descended, {"steps": 500, "seed": seed}, 6.0) for seed in SEEDS),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

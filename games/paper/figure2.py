@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
-from games.paper.converged import TRAIN, VALID, axis, cross_validated
-from games.paper.experiment import Experiment, Part, Result, Results, Source
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, LARGE, RED, SMALL, empty_figure, label_axes
+from games.paper.converged import TRAIN, VALID, cross_validated, evenly_spaced
 from games.paper.seed_game import batch_of, seed_game, valid_loss
-from games.paper.style import BLACK, BLUE, LARGE, RED, SMALL, blank, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEDS = (0, 1, 2)
-CROSSES = axis(11)
+CROSSES = evenly_spaced(11)
 
 
 def everywhere(others: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -32,9 +33,8 @@ def global_response(fits: int) -> bl.Hypernetwork:
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=3e-4),
         network=bl.networks.MLP((50,)),
-        sampler=everywhere,
+        sampler=bl.responses.Draws(everywhere, count=10),
         scale=1.5,
-        perturbations=10,
         warmup=fits,
         steps=0,
         scheduler=partial(CosineAnnealingLR, T_max=fits),
@@ -42,7 +42,7 @@ def global_response(fits: int) -> bl.Hypernetwork:
     )
 
 
-def learned(source: Source, *, seed: int, fits: int, steps: int) -> Result:
+def learned(source: DigitSource, *, seed: int, fits: int, steps: int) -> Result:
     """The map's validation loss over the range, and where the leader ends on it from the middle of the range."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     game = seed_game(digits.train, digits.valid, start=1.0, seed=seed)
@@ -54,7 +54,7 @@ def learned(source: Source, *, seed: int, fits: int, steps: int) -> Result:
         weights, _ = response(game, {"decay": decay}, state)
         return valid_loss(weights, batch_of(digits.valid))
 
-    curve, crosses = axis(81), CROSSES
+    curve, crosses = evenly_spaced(81), CROSSES
     return {
         "curve": {"values": curve, "valid": torch.func.vmap(loss)(torch.tensor(curve))},
         "crosses": torch.func.vmap(loss)(torch.tensor(crosses)),
@@ -79,14 +79,14 @@ def agreement(truth: Result, found: Result) -> Result:
 
 def draw(results: Results) -> Figure:
     """One panel a seed: the learned curve, the crosses, and where the leader ended."""
-    figure = blank(13.5, 5.0)
+    figure = empty_figure(13.5, 5.0)
     for axes, seed in zip(figure.subplots(1, len(SEEDS), squeeze=False)[0], SEEDS, strict=True):
         truth, found = results[f"cross-validation, seed {seed}"], results[f"hypernetwork, seed {seed}"]
         axes.plot(found["curve"]["values"], found["curve"]["valid"], color=BLUE, linewidth=2.6, label="learned map")
         axes.plot(truth["values"], truth["valid"], "x", color=BLACK, markersize=10, mew=2.2, label="cross-validation")
         end = found["end"]
         axes.axvline(end, color=RED, linestyle="--", linewidth=2, label="leader's end on the map")
-        tidy(axes, x="log penalty λ", y="validation loss (nats an output)" if seed == SEEDS[0] else "")
+        label_axes(axes, x="log penalty λ", y="validation loss (nats an output)" if seed == SEEDS[0] else "")
         numbers = agreement(truth, found)
         title = f"seed {seed}: rank {numbers['rank']:.3f}, worst gap {numbers['gap']:.3f}"
         axes.set_title(title, fontsize=SMALL + 1)
@@ -95,7 +95,7 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """The three numbers, over the seeds."""
     found = [agreement(results[f"cross-validation, seed {s}"], results[f"hypernetwork, seed {s}"]) for s in SEEDS]
     ends = [results[f"hypernetwork, seed {s}"]["end"] for s in SEEDS]
@@ -117,5 +117,5 @@ EXPERIMENT = Experiment(
         *(Part(f"hypernetwork, seed {s}", learned, {"seed": s, "fits": 5000, "steps": 100}, 40.0) for s in SEEDS),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

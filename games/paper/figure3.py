@@ -11,79 +11,24 @@ from torch.func import jacrev, vmap
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 import bilevel as bl
-from games.errors import MissingExtraError
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLUE, LARGE, RED, SMALL, blank, tidy
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, LARGE, RED, SMALL, empty_figure, label_axes
+from games.paper.figure3_games import (
+    PATIENTS,
+    Batch,
+    patients,
+    ridge_game,
+    sine_game,
+    sine_train_loss,
+    sine_valid_loss,
+    train_loss,
+    valid_loss,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Batch = tuple[Tensor, Tensor]
-PATIENTS, VALID = 12, 200
-"""Few patients to learn from, so that a penalty is worth having; 230 are left to test on."""
-
-# The paper's synthetic game ------------------------------------------------------------------------------------------
-
-
-def sine_train_loss(hyper: Tensor, weights: Tensor) -> Tensor:
-    """(w - sin(lambda + pi))^2: its best response is w*(lambda) = sin(lambda + pi), about -lambda near 0."""
-    return (weights - torch.sin(hyper + torch.pi)).square()
-
-
-def sine_valid_loss(weights: Tensor) -> Tensor:
-    """sin(w)."""
-    return torch.sin(weights)
-
-
-def sine_game(start: float) -> bl.Game:
-    """One hyperparameter, which starts at `start`, and one weight; no data."""
-    hyper = torch.tensor(start, dtype=torch.float64)
-    return bl.Game(
-        hyper=bl.Player(sine_valid_loss, init=hyper),
-        weights=bl.Player(sine_train_loss, init=torch.zeros_like(hyper)),
-    )
-
-
-# The real one: ridge regression on two measurements ------------------------------------------------------------------
-
-
-def valid_loss(weights: Tensor, batch: Batch) -> Tensor:
-    """Mean squared error of `inputs @ weights`, in variances of the target."""
-    inputs, targets = batch
-    return (inputs @ weights - targets).square().mean()
-
-
-def train_loss(hyper: Tensor, weights: Tensor, batch: Batch) -> Tensor:
-    """The same, with the penalty exp(hyper) |w|^2."""
-    return valid_loss(weights, batch) + hyper.exp() * weights.square().sum()
-
-
-def patients(seed: int) -> tuple[Batch, Batch, Batch]:
-    """Scikit-learn's 442 diabetes patients, split: body mass index and blood pressure `[n, 2]`, progression `[n]`.
-
-    Each in units of its standard deviation over all patients, from its mean.
-    """
-    try:
-        from sklearn.datasets import load_diabetes  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError(f"The patients are in scikit-learn ({error}). pip install 'bilevel[data]'") from error
-    table, progression = (torch.as_tensor(part) for part in load_diabetes(return_X_y=True, scaled=False))
-    columns = torch.column_stack([table[:, 2], table[:, 3], progression])
-    columns = (columns - columns.mean(0)) / columns.std(0)
-    order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed))
-    train, valid, test = (columns[rows] for rows in order.tensor_split((PATIENTS, PATIENTS + VALID)))
-    return (train[:, :2], train[:, 2]), (valid[:, :2], valid[:, 2]), (test[:, :2], test[:, 2])
-
-
-def ridge_game(start: float, train: Batch, valid: Batch) -> bl.Game:
-    """One log penalty, from `start`, and the two weights."""
-    hyper = torch.tensor(start, dtype=torch.float64)
-    return bl.Game(
-        hyper=bl.Player(valid_loss, init=hyper, data=[valid]),
-        weights=bl.Player(train_loss, init=torch.zeros(2, dtype=torch.float64), data=[train]),
-    )
-
 
 # What is compared ----------------------------------------------------------------------------------------------------
 
@@ -91,12 +36,12 @@ EXACT = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=1000, tolerance=1e-8, linear_sol
 """The follower re-solved to convergence, with the implicit-function theorem's derivative."""
 
 
-def line(centre: float, scale: float, fits: int) -> bl.Hypernetwork:
+def linear_response(centre: float, scale: float, fits: int) -> bl.Hypernetwork:
     """A linear best response learned around `centre` in `fits` steps, before the leader's first, and then left."""
     return bl.Hypernetwork(
         partial(torch.optim.Adam, lr=0.02),
         network=bl.networks.Linear(),
-        around={"hyper": torch.tensor(centre, dtype=torch.float64)},
+        sampler=bl.responses.Perturbations(around={"hyper": torch.tensor(centre, dtype=torch.float64)}),
         scale=scale,
         warmup=fits,
         steps=0,
@@ -105,7 +50,7 @@ def line(centre: float, scale: float, fits: int) -> bl.Hypernetwork:
     )
 
 
-def followed(game: bl.Game, response: bl.Response, hypers: Tensor) -> Result:
+def along_response(game: bl.Game, response: bl.Response, hypers: Tensor) -> Result:
     """Weights, slope and both losses along a response, and where the leader that trusts it ends.
 
     `hypers: [n]`. The weights are `[n, weights]`; the slope, dw/dlambda where the game starts, is `[weights]`.
@@ -146,12 +91,12 @@ def followed(game: bl.Game, response: bl.Response, hypers: Tensor) -> Result:
             "true": losses(end, EXACT(game, {"hyper": end}, EXACT.init(game))[0])["hyper"],
         },
         # How much of the slope's equation is left where it was learned or solved.
-        "residual": response(game, {"hyper": start}, state)[1].get("residual"),
+        "residual": response.report(response(game, {"hyper": start}, state)[1]).residual,
         "gradients": solution.gradients,
     }
 
 
-def synthetic(source: Source, *, centre: float, scale: float, fits: int, points: int) -> Result:
+def synthetic(source: DigitSource, *, centre: float, scale: float, fits: int, points: int) -> Result:
     """The sine game: both responses, and both losses over (lambda, w)."""
     game = sine_game(centre)
     hypers = torch.linspace(-torch.pi, torch.pi, points, dtype=torch.float64)
@@ -160,8 +105,8 @@ def synthetic(source: Source, *, centre: float, scale: float, fits: int, points:
     return {
         "hypers": hypers,
         "centre": centre,
-        "exact": followed(game, EXACT, hypers),
-        "learned": followed(game, line(centre, scale, fits), hypers),
+        "exact": along_response(game, EXACT, hypers),
+        "learned": along_response(game, linear_response(centre, scale, fits), hypers),
         "surfaces": [
             {"x": across, "y": up, "loss": sine_train_loss(across, up)},
             {"x": across, "y": up, "loss": sine_valid_loss(up)},
@@ -176,12 +121,15 @@ def second_weight(hyper: Tensor, first: Tensor, batch: Batch) -> Tensor:
     return second
 
 
-def real(source: Source, *, centre: float, scale: float, fits: int, points: int, seed: int) -> Result:
+def real(source: DigitSource, *, centre: float, scale: float, fits: int, points: int, seed: int) -> Result:
     """The ridge game: both responses, the training loss over (lambda, w1), the validation loss over (w1, w2)."""
     train, valid, test = patients(seed)
     game = ridge_game(centre, train, valid)
     hypers = torch.linspace(-5.0, 2.0, points, dtype=torch.float64)
-    exact, learned = followed(game, EXACT, hypers), followed(game, line(centre, scale, fits), hypers)
+    exact, learned = (
+        along_response(game, EXACT, hypers),
+        along_response(game, linear_response(centre, scale, fits), hypers),
+    )
     for found in (exact, learned):
         found["end"]["test"] = valid_loss(found["end"]["weights"], test)
     both = torch.cat([exact["weights"], learned["weights"]])
@@ -211,7 +159,7 @@ def real(source: Source, *, centre: float, scale: float, fits: int, points: int,
 LOOKS = {"exact": (BLUE, "-", "o", "exact"), "learned": (RED, "--", "s", "learned line")}
 
 
-def _lifted(axes: Any, surface: Result, curves: dict[str, tuple[Any, Any, Any]], ends: dict[str, Any]) -> None:
+def _draw_surface(axes: Any, surface: Result, curves: dict[str, tuple[Any, Any, Any]], ends: dict[str, Any]) -> None:
     """A loss as a surface, with the two responses and their optima on it."""
     import numpy as np
 
@@ -229,14 +177,14 @@ def _lifted(axes: Any, surface: Result, curves: dict[str, tuple[Any, Any, Any]],
     axes.set_box_aspect(None, zoom=0.9)
 
 
-def _named(axes: Any, x: str, y: str, z: str, title: str) -> None:
+def _name_axes(axes: Any, x: str, y: str, z: str, title: str) -> None:
     axes.set_xlabel(x, fontsize=SMALL, labelpad=4)
     axes.set_ylabel(y, fontsize=SMALL, labelpad=4)
     axes.set_zlabel(z, fontsize=SMALL, labelpad=4)
     axes.set_title(title, fontsize=LARGE)
 
 
-def _profile(axes: Axes, result: Result, title: str) -> None:
+def _draw_profile(axes: Axes, result: Result, title: str) -> None:
     """Validation loss against the hyperparameter along both responses."""
     for name, (colour, dashes, marker, _) in LOOKS.items():
         end = result[name]["end"]
@@ -247,12 +195,12 @@ def _profile(axes: Axes, result: Result, title: str) -> None:
         "fitted here", (result["centre"], 0.97), (6, 0), xycoords=("data", "axes fraction"),
         textcoords="offset points", fontsize=SMALL, va="top", color="0.3",
     )  # fmt: skip
-    tidy(axes, x="hyperparameter λ", y="validation loss", title=title)
+    label_axes(axes, x="hyperparameter λ", y="validation loss", title=title)
 
 
 def draw(results: Results) -> Figure:
     """A row a game: training surface, validation surface, and the validation loss along both responses."""
-    figure = blank(16.5, 11.5)
+    figure = empty_figure(16.5, 11.5)
     for row, (name, result) in enumerate(results.items()):
         panels = [figure.add_subplot(2, 3, 3 * row + column + 1, projection="3d") for column in (0, 1)]
         for column, key in enumerate(("train", "valid")):
@@ -265,20 +213,20 @@ def draw(results: Results) -> Figure:
                 curves[response] = (*flat, found[key])
                 flat_end = end["weights"] if in_weights else (end["hyper"], end["weights"][0])
                 ends[response] = (*flat_end, end[key])
-            _lifted(panels[column], result["surfaces"][column], curves, ends)
+            _draw_surface(panels[column], result["surfaces"][column], curves, ends)
         if name == "synthetic":
-            _named(panels[0], "λ", "weight w", "loss", "training loss (w − sin(λ+π))²")
-            _named(panels[1], "λ", "weight w", "loss", "validation loss sin(w)")
+            _name_axes(panels[0], "λ", "weight w", "loss", "training loss (w − sin(λ+π))²")
+            _name_axes(panels[1], "λ", "weight w", "loss", "validation loss sin(w)")
             panels[0].view_init(elev=38, azim=-58)
             panels[1].view_init(elev=38, azim=-58)
         else:
-            _named(panels[0], "log penalty λ", "w₁ (BMI)", "loss", "ridge: training loss, w₂ at its best")
-            _named(panels[1], "w₁ (BMI)", "w₂ (blood pressure)", "loss", "ridge: validation loss")
+            _name_axes(panels[0], "log penalty λ", "w₁ (BMI)", "loss", "ridge: training loss, w₂ at its best")
+            _name_axes(panels[1], "w₁ (BMI)", "w₂ (blood pressure)", "loss", "ridge: validation loss")
             panels[0].view_init(elev=30, azim=-130)
             panels[1].view_init(elev=40, azim=-60)
         slopes = ", ".join(f"{s:.3f}" for s in result["learned"]["slope"])
         truths = ", ".join(f"{s:.3f}" for s in result["exact"]["slope"])
-        _profile(figure.add_subplot(2, 3, 3 * row + 3), result, f"learned slope {slopes}\n(exact {truths})")
+        _draw_profile(figure.add_subplot(2, 3, 3 * row + 3), result, f"learned slope {slopes}\n(exact {truths})")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=LARGE, frameon=False)
     return figure
@@ -290,7 +238,7 @@ def slope_error(result: Result) -> float:
     return float(torch.linalg.vector_norm(learned - exact) / torch.linalg.vector_norm(exact))
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Slopes, and both optima of both games."""
     sine, ridge = results["synthetic"], results["real"]
     slope = sine["learned"]["slope"][0]
@@ -322,5 +270,5 @@ EXPERIMENT = Experiment(
         Part("real", real, {"centre": -2.0, "scale": 0.1, "fits": 2000, "points": 99, "seed": 0}, 8.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from games.paper.converged import TRAIN, VALID, axis, cross_validated
-from games.paper.experiment import Experiment, Part, Result, Results, Source
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, LARGE, RED, SKY, SMALL, empty_figure, label_axes
+from games.paper.converged import TRAIN, VALID, cross_validated, evenly_spaced
 from games.paper.seed_game import batch_of, seed_game, train_loss, valid_loss
-from games.paper.style import BLACK, BLUE, LARGE, RED, SKY, SMALL, blank, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STARTS = (-1.0, 2.9)
-VALUES = axis(41)
+VALUES = evenly_spaced(41)
 SCALE = 0.5
 
 
@@ -36,13 +37,13 @@ def noiseless() -> bl.Hypernetwork:
         return bl.Hypernetwork(
             partial(torch.optim.Adam, lr=1e-4),
             scale=0.0,
-            centred=False,
+            network=bl.networks.Uncentred(bl.networks.Linear()),
             warmup=500,
             tolerance=None,
         )
 
 
-def joint(source: Source, *, start: float, noisy: bool, steps: int, seed: int) -> Result:
+def joint(source: DigitSource, *, start: float, noisy: bool, steps: int, seed: int) -> Result:
     """Leader and response together from one start; then the response's curves over the whole range."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
     game = seed_game(digits.train, digits.valid, start=start, seed=seed)
@@ -79,7 +80,7 @@ def errors(truth: Result, found: Result) -> tuple[float, float]:
 
 def draw(results: Results) -> Figure:
     """Training loss with its penalty above, validation loss below; a column for each start, with and without noise."""
-    figure = blank(16.0, 8.5)
+    figure = empty_figure(16.0, 8.5)
     truth = results["cross-validation"]
     cases = [(f"{name} from {start:g}", name) for name in ("perturbed", "noiseless") for start in STARTS]
     grid = figure.subplots(2, len(cases), sharex=True, sharey="row")
@@ -87,7 +88,7 @@ def draw(results: Results) -> Figure:
     for column, (case, name) in enumerate(cases):
         for row, key in enumerate(names):
             _panel(grid[row][column], truth, results[case], key)
-            tidy(
+            label_axes(
                 grid[row][column],
                 x="log penalty λ" if row else "",
                 y="" if column else names[key],
@@ -124,16 +125,16 @@ def _density(axes: Axes, mean: float) -> None:
     )  # fmt: skip
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where the leader ends, and how wrong the learned curve is near and far."""
-    truth, told = results["cross-validation"], []
+    truth, phrases = results["cross-validation"], []
     for name in ("perturbed", "noiseless"):
         for start in STARTS:
             found = results[f"{name} from {start:g}"]
             near, far = errors(truth, found)
             wrong = f"error {near:.3f} there, {far:.2f} far away"
-            told.append(f"{name} from {start:g} ends at {found['end']:.2f} ({wrong})")
-    return f"The optimum is {truth['best']:.1f}; " + "; ".join(told) + "."
+            phrases.append(f"{name} from {start:g} ends at {found['end']:.2f} ({wrong})")
+    return f"The optimum is {truth['best']:.1f}; " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(
@@ -153,5 +154,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
+from games.cross_validation import Candidate, CrossValidation, random
 from games.errors import MissingExtraError
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, COLOURS, LARGE, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response, stationarity
-from games.paper.experiment import Experiment, Part, Result, Results, Source
 from games.paper.seed_game import CLASSES, seed_game, valid_loss
-from games.paper.style import BLACK, BLUE, COLOURS, LARGE, blank, tidy
-from games.tuning.cross_validation import Candidate, CrossValidation, random
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +30,13 @@ BOUNDS = {"decay": (-3.0, 3.0)}
 METHODS = ("Gaussian process on 25 losses", "hypernetwork on 25 fixed λ", "hypernetwork on fresh λ")
 
 
-def game_of(source: Source, seed: int, dtype: torch.dtype) -> bl.Game:
+def game_of(source: DigitSource, seed: int, dtype: torch.dtype) -> bl.Game:
     """The paper's game with one log penalty a class, from 0."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed, dtype=dtype)
     return seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES), seed=seed)
 
 
-def truth(source: Source, *, seed: int, known: int, held: int) -> Result:
+def truth(source: DigitSource, *, seed: int, known: int, held: int) -> Result:
     """`known` pairs of penalties and validation loss to learn from, `held` others to predict; weights are exact."""
     game = game_of(source, seed, torch.float64)
     # No tolerance: a class whose weights are all zero sits on the penalty's kink, where no gradient vanishes.
@@ -56,7 +57,7 @@ def _left(game: bl.Game, candidate: Candidate) -> float:
     return float(stationarity(candidate["decay"], best_response(candidate["decay"], batch), batch).max())
 
 
-def gaussian_process(source: Source, *, seed: int, known: int, held: int) -> Result:
+def gaussian_process(source: DigitSource, *, seed: int, known: int, held: int) -> Result:
     """A Matern process of one length scale: of four usual kernels the one with the least error here, in its favour."""
     try:
         from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
@@ -77,7 +78,7 @@ def gaussian_process(source: Source, *, seed: int, known: int, held: int) -> Res
     return {"predicted": predicted, "true": data["held"]["valid"], "stationarity": data["held"]["stationarity"]}
 
 
-def hypernetwork(source: Source, *, seed: int, known: int, held: int, fits: int, fresh: bool) -> Result:
+def hypernetwork(source: DigitSource, *, seed: int, known: int, held: int, fits: int, fresh: bool) -> Result:
     """A linear map from ten penalties to 7,850 weights, on penalties drawn anew or on the `known` ones for ever."""
     data = truth(source, seed=seed, known=known, held=held)
     game = game_of(source, seed, torch.float32)
@@ -91,9 +92,8 @@ def hypernetwork(source: Source, *, seed: int, known: int, held: int, fits: int,
 
     response = bl.Hypernetwork(
         partial(torch.optim.Adam, lr=1e-3),
-        sampler=anywhere if fresh else one_of_the_known,
+        sampler=bl.responses.Draws(anywhere if fresh else one_of_the_known, count=10),
         scale=math.sqrt(3.0),  # the standard deviation of U[-3, 3]
-        perturbations=10,
         warmup=fits,
         steps=0,
         scheduler=partial(CosineAnnealingLR, T_max=fits),
@@ -122,7 +122,7 @@ def median_error(results: Results, method: str, seed: int) -> float:
 
 def draw(results: Results) -> Figure:
     """Predicted against true loss above, the errors' histogram below; a column a method, all seeds together."""
-    figure = blank(15.0, 9.0)
+    figure = empty_figure(15.0, 9.0)
     grid = figure.subplots(2, len(METHODS), sharey="row")
     together = {m: [results[f"{m}, seed {s}"] for s in SEEDS] for m in METHODS}
     every = [v for rs in together.values() for r in rs for v in (*r["true"], *r["predicted"])]
@@ -138,8 +138,8 @@ def draw(results: Results) -> Figure:
         below.hist([e for r in together[method] for e in errors(r)], bins=bins, color=BLUE)
         below.axvline(0.0, color=BLACK, linewidth=1.5)
         median = statistics.median(abs(e) for r in together[method] for e in errors(r))
-        tidy(above, x="true validation loss (nats an output)", y="" if column else "predicted", title=method)
-        tidy(
+        label_axes(above, x="true validation loss (nats an output)", y="" if column else "predicted", title=method)
+        label_axes(
             below,
             x="predicted - true (nats an output)",
             y="" if column else "held-out λ",
@@ -150,16 +150,16 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """The median errors of each method, seed by seed."""
     medians = {m: [median_error(results, m, s) for s in SEEDS] for m in METHODS}
-    told = "; ".join(f"{m} {', '.join(f'{v:.3f}' for v in values)}" for m, values in medians.items())
+    phrases = "; ".join(f"{m} {', '.join(f'{v:.3f}' for v in values)}" for m, values in medians.items())
     *others, ours = METHODS
     wins = sum(all(medians[ours][i] < medians[m][i] for m in others) for i in range(len(SEEDS)))
     count = len(results[f"{ours}, seed {SEEDS[0]}"]["true"])
     return (
         f"Median error of the predicted validation loss on {count} held-out settings of ten penalties, seed by seed: "
-        f"{told}. The hypernetwork that sees fresh ones is the best of the three on {wins} of {len(SEEDS)} seeds."
+        f"{phrases}. The hypernetwork that sees fresh ones is the best of the three on {wins} of {len(SEEDS)} seeds."
     )
 
 
@@ -178,5 +178,5 @@ EXPERIMENT = Experiment(
     title="Figures 5 and 6: predicted against true validation loss",
     parts=tuple(part for seed in SEEDS for part in _parts(seed)),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

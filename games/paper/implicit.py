@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLUE, GREEN, LARGE, RED, empty_figure, label_axes
 from games.paper.converged import TRAIN, VALID
 from games.paper.exact import best_response
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.seed_game import CLASSES, Batch, Weights, batch_of, seed_game, valid_loss
-from games.paper.style import BLUE, GREEN, LARGE, RED, blank, tidy
-from games.tuning.data import Digits
+from games.paper.seed_game import CLASSES, batch_of, seed_game, valid_loss
+from games.paper.truth import best_on_grid, float64_digits, true_loss, true_slope
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def responses(size: int) -> dict[str, bl.Response]:
             partial(torch.optim.Adam, lr=1e-4),
             scale=0.5,
             warmup=100,
-            perturbations=1 if size == 1 else 5,
+            sampler=bl.responses.Perturbations(count=1 if size == 1 else 5),
             tolerance=None,  # the figure says how well
         ),
         # In float32, as the others; a quasi-Newton solver, for the curvature runs from about 1 to 500.
@@ -58,7 +59,7 @@ def responses(size: int) -> dict[str, bl.Response]:
     }
 
 
-def cold(method: str, size: int, steps: int) -> bl.Response:
+def from_scratch(method: str, size: int, steps: int) -> bl.Response:
     """The same from the follower's init at one held leader, as good as it can be after `steps` inner steps."""
     if method == "hypernetwork":
         fits = steps if size == 1 else steps // 5  # of five times the draws
@@ -67,7 +68,7 @@ def cold(method: str, size: int, steps: int) -> bl.Response:
             scale=0.2,
             warmup=fits,
             steps=0,
-            perturbations=1 if size == 1 else 5,
+            sampler=bl.responses.Perturbations(count=1 if size == 1 else 5),
             scheduler=partial(CosineAnnealingLR, T_max=fits),
             tolerance=None,
         )
@@ -78,71 +79,25 @@ def cold(method: str, size: int, steps: int) -> bl.Response:
     return bl.Unrolled(partial(torch.optim.SGD, lr=1e-3, momentum=0.9), steps=steps)
 
 
-def true_loss(decay: Tensor, train: Batch, valid: Batch) -> float:
-    """Validation loss of the exact best response, float64."""
-    return float(valid_loss(best_response(decay, train), valid))
-
-
-def true_slope(decay: Tensor, train: Batch, valid: Batch, step: float = 1e-4) -> Tensor:
-    """d valid_loss(w*(decay)) / d decay by central differences of exact best responses."""
-    flat = decay.double().reshape(-1)
-    slopes = []
-    for index in range(len(flat)):
-        move = torch.zeros_like(flat)
-        move[index] = step
-        ends = [true_loss((flat + sign * move).reshape(decay.shape), train, valid) for sign in (1.0, -1.0)]
-        slopes.append((ends[0] - ends[1]) / (2 * step))
-    return torch.tensor(slopes, dtype=torch.float64).reshape(decay.shape)
-
-
-def least(source: Source, *, size: int, seed: int, count: int) -> Result:
-    """The least true loss on a grid; with a penalty a class, the classes are problems of their own."""
-    exact, train, valid = doubled(source, seed)
-    low, high = (-1.0, 3.0) if size == 1 else (-8.0, 3.0)
-    values = torch.linspace(low, high, count, dtype=torch.float64)
-    losses = []
-    for value in values:
-        if size == 1:
-            losses.append([true_loss(value, train, valid)])
-            continue
-        weights = best_response(value.expand(size), train)
-        losses.append([float(valid_loss(of_class(weights, c), (valid[0], valid[1][:, [c]]))) for c in range(size)])
-    best = values[torch.tensor(losses).argmin(dim=0)]
-    best = best[0] if size == 1 else best
-    test = valid_loss(best_response(best, train), batch_of(exact.test))
-    return {"decay": best, "valid": true_loss(best, train, valid), "test": test}
-
-
-def of_class(weights: Weights, label: int) -> Weights:
-    """The weights of one class."""
-    return {name: value[..., label : label + 1] for name, value in weights.items()}
-
-
-def doubled(source: Source, seed: int) -> tuple[Digits, Batch, Batch]:
-    """The digits in float64 with their training and validation batch: what the truth is made of."""
-    digits = source.digits(train=TRAIN, valid=VALID, seed=seed, dtype=torch.float64)
-    return digits, batch_of(digits.train), batch_of(digits.valid)
-
-
-def filled(size: int, value: float) -> Tensor:
+def constant_penalties(size: int, value: float) -> Tensor:
     """One penalty, or one a class."""
     return torch.tensor(value) if size == 1 else torch.full((size,), value)
 
 
-def tuned(source: Source, *, size: int, method: str, steps: int, start: float, seed: int) -> Result:
+def tuned(source: DigitSource, *, size: int, method: str, steps: int, start: float, seed: int) -> Result:
     """One run: the true validation loss along the leader's path, over the work that it took to get there."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    exact, train, valid = doubled(source, seed)
+    exact, train, valid = float64_digits(source, seed)
     path: list[tuple[float, Tensor]] = []
     bl.solve(
-        seed_game(digits.train, digits.valid, start=filled(size, start), seed=seed),
+        seed_game(digits.train, digits.valid, start=constant_penalties(size, start), seed=seed),
         weights=responses(size)[method],
         optimizer=partial(torch.optim.Adam, lr=0.05),
         steps=steps,
         seed=seed,
         callbacks=[lambda step, record, variables: path.append((record["work"], variables["decay"]))],
     )
-    kept = [(0.0, filled(size, start)), *path[: -1 : max(1, steps // 40)], path[-1]]
+    kept = [(0.0, constant_penalties(size, start)), *path[: -1 : max(1, steps // 40)], path[-1]]
     return {
         "work": [work for work, _ in kept],
         "valid": [true_loss(decay, train, valid) for _, decay in kept],
@@ -151,18 +106,18 @@ def tuned(source: Source, *, size: int, method: str, steps: int, start: float, s
     }
 
 
-def slopes(source: Source, *, size: int, method: str, seed: int) -> Result:
+def slopes(source: DigitSource, *, size: int, method: str, seed: int) -> Result:
     """Where the leader is held: the error of one hypergradient over the work put into it, from the follower's init."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    _, train, valid = doubled(source, seed)
+    _, train, valid = float64_digits(source, seed)
     curves = []
     for number, point in enumerate(POINTS):
-        decay = filled(size, point)
+        decay = constant_penalties(size, point)
         if size > 1:  # unequal, or ten equal errors would look like one
             decay = decay + 0.5 * torch.randn(size, generator=torch.Generator().manual_seed(number))
         game = seed_game(digits.train, digits.valid, start=decay, seed=seed)
         truth = true_slope(decay, train, valid)
-        found = [hypergradient(cold(method, size, steps), game, decay, seed) for steps in AMOUNTS[method]]
+        found = [hypergradient(from_scratch(method, size, steps), game, decay, seed) for steps in AMOUNTS[method]]
         curves.append(
             {
                 "decay": decay,
@@ -184,23 +139,23 @@ def hypergradient(response: bl.Response, game: bl.Game, decay: Tensor, seed: int
     return slope.double(), 1 + report.gradients + report.products
 
 
-def at_kink(source: Source, *, penalty: float, seed: int) -> Result:
+def at_kink(source: DigitSource, *, penalty: float, seed: int) -> Result:
     """Where every weight is zero no theorem and no slope holds: the hypergradient is 0, and what each method says."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
-    _, train, valid = doubled(source, seed)
-    decay = filled(CLASSES, penalty)
+    _, train, valid = float64_digits(source, seed)
+    decay = constant_penalties(CLASSES, penalty)
     game = seed_game(digits.train, digits.valid, start=decay, seed=seed)
-    told = {}
+    answers = {}
     for method, response in responses(CLASSES).items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", bl.BilevelWarning)
             try:
                 slope, _ = hypergradient(response, game, decay, seed)
-                told[method] = f"{float(slope.norm()):.2f}"
+                answers[method] = f"{float(slope.norm()):.2f}"
             except bl.BilevelError as error:
-                told[method] = type(error).__name__
-        told[method] += "".join(f" and {warning.category.__name__}" for warning in caught)
-    return {"truth": float(true_slope(decay, train, valid).norm()), "told": told}
+                answers[method] = type(error).__name__
+        answers[method] += "".join(f" and {warning.category.__name__}" for warning in caught)
+    return {"truth": float(true_slope(decay, train, valid).norm()), "told": answers}
 
 
 def excess(results: Results, size: int, method: str, start: float, seed: int) -> tuple[list[float], list[float]]:
@@ -216,7 +171,7 @@ def run_name(size: int, method: str, start: float, seed: int) -> str:
 
 def draw(results: Results) -> Figure:
     """A row for each number of penalties: tuning, and the error of a hypergradient."""
-    figure = blank(14.0, 9.5)
+    figure = empty_figure(14.0, 9.5)
     for row, size in zip(figure.subplots(2, 2), SIZES, strict=True):
         _tuning(row[0], results, size)
         _errors(row[1], results, size)
@@ -236,13 +191,13 @@ def _tuning(axes: Axes, results: Results, size: int) -> None:
             axes.plot(work[1:], above[1:], color=colour, linestyle=line, linewidth=0.9, alpha=0.5)
         low, high = max(work[1] for work, _ in curves), min(work[-1] for work, _ in curves)
         spent = [low * (high / low) ** (index / 40) for index in range(41)]
-        median = [statistics.median(reached(*curve, limit) for curve in curves) for limit in spent]
+        median = [statistics.median(last_within(*curve, limit) for curve in curves) for limit in spent]
         axes.plot(spent, median, color=colour, linestyle=line, linewidth=3.4, label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
     title = "one penalty" if size == 1 else f"{size} penalties, one a class"
     x = "gradients + Hessian-vector products"
-    tidy(axes, x=x, y="true validation loss\nabove the least (nats)", title=f"{title}: tuning")
+    label_axes(axes, x=x, y="true validation loss\nabove the least (nats)", title=f"{title}: tuning")
 
 
 def _errors(axes: Axes, results: Results, size: int) -> None:
@@ -253,26 +208,26 @@ def _errors(axes: Axes, results: Results, size: int) -> None:
     axes.set_yscale("log")
     axes.axhline(1.0, color="0.5", linewidth=1.5)
     x = "gradients + Hessian-vector products"
-    tidy(axes, x=x, y="relative error", title="one hypergradient, from scratch")
+    label_axes(axes, x=x, y="relative error", title="one hypergradient, from scratch")
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where each ends at the work that all have had, and how good its hypergradients are at their best."""
     lines = []
     for size in SIZES:
         runs = [(start, seed) for start in STARTS for seed in SEEDS]
         common = min(excess(results, size, m, *run)[0][-1] for m in METHODS for run in runs)
-        told = []
+        phrases = []
         for method in METHODS:
-            ends = [reached(*excess(results, size, method, *run), common) for run in runs]
+            ends = [last_within(*excess(results, size, method, *run), common) for run in runs]
             curves = results[f"slopes, {method}, {size} penalties"]["curves"]
             errors = ", ".join(format(curve["error"][-1], ".2g") for curve in curves)
             tests = [results[run_name(size, method, *run)]["test"] for run in runs]
-            told.append(
+            phrases.append(
                 f"{method} {statistics.median(ends):.4f} (worst {max(ends):.4f}; test at its end "
                 f"{statistics.median(tests):.3f}; hypergradient's error {errors})"
             )
-        lines.append(f"{size} {'penalty' if size == 1 else 'penalties'}, after {common:,.0f}: {'; '.join(told)}")
+        lines.append(f"{size} {'penalty' if size == 1 else 'penalties'}, after {common:,.0f}: {'; '.join(phrases)}")
     kink = results["kink"]
     said = ", ".join(f"{method} {text}" for method, text in kink["told"].items())
     return (
@@ -281,7 +236,7 @@ def see(results: Results) -> str:
     )
 
 
-def reached(work: list[float], values: list[float], limit: float) -> float:
+def last_within(work: list[float], values: list[float], limit: float) -> float:
     """The last value that was there within the work."""
     return [value for spent, value in zip(work, values, strict=True) if spent <= limit * (1 + 1e-9)][-1]
 
@@ -291,7 +246,7 @@ EXPERIMENT = Experiment(
     title="The implicit-function theorem and unrolling instead of a hypernetwork, at equal work",
     parts=(
         *(
-            Part(f"least, {size} penalties, seed {seed}", least, {"size": size, "seed": seed, "count": 111}, 2.0)
+            Part(f"least, {size} penalties, seed {seed}", best_on_grid, {"size": size, "seed": seed, "count": 111}, 2.0)
             for size in SIZES
             for seed in SEEDS
         ),
@@ -315,5 +270,5 @@ EXPERIMENT = Experiment(
         Part("kink", at_kink, {"penalty": 2.9, "seed": 0}, 2.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -13,17 +13,17 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from games.paper.converged import axis
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, COLOURS, LARGE, LINES, blank, tidy
-from games.tuning.data import Digits
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, COLOURS, LARGE, LINES, empty_figure, label_axes
+from games.paper.converged import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = 20
 """Steps of training, from one init and on one batch: what the leader's loss is taken after."""
-RATES, MOMENTA = axis(21, -4.0, 1.0), axis(15, -3.0, 4.0)
+RATES, MOMENTA = evenly_spaced(21, -4.0, 1.0), evenly_spaced(15, -3.0, 4.0)
 STARTS = ((-3.5, -2.0), (-2.5, 3.5), (-1.0, -2.5))
 """log learning rate, and the logit of momentum."""
 
@@ -74,17 +74,17 @@ def plain_loss(digits: Digits, rate: float, momentum: float, *, seed: int = 0) -
         return float(cross_entropy(model(digits.valid.images), digits.valid.labels))
 
 
-def _digits(source: Source) -> Digits:
+def _digits(source: DigitSource) -> Digits:
     return source.digits(train=500, valid=1000, test=2000)
 
 
-def grid(source: Source, *, rates: list[float]) -> Result:
+def grid(source: DigitSource, *, rates: list[float]) -> Result:
     """Some rows of the fine grid."""
     digits = _digits(source)
     return {"rates": rates, "loss": [[plain_loss(digits, rate, m) for m in MOMENTA] for rate in rates]}
 
 
-def tuned(source: Source, *, rate: float, momentum: float, steps: int) -> Result:
+def tuned(source: DigitSource, *, rate: float, momentum: float, steps: int) -> Result:
     """The leader's path from one start, and plain torch's loss at its end."""
     digits, path = _digits(source), [[rate, momentum]]
     solution = bl.solve(
@@ -104,23 +104,23 @@ def tuned(source: Source, *, rate: float, momentum: float, steps: int) -> Result
     }
 
 
-def refusals(source: Source) -> Result:
+def refusals(source: DigitSource) -> Result:
     """What the other responses say of this game: a follower's optimum does not depend on its optimiser."""
     game = pace_game(_digits(source), start=STARTS[0])
-    told = {}
+    messages = {}
     for response in (bl.Implicit(sgd), bl.Hypernetwork(partial(torch.optim.SGD, lr=0.1))):
         try:
             response.init(game)
         except TypeError as error:
-            told[type(response).__name__] = str(error)
+            messages[type(response).__name__] = str(error)
         else:
             raise AssertionError(f"{response} took a game that it cannot answer")
-    return told
+    return messages
 
 
 def draw(results: Results) -> Figure:
     """The grid's validation loss as contours, with the paths over it."""
-    figure = blank(9.5, 7.0)
+    figure = empty_figure(9.5, 7.0)
     axes = figure.subplots()
     loss = torch.tensor(_table(results)).T
     filled = axes.contourf(RATES, MOMENTA, loss.clamp(max=2.5).tolist(), levels=24, cmap="Greys")
@@ -136,12 +136,12 @@ def draw(results: Results) -> Figure:
         axes.plot(rate[:1], momentum[:1], "o", color=COLOURS[number], markeredgecolor="white", markersize=11)
         axes.plot(rate[-1:], momentum[-1:], "D", color=COLOURS[number], markeredgecolor="white", markersize=12,
                   label=f"from {start[0]:g}, {start[1]:g}: {found['plain']:.3f}", linestyle="")  # fmt: skip
-    tidy(axes, x="log learning rate", y="logit of momentum", grid=False)
+    label_axes(axes, x="log learning rate", y="logit of momentum", grid=False)
     figure.legend(loc="outside upper center", ncols=2, fontsize=LARGE, frameon=False)
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Each end against the grid's best, and what the others say."""
     table = _table(results)
     best = min(value for row in table for value in row)
@@ -173,5 +173,5 @@ EXPERIMENT = Experiment(
         Part("refusals", refusals, {}, 1.0),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

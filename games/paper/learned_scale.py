@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import bilevel as bl
-from games.paper.converged import TRAIN, VALID, axis, cross_validated
-from games.paper.experiment import Experiment, Part, Result, Results, Source
+from games.cross_validation import CrossValidation
+from games.experiments.data import Digits, DigitSource
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, BLUE, COLOURS, LINES, RED, SMALL, empty_figure, label_axes
+from games.paper.converged import TRAIN, VALID, cross_validated, evenly_spaced
 from games.paper.seed_game import Batch, Weights, batch_of, seed_game, train_loss, valid_loss
-from games.paper.style import BLACK, BLUE, COLOURS, LINES, RED, SMALL, blank, tidy
-from games.tuning.cross_validation import CrossValidation
-from games.tuning.data import Digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ class Noisy:
         return iter([(row, self.batches[index % len(self.batches)]) for index, row in enumerate(noise)])
 
 
-def answer(response: Map, move: Tensor) -> Weights:
+def weights_at(response: Map, move: Tensor) -> Weights:
     """The map's weights where the log penalty has moved by `move` from the present mean."""
     return {name: value + move * response["slope"][name] for name, value in response["value"].items()}
 
@@ -61,14 +61,14 @@ def scale_of(leader: Leader) -> Tensor:
     return softplus(leader["rho"])
 
 
-def fitted(leader: Leader, response: Map, batch: tuple[Tensor, Batch]) -> Tensor:
+def response_loss(leader: Leader, response: Map, batch: tuple[Tensor, Batch]) -> Tensor:
     """The response's loss: E_eps f(lambda', w(lambda')), lambda' = mean + scale eps."""
     noise, data = batch
     moves = scale_of(leader) * noise
-    return torch.stack([train_loss(leader["mean"] + move, answer(response, move), data) for move in moves]).mean()
+    return torch.stack([train_loss(leader["mean"] + move, weights_at(response, move), data) for move in moves]).mean()
 
 
-def expected(leader: Leader, response: Map, batch: tuple[Tensor, Batch], temperature: float) -> Tensor:
+def leader_loss(leader: Leader, response: Map, batch: tuple[Tensor, Batch], temperature: float) -> Tensor:
     """The leader's loss: E_eps F(w(lambda')) - temperature * entropy of p, which is log(scale) and a constant.
 
     Where the curvature of F along the map is c, the expectation grows by c scale^2 / 2, so that the least is at
@@ -77,7 +77,7 @@ def expected(leader: Leader, response: Map, batch: tuple[Tensor, Batch], tempera
     noise, data = batch
     # The map is written around the present mean; what the leader's own move does to it is the slope.
     moves = leader["mean"] - leader["mean"].detach() + scale_of(leader) * noise
-    losses = torch.stack([valid_loss(answer(response, move), data) for move in moves])
+    losses = torch.stack([valid_loss(weights_at(response, move), data) for move in moves])
     return losses.mean() - temperature * scale_of(leader).log()
 
 
@@ -97,7 +97,7 @@ def noisy_game(
     pieces = tuple(zip(*(torch.split(tensor, IMAGES) for tensor in valid), strict=True))
 
     def objective(leader: Leader, response: Map, batch: tuple[Tensor, Batch]) -> Tensor:
-        return expected(leader, response, batch, temperature)
+        return leader_loss(leader, response, batch, temperature)
 
     # softplus inverted
     rho = torch.tensor(scale, dtype=torch.float64).expm1().log()
@@ -105,7 +105,9 @@ def noisy_game(
     slope = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     return bl.Game(
         leader=bl.Player(objective, init=start, data=Noisy(pieces, DRAWS)),
-        response=bl.Player(fitted, init=response or {"value": weights, "slope": slope}, data=Noisy((train,), DRAWS)),
+        response=bl.Player(
+            response_loss, init=response or {"value": weights, "slope": slope}, data=Noisy((train,), DRAWS)
+        ),
     )
 
 
@@ -117,7 +119,7 @@ def paced(mean: float, rho: float) -> Callable[[list[Tensor]], torch.optim.Optim
 
 
 def tuned(
-    source: Source, *, start: float, scale: float, temperature: float, warmup: int, steps: int, seed: int
+    source: DigitSource, *, start: float, scale: float, temperature: float, warmup: int, steps: int, seed: int
 ) -> Result:
     """Algorithm 3 from one start with a learned scale, held at temperature 0; then it retrains where the mean ends."""
     digits = source.digits(train=TRAIN, valid=VALID, seed=seed)
@@ -151,12 +153,12 @@ def tuned(
     }
 
 
-def named(scale: float, temperature: float, start: float) -> str:
+def case_name(scale: float, temperature: float, start: float) -> str:
     """A part's name."""
-    return f"scale {scale:g}, {told(temperature)}, from {start:g}"
+    return f"scale {scale:g}, {describe_temperature(temperature)}, from {start:g}"
 
 
-def told(temperature: float) -> str:
+def describe_temperature(temperature: float) -> str:
     """What is done with the scale."""
     return f"learned, τ={temperature:g}" if temperature else "held"
 
@@ -169,25 +171,25 @@ def excess(results: Results, name: str) -> float:
 
 def draw(results: Results) -> Figure:
     """The scale's path and the mean's, and what the mean in the end is worth."""
-    figure = blank(16.0, 5.8)
+    figure = empty_figure(16.0, 5.8)
     scales, means, ends = figure.subplots(1, 3)
     for colour, line, scale in zip(COLOURS, LINES, SCALES, strict=False):
         for start in STARTS:
-            found = results[named(scale, TEMPERATURES[0], start)]
+            found = results[case_name(scale, TEMPERATURES[0], start)]
             steps = [10 * index for index in range(len(found["scales"]))]
             label = f"learned from σ={scale:g}" if start == STARTS[0] else None
             scales.plot(steps, found["scales"], color=colour, linestyle=line, linewidth=2.2, label=label)
             means.plot(steps, found["means"], color=colour, linestyle=line, linewidth=2.2)
     widest = SCALES[-1]
     for start in STARTS:
-        found = results[named(widest, 0.0, start)]
+        found = results[case_name(widest, 0.0, start)]
         steps = [10 * index for index in range(len(found["means"]))]
         label = f"held at σ={widest:g}" if start == STARTS[0] else None
         means.plot(steps, found["means"], color=BLACK, linestyle=(0, (1, 1)), linewidth=2.2, label=label)
     means.axhline(results["cross-validation"]["best"], color="0.5", linewidth=1.5, label="cross-validation's optimum")
     scales.set_yscale("log")
-    tidy(scales, x="step of the leader", y="scale σ of p(λ)", title=f"scale, τ={TEMPERATURES[0]:g}")
-    tidy(means, x="step of the leader", y="log penalty λ (mean of p)", title="mean")
+    label_axes(scales, x="step of the leader", y="scale σ of p(λ)", title=f"scale, τ={TEMPERATURES[0]:g}")
+    label_axes(means, x="step of the leader", y="log penalty λ (mean of p)", title="mean")
     _ends(ends, results)
     for axes in (scales, means, ends):
         axes.legend(fontsize=SMALL - 1, frameon=False, loc="best")
@@ -200,27 +202,27 @@ def _ends(axes: Axes, results: Results) -> None:
         zip((0.0, *TEMPERATURES), (BLACK, BLUE, RED), "sov", strict=True)
     ):
         for row, scale in enumerate(SCALES):
-            values = [excess(results, named(scale, temperature, start)) for start in STARTS]
+            values = [excess(results, case_name(scale, temperature, start)) for start in STARTS]
             place = [row + 0.22 * (column - 1)] * len(values)
-            label = told(temperature) if row == 0 else None
+            label = describe_temperature(temperature) if row == 0 else None
             axes.plot(place, values, marker, color=colour, markersize=11, linestyle="", alpha=0.8, label=label)
     axes.axhline(0.0, color="0.5", linewidth=1.5)
     axes.set_xticks(range(len(SCALES)), [f"{scale:g}" for scale in SCALES])
-    tidy(axes, x="initial scale σ", y="validation loss above the best (nats)", title="retrained at the end")
+    label_axes(axes, x="initial scale σ", y="validation loss above the best (nats)", title="retrained at the end")
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_ylim(-5e-4, 0.2)
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Where scale and mean end, with the loss of weights retrained there."""
     lines = []
     for temperature in TEMPERATURES:
-        names = [named(scale, temperature, start) for scale in SCALES for start in STARTS]
+        names = [case_name(scale, temperature, start) for scale in SCALES for start in STARTS]
         lines.append(
             f"learned at τ={temperature:g}, σ ends in {_range(results, names, 'scale')}, {_worth(results, names)}"
         )
     for scale in SCALES:
-        lines.append(f"held at {scale:g}, {_worth(results, [named(scale, 0.0, start) for start in STARTS])}")
+        lines.append(f"held at {scale:g}, {_worth(results, [case_name(scale, 0.0, start) for start in STARTS])}")
     return (
         f"Initial scales {', '.join(format(scale, 'g') for scale in SCALES)}, λ from "
         f"{' and '.join(format(start, 'g') for start in STARTS)}: {'; '.join(lines)}. Cross-validation's optimum is "
@@ -242,10 +244,10 @@ EXPERIMENT = Experiment(
     name="learned-scale",
     title="How wide should p(λ) be? The scale learned with an entropy term",
     parts=(
-        Part("cross-validation", cross_validated, {"values": axis(41), "seed": 0}, 6.0),
+        Part("cross-validation", cross_validated, {"values": evenly_spaced(41), "seed": 0}, 6.0),
         *(
             Part(
-                named(scale, temperature, start),
+                case_name(scale, temperature, start),
                 tuned,
                 {"start": start, "scale": scale, "temperature": temperature, "warmup": 400, "steps": 800, "seed": 0},
                 4.5,
@@ -254,5 +256,5 @@ EXPERIMENT = Experiment(
         ),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

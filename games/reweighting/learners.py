@@ -54,19 +54,19 @@ class Softmax(Learner):
     def trained(self, inputs: Tensor, labels: Tensor, weights: Tensor, classes: int) -> nn.Module:
         """By L-BFGS, to a thousandth of the gradient at zero."""
         inputs, weights = inputs.double(), weights.double()
-        blank = torch.zeros((), dtype=inputs.dtype)
+        zero = torch.zeros((), dtype=inputs.dtype)
 
-        def loss(hold: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        def loss(unused: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             losses = cross_entropy(inputs @ weight.T + bias, labels, reduction="none")
             return (weights * losses).sum() / weights.sum() + self.decay * (weight.square().sum() + bias.square().sum())
 
         model = self.model(inputs.shape[1], classes, torch.float64)
         game = bl.Game(
-            hold=bl.Player(lambda hold: hold**2, blank),
-            model=bl.Player(lambda hold, model: loss(hold, **model) + 0.0 * hold, model),
+            unused=bl.Player(lambda unused: unused**2, zero),
+            model=bl.Player(lambda unused, model: loss(unused, **model) + 0.0 * unused, model),
         )
-        follow = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-3)
-        answer, _ = follow(game, {"hold": blank}, follow.init(game))
+        response = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-3)
+        answer, _ = response(game, {"unused": zero}, response.init(game))
         model.load_state_dict({name: tensor.detach() for name, tensor in answer.items()})
         return model
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from games.errors import MissingExtraError
+from games.experiments.data import Digits, Split
+from games.experiments.store import Store
 from games.reweighting.learners import Learner, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
-from games.reweighting.reweight import Callback, Reweighted, reweight
+from games.reweighting.reweight import Callback, reweight
+from games.reweighting.reweighted import Reweighted
 from games.reweighting.weighting import LabelNetwork, PerExample, Weighting
-from games.tuning.data import Digits, Split
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 _NEW = 1000  # added to a seed, for the wrong labels of test examples
 KINDS = ("symmetric", "class-dependent", "long-tailed")
@@ -77,7 +72,7 @@ def weightings() -> dict[str, Weighting]:
     return {"per example": PerExample(), "network": LabelNetwork()}
 
 
-def spoiled(split: Split, case: Case, seed: int, *, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def with_wrong_labels(split: Split, case: Case, seed: int, *, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images `[n, pixels]`, labels `[n]` as they are seen, and which of them are wrong `[n]`, bool."""
     images, labels = split.images, split.labels
     if case.kind == "long-tailed":
@@ -97,6 +92,36 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, balanced: bool
     return float(torch.stack([right[labels == label].mean() for label in torch.unique(labels)]).mean())
 
 
+def row_of(content: Mapping[str, Any]) -> Row:
+    """A row from what a file has of it."""
+    return Row(**{**content, "warnings": tuple(content["warnings"])})
+
+
+def identity(digits: Digits, case: Case, seed: int, learner: Learner) -> dict[str, Any]:
+    """What makes the runs of a case these runs and no others; their number of steps does not."""
+    return {"data": digits.fingerprint, "case": case.name, "seed": seed, "learner": repr(learner)}
+
+
+def checkpoints_of(
+    store: Store, digits: Digits, case: Case, seed: int, learner: Learner, *, steps: int, resume: bool
+) -> dict[str, Path]:
+    """A file for each weighting's run of `run_case`; raises `CheckpointError` as `Store.checkpoint` does."""
+    return {
+        name: store.checkpoint(
+            run_name(case, name, seed),
+            {**identity(digits, case, seed, learner), "weighting": repr(weighting)},
+            steps=steps,
+            resume=resume,
+        )
+        for name, weighting in weightings().items()
+    }
+
+
+def run_name(case: Case, weighting: str, seed: int) -> str:
+    """Of one run's files."""
+    return f"{case.name}-{weighting}-{seed}".replace(" ", "-")
+
+
 def run_case(
     digits: Digits,
     case: Case,
@@ -104,23 +129,24 @@ def run_case(
     *,
     learner: Learner | None = None,
     steps: int = 30,
-    checkpoint: Path | None = None,
+    checkpoints: Mapping[str, Path] | None = None,
     callbacks: Sequence[Callback] = (),
-    done: Callable[[str, Reweighted], object] = lambda name, found: None,
+    on_weighted: Callable[[str, Reweighted], object] = lambda name, found: None,
 ) -> list[Row]:
     """All ways of training `learner` (by default `Softmax()`) on one case and seed.
 
-    `checkpoint` is a folder, one file a weighting; `done` is told of each weighting's name and what it found.
+    `checkpoints` are those of `checkpoints_of`, for runs that may go on; `on_weighted` is called with the name of each
+    weighting's run and what it found.
     """
-    learn = Softmax() if learner is None else learner
+    learner = Softmax() if learner is None else learner
     classes, tail = len(digits.classes), case.kind == "long-tailed"
-    inputs, labels, wrong = spoiled(digits.train, case, seed, classes=classes)
+    inputs, labels, wrong = with_wrong_labels(digits.train, case, seed, classes=classes)
     clean, test = digits.valid, digits.test
-    new_inputs, new_labels, new_wrong = spoiled(test, case, _NEW + seed, classes=classes)
+    new_inputs, new_labels, new_wrong = with_wrong_labels(test, case, _NEW + seed, classes=classes)
     ones = torch.ones(len(labels), dtype=inputs.dtype)
 
     def trained(weights: Tensor) -> nn.Module:
-        return learn.trained(inputs, labels, weights, classes)
+        return learner.trained(inputs, labels, weights, classes)
 
     def row(method: str, model: nn.Module, gap: tuple[float, float] | None = None) -> Row:
         reached = accuracy(model, test.images, test.labels, balanced=tail)
@@ -131,7 +157,9 @@ def run_case(
 
     rows = [
         row("plain", trained(ones)),
-        row("clean set alone", learn.trained(clean.images, clean.labels, torch.ones_like(clean.images[:, 0]), classes)),
+        row(
+            "clean set alone", learner.trained(clean.images, clean.labels, torch.ones_like(clean.images[:, 0]), classes)
+        ),
         row("inverse frequency", trained(1.0 / torch.bincount(labels, minlength=classes).to(inputs)[labels]))
         if tail
         else row("oracle", trained((~wrong).to(inputs))),
@@ -139,17 +167,16 @@ def run_case(
     gap = rows[0].accuracy, rows[2].accuracy
     for name, weighting in weightings().items():
         began = time.process_time()
-        file = None if checkpoint is None else checkpoint / f"{case.name}-{name}-{seed}.pt".replace(" ", "-")
         found = reweight(
-            learn.model(inputs.shape[1], classes, inputs.dtype),
+            learner.model(inputs.shape[1], classes, inputs.dtype),
             (inputs, labels),
             (clean.images, clean.labels),
             weighting=weighting,
-            response=learn.response(),
+            response=learner.response(),
             steps=steps,
-            weight_decay=learn.decay,
-            batch_size=learn.batch_size,
-            checkpoint=file,
+            weight_decay=learner.decay,
+            batch_size=learner.batch_size,
+            checkpoint=None if checkpoints is None else checkpoints[name],
             callbacks=callbacks,
             seed=seed,
         )
@@ -167,7 +194,7 @@ def run_case(
         if not tail:
             for way, weights in (("pruned", found.kept().to(inputs)), ("capped", found.capped())):
                 rows.append(row(f"{name}, {way}", trained(weights), gap))
-        done(f"{case.name}-{name}-{seed}".replace(" ", "-"), found)
+        on_weighted(run_name(case, name, seed), found)
     return rows
 
 
@@ -182,91 +209,3 @@ def _auc(scores: Tensor, wrong: Tensor) -> float | None:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
-
-
-def write(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> None:
-    """All rows and what they were made with, as JSON."""
-    where = {
-        "machine": platform.platform(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "scipy", "scikit-learn")},
-    }
-    whole = {"settings": settings, **where, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-
-
-def read(path: Path) -> list[Row]:
-    """What `write` wrote."""
-    return [Row(**{**row, "warnings": tuple(row["warnings"])}) for row in json.loads(path.read_text())["rows"]]
-
-
-def medians(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """case -> method -> the medians over the seeds, None where a number does not apply."""
-    found: dict[str, dict[str, dict[str, float | None]]] = {}
-    for case in dict.fromkeys(row.case for row in rows):
-        found[case] = {}
-        for method in dict.fromkeys(row.method for row in rows if row.case == case):
-            chosen = [row for row in rows if (row.case, row.method) == (case, method)]
-            found[case][method] = {
-                key: _median([getattr(row, key) for row in chosen])
-                for key in ("accuracy", "auc", "auc_of_losses", "auc_of_new", "recovered", "seconds")
-            }
-    return found
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = sorted(value for value in values if value is not None)
-    return known[len(known) // 2] if known else None
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Case by method, medians over the seeds."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    seeds = len({row.seed for row in rows})
-    shown = Table(
-        title=f"Test accuracy, medians over {seeds} {'seed' if seeds == 1 else 'seeds'}",
-        caption="AUC: how well wrong labels are told from right ones, by the weights, by the trained model's losses, "
-        "and by the weights of new examples. Of gap: of that from plain training to the oracle, who trains without the "
-        "wrong labels (for a long tail: at inverse frequencies, accuracy being the mean over classes). s: seconds.",
-        box=SIMPLE,
-    )
-    for column in ("labels", "accuracy", "of gap", "AUC", "losses", "new", "s"):
-        shown.add_column(column, justify="left" if column == "labels" else "right", no_wrap=True)
-    for case, methods in medians(rows).items():
-        shown.add_section()
-        shown.add_row(f"[bold]{case}")
-        for method, numbers in methods.items():
-            cells = [
-                "" if numbers[k] is None else form.format(numbers[k])
-                for k, form in (
-                    ("accuracy", "{:.3f}"),
-                    ("recovered", "{:.0%}"),
-                    ("auc", "{:.3f}"),
-                    ("auc_of_losses", "{:.3f}"),
-                    ("auc_of_new", "{:.3f}"),
-                )
-            ]
-            seconds = f"{numbers['seconds']:.0f}" if numbers["seconds"] else ""
-            shown.add_row(f"  {method}", *cells, seconds)
-    return shown
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Test accuracy in every case, a dot a seed; without those trained anew by example, which change little."""
-    from games.paper.style import COLOURS, SMALL, blank, tidy
-
-    drawn = blank(11.0, 5.0)
-    axes = drawn.add_subplot()
-    cases, methods = list(dict.fromkeys(r.case for r in rows)), list(dict.fromkeys(r.method for r in rows))
-    methods = [method for method in methods if not method.startswith("per example,")]
-    marks = ("o", "s", "^", "D", "v", "P")
-    for at, method in enumerate(methods):
-        chosen = [row for row in rows if row.method == method]
-        places = [cases.index(row.case) + 0.1 * (at - (len(methods) - 1) / 2) for row in chosen]
-        heights = [row.accuracy for row in chosen]
-        axes.plot(places, heights, marks[at % 6], color=COLOURS[at % 7], markersize=7, label=method)
-    axes.set_xticks(range(len(cases)), [case.replace(" ", "\n") for case in cases])
-    tidy(axes, x="what is wrong with the training labels", y="test accuracy")
-    drawn.legend(loc="outside upper center", ncols=4, fontsize=SMALL, frameon=False)
-    return drawn

@@ -1,8 +1,4 @@
-"""Figures of tuning: losses over work, and the learned decay of every weight as an image.
-
-Drawn on matplotlib's objects: no pyplot, no window, no global state. The colours are those of Okabe and Ito (2008),
-distinct to the colour-blind, and the sizes are chosen to be read at half size.
-"""
+"""Figures of tuning: losses over work, and the learned decay of every weight as an image."""
 
 from __future__ import annotations
 
@@ -14,17 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from games.errors import MissingExtraError
+from games.experiments.style import COLOURS, DPI, LARGE, LINES, SMALL, empty_figure, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Blue, vermilion, green, purple, orange, sky, black: Okabe-Ito without yellow, which is lost on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":", "-", "--", "-.")
-_DPI = 150
-_SMALL, _LARGE = 13, 15
 
 Records = Sequence[Mapping[str, float]]
 """One run: its records in order, each with `work`, `leader_loss` and `follower_loss`."""
@@ -37,7 +27,7 @@ def draw_losses(
     test: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Writes `losses_figure(runs, test=test)` to `path`, in the format that its suffix names."""
-    losses_figure(runs, test=test).savefig(path, dpi=_DPI)
+    losses_figure(runs, test=test).savefig(path, dpi=DPI)
 
 
 def draw_decay(
@@ -49,7 +39,7 @@ def draw_decay(
     image_shape: tuple[int, int] = (28, 28),
 ) -> None:
     """Writes `decay_figure(decays, ...)` to `path`, in the format that its suffix names."""
-    decay_figure(decays, classes=classes, centre=centre, image_shape=image_shape).savefig(path, dpi=_DPI)
+    decay_figure(decays, classes=classes, centre=centre, image_shape=image_shape).savefig(path, dpi=DPI)
 
 
 def losses_figure(
@@ -76,9 +66,9 @@ def losses_figure(
     ['validation loss (nats)', 'training loss (nats)']
     """
     _check_runs(runs, test or {})
-    figure = _figure(width=8.0, height=8.8)
+    figure = empty_figure(width=8.0, height=8.8)
     valid_axes, train_axes = figure.subplots(2, 1, sharex=True)
-    for (method, records), colour, line in zip(runs.items(), _COLOURS, _LINES, strict=False):
+    for (method, records), colour, line in zip(runs.items(), COLOURS, LINES, strict=False):
         work = [record["work"] for record in records]
         label = method
         if test and method in test:
@@ -93,18 +83,13 @@ def losses_figure(
             marker = "o" if len(records) == 1 else ""
             axes.plot(work, values, color=colour, linestyle=line, marker=marker, linewidth=2.4, label=label)
     _work_axis(train_axes, [record["work"] for records in runs.values() for record in records])
-    train_axes.set_xlabel("work (gradient equivalents)", fontsize=_LARGE)
-    valid_axes.set_ylabel("validation loss (nats)", fontsize=_LARGE)
-    train_axes.set_ylabel("training loss (nats)", fontsize=_LARGE)
-    for axes in (valid_axes, train_axes):
-        axes.tick_params(labelsize=_SMALL)
-        axes.grid(color="0.88", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+    label_axes(valid_axes, x="", y="validation loss (nats)")
+    label_axes(train_axes, x="work (gradient equivalents)", y="training loss (nats)")
     handles, labels = valid_axes.get_legend_handles_labels()
     if test:
         handles.append(valid_axes.plot([], [], "D", color="white", markersize=10, markeredgecolor="black")[0])
         labels.append("test loss at the end")
-    figure.legend(handles, labels, loc="outside upper center", ncols=1 if test else 3, fontsize=_SMALL, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=1 if test else 3, fontsize=SMALL, frameon=False)
     return figure
 
 
@@ -127,10 +112,10 @@ def decay_figure(
     _check_decays(decays, classes, centre, image_shape)
     values = {method: decay.detach().to("cpu", torch.float64) for method, decay in decays.items()}
     reach = _reach(torch.stack(list(values.values())), centre)
-    figure = _figure(width=1.2 * len(classes) + 3.2, height=1.25 * len(decays) + 0.8)
+    figure = empty_figure(width=1.2 * len(classes) + 3.2, height=1.25 * len(decays) + 0.8)
     grid = figure.subplots(len(decays), len(classes), squeeze=False)
     for row, (method, decay) in zip(grid, values.items(), strict=True):
-        row[0].set_ylabel(method, fontsize=_LARGE, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(method, fontsize=LARGE, rotation=0, ha="right", va="center")
         for axes, column in zip(row, decay.T, strict=True):
             pixels = column.reshape(image_shape).numpy()
             image = axes.imshow(
@@ -140,24 +125,12 @@ def decay_figure(
             for spine in axes.spines.values():
                 spine.set(color="0.7", linewidth=0.8)
     for axes, name in zip(grid[0], classes, strict=True):
-        axes.set_title(name, fontsize=_LARGE)
+        axes.set_title(name, fontsize=LARGE)
     bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.95, pad=0.01, aspect=12 * len(decays))
-    bar.set_label("log decay", fontsize=_LARGE)
+    bar.set_label("log decay", fontsize=LARGE)
     ticks = [centre + share * reach for share in (-1.0, -0.5, 0.0, 0.5, 1.0)]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" + (" (start)" if tick == centre else "") for tick in ticks])
-    bar.ax.tick_params(labelsize=_SMALL)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` by `height` inches."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(f"Figures need matplotlib ({error}). pip install 'bilevel[data]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -182,8 +155,8 @@ def _reach(values: Tensor, centre: float) -> float:
 
 
 def _check_runs(runs: Mapping[str, Records], test: Mapping[str, tuple[float, float]]) -> None:
-    if not 1 <= len(runs) <= len(_COLOURS):
-        raise ValueError(f"There are {len(runs)} runs; a figure tells 1 to {len(_COLOURS)} apart.")
+    if not 1 <= len(runs) <= len(COLOURS):
+        raise ValueError(f"There are {len(runs)} runs; a figure tells 1 to {len(COLOURS)} apart.")
     for method, records in runs.items():
         if not records:
             raise ValueError(f"The run {method!r} has no records.")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from games.tuning.data import Digits
-from games.tuning.decay import START
+from games.experiments.data import Digits
+from games.experiments.provenance import provenance
+from games.experiments.store import write_json
+from games.problems.decay import START
 from games.tuning.figures import draw_decay, draw_losses
 from games.tuning.run import Trained, Tuned
 
@@ -68,12 +66,7 @@ def write_results(path: Path, digits: Digits, before: Trained, runs: Mapping[str
         },
         "seed": seed,
         "start": START,
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "numpy", "scipy")},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        **provenance("numpy", "scipy"),
         "before": asdict(before),
         "runs": {
             name: {
@@ -93,7 +86,7 @@ def write_results(path: Path, digits: Digits, before: Trained, runs: Mapping[str
             for name, run in runs.items()
         },
     }
-    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+    write_json(path, _without_nan(content), indent=1)
 
 
 def draw(folder: Path, digits: Digits, runs: Mapping[str, Tuned]) -> None:

@@ -5,8 +5,6 @@ Nothing here prints; a progress bar is a callback.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.solving import checkpoint as checkpoints
-from games.tuning.data import Digits
-from games.tuning.decay import START, Score, decay_game, score, train, uniform
+from games.experiments.data import Digits
+from games.problems.decay import START, Score, decay_game, score, train, uniform
 
 Callback = Callable[[int, Mapping[str, float], Mapping[str, Any]], object]
 
@@ -86,21 +83,15 @@ def tune(
     steps: int,
     seed: int = 0,
     checkpoint: Path | None = None,
-    resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Tuned:
     """Tune one log decay a weight by one method, then train to convergence at the decay it learned.
 
-    `checkpoint` is a file, written every tenth step, at the end and when interrupted; beside it, a JSON file says
-    what run it is of. With `resume` a checkpoint is continued, bit for bit; without it, it is overwritten.
-
-    Raises `ValueError` for steps below 1, `CheckpointError` for a checkpoint of other data, seed or settings, or one
-    that is already beyond `steps`.
+    `checkpoint` is a file of `Store.checkpoint` for this run's `identity`, written every tenth step, at the end and
+    when interrupted; one that is there is continued, bit for bit. Raises `ValueError` for steps below 1.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1.")
-    if checkpoint is not None:
-        identify(checkpoint, identity(digits, method, seed), steps=steps, resume=resume)
     solution = bl.solve(
         decay_game(digits, seed=seed),
         weights=method.response,
@@ -108,7 +99,7 @@ def tune(
         steps=steps,
         seed=seed,
         checkpoint=checkpoint,
-        resume=resume,
+        resume=True,
         callbacks=callbacks,
     )
     decay = solution.variables["decay"]
@@ -117,41 +108,11 @@ def tune(
 
 def identity(digits: Digits, method: Method, seed: int) -> dict[str, Any]:
     """What makes a run this run and no other; its number of steps does not."""
-    digest = hashlib.sha256()
-    for split in (digits.train, digits.valid):
-        digest.update(split.images.numpy().tobytes())
-        digest.update(split.labels.numpy().tobytes())
     return {
-        "data": digest.hexdigest()[:16],
+        "data": digits.fingerprint,
         "train": len(digits.train),
         "valid": len(digits.valid),
         "seed": seed,
         "response": repr(method.response),
         "learning_rate": method.learning_rate,
     }
-
-
-def identify(checkpoint: Path, run: Mapping[str, Any], *, steps: int, resume: bool) -> None:
-    """Write beside a checkpoint what run it is of, or with `resume` refuse one of another run or beyond `steps`."""
-    beside = checkpoint.with_suffix(".json")
-    if resume and checkpoint.exists():
-        try:
-            saved = json.loads(beside.read_text())
-        except (OSError, ValueError) as error:
-            raise bl.errors.CheckpointError(
-                f"{beside} cannot be read, so {checkpoint} may be of another run."
-            ) from error
-        differing = [key for key in run if not isinstance(saved, dict) or saved.get(key) != run[key]]
-        if differing:
-            told = ", ".join(
-                f"{key} {saved.get(key)!r}, here {run[key]!r}" for key in differing if isinstance(saved, dict)
-            )
-            raise bl.errors.CheckpointError(f"{checkpoint} is a checkpoint of another run: {told or 'unknown'}.")
-        done = checkpoints.load(checkpoint)["step"]
-        if done > steps:
-            raise bl.errors.CheckpointError(
-                f"{checkpoint} is at step {done}, beyond steps={steps}. Ask for as many or more, or start anew."
-            )
-        return
-    checkpoint.unlink(missing_ok=True)
-    beside.write_text(json.dumps(run, indent=1) + "\n")

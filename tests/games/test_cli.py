@@ -2,16 +2,20 @@
 
 import json
 import os
+import shlex
 import signal
 import struct
 import sys
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
-from games import cli
+import bilevel as bl
 from games.cli import app
+from games.experiments import console
+from games.tuning import command
 
 RUN = ["--train", "30", "--valid", "40"]
 
@@ -107,7 +111,7 @@ def test_checkpoints_of_other_runs(folder, tmp_path):
 
 def test_control_c_keeps_the_checkpoint(folder, tmp_path, monkeypatch, whole):
     run = ["--data", folder, *RUN, "--response", "unrolled", "--steps", 4]
-    original = cli.tune
+    original = command.tune
 
     def interrupted(*arguments, callbacks, **options):
         def press(step, record, variables):
@@ -117,7 +121,7 @@ def test_control_c_keeps_the_checkpoint(folder, tmp_path, monkeypatch, whole):
         return original(*arguments, callbacks=(press, *callbacks), **options)
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "tune", interrupted)
+    monkeypatch.setattr(command, "tune", interrupted)
     result = call(*run, "--output", tmp_path / "parts")
     assert result.exit_code == 130
     assert "Traceback" not in result.output
@@ -156,7 +160,7 @@ def test_an_output_that_cannot_be_written(folder, tmp_path):
 
 
 def test_no_permission(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(console.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     assert "no permission" in refused(call("--data", folder, "--output", tmp_path))
 
 
@@ -168,4 +172,20 @@ def test_a_missing_package(tmp_path, monkeypatch, package):
 
 def test_help_and_no_command():
     assert "--response" in call("--help").stdout
-    assert "tune" in CliRunner().invoke(app, []).output
+    alone = CliRunner().invoke(app, [])
+    assert alone.exit_code == 0 and "tune" in alone.output
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"{bl.__version__}\n"
+
+
+def test_alone_it_shows_an_example_of_each_command():
+    shown = CliRunner().invoke(app, []).output
+    assert all(len(line) <= 120 for line in shown.splitlines())
+    examples = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("    bilevel ")]
+    commands = typer.main.get_command(app).commands
+    assert {words[0] for words in examples} == set(commands)
+    for name, *options in examples:  # each option is one that the command knows
+        commands[name].make_context(name, options)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 import bilevel as bl
 from bilevel.comparison import Row
 from bilevel.testing import KnownGame
-from games import cli
 from games.cli import app
+from games.compare import command as compare_command
 from games.compare.laws import SMALL
 from games.compare.suite import cases, responses
 
@@ -78,7 +78,7 @@ def test_resume_runs_only_what_is_missing(whole, monkeypatch):
     ran = []
     command = sys.modules["bilevel.comparison._compare"]
     monkeypatch.setattr(command, "measure", lambda s, name, *a, **o: ran.append(name) or Row(s.name, name, s.seed))
-    monkeypatch.setattr(cli, "write", lambda found, output: [])
+    monkeypatch.setattr(compare_command, "write_report", lambda found, output: [])
     assert call(*RUN, "--output", whole[1], "--resume").exit_code == 0
     assert ran == []
     assert call(*RUN, "--output", whole[1]).exit_code == 0

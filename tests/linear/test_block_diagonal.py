@@ -20,7 +20,7 @@ def symmetric(matrix):
 
 
 def inverse_of(kind, operator, n, memory=None):
-    apply = kind.prepare(operator, kind.init(torch.zeros(n, dtype=D)) if memory is None else memory)
+    apply, _ = kind.prepare(operator, kind.init(torch.zeros(n, dtype=D)) if memory is None else memory)
     return torch.stack([apply(row) for row in torch.eye(n, dtype=D)])
 
 
@@ -32,7 +32,7 @@ def test_what_is_applied_is_symmetric_and_positive_definite(shift, dtype, spd):
     kind = BlockDiagonal(shapes=SHAPES)
     memory = kind.init(matrix[0])
     for _ in range(4):
-        apply = kind.prepare(symmetric(matrix), memory)
+        apply, memory = kind.prepare(symmetric(matrix), memory)
         inverse = torch.stack([apply(row) for row in torch.eye(33, dtype=dtype)])
         assert inverse.dtype == dtype
         # A sum of 33 terms at most, which cancel up to a factor of the block's condition, below 1e3.
@@ -83,7 +83,7 @@ def test_what_is_kept_is_the_weighted_second_moment_of_all_products(normal):
     for number in range(3):
         draft = normal(number, 9, 9)
         matrix = draft @ draft.mT
-        kind.prepare(LinearOperator(matvec, symmetric=True), memory)
+        _, memory = kind.prepare(LinearOperator(matvec, symmetric=True), memory)
     weights = torch.tensor([0.25] * 3 + [0.5] * 2 + [1.0] * 2, dtype=D)
     moments = torch.stack([y @ y.mT / 3.0 for y in seen])
     wanted = (weights[:, None, None] * moments).sum(0) / weights.sum()
@@ -94,8 +94,7 @@ def test_what_is_kept_is_the_weighted_second_moment_of_all_products(normal):
 def test_many_columns_are_summed_to_fewer_of_the_same_second_moment(normal):
     """13 columns of 12 rows to 8 by random signs: over many products their mean is what it was, I here."""
     kind = BlockDiagonal(shapes=[(13, 12)], rank=2, probes=1, refresh=1, forgetting=1.0)
-    memory = kind.init(torch.zeros(156, dtype=D))
-    kind.prepare(LinearOperator(lambda v: v, symmetric=True), memory)
+    _, memory = kind.prepare(LinearOperator(lambda v: v, symmetric=True), kind.init(torch.zeros(156, dtype=D)))
     assert memory["0"].shape == (13, 8)
     # |Y|^2 is that of the columns but for the products of columns that share a sum: of signs, 13 rows each.
     assert abs(float(memory["0"].square().sum()) - 13.0) <= 5.0 * (2 * 4 * 13) ** 0.5 / 12.0
@@ -108,6 +107,7 @@ def test_products_are_counted_and_spent_anew_only_as_asked(counted, spd, normal)
     for number in range(3):
         before = seen.calls
         found = ConjugateGradient(preconditioner=kind).solve(seen.operator, normal(number, 33), memory=memory)
+        memory = found.memory
         calls.append(seen.calls - before)
         assert found.products == calls[-1]
     kind.prepare(seen.operator, memory)

@@ -81,8 +81,8 @@ def test_they_do_nothing_before_they_know_anything():
     like = torch.zeros(4, dtype=D)
     for kind in (AdamPreconditioner(), LBFGSPreconditioner()):
         memory = kind.init(like)
-        kind.inform(memory, [{}])
-        apply = kind.prepare(bl.linear.LinearOperator(lambda v: v), memory)
+        memory = kind.inform(memory, [{}])
+        apply, _ = kind.prepare(bl.linear.LinearOperator(lambda v: v), memory)
         assert torch.equal(apply(like + 2.0), like + 2.0)
 
 
@@ -119,10 +119,10 @@ def test_settings_that_cannot_work_are_refused(made):
 def test_pairs_of_earlier_solves_over_second_moments():
     base = AdamPreconditioner(power=1.0, floor=1e-3)
     kind = Recycled(size=5, base=base)
-    memory, moments = kind.init(SCALES), SCALES.square()
-    kind.inform(memory, [{"exp_avg_sq": moments}])
+    moments = SCALES.square()
+    memory = kind.inform(kind.init(SCALES), [{"exp_avg_sq": moments}])
     assert torch.equal(memory["base.moments"], moments)
     system = LinearOperator(lambda v: SCALES * v, symmetric=True)
-    alone = base.init(SCALES)
-    base.inform(alone, [{"exp_avg_sq": moments}])
-    assert torch.equal(kind.prepare(system, memory)(SCALES), base.prepare(system, alone)(SCALES))
+    alone = base.inform(base.init(SCALES), [{"exp_avg_sq": moments}])
+    (both, _), (plain, _) = kind.prepare(system, memory), base.prepare(system, alone)
+    assert torch.equal(both(SCALES), plain(SCALES))

@@ -86,15 +86,48 @@ def test_a_solve_down_to_rounding_is_enough_however_few_its_looks():
 
 def test_the_looks_are_counted_and_the_answer_is_the_same_as_without_them(spd, normal):
     matrix, b = spd(2, 40, 1e6), normal(1, 40)
-    looks = []
-    system = LinearOperator(matrix.mv, symmetric=True, interest=lambda u: looks.append(u) or u[:3])
-    found = ConjugateGradient(rtol=1e-10, max_steps=400, stopping=HypergradientTolerance(1e-9)).solve(system, b)
-    seen = len(looks)
-    plain = ConjugateGradient(rtol=None, max_steps=found.products - seen - 1).solve(
-        LinearOperator(matrix.mv, symmetric=True), b
-    )
-    assert seen > 5
-    assert torch.equal(found.solution, plain.solution)
+
+    def solved(stopping):
+        looks, steps = [], []
+        system = LinearOperator(
+            lambda v: steps.append(v.clone()) or matrix @ v, symmetric=True, interest=lambda u: looks.append(u) or u[:3]
+        )
+        found = ConjugateGradient(rtol=1e-10, max_steps=400, stopping=stopping).solve(system, b)
+        assert found.products == len(steps) + len(looks)
+        return found, steps, len(looks)
+
+    # One arithmetic, also where a system so ill-conditioned restarts from the true residual: the same bits.
+    plain, steps, none = solved(None)
+    watched, same, looks = solved(HypergradientTolerance(1e-300))
+    assert none == 0 and looks > 5
+    assert torch.equal(watched.solution, plain.solution)
+    assert len(same) == len(steps) and all(map(torch.equal, same, steps))
+    # One that settles takes the first of those steps, and then a product for its residual.
+    settled, first, _ = solved(HypergradientTolerance(1e-1))
+    assert settled.converged and len(first) < len(steps)
+    assert all(map(torch.equal, first[:-1], steps))
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [(D, 1e6), (torch.float32, 30.0)])
+def test_a_solve_down_to_what_products_resolve_is_enough(spd, normal, dtype, condition):
+    """|A| |u| is far above |b| here, and so is the rounding of a product: a residual of eps |b| cannot be had."""
+    matrix, exact = spd(3, 8, condition).to(dtype), normal(1, 8).to(dtype)
+    system, b = LinearOperator(matrix.mv, symmetric=True), matrix @ exact
+    # Eight unknowns are found in a dozen steps or so; the third look, the first to judge by, would come at the 36th.
+    found = ConjugateGradient(
+        rtol=None, strict=True, max_steps=100, stopping=HypergradientTolerance(1e-3, spacing=3.0)
+    ).solve(system, b)
+    assert found.converged
+    assert float((found.solution - exact).norm()) <= 1e-3 * float(exact.norm())
+
+
+def test_a_solve_down_to_rounding_that_leaves_too_large_an_error_warns(spd, normal):
+    """Rounding of 1e-7 times a condition number of 1e6 is far above 1e-3."""
+    matrix, b = spd(3, 12, 1e6).float(), normal(1, 12).float()
+    solver = ConjugateGradient(rtol=None, max_steps=400, stopping=HypergradientTolerance(1e-3, first=300))
+    with pytest.warns(bl.errors.NonConvergenceWarning, match="before its answer settled"):
+        found = solver.solve(LinearOperator(matrix.mv, symmetric=True), b)
+    assert not found.converged
 
 
 def test_it_settles_from_a_warm_start_at_once(spd, normal):

@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 
 import bilevel as bl
-from bilevel.responses.learned.footprint import Footprint, available, footprint, told
+from bilevel.responses.learned.footprint import Footprint, Memory, available, footprint, told
 
 SIZE = 1000
 
@@ -50,7 +50,7 @@ def only_form(inputs, outputs):
 
 
 def test_it_is_refused_before_it_is_allocated():
-    response = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=only_form, memory_limit=300_000)
+    response = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=only_form, memory=Memory(limit=300_000))
     with pytest.raises(MemoryError) as caught:
         response.init(GAME)
     text = str(caught.value)
@@ -59,27 +59,27 @@ def test_it_is_refused_before_it_is_allocated():
     assert f"{told(own)} of parameters, {told(own)} of gradients, {told(2 * own)} of the optimiser's memory" in text
     assert f"{told(7 * own)} (" in text and f"{told(3 * own)} of copies" in text
     assert "from 10 entries to the 1,000 of player 'y' has 10,000 parameters" in text
-    assert "memory_limit is 300 kB" in text and "RowScaled()" in text and "in_place=True" in text
+    assert "memory's limit is 300 kB" in text and "RowScaled()" in text and "in_place=True" in text
 
 
 def test_there_is_room_for_less():
     for network in (bl.networks.LowRank(1), bl.networks.Linear()):
-        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=network, memory_limit=308_000).init(GAME)
-    in_place = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), in_place=True, memory_limit=176_000)
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=network, memory=Memory(limit=308_000)).init(GAME)
+    in_place = bl.Hypernetwork(partial(optim.Adam, lr=1e-3), memory=Memory(in_place=True, limit=176_000))
     in_place.init(GAME)
 
 
 def test_what_the_machine_has_is_the_limit(monkeypatch):
-    monkeypatch.setattr("bilevel.responses.learned.hypernetwork.available", lambda device: 1000)
+    monkeypatch.setattr("bilevel.responses.learned.footprint.available", lambda device: 1000)
     with pytest.raises(MemoryError, match="available are 1 kB"):
         bl.Hypernetwork(partial(optim.Adam, lr=1e-3)).init(GAME)
-    monkeypatch.setattr("bilevel.responses.learned.hypernetwork.available", lambda device: None)
+    monkeypatch.setattr("bilevel.responses.learned.footprint.available", lambda device: None)
     bl.Hypernetwork(partial(optim.Adam, lr=1e-3)).init(GAME)
 
 
 def test_a_module_is_counted_as_it_is():
     with pytest.raises(MemoryError, match="Linear from 10 entries"):
-        bl.Hypernetwork(partial(optim.SGD, lr=1e-3), network=nn.Linear(10, SIZE), memory_limit=1000).init(GAME)
+        bl.Hypernetwork(partial(optim.SGD, lr=1e-3), network=nn.Linear(10, SIZE), memory=Memory(limit=1000)).init(GAME)
 
 
 def test_an_optimiser_that_searches_is_refused():
@@ -107,4 +107,4 @@ def test_a_network_that_computes_while_it_is_made_is_made_whole_and_draws_no_num
     y, _ = response(GAME, {"x": x}, state)
     assert torch.isfinite(torch.autograd.grad(lead(y), x)[0]).all()
     with pytest.raises(MemoryError, match="10,000 parameters"):
-        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=zeroed, memory_limit=1000).init(GAME)
+        bl.Hypernetwork(partial(optim.Adam, lr=1e-3), network=zeroed, memory=Memory(limit=1000)).init(GAME)

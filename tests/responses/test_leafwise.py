@@ -24,16 +24,16 @@ SHAPES = [torch.Size(s) for s in ((3, 4), (3,), (2, 3, 2, 2), ())]
 def drawn(network, inputs=2, seed=0):
     """A map with random numbers, its w0 and its weights."""
     torch.manual_seed(seed)
-    module = network.build(inputs, SHAPES).double()
-    weights = {name: torch.randn(p.shape, dtype=D) for name, p in module.named_parameters()}
-    return LeafMap(module), [torch.randn(shape, dtype=D) for shape in SHAPES], weights
+    started = network.parameters(inputs, SHAPES)
+    weights = {name: torch.randn(p.shape, dtype=D) for name, p in started.items()}
+    return LeafMap(network), [torch.randn(shape, dtype=D) for shape in SHAPES], weights
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 class TestTheMap:
     def test_it_is_w0_at_the_centre_and_before_any_fitting(self, network):
         move, w0, weights = drawn(network)
-        fresh = dict(network.build(2, SHAPES).double().named_parameters())
+        fresh = {name: p.double() for name, p in network.parameters(2, SHAPES).items()}
         for answer in (move(w0, weights, torch.zeros(2, dtype=D)), move(w0, fresh, torch.ones(2, dtype=D))):
             assert all(torch.equal(leaf, start) for leaf, start in zip(answer, w0, strict=True))
 
@@ -111,7 +111,7 @@ def game(best):
 
 
 def response(network, **options):
-    options = {"warmup": 1200, "antithetic": False, "tolerance": None} | options
+    options = {"warmup": 1200, "sampler": bl.responses.Perturbations(antithetic=False), "tolerance": None} | options
     schedule = partial(optim.lr_scheduler.CosineAnnealingLR, T_max=options["warmup"] + 1)
     return bl.Hypernetwork(partial(optim.Adam, lr=0.1), scale=0.05, network=network, scheduler=schedule, **options)
 
@@ -179,7 +179,11 @@ def test_scalars_answer_too(network):
 def test_many_draws_are_the_mean_of_their_gradients():
     played = game(best_rows)
     fitting = bl.Hypernetwork(
-        partial(optim.SGD, lr=1.0), scale=0.1, network=bl.networks.RowScaled(), perturbations=3, tolerance=None
+        partial(optim.SGD, lr=1.0),
+        scale=0.1,
+        network=bl.networks.RowScaled(),
+        sampler=bl.responses.Perturbations(count=3),
+        tolerance=None,
     )
     x = {"x": X}
     state = fitting.init(played)
@@ -228,25 +232,21 @@ class Wrong(bl.networks.LeafNetwork):
     def __init__(self, change):
         self.change = change
 
-    def build(self, inputs, shapes):
-        module = nn.Module()
-        module.forward = lambda u, w0: [self.change(leaf) for leaf in w0]
-        return module
+    def parameters(self, inputs, shapes):
+        return {}
+
+    def __call__(self, parameters, u, w0):
+        return [self.change(leaf) for leaf in w0]
 
 
 class Still(bl.networks.LeafNetwork):
     """One leaf moves; the others come back as they are."""
 
-    class Module(nn.Module):
-        def __init__(self, inputs):
-            super().__init__()
-            self.slope = nn.Parameter(torch.zeros(inputs))
+    def parameters(self, inputs, shapes):
+        return {"slope": torch.zeros(inputs)}
 
-        def forward(self, u, w0):
-            return [w0[0] + self.slope @ u, *w0[1:]]
-
-    def build(self, inputs, shapes):
-        return self.Module(inputs)
+    def __call__(self, parameters, u, w0):
+        return [w0[0] + parameters["slope"] @ u, *w0[1:]]
 
 
 def test_a_leaf_that_a_network_leaves_alone_is_no_part_of_the_state():

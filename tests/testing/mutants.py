@@ -13,8 +13,11 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.autodiff import transforms_active
 from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.linear import LinearSolution
+from bilevel.linear import Candidate
+from bilevel.responses import Steps
 from bilevel.tree import leaves, map_leaves
+
+from .one_step import OneStep
 
 SGD = partial(torch.optim.SGD, lr=0.5)
 MOMENTUM = partial(torch.optim.SGD, lr=0.3, momentum=0.5)
@@ -50,6 +53,17 @@ class Mutant(bl.Response):
 
     def with_budget(self, steps):
         return replace(self, steps=steps)
+
+    @property
+    def behaviour(self):
+        return replace(self.inner.behaviour, warm=self.warm_start)
+
+    @property
+    def inner_optimizer(self):
+        return self.optimizer
+
+    def with_inner_optimizer(self, optimizer):
+        return replace(self, optimizer=optimizer)
 
     def after_backward(self, state, answer):
         return self.inner.after_backward(state, answer)
@@ -97,8 +111,9 @@ class Solver(bl.linear.LinearSolver):
     def answer(self, operator, rhs):
         raise NotImplementedError
 
-    def solve(self, operator, rhs, initial=None):
-        return LinearSolution(self.answer(operator, rhs), torch.zeros_like(rhs[0]), 1, True)
+    def iterate(self, system):
+        rhs = system.rhs
+        return Candidate(self.answer(system.operator, rhs), torch.zeros_like(rhs), torch.zeros_like(rhs[0]))
 
 
 class MixedResidual(Solver):
@@ -215,6 +230,10 @@ class Truncated(Mutant):
     left_out: Callable[[int], int] = lambda steps: 1
 
     @property
+    def promise(self):
+        return Steps()
+
+    @property
     def inner(self):
         kept = max(1, self.steps - self.left_out(self.steps))
         return bl.Unrolled(self.optimizer, steps=self.steps, backprop_steps=kept)
@@ -318,9 +337,8 @@ class Remembers(Mutant):
 
     calls: Any = field(default_factory=lambda: itertools.count(1), compare=False, repr=False)
 
-    @property
-    def inner(self):
-        return replace(bl.Unrolled(self.optimizer, steps=self.steps), steps=self.steps + next(self.calls) % 2)
+    def __call__(self, game, others, state, batch=None):
+        return self.inner.with_budget(self.steps + next(self.calls) % 2)(game, others, state, batch)
 
 
 class GlobalNoise(Mutant):
@@ -342,6 +360,26 @@ class HiddenMemory(Mutant):
         y, after = self.inner(game, map_leaves(lambda x: x * (1.0 + memory), dict(others)), state, batch)
         _SEEN[id(after["variables"])] = 1e-3
         return y, after
+
+
+class WritesAfterwards(Mutant):
+    """What backward learns is written into the state that the call has returned."""
+
+    def __call__(self, game, others, state, batch=None):
+        y, after = self.inner(game, others, state, batch)
+        if not transforms_active():
+            count = torch.zeros(())
+            leaves(y)[0].register_hook(lambda gradient: count.add_(1.0) and None)
+            after = after | {"backward passes": count}
+        return y, after
+
+
+class Uncounted(Mutant):
+    """The steps' gradients are not counted."""
+
+    def __call__(self, game, others, state, batch=None):
+        y, after = self.inner(game, others, state, batch)
+        return y, after | {"gradients": state["gradients"]}
 
 
 class StartsOver(Mutant):
@@ -400,6 +438,8 @@ MUTANTS: dict[str, tuple[str, bl.Response]] = {
     "flattering report": ("nothing silent", Flattering()),
     "beside the optimum": ("nothing silent", OffTarget()),
     "muffled warnings": ("nothing silent", Muffled()),
+    "bias understated": ("stated bias", OneStep(lr=1.0, rho=0.5)),
+    "work not counted": ("work", Uncounted()),
     "damping left in": ("scaled follower", Mutant(linear_solver=Dampened())),
     "leader's term leaks": ("leader's term", LeaksLeaderTerm()),
     "diagonal only": ("turned follower", Mutant(linear_solver=DiagonalOnly())),
@@ -410,6 +450,7 @@ MUTANTS: dict[str, tuple[str, bl.Response]] = {
     "scalars cut": ("scalar = vector", ScalarsCut()),
     "not linear": ("linear in the leader", Tampered(change=_clipped)),
     "state overwritten": ("nothing mutated", InPlace()),
+    "state written afterwards": ("nothing mutated", WritesAfterwards()),
     "memory in the object": ("nothing mutated", Remembers(unrolled=True)),
     "global randomness": ("nothing mutated", GlobalNoise()),
     "memory outside the state": ("resume", HiddenMemory()),

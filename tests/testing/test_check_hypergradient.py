@@ -106,7 +106,7 @@ def test_layouts_do_not_matter(known: KnownGame) -> None:
     [
         bl.Implicit(bl.Scipy("L-BFGS-B"), tolerance=1e-6),
         bl.Unrolled(SGD, steps=80),
-        bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-2), warmup=1000, perturbations=4),
+        bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-2), warmup=1000, sampler=bl.responses.Perturbations(count=4)),
     ],
     ids=["Implicit", "Unrolled", "Hypernetwork"],
 )

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 import bilevel as bl
 import bilevel.testing as bt
-from bilevel.testing import strategies
-from bilevel.testing.families import Bertrand, Cournot
+from bilevel.testing import Bertrand, Cournot, strategies
 
 D = torch.float64
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -77,6 +77,7 @@ def by_hand(leader, follower, x, y, *, optimizer, steps):
     return structure_of(x).build(slopes)
 
 
+@pytest.mark.slow
 def test_a_function_of_ones_own_is_checked_by_the_same_laws():
     report = check_hypergradient_function(by_hand, unrolled=True, examples=4)
     rows = {row.law: row for row in report.rows}

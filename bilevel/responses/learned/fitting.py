@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel.game import Follower
+from bilevel.networks.flat import Parameters
 from bilevel.randomness import random_kept, random_state
-from bilevel.responses.learned.maps import LearnedMap, Weights
+from bilevel.responses.learned.maps import LearnedMap
 
 
 @final
@@ -25,12 +26,12 @@ class Fitting:
     origin: Tensor
     unit: float
 
-    def answer(self, w0: Sequence[Tensor], weights: Weights, x: Tensor) -> list[Tensor]:
+    def answer(self, w0: Sequence[Tensor], parameters: Parameters, x: Tensor) -> list[Tensor]:
         """The follower's leaves at the others' variables `x: [n]`, or `[rows, n]` for a map that takes many."""
-        return self.learned(w0, weights, (x - self.origin) / self.unit)
+        return self.learned(w0, parameters, (x - self.origin) / self.unit)
 
     def gradients(
-        self, w0: Sequence[Tensor], network: Mapping[str, Tensor], constants: Weights, points: Tensor
+        self, w0: Sequence[Tensor], network: Parameters, constants: Parameters, points: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """The mean loss over `points: [rows, n]`, and its gradients in w0's leaves and the network's parameters."""
         # BatchNorm's statistics advance in place, which vmap refuses: then one row after the other.
@@ -47,7 +48,7 @@ class Fitting:
             slopes = [a + b for a, b in zip(slopes, found, strict=True)] if slopes else list(found)
         return total, slopes
 
-    def examine(self, w0: Sequence[Tensor], weights: Weights, x: Tensor, step: Tensor) -> tuple[float, float]:
+    def examine(self, w0: Sequence[Tensor], parameters: Parameters, x: Tensor, step: Tensor) -> tuple[float, float]:
         """|f_y| at the answer to `x: [n]`, and how much of the slope's equation H J + f_yx = 0 is left in a direction.
 
         When the leader moves by `step`, the follower's gradient changes by f_yx step; a right slope undoes that change.
@@ -60,7 +61,7 @@ class Fitting:
             own = [leaf.detach().requires_grad_() for leaf in w0]  # y is w0 and a displacement: f_y is the slope in w0
             with torch.enable_grad(), random_kept(self.follower.game.device, start=random):
                 # At its centre the answer is w0 itself: no second tensor of its size is needed.
-                loss = self._of(own, others) if centred and at is x else self._loss(own, weights, at, others)
+                loss = self._of(own, others) if centred and at is x else self._loss(own, parameters, at, others)
                 return torch.autograd.grad(loss, own, materialize_grads=True)
 
         # In this order no more than two gradients are held, and a displaced answer beside one only.
@@ -73,25 +74,25 @@ class Fitting:
         return _norm(here), left
 
     def _loss(
-        self, w0: Sequence[Tensor], weights: Weights, at: Tensor, others: Tensor, *, advance: bool = False
+        self, w0: Sequence[Tensor], parameters: Parameters, at: Tensor, others: Tensor, *, advance: bool = False
     ) -> Tensor:
         """The follower's loss at its answer to `at`, when the others play `others`."""
         # Nobody else holds the answer: backward frees each leaf of it as soon as it is through.
-        return self._of(self.answer(w0, weights, at), others, advance=advance)
+        return self._of(self.answer(w0, parameters, at), others, advance=advance)
 
     def _of(self, y: Sequence[Tensor], others: Tensor, *, advance: bool = False) -> Tensor:
         form = self.follower.input_form
         return self.follower.loss(self.follower.form.build(y), form.unflatten(others), advance_buffers=advance)
 
-    def _losses(self, w0: Sequence[Tensor], weights: Weights, points: Tensor) -> Tensor:
+    def _losses(self, w0: Sequence[Tensor], parameters: Parameters, points: Tensor) -> Tensor:
         """The loss `[rows]` at each of `points: [rows, n]` and the answer to it."""
         if len(points) == 1:
-            return self._loss(w0, weights, points[0], points[0], advance=True)[None]
+            return self._loss(w0, parameters, points[0], points[0], advance=True)[None]
 
         def one(x: Tensor, y: list[Tensor]) -> Tensor:
             return self.follower.loss(self.follower.form.build(y), self.follower.input_form.unflatten(x))
 
-        return torch.func.vmap(one, randomness="different")(points, self.answer(w0, weights, points))
+        return torch.func.vmap(one, randomness="different")(points, self.answer(w0, parameters, points))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

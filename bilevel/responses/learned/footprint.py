@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,34 @@ _SIDE = 16
 """Each side of a parameter is cut to this many entries when an optimiser is asked what it remembers."""
 
 
+@final
+@dataclass(frozen=True)
+class Memory:
+    """How a learned response uses memory; the numbers are the same with any, and a run may go on with another.
+
+    In place, a call fits in the tensors of the state that it is passed, and returns that very state. Earlier answers
+    keep their values; to differentiate one after the next call raises torch's `RuntimeError`. A call that raises leaves
+    in the state what was fitted until then, around the present leader, with counts, batches and generator as before the
+    call; a loss of NaN is refused before it is written. `solve` then saves no checkpoint of an interrupted step: the
+    file keeps the last one written. Where states are asked more than once a step (several followers, extragradient)
+    `solve` raises `ValueError`.
+
+    Args:
+        in_place: saves the copies of w0, network and optimiser's memory that each call makes. By default a state never
+            changes after it was returned.
+        limit: bytes that fitting may take; above it `Hypernetwork.init` raises `MemoryError`, before it takes any. By
+            default what is available then.
+
+    Examples:
+        >>> Memory(in_place=True).limit is None
+        True
+    """
+
+    in_place: bool = False
+    limit: int | None = None
+
+
+@final
 @dataclass(frozen=True)
 class Footprint:
     """Bytes: of parameters, of their gradients, of the optimiser's memory, and of the copies that one call makes.
@@ -65,6 +94,26 @@ def footprint(factory: OptimizerFactory, parameters: Sequence[Tensor], *, in_pla
         share = sum(slot.numel() * slot.element_size() for slot in slots) / max(p.numel(), 1)
         remembered += round(whole.numel() * share)
     return Footprint(size, size, remembered, 0 if in_place else size + remembered)
+
+
+def require_room(
+    factory: OptimizerFactory, shapes: Sequence[torch.Size], w0: Sequence[Tensor], memory: Memory, about: str
+) -> None:
+    """Raise `MemoryError` when fitting w0 and a network's parameters would take more than there is, before it does.
+
+    `about` says which network, from what to what.
+    """
+    parameters = [torch.empty(shape, dtype=w0[0].dtype, device="meta") for shape in shapes]
+    needed = footprint(factory, [*w0, *parameters], in_place=memory.in_place)
+    limit = available(w0[0].device) if memory.limit is None else memory.limit
+    if limit is not None and needed.total > limit:
+        allowed = "available are" if memory.limit is None else "memory's limit is"
+        raise MemoryError(
+            f"Hypernetwork: {about} has {sum(p.numel() for p in parameters):,} parameters; with w0 its fit takes "
+            f"{needed}; {allowed} {told(limit)}. Use a network that knows the layers: RowScaled(), RowColumnScaled() "
+            "or LowRankLayers(rank), or one with fewer numbers, LowRank(rank); memory=Memory(in_place=True) saves the "
+            "copies, and Memory(limit=...), in bytes, allows more."
+        )
 
 
 def available(device: torch.device) -> int | None:

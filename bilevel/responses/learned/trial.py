@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from bilevel.networks.leafwise import LeafNetwork
+from bilevel.networks.flat import Parameters
+from bilevel.responses.learned.maps import FlatMap, LeafMap, LearnedMap, Network, shown
 from bilevel.tree import Structure
 
 
-def shown(network: object) -> str:
-    """A network as the user knows it: what makes one by its repr, a module by its kind, for its repr is a page."""
-    return type(network).__name__ if isinstance(network, nn.Module) else repr(network)
-
-
-def made(network: object, module: object) -> nn.Module:
-    """The module that `network` made; raises `TypeError` when it is none."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"Hypernetwork: network {shown(network)} made a {type(module).__name__}; expected a module.")
-    return module
-
-
-def refuse_flat(
-    network: object, module: nn.Module, numbers: Mapping[str, Tensor], follower: str, form: Structure, x: Tensor
+def refuse_misfit(
+    learned: LearnedMap, network: Network, parameters: Parameters, follower: str, w0: Sequence[Tensor], x: Tensor
 ) -> None:
-    """Raise `ValueError` for a network that does not map rows of displacements to rows as long as the follower."""
+    """Raise `ValueError` for a network, as it was given, whose answer does not have the form of the follower."""
+    if isinstance(learned, FlatMap):
+        _refuse_flat(learned, network, parameters, follower, learned.form, x)
+    elif isinstance(learned, LeafMap):
+        _refuse_leaves(learned, parameters, follower, w0, x)
+
+
+def _refuse_flat(
+    learned: FlatMap, network: Network, parameters: Parameters, follower: str, form: Structure, x: Tensor
+) -> None:
     rows = torch.zeros_like(x).expand(2, -1)  # as it is called: never with less than a row and the origin
     wanted = (
         f"expected [2, {form.size}]: for each row of {x.numel()} entries one of the {form.size} of player {follower!r}"
     )
     try:
-        answer = functional_call(module, dict(numbers), (rows,))
+        answer = learned.network(parameters, rows)
     except Exception as error:
         raise ValueError(
             f"Hypernetwork: network {shown(network)} raised {type(error).__name__} on {list(rows.shape)}: {error}; "
@@ -44,18 +41,10 @@ def refuse_flat(
         raise ValueError(f"Hypernetwork: network {shown(network)} maps {list(rows.shape)} to {came}; {wanted}.")
 
 
-def refuse_leaves(
-    network: LeafNetwork,
-    module: nn.Module,
-    numbers: Mapping[str, Tensor],
-    follower: str,
-    w0: Sequence[Tensor],
-    x: Tensor,
-) -> None:
-    """Raise `ValueError` for a network of leaves that does not answer with w0 at a displacement of zero."""
-    wanted = f"those of player {follower!r}, {[tuple(leaf.shape) for leaf in w0]}"
+def _refuse_leaves(learned: LeafMap, parameters: Parameters, follower: str, w0: Sequence[Tensor], x: Tensor) -> None:
+    network, wanted = learned.network, f"those of player {follower!r}, {[tuple(leaf.shape) for leaf in w0]}"
     try:
-        answer = list(functional_call(module, dict(numbers), (torch.zeros_like(x), list(w0))))
+        answer = list(network(parameters, torch.zeros_like(x), list(w0)))
     except Exception as error:
         raise ValueError(
             f"Hypernetwork: {network!r} raised {type(error).__name__} on a displacement [{x.numel()}] and the leaves "

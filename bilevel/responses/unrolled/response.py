@@ -13,14 +13,15 @@ from bilevel.autodiff import transforms_active
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
-from bilevel.inner.torch_optim import OptimizerFactory
+from bilevel.inner.schedule import place_alone
+from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
 from bilevel.responses.base import Response, State, at_start, fresh_state
-from bilevel.responses.promise import Estimate, Promise
+from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.hyperparameters import refuse_lost
 from bilevel.responses.unrolled.recipe import Recipe
-from bilevel.tree import Variables, leaves, map_leaves
+from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 
 @final
@@ -102,6 +103,21 @@ class Unrolled(Response):
         last = self.backprop_steps
         return replace(self, steps=steps, backprop_steps=None if last is None else min(steps, last))
 
+    @property
+    def behaviour(self) -> Behaviour:
+        """It starts where it stopped if `warm_start`."""
+        return Behaviour(warm=self.warm_start)
+
+    @property
+    def inner_optimizer(self) -> OptimizerFactory:
+        """That of `optimizer`."""
+        return torch_optimizer("Unrolled", self.optimizer).factory
+
+    def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Unrolled:
+        """The same with another optimiser, and the same options around it."""
+        options = torch_optimizer("Unrolled", self.optimizer)
+        return replace(self, optimizer=optimizer if options.plain else replace(options, factory=optimizer))
+
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
         state = fresh_state(game, follower, seed, many=True)
@@ -113,6 +129,12 @@ class Unrolled(Response):
         self.differentiation.require(game)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
         return state | {"optimizer": None, "schedule": None}
+
+    def adopt(self, saved: State, start: State) -> State:
+        """With the optimiser's memory, where it is such as this one's; a schedule goes on at its step."""
+        y, factory = start["variables"], self.inner_optimizer
+        kept = kept_memory(factory, leaves(y), saved.get("optimizer"), leaf_names(y, start["follower"]))
+        return super().adopt(saved, start) | {"optimizer": kept, "schedule": place_alone(saved.get("schedule"))}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -143,17 +165,9 @@ class Unrolled(Response):
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
-        slope_norm = follower.norm(steps.slopes)
-        return variables, state | {
-            "variables": map_leaves(lambda leaf: leaf.detach().clone(), variables),
-            "optimizer": [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after],
-            "schedule": recipe.place_after,
-            "data": follower.position,
-            "buffers": follower.buffers.get(follower.name, {}),
-            "gradients": state["gradients"] + follower.gradient_count + followed.gradients,
-            "products": state["products"] + followed.products,
-            "stationarity": follower.relative(slope_norm, state),
-        }
+        state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
+        memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
+        return variables, state | {"optimizer": memory, "schedule": recipe.place_after}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:

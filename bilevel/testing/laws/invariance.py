@@ -24,7 +24,7 @@ from bilevel.testing.known import KnownGame
 from bilevel.testing.laws.answers import informative, require_close, require_converging
 from bilevel.testing.laws.base import Law
 from bilevel.testing.subject import NotOffered, Subject
-from bilevel.testing.tolerance import exact, tolerance
+from bilevel.testing.tolerance import exact, stated_error, tolerance
 
 Pair = tuple[KnownGame, KnownGame]
 
@@ -33,7 +33,8 @@ def _answer(subject: Subject, known: KnownGame) -> tuple[Tensor, float, float]:
     """Hypergradient, how far it may be off, and its scale."""
     steps, truth = require_converging(subject), exact(known)
     found = subject.evaluate(known, steps)
-    return found.gradient, tolerance(known, subject, found, steps, truth), truth.scale
+    allowed = tolerance(known, subject, found, steps, truth) + stated_error(subject, truth)
+    return found.gradient, allowed, truth.scale
 
 
 def _agree(subject: Subject, first: KnownGame, second: KnownGame, back: Tensor | None, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import warnings
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel.game import Game, Player
-from bilevel.responses import Hypernetwork
 from bilevel.testing import strategies
-from bilevel.testing.families import Ridge
 from bilevel.testing.known import KnownGame, constant
-from bilevel.testing.laws.answers import require_close, snapshot
+from bilevel.testing.laws.answers import require_close
 from bilevel.testing.laws.base import Law
 from bilevel.testing.players import QuadraticPlayers
+from bilevel.testing.regressions import Ridge
 from bilevel.testing.subject import NotOffered, ResponseSubject, Subject
 from bilevel.testing.tolerance import exact
 
@@ -41,8 +39,18 @@ def _hypergradient(game: Game, x: Tensor, response: Any, state: Any, batch: Any 
         before = snapshot(after)
         (slope,) = torch.autograd.grad(game.loss("x", {"x": x, "y": y}), x)
         same_bits(after, before, "the state that the call returned, after the backward pass")
-        after = response.after_backward(after, y)
-    return slope, after
+        learned = response.after_backward(after, y)
+        same_bits(after, before, "the state that the call returned, after after_backward")
+    return slope, learned
+
+
+def snapshot(tree: Any) -> Any:
+    """A deep copy of a state to compare with later."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: snapshot(value) for key, value in tree.items()}
+    return [snapshot(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def same_bits(one: Any, other: Any, where: str = "state") -> None:
@@ -64,6 +72,8 @@ def same_bits(one: Any, other: Any, where: str = "state") -> None:
 def nothing_mutated(subject: Subject, known: KnownGame) -> None:
     """A call changes neither the state, nor the others' variables, nor the game; twice the same call, the same bits."""
     response, game, x = _response(subject).with_steps(_STEPS), known.game(), known.x0
+    if response.in_place:
+        raise NotOffered("It says that it moves on the very state that it is passed.")
     state = response.init(game)
     before, start, given = snapshot(state), snapshot({n: game.initial(n) for n in game.names}), x.clone()
     one, after = _hypergradient(game, x, response, state)
@@ -106,16 +116,17 @@ def vmap_is_loop(subject: Subject, known: KnownGame) -> None:
     # A batched solver goes on until its last system is done: every row is within its own tolerance, not the same bits.
     allowed = _solver_slack(_response(subject)) * exact(known).scale
     require_close(together, alone, allowed, "vmap over three leaders")
-    if not isinstance(response, Hypernetwork):  # under a transform a learned map is not fitted
-        plain, _ = _hypergradient(game, known.x0, response, state)
-        require_close(alone[0], plain, allowed, "torch.func.grad against plain autograd")
+    plain, after = _hypergradient(game, known.x0, response, state)
+    if not response.behaviour.steps_in_transforms:
+        # What the plain call answered by is the state that it returned.
+        state = after
+        alone = torch.func.grad(value)(known.x0)[None]
+    require_close(alone[0], plain, allowed, "torch.func.grad against plain autograd")
 
 
 def _solver_slack(subject: ResponseSubject) -> float:
     """How far two right answers may lie apart: rounding, or the tolerance of the linear solver times conditioning."""
-    solver = subject.setting("linear_solver")
-    rtol = None if solver is None else getattr(solver, "rtol", None)
-    return 1e-9 + 20.0 * (rtol or 0.0)
+    return 1e-9 + 20.0 * subject.response.behaviour.rtol
 
 
 def chunks(subject: Subject, known: Ridge) -> None:
@@ -146,8 +157,8 @@ def chunks(subject: Subject, known: Ridge) -> None:
 def player_order(subject: Subject, known: QuadraticPlayers) -> None:
     """Who is named first among those who move before the follower does not matter."""
     response = _response(subject).with_steps(_STEPS)
-    if isinstance(response, Hypernetwork):
-        raise NotOffered("A learned response draws its perturbations in the order of the players.")
+    if response.behaviour.random:
+        raise NotOffered("It draws random numbers of its own, and that in the order of the players.")
     game, names = known.game(), known.names
     last, earlier = names[-1], names[:-1]
     players = game.players
@@ -167,12 +178,11 @@ def player_order(subject: Subject, known: QuadraticPlayers) -> None:
 
 def warm_start_stays(subject: Subject, known: KnownGame) -> None:
     """A state continues: called again at the same leader, the follower is no further from its optimum."""
-    held = _response(subject)
-    response, game = held.with_steps(_STEPS), known.game()
-    if isinstance(response, Hypernetwork) or (
-        dataclasses.is_dataclass(response) and held.setting("warm_start") is not True
-    ):
+    response, game = _response(subject).with_steps(_STEPS), known.game()
+    if not response.behaviour.warm:
         raise NotOffered("It does not start where it stopped.")
+    if response.behaviour.random:
+        raise NotOffered("It draws random numbers of its own: the same call twice need not come nearer.")
     wanted, state, distances = known.best_response(known.x0), response.init(game), []
     for _ in range(2):
         with warnings.catch_warnings(), torch.no_grad():

@@ -2,11 +2,12 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import optim
 
 import bilevel as bl
-from games.economics.figures import figures, path, surfaces
+from games.economics.figures import figures, path_of_play, surfaces
 from games.economics.oligopoly import Cournot
 
 MARKET = Cournot(10.0, 1.0, (1.0, 2.0))
@@ -14,11 +15,11 @@ ANSWER = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=50, tolerance=1e-7)
 
 
 def test_a_followers_path_is_its_answers_to_the_leaders():
-    been = path(MARKET.game(), 30, {"firm1": 0.5}, firm2=ANSWER, optimizer=partial(optim.SGD, lr=0.5))
-    assert been["firm1"].shape == been["firm2"].shape == (30,)
-    assert float(been["firm1"][0]) == 0.5
-    assert torch.allclose(been["firm2"], (10.0 - been["firm1"] - 2.0) / 2.0, atol=1e-5)
-    end = torch.stack([been["firm1"][-1], been["firm2"][-1]])
+    path = path_of_play(MARKET.game(), 30, {"firm1": 0.5}, firm2=ANSWER, optimizer=partial(optim.SGD, lr=0.5))
+    assert path["firm1"].shape == path["firm2"].shape == (30,)
+    assert float(path["firm1"][0]) == 0.5
+    assert torch.allclose(path["firm2"], (10.0 - path["firm1"] - 2.0) / 2.0, atol=1e-5)
+    end = torch.stack([path["firm1"][-1], path["firm2"][-1]])
     assert torch.allclose(end, MARKET.stackelberg(), atol=1e-4)
 
 
@@ -30,5 +31,6 @@ def test_slopes_vanish_on_the_reaction_curves():
     assert float(value[3, 2]) == -9.0  # and earns 3 (10 - 5 - 2)
 
 
+@pytest.mark.slow
 def test_every_kind_of_game_has_a_figure():
     assert set(figures()) == {"cournot", "bertrand", "toll", "contract", "security"}

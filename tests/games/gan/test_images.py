@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from games.experiments.data import DigitSource
 from games.gan.catalogue import experiments
 from games.gan.images import image_run
 from games.gan.methods import METHODS, TUNED
-from games.paper.experiment import Source
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -27,8 +27,8 @@ def test_figures_without_seconds_leave_their_panels_out():
 def test_every_method_makes_images(method):
     setting = TUNED[method]
     found = image_run(
-        Source(), images="digits", method=method, rate=setting.rate, ratio=setting.ratio, loss=setting.loss, seed=0,
-        evaluations=60, moments=1, keep_samples=True,
+        DigitSource(), images="digits", method=method, rate=setting.rate, ratio=setting.ratio, loss=setting.loss,
+        seed=0, evaluations=60, moments=1, keep_samples=True,
     )  # fmt: skip
     [end] = found["moments"]
     assert 1 <= end["classes"] <= 10

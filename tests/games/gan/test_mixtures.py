@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.experiments.data import DigitSource
 from games.gan.adversarial import LOSSES, Draws, adversarial_game, perceptron
-from games.gan.catalogue import experiments, rows
+from games.gan.catalogue import experiments
 from games.gan.images import frechet, judged
 from games.gan.methods import METHODS, NOISE, SETTINGS, SampleSummary
+from games.gan.mixture_experiment import rows
 from games.gan.mixtures import grid, ring
 from games.gan.run import mixture_run
-from games.paper.experiment import Source
 
 CPU = torch.Generator
 
@@ -158,7 +159,7 @@ def test_a_run_resumes_bit_for_bit_across_a_pass_of_draws(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_moves_both_players_within_its_budget(method):
     found = mixture_run(
-        Source(),
+        DigitSource(),
         mixture="ring",
         method=method,
         rate=1e-3,
@@ -240,7 +241,7 @@ def test_frechet_distance_of_gaussians_in_closed_form():
 
 
 def test_the_judge_ranks_real_blurred_and_noise():
-    from games.tuning.data import scikit_digits
+    from games.experiments.data import scikit_digits
 
     digits = scikit_digits(train=600, valid=10, test=600)
     judge = judged(digits.train.images, digits.train.labels, digits.test.images, digits.test.labels, epochs=20)

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from games.cli import app
+from games.experiments.experiment import Experiment, Part
+from games.experiments.style import empty_figure
 from games.paper import catalogue
-from games.paper.experiment import Experiment, Part
-from games.paper.style import blank
 
 
 def square(source, *, value):
@@ -22,9 +22,9 @@ def two(monkeypatch):
     def known():
         made = {
             "one": Experiment(
-                "one", "The first", (Part("a", square, {"value": 3}),), lambda r: blank(), lambda r: "nine"
+                "one", "The first", (Part("a", square, {"value": 3}),), lambda r: empty_figure(), lambda r: "nine"
             ),
-            "bad": Experiment("bad", "The second", (Part("b", square, {"value": -1}),), lambda r: blank(), str),
+            "bad": Experiment("bad", "The second", (Part("b", square, {"value": -1}),), lambda r: empty_figure(), str),
         }
         return made
 

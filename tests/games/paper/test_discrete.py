@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import bilevel as bl
+from games.experiments.data import DigitSource
+from games.experiments.store import as_json
 from games.paper import discrete
-from games.paper.experiment import Source
-from games.paper.runner import plain
 
 D = torch.float64
-SOURCE = Source()
+SOURCE = DigitSource()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_the_score_estimates_the_gradient_of_the_expectation():
 
 def test_short_runs_are_drawn_and_told():
     truth = {"valid": [2.0 - 0.01 * n for n in range(20)] + [1.9] * 44, "best": 20, "gradients": 1000, "test": 2.0}
-    floored = plain(discrete.floored(SOURCE, seed=0, start=6.0, steps=2))
-    scored = plain(discrete.scored(SOURCE, seed=0, start=6.0, samples=2, steps=2))
+    floored = as_json(discrete.floored(SOURCE, seed=0, start=6.0, steps=2))
+    scored = as_json(discrete.scored(SOURCE, seed=0, start=6.0, samples=2, steps=2))
     assert 1 <= floored["end"] <= 64 and 1 <= scored["retrained"] <= 4 and scored["gradients"] > 0
     results = {}
     for seed in discrete.SEEDS:
@@ -68,4 +68,4 @@ def test_short_runs_are_drawn_and_told():
             results[f"{discrete.SCORE} from {start:g}, seed {seed}"] = scored
     assert len(discrete.draw(results).axes) == 6
     above = truth["valid"][floored["end"] - 1] - truth["valid"][19]
-    assert f"at most {above:.3f} nats above" in discrete.see(results)
+    assert f"at most {above:.3f} nats above" in discrete.summarize(results)

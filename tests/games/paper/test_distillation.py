@@ -9,10 +9,10 @@ import torch
 
 import bilevel as bl
 from games.errors import DataError
-from games.paper import distillation
-from games.paper.experiment import Source
-from games.paper.runner import plain
-from games.reweighting.distillation import (
+from games.experiments.data import DigitSource, scikit_digits
+from games.experiments.store import as_json
+from games.paper import distillation, distillation_runs
+from games.problems.distillation import (
     accuracy,
     class_means,
     converged,
@@ -22,7 +22,6 @@ from games.reweighting.distillation import (
     real_loss,
     retrained,
 )
-from games.tuning.data import scikit_digits
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def exact():
-    return plain(distillation.exactness(Source(), train=20, penalty=0.01, directions=4, step=3e-5))
+    return as_json(distillation_runs.exactness(DigitSource(), train=20, penalty=0.01, directions=4, step=3e-5))
 
 
 def test_hypergradient_of_every_example_matches_resolved_followers(exact):
@@ -83,7 +82,7 @@ def test_an_example_that_counts_double_is_an_example_twice(digits):
 def test_distilled_images_teach_better_than_the_means_that_they_start_from(digits):
     means, penalty = class_means(digits.train), 0.01
     game = distillation_game(digits, means, penalty=penalty)
-    solution = bl.solve(game, weights=distillation.RESPONSES["conjugate gradients"], steps=25)
+    solution = bl.solve(game, weights=distillation_runs.RESPONSES["conjugate gradients"], steps=25)
     images = solution.variables["images"]
     before, after = (real_loss(retrained(digits, i, penalty=penalty), _all(digits)) for i in (means, images))
     # The loss that solve() tells is the loss of a classifier retrained from zero: nothing hides in a warm start.
@@ -121,9 +120,11 @@ def results(exact):
     """A short run on the 8 x 8 digits, told also as MNIST: what is said and drawn does not depend on the pixels."""
     found = {}
     small = "8 x 8 digits"
-    base = plain(distillation.baselines(Source(), data=small, seed=0, draws=2))
-    for name in distillation.RESPONSES:
-        part = plain(distillation.distilled(Source(), data=small, response=name, seed=0, steps=4, rate=0.02))
+    base = as_json(distillation_runs.baselines(DigitSource(), data=small, seed=0, draws=2))
+    for name in distillation_runs.RESPONSES:
+        part = as_json(
+            distillation_runs.distilled(DigitSource(), data=small, response=name, seed=0, steps=4, rate=0.02)
+        )
         found |= {f"{d}, {name}, seed {s}": part for d in distillation.SETS for s in distillation.SEEDS[d]}
     found |= {f"{d}, baselines, seed {s}": base for d in distillation.SETS for s in distillation.SEEDS[d]}
     return json.loads(json.dumps(found | {"exactness": exact}, allow_nan=False))
@@ -134,17 +135,17 @@ def test_the_parts_names_are_those_that_are_drawn(results):
 
 
 def test_four_steps_beat_ten_real_images(results):
-    worst = min(distillation.tests(results, "8 x 8 digits", "conjugate gradients"))
-    assert worst > max(distillation.tests(results, "8 x 8 digits", "ten real images"))
+    worst = min(distillation.accuracies(results, "8 x 8 digits", "conjugate gradients"))
+    assert worst > max(distillation.accuracies(results, "8 x 8 digits", "ten real images"))
 
 
 def test_the_line_says_what_is_missed(results):
-    line = distillation.see(results)
+    line = distillation.summarize(results)
     assert "reached" in line and "at most 1e-6" in line and "\n" not in line
     wrong = copy.deepcopy(results)
     wrong["8 x 8 digits, conjugate gradients, seed 1"]["test"] = 0.7
     wrong["exactness"]["error"][3] = 1e-3
-    line = distillation.see(wrong)
+    line = distillation.summarize(wrong)
     assert "0.700, MISSED" in line and "1.0e-03 (MORE than 1e-6)" in line
 
 

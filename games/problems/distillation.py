@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import bilevel as bl
 from games.errors import DataError
-from games.tuning.data import Digits, Split
+from games.experiments.data import Digits, Split
 
 Weights = Mapping[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -51,7 +51,7 @@ def distillation_game(digits: Digits, images: Tensor, *, penalty: float) -> bl.G
 
     Raises `DataError` when `images` has another shape or `penalty` is not positive.
 
-    >>> from games.tuning.data import scikit_digits
+    >>> from games.experiments.data import scikit_digits
     >>> digits = scikit_digits()
     >>> distillation_game(digits, class_means(digits.train), penalty=0.01).structure("images").size
     640
@@ -79,7 +79,7 @@ def importance_game(digits: Digits, *, penalty: float, importance: Tensor | None
 
     Raises `DataError` when there is not one number an example, one is negative, or `penalty` is not positive.
 
-    >>> from games.tuning.data import scikit_digits
+    >>> from games.experiments.data import scikit_digits
     >>> importance_game(scikit_digits(train=50), penalty=0.01).structure("importance").size
     50
     """

@@ -25,7 +25,7 @@ LINES = ("-", "--", "-.", ":", "-", "--", "-.")
 SMALL, LARGE, DPI = 13, 15, 150
 
 
-def blank(width: float = 8.0, height: float = 5.5) -> Figure:
+def empty_figure(width: float = 8.0, height: float = 5.5) -> Figure:
     """An empty figure of `width` by `height` inches; raises `MissingExtraError` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,7 +37,7 @@ def blank(width: float = 8.0, height: float = 5.5) -> Figure:
     return figure
 
 
-def tidy(axes: Axes, *, x: str, y: str, title: str = "", grid: bool = True) -> None:
+def label_axes(axes: Axes, *, x: str, y: str, title: str = "", grid: bool = True) -> None:
     """Axis names with their units, sizes to be read at half size, no box."""
     axes.set_xlabel(x, fontsize=LARGE)
     axes.set_ylabel(y, fontsize=LARGE)

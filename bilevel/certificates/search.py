@@ -1,0 +1,140 @@
+"""The best move that can be found for a player who moves alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import gradient
+from bilevel.errors import BilevelWarning
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
+from bilevel.inner import InnerSolver
+from bilevel.randomness import random_kept, random_state
+from bilevel.responses import Response
+from bilevel.tree import Structure, Variables, flatten, join
+
+_FAR = 1e6
+"""A move so many times longer than the variables are is taken for a run to infinity."""
+
+
+@dataclass(frozen=True)
+class BestMove:
+    """The best move y `[n]` that was found, what it gains, and how many of the searches agree."""
+
+    y: Tensor
+    loss: float
+    gain: float
+    upper: float
+    agreeing: int
+    searches: int
+    gradients: int
+
+
+@final
+class AloneProblem:
+    """A player's own problem, everybody else, the batch, buffers and random numbers held; what inner solvers see."""
+
+    def __init__(
+        self, game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> None:
+        self.game, self.name, self.batch = game, name, batch
+        self.form: Structure = game.structure(name)
+        self.others = {other: v for other, v in variables.items() if other != name}
+        self.minimises = True
+        self.count = 0
+        self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
+        self._random = random_state(game.device)
+
+    def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradient of each leaf."""
+        self.count += 1
+        with random_kept(self.game.device, start=self._random), torch.no_grad():
+            loss, slopes = gradient(
+                lambda *leaves: self.game.loss(
+                    self.name, {**self.others, self.name: self.form.build(leaves)}, self.batch, self._buffers or None
+                ),
+                *y,
+            )
+        return loss, list(slopes)
+
+    def advance(self) -> None:
+        """Nothing: the batch is held."""
+
+
+def best_move(
+    problem: AloneProblem, solver: InnerSolver, here: Tensor, starts: list[Tensor], steps: int, mu: float | None
+) -> BestMove:
+    """The lowest loss that the searches from `here` and from `starts` end at; `mu` is the loss's strong convexity."""
+    value, slopes = problem.gradients(problem.form.split(here))
+    loss, slope = float(value), float(join(slopes).norm())
+    best, lowest, steepness, ends = here, loss, slope, []
+    reach = _FAR * (1.0 + float(here.norm()))
+    for start in [here, *starts]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SciPy's, of steps that leave the loss's domain: the end is judged here
+            found, _ = solver.minimise(problem, problem.form.split(start.clone()), None, steps=steps, threshold=0.0)
+        end = join(found).detach()
+        at, slopes = problem.gradients(problem.form.split(end))
+        reached = float(at)
+        if math.isnan(reached) or not bool(torch.isfinite(end).all()):
+            continue
+        ran_off = reached == -math.inf or (float(end.norm()) > reach and reached < loss - 1e3 * (1.0 + abs(loss)))
+        ends.append(-math.inf if ran_off else reached)
+        if ends[-1] < lowest:
+            best, lowest, steepness = end, ends[-1], float(join(slopes).norm())
+    gain = loss - lowest
+    upper = math.inf if mu is None or not math.isfinite(gain) else gain + steepness**2 / (2.0 * mu)
+    slack = 0.01 * gain + 1e3 * torch.finfo(here.dtype).eps * (1.0 + abs(loss))
+    agreeing = sum(end <= lowest + slack for end in ends) if math.isfinite(gain) else ends.count(-math.inf)
+    return BestMove(best, loss, gain, upper, agreeing, 1 + len(starts), problem.count)
+
+
+def starting_points(
+    game: Game,
+    name: str,
+    present: Variables,
+    bounds: tuple[float, float] | None,
+    *,
+    restarts: int,
+    spread: float,
+    seed: int,
+) -> list[Tensor]:
+    """The player's init, and draws around where it is, or in its box."""
+    here = flatten(present).detach()
+    generator = torch.Generator(device=here.device).manual_seed(seed)
+    first = flatten(game.initial(name))
+    if bounds is not None:
+        low, high = bounds
+        drawn = torch.rand(restarts, here.numel(), generator=generator, dtype=here.dtype, device=here.device)
+        return [first.clamp(low, high), *(low + (high - low) * drawn)]
+    size = spread * max(1.0, float(here.norm()) / math.sqrt(here.numel()))
+    noise = torch.randn(restarts, here.numel(), generator=generator, dtype=here.dtype, device=here.device)
+    return [first, *(here + size * noise)]
+
+
+def answered(
+    game: Game,
+    name: str,
+    variables: Mapping[str, Variables],
+    response: Response,
+    batch: Batch,
+    seed: int,
+    bounds: tuple[float, float] | None,
+) -> Tensor:
+    """What a response answers when the player is the last to move."""
+    players = game.players
+    turned = Game(**{other: players[other] for other in game.names if other != name}, **{name: players[name]})
+    state = response.init(turned, follower=name, seed=seed)
+    others = {other: v for other, v in variables.items() if other != name}
+    with torch.no_grad(), warnings.catch_warnings(), random_kept(game.device):
+        warnings.simplefilter("ignore", BilevelWarning)  # however good it is, what it gains is measured
+        answer, _ = response(turned, others, state, batch)
+    y = flatten(answer).detach()
+    return y if bounds is None else y.clamp(*bounds)

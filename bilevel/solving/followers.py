@@ -1,0 +1,94 @@
+"""The followers of a run: what they answer to the leaders, each foreseeing those who move after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bilevel.game import Buffers, Game
+from bilevel.responses import Response, State
+from bilevel.responses.promise import Report
+from bilevel.tree import Variables
+
+States = Mapping[str, State]
+"""Follower -> its response's state."""
+
+Answers = tuple[dict[str, Variables], dict[str, State], Buffers]
+"""Everybody's variables, the followers' next states, and everybody's buffers."""
+
+
+class Followers:
+    """The followers' responses; their states are arguments and return values."""
+
+    def __init__(self, game: Game, responses: Mapping[str, Response]) -> None:
+        for name, response in responses.items():
+            if name not in game.names:
+                raise TypeError(f"solve: {name!r} is neither an option nor a player; players are {list(game.names)}.")
+            if not isinstance(response, Response):
+                raise TypeError(
+                    f"solve: {name}={response!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..."
+                )
+        if game.names[0] in responses:
+            raise ValueError(f"solve: {game.names[0]!r} moves first and leads; it can have no response.")
+        self._game = game
+        self.responses = {name: responses[name] for name in game.names if name in responses}
+        if self.in_place and len(self.responses) > 1:
+            raise ValueError(
+                f"solve: {self.in_place} write into their states at every call, and with several followers the others "
+                "call them too. Use in_place=False."
+            )
+
+    @property
+    def in_place(self) -> list[str]:
+        """Those whose response writes into the state that it is passed."""
+        return [name for name, response in self.responses.items() if response.in_place]
+
+    def init(self, seed: int) -> dict[str, State]:
+        """The states before the first call, the last player's first."""
+        states: dict[str, State] = {}
+        for name, response in reversed(list(self.responses.items())):
+            states[name] = response.init(self.views(states)[name], follower=name, seed=seed)
+        return states
+
+    def respond(self, point: Mapping[str, Variables], states: States, buffers: Buffers) -> Answers:
+        """What the followers answer to the leaders' `point`, from these states."""
+        variables, after = dict(point), dict(states)
+        views = self.views(states)
+        for name, response in self.responses.items():
+            given = {n: v for n, v in variables.items() if n != name}
+            variables[name], after[name] = response(views[name], given, states[name])
+        return variables, after, with_followers(buffers, after)
+
+    def after_backward(self, states: States, variables: Mapping[str, Variables]) -> dict[str, State]:
+        """The states with what the backward pass through the followers' answers has learned."""
+        return {name: self.responses[name].after_backward(state, variables[name]) for name, state in states.items()}
+
+    def reports(self, states: States) -> dict[str, Report]:
+        """What each response says of a state of its own."""
+        return {name: self.responses[name].report(state) for name, state in states.items()}
+
+    def views(self, states: States) -> dict[str, Game]:
+        """The game as each follower sees it: those who move after it answer by their responses, from these states."""
+        views: dict[str, Game] = {}
+        view = self._game
+        for name, response in reversed(list(self.responses.items())):
+            views[name] = view
+            if name in states:
+
+                def answer(
+                    variables: Mapping[str, Variables],
+                    name: str = name,
+                    response: Response = response,
+                    inner: Game = view,
+                ) -> Variables:
+                    earlier = self._game.names[: self._game.names.index(name)]
+                    given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
+                    return response(inner, given, states[name])[0]
+
+                view = view.anticipate(**{name: answer})
+        return views
+
+
+def with_followers(buffers: Buffers, states: Mapping[str, Any]) -> Buffers:
+    """Everybody's buffers: the followers' are in their states."""
+    return {**buffers, **{name: state["buffers"] for name, state in states.items() if state["buffers"]}}

@@ -1,0 +1,90 @@
+"""What a run is known by, and what a checkpoint of another run is told apart by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bilevel.dynamics import Dynamics
+from bilevel.game import Game
+from bilevel.many import Games
+from bilevel.responses import Response
+from bilevel.solving.description import Describer, Description, differences
+from bilevel.solving.leaders import Leaders
+from bilevel.tree import leaves, map_leaves, named_leaves
+
+Change = tuple[str, str, str]
+"""A path in an identity, what is saved there, and what is present, in words."""
+
+
+def identity(
+    game: Game, responses: Mapping[str, Response], leaders: Leaders, dynamics: Dynamics, seed: int
+) -> dict[str, Description]:
+    """A run, as plain data.
+
+    `form` is what a state is a state of: who plays, in which order and in which shapes, and how it all began. It cannot
+    change within a run. `settings` may: objectives, responses, optimisers and rules.
+    """
+    # Ones, and not where they start: a run that goes on does not start there.
+    players = {name: map_leaves(lambda leaf: leaf.new_ones(leaf.shape), game.initial(name)) for name in game.names}
+    describer = Describer()
+    over = {name: Describer(leaves(players[name]), players) for name in game.names}
+    members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
+    settings: dict[str, Description] = {
+        "players": {
+            member: {"objective": describer.describe(player.objective), "residual": describer.describe(player.residual)}
+            for member, player in members
+        },
+        "responses": {name: over[name].describe(response) for name, response in responses.items()},
+        "optimizer": {name: over[name].optimizer(factory) for name, factory in leaders.factories.items()},
+        "dynamics": describer.describe(dynamics),
+        "clip_norm": leaders.clip_norm,
+    }
+    if leaders.scheduler is not None:
+        scheduler = leaders.scheduler
+        settings["scheduler"] = {n: over[n].scheduler(scheduler, made) for n, made in leaders.factories.items()}
+    form = {
+        "order": list(game.names),
+        "leaders": list(leaders.names),
+        "games": game.count if isinstance(game, Games) else 1,
+        "players": {name: _form(game, name) for name in game.names},
+        "seed": seed,
+    }
+    return {"form": form, "settings": settings}
+
+
+def changed_form(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Change]:
+    """What a run cannot go on with."""
+    return differences(saved["form"], present["form"])
+
+
+def changed_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Change]:
+    """What a run can go on with, by consent."""
+    return differences(saved["settings"], present["settings"])
+
+
+def in_words(changes: list[Change]) -> str:
+    """Some of the changes, in one line."""
+    told = []
+    for path, saved, present in changes[:_TOLD]:
+        if path.endswith(".code"):
+            told.append(f"its {path.removesuffix('.code')} has other code now")
+        else:
+            told.append(f"its {path} was {saved} and is now {present}")
+    more = len(changes) - _TOLD
+    return ", ".join(told) + (f", and {more} more" if more > 0 else "")
+
+
+_TOLD = 5
+
+
+def _form(game: Game, name: str) -> dict[str, Description]:
+    variables = {path or "tensor": _shape(leaf) for path, leaf in named_leaves(game.initial(name))}
+    members = game.members(name)
+    buffers = {path: _shape(buffer) for path, buffer in game.buffers().get(name, {}).items()}
+    data = [member for member in members if game.start(member) is not None]
+    return {"variables": variables, "members": list(members), "buffers": buffers, "data": data}
+
+
+def _shape(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

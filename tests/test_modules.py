@@ -1,0 +1,203 @@
+"""A module that is a player can be called, as torch would call it."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+import bilevel as bl
+
+D = torch.float64
+
+
+def data(seed=0, rows=24):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(rows, 5, generator=generator, dtype=D)
+    return inputs, (inputs[:, 0] > 0).long()
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 2)
+    return nn.Sequential(*layers).double()
+
+
+def train(weights, decay, batch):
+    inputs, labels = batch
+    return cross_entropy(weights(inputs), labels) + decay.exp() * sum(w.square().sum() for w in weights.values())
+
+
+def valid(weights, batch):
+    inputs, labels = batch
+    return cross_entropy(weights(inputs), labels)
+
+
+def game(model, train=train, valid=valid):
+    return bl.Game(
+        decay=bl.Player(valid, torch.tensor(-3.0, dtype=D), [data(1)]), weights=bl.Player(train, model, [data(0)])
+    )
+
+
+def test_training_mode_in_its_own_loss_and_evaluation_mode_in_the_others():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(self.training)
+            return x
+
+    model = nn.Sequential(nn.Linear(5, 2), Spy()).double().eval()
+    played = game(model)
+    seen.clear()
+    point = {"decay": torch.tensor(-3.0, dtype=D), "weights": played.initial("weights")}
+    played.loss("weights", point, data(0))
+    played.loss("decay", point, data(1))
+    assert seen == [True, False] and not model.training and not model[1].training
+
+
+def test_it_is_overridden_for_one_call():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x, scale=1.0):
+            seen.append((self.training, scale))
+            return scale * x
+
+    model = nn.Sequential(nn.Linear(5, 2)).double()
+    model.add_module("spy", Spy())
+    game(
+        model,
+        train=lambda weights, decay, batch: weights(batch[0], training=False).sum() * decay.exp(),
+        valid=lambda weights, batch: weights(batch[0], training=True).sum(),
+    )
+    assert seen == [(True, 1.0), (False, 1.0)]
+
+
+def test_a_part_that_was_frozen_in_evaluation_mode_stays_frozen():
+    model = network().train()
+    model[1].eval()
+    played = game(model)
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=3)
+    _, state = response(played, {"decay": torch.tensor(-3.0, dtype=D)}, response.init(played))
+    assert int(state["buffers"]["1.num_batches_tracked"]) == 0
+    model[1].train()
+    played = game(model)
+    _, state = response(played, {"decay": torch.tensor(-3.0, dtype=D)}, response.init(played))
+    assert int(state["buffers"]["1.num_batches_tracked"]) == 3 and int(model[1].num_batches_tracked) == 0
+
+
+def test_calling_the_player_is_calling_the_module_functionally():
+    model = network()
+    del model[3]  # without noise both are one number
+
+    def by_hand(weights, decay, batch):
+        inputs, labels = batch
+        model.train()
+        loss = cross_entropy(functional_call(model, dict(weights), (inputs,)), labels)
+        return loss + decay.exp() * sum(w.square().sum() for w in weights.values())
+
+    def by_hand_valid(weights, batch):
+        model.eval()
+        loss = cross_entropy(functional_call(model, dict(weights), (batch[0],)), batch[1])
+        model.train()
+        return loss
+
+    slopes = []
+    for losses in ((train, valid), (by_hand, by_hand_valid)):
+        played = game(model, *losses)
+        for response in (
+            bl.Unrolled(partial(SGD, lr=0.1), steps=5),
+            bl.Implicit(partial(SGD, lr=0.1), steps=5, tolerance=None, linear_solver=bl.GMRES()),
+        ):
+            decay = torch.tensor(-3.0, dtype=D, requires_grad=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", bl.BilevelWarning)
+                weights, state = response(played, {"decay": decay}, response.init(played))
+                buffers = {"weights": state["buffers"]}
+                played.loss("decay", {"decay": decay, "weights": weights}, data(1), buffers).backward()
+            slopes.append(decay.grad)
+    assert torch.equal(slopes[0], slopes[2]) and torch.equal(slopes[1], slopes[3]) and slopes[0] != 0
+
+
+def test_tied_frozen_and_parametrised_modules_behave_as_in_torch():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+            self.two.weight = self.one.weight
+            self.head = nn.utils.parametrizations.weight_norm(nn.Linear(5, 2))
+            self.frozen = nn.Linear(5, 5)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return self.head(self.frozen(self.two(self.one(x))))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    played = game(model)
+    names = set(played.initial("weights"))
+    originals = {f"head.parametrizations.weight.original{i}" for i in (0, 1)}
+    assert names == {"one.weight", "head.bias", *originals}
+    weights = {name: 1.1 * value for name, value in played.initial("weights").items()}
+    with torch.no_grad():
+        moved = Tied().double()
+        moved.load_state_dict(model.state_dict())
+        for name, parameter in moved.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+        expected = cross_entropy(moved.eval()(data(1)[0]), data(1)[1])
+    assert played.loss("decay", {"weights": weights}, data(1)).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_lazy_module_is_refused_until_it_has_seen_a_batch():
+    model = nn.Sequential(nn.LazyLinear(2)).double()
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet.*Call the module once"):
+        bl.Player(train, model, [data(0)])
+    model(data(0)[0])
+    game(model)
+
+
+def test_many_games_and_joined_players_call_their_modules():
+    model = nn.Linear(5, 2).double()
+    games = bl.Games(game(model), 3, init={"decay": torch.tensor([-1.0, -2.0, -3.0], dtype=D)})
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=3)
+    weights, _ = response(games, {"decay": games.initial("decay")}, response.init(games))
+    for index in range(3):
+        one = games.game(index)
+        alone, _ = response(one, {"decay": one.initial("decay")}, response.init(one))
+        torch.testing.assert_close(weights["weight"][index], alone["weight"], rtol=0.0, atol=1e-12)
+
+    def mine(x, a, b, batch):
+        return (a(batch).sum() - x) ** 2 + 0.1 * (b(batch) ** 2).sum()
+
+    inputs = data(0)[0]
+    joint = bl.Game(
+        x=bl.Player(lambda x, a: x**2 + a["weight"].sum(), torch.tensor(1.0, dtype=D)),
+        a=bl.Player(mine, nn.Linear(5, 1).double(), [inputs]),
+        b=bl.Player(lambda x, a, b, batch: ((b(batch) - x) ** 2).sum(), nn.Linear(5, 1).double(), [inputs]),
+    ).joined(both=("a", "b"))
+    answer, _ = bl.Unrolled(partial(SGD, lr=1e-3), steps=2)(
+        joint, {"x": torch.tensor(1.0, dtype=D)}, bl.Unrolled(partial(SGD, lr=1e-3), steps=2).init(joint)
+    )
+    assert set(answer) == {"a", "b"}
+
+
+def test_a_module_of_two_players_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def follow(one, two, batch):
+        return cross_entropy(two(batch[0]), batch[1]) + sum((one[k] - w).square().sum() for k, w in two.items())
+
+    played = bl.Game(
+        one=bl.Player(lambda one, two, batch: cross_entropy(one(batch[0]), batch[1]), model, [data(1)]),
+        two=bl.Player(follow, model, [data(0)]),
+    )
+    bl.solve(played, two=bl.Unrolled(partial(SGD, lr=0.05), steps=2), optimizer=partial(SGD, lr=0.05), steps=2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
