@@ -15,8 +15,11 @@ NEUMANN_STEP = 0.05
 Run = Callable[[], Leaves]
 
 
-def ours(problem: Problem, kind: str) -> Run:
-    """A response called as a layer, and plain autograd through it."""
+def ours(problem: Problem, kind: str, *, defaults: bool = False) -> Run:
+    """A response called as a layer, and plain autograd through it.
+
+    `defaults`: the series' step size is not given; it comes from an eigenvalue that an earlier solve has estimated.
+    """
     # The answer is the start itself: what is timed is the derivative at a point, as in the loops by hand.
     still = bl.ClosedForm(lambda: problem.weights)
     sgd = partial(torch.optim.SGD, lr=problem.lr, momentum=problem.momentum)
@@ -24,6 +27,8 @@ def ours(problem: Problem, kind: str) -> Run:
         "cg": bl.ConjugateGradient(max_steps=problem.cg, rtol=None),
         "neumann": bl.Neumann(max_steps=problem.neumann, step_size=NEUMANN_STEP, power_steps=0, rtol=None),
     }
+    if defaults:
+        solvers["neumann"] = bl.Neumann(max_steps=problem.neumann, rtol=None)
     response: bl.Response = (
         bl.Unrolled(sgd, steps=problem.unroll)
         if kind == "unroll"
@@ -32,6 +37,13 @@ def ours(problem: Problem, kind: str) -> Run:
     game = problem.game()
     state = response.init(game)
     decays = tuple(d.clone().requires_grad_() for d in problem.decays)
+
+    if defaults and kind == "neumann":
+        weights, state = response(game, {"decays": decays}, state)
+        torch.autograd.grad(problem.lead(weights), decays)
+        state = response.after_backward(state, weights)
+        # What was learned of A is kept. A warm start is not: the loop by hand starts from zero too.
+        state = state | {"linear": state["linear"] | {"adjoint": state["linear"]["adjoint"][:0]}}
 
     def run() -> Leaves:
         weights, _ = response(game, {"decays": decays}, state)

@@ -30,7 +30,10 @@ KINDS = ("unroll", "cg", "neumann")
 
 def row(problem: Problem, kind: str, *, rounds: int) -> list[dict[str, object]]:
     """Every method on one problem by one kind of derivative."""
-    runs: dict[str, Run] = {"hand-written": hand(problem, kind), "bilevel": ours(problem, kind)}
+    runs: dict[str, Run] = {"hand-written": hand(problem, kind)}
+    if kind == "neumann":
+        runs["bilevel, default step size"] = ours(problem, kind, defaults=True)
+    runs["bilevel"] = ours(problem, kind)
     if kind != "unroll":
         runs["hand-written, residual measured"] = hand(problem, kind, measured=True)
     failures: dict[str, str] = {}
