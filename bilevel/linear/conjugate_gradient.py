@@ -43,10 +43,14 @@ class ConjugateGradient(LinearSolver):
             solver's memory; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
         stopping: `HypergradientTolerance(1e-3)` ends the solve, as converged, once what u is needed for has settled,
             whatever the residual.
+        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        atol: Absolute tolerance of the residual.
+        damping: Added to the diagonal of A.
+        strict: Raise where it would warn.
 
     Raises:
-        NotSymmetricError: If the operator does not promise symmetry, or, at no cost, if its second product gives the
-            promise the lie.
+        NotSymmetricError: If the operator does not promise symmetry, or, at no cost, if its second product shows that
+            it is not symmetric.
         IndefiniteSystemError: If p'Ap <= 0 along a direction p, or r'M^-1 r <= 0.
 
     Examples:

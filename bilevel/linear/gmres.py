@@ -37,6 +37,10 @@ class GMRES(LinearSolver):
     Args:
         restart: Steps before it starts anew: the number of vectors that are kept.
         max_steps: Over all restarts; None is min(max(2n, 20), 1000).
+        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        atol: Absolute tolerance of the residual.
+        damping: Added to the diagonal of A.
+        strict: Raise where it would warn.
 
     Raises:
         ConvergenceError: If it stops short and is `strict`.

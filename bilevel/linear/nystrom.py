@@ -40,6 +40,8 @@ class Nystrom(LinearSolver):
         damping: Above 0: N alone is singular.
         rtol: None; give one to be warned.
         seed: Of the sketch.
+        atol: Absolute tolerance of the residual.
+        strict: Raise where it would warn.
 
     Raises:
         NotSymmetricError: If the operator does not promise symmetry, or O'AO shows that it lied.

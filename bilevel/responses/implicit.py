@@ -39,25 +39,38 @@ from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leave
 class Implicit(Response):
     r"""The follower's optimum, with the derivatives that the implicit-function theorem gives it.
 
-        dy*/dx = -(grad_yy f)^-1 grad_yx f
+    $$
+    \frac{dy^*}{dx} = -(\nabla_{yy} f)^{-1} \nabla_{yx} f
+    $$
 
-    `optimizer` finds the optimum: a callable from tensors to any torch.optim optimiser, LBFGS included, or an inner
-    solver: `Scipy("L-BFGS-B")`, `ClosedForm(function)`. It takes up to `steps` steps from the last call's variables
-    (`warm_start`) or from `init`, and stops once |grad_y f| falls below `tolerance` times its value at the start of
-    the game. `linear_solver` solves with the Hessian in backward; the last batch, the buffers and the random numbers
-    are held through that solve, and it starts from the last call's solution.
+    The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
+    batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
+    residual leave.
 
-    The hypergradient's error is first order in what `tolerance` and the linear residual leave: a solve that misses
-    `tolerance` issues a `NonConvergenceWarning` with both numbers (`ConvergenceError` when `strict`);
-    `tolerance=None` asks for no accuracy. `inexactness` (`Geometric()`, `AsLeaderMoves()`) loosens both tolerances
-    while the leader is far from its goal. With minibatches, the held batch stands for the whole data.
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
+
+    Args:
+        optimizer: What finds the optimum: a callable from tensors to any torch.optim optimiser, LBFGS included, or an
+            inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
+        steps: At most so many steps a call.
+        tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
+        linear_solver: For the system with the Hessian; `GMRES()` where the follower's residual is not symmetric.
+        warm_start: From the last call's variables and linear solution; else each call starts at `init`.
+        strict: Raise where it would warn.
+        inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
+
+    Raises:
+        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
+            says by how much.
+        NotSymmetricError: If the linear solver needs a symmetric Jacobian and the follower has none.
+
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
-    >>> from functools import partial
-    >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).linear_solver.rtol
-    1e-06
+    Examples:
+        >>> from functools import partial
+        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).linear_solver.rtol
+        1e-06
     """
 
     optimizer: OptimizerFactory | InnerSolver
