@@ -113,7 +113,8 @@ class _Concrete(torch.autograd.Function):
 def concrete(tensor: Tensor) -> float:
     """The number in a 0-d tensor, also under `torch.func`: under vmap the largest over the batch.
 
-    `Tensor.item()` raises inside vmap, and a solver that cannot see its residual can neither stop nor warn.
+    A float. `Tensor.item()` and `if` raise inside vmap, and a solver that cannot see its residual can neither stop nor
+    warn. Compare by a difference, `concrete(norm - tolerance) <= 0.0`: two largest numbers may be of two systems.
     """
     if not transforms_active():
         return float(tensor.detach())  # the same without a transform, and ten times cheaper

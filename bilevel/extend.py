@@ -1,6 +1,6 @@
 """What extends the library: the base classes and helpers of a response, a solver, a preconditioner, a rule, a residual.
 
-Everything here is public and stays. CONTRIBUTING has a worked example of each.
+Everything here is public and stays. CONTRIBUTING has worked examples.
 """
 
 from bilevel.autodiff import concrete, gradient, pullback, transforms_active

@@ -123,8 +123,8 @@ class LinearSolver(ABC):
     def iterate(self, system: LinearSystem) -> Candidate:
         """The method: u with (A + damping I) u = rhs, as `system.measure(u)` measured it.
 
-        Take products by `system.matvec`, begin at `system.start()`, and stop once a residual's norm is within
-        `system.tolerance`. A method that learns reads `system.memory` and returns
+        Take products by `system.matvec`, begin at `system.start()`, which is not to be written to, and stop once a
+        residual's norm is within `system.tolerance`. A method that learns reads `system.memory` and returns
         `replace(system.measure(u), memory=...)`.
         """
 
@@ -196,7 +196,13 @@ class LinearSolver(ABC):
             return self._judged(system, Candidate(torch.zeros_like(rhs), rhs, size), memory)
         known = self.init(rhs, operator.shapes) if memory is None else dict(memory)
         system = replace(system, initial=initial, memory=known, keeps=memory is not None)
-        return self._judged(system, self.iterate(system), memory)
+        found = self.iterate(system)
+        if not isinstance(found, Candidate):
+            raise TypeError(
+                f"{type(self).__name__}.iterate returned a {type(found).__name__}; expected what system.measure(u) "
+                "returns, u with its true residual."
+            )
+        return self._judged(system, found, memory)
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
