@@ -19,6 +19,15 @@ from bilevel.many import Games
 from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
 
+
+def __getattr__(name: str) -> object:
+    """Say where a name lives that is not at the top level."""
+    for room in (linear, inner, networks, responses, dynamics, errors, extend):
+        if name in getattr(room, "__all__", vars(room)):
+            raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
+    raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
+
+
 __all__ = [
     "GMRES",
     "BilevelError",

@@ -145,3 +145,18 @@ def test_a_module_is_never_shadowed_by_a_function_of_its_name():
         if not room.startswith("_") and room != "py.typed":
             assert isinstance(sys.modules.get(f"bilevel.{room}", sys), type(sys)), room
             assert isinstance(getattr(bilevel, room, sys), type(sys)), f"bilevel.{room} is both a module and a name"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Identity", "bilevel.linear.Identity"),
+        ("MLP", "bilevel.networks.MLP"),
+        ("NonFiniteError", "bilevel.errors.Non"),
+    ],
+)
+def test_a_name_that_lives_elsewhere_says_where(name, place):
+    with pytest.raises(AttributeError, match=f"no '{name}' at its top level; it is {place}"):
+        getattr(bilevel, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nobody'"):
+        bilevel.nobody  # noqa: B018
