@@ -149,7 +149,7 @@ def test_a_module_is_never_shadowed_by_a_function_of_its_name():
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("Identity", "bilevel.linear.Ident"), ("MLP", "bilevel.networks.MLP"), ("NonFiniteError", "bilevel.errors.Non")],
+    [
         ("Identity", "bilevel.linear.Identity"),
         ("MLP", "bilevel.networks.MLP"),
         ("NonFiniteError", "bilevel.errors.Non"),
