@@ -7,7 +7,17 @@ from bilevel.autodiff import concrete, gradient, pullback, transforms_active
 from bilevel.dynamics import Dynamics, Field
 from bilevel.game import Follower, Residual, UserResidual
 from bilevel.inner import InnerSolver, Problem
-from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Preconditioner
+from bilevel.linear import (
+    Candidate,
+    LinearOperator,
+    LinearSolution,
+    LinearSolver,
+    LinearSystem,
+    Memory,
+    Preconditioner,
+    gaussian,
+    norm,
+)
 from bilevel.responses import (
     Behaviour,
     Differentiation,
@@ -25,6 +35,7 @@ from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves
 
 __all__ = [
     "Behaviour",
+    "Candidate",
     "Differentiation",
     "Dynamics",
     "Estimate",
@@ -35,6 +46,8 @@ __all__ = [
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
+    "LinearSystem",
+    "Memory",
     "Optimum",
     "Preconditioner",
     "Problem",
@@ -50,10 +63,12 @@ __all__ = [
     "concrete",
     "flatten",
     "fresh_state",
+    "gaussian",
     "gradient",
     "join",
     "leaves",
     "map_leaves",
+    "norm",
     "pullback",
     "structure_of",
     "transforms_active",

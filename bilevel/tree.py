@@ -85,3 +85,15 @@ def named_leaves(tree: Variables) -> list[tuple[str, Any]]:
     """Each leaf with its path as a user would write it: `['bias']`, `[0]`; an empty path for a bare tensor."""
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return [(pytree.keystr(path), leaf) for path, leaf in pairs]
+
+
+def leaf_names(tree: Variables, bare: str) -> list[str]:
+    """Each leaf's path with dots, as `model.named_parameters()` names them; `bare` for a tensor by itself."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return [".".join(str(_step_of(key)) for key in path) or bare for path, _ in pairs]
+
+
+def _step_of(key: Any) -> object:
+    if isinstance(key, pytree.MappingKey):
+        return key.key
+    return key.idx if isinstance(key, pytree.SequenceKey) else key.name

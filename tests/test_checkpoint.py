@@ -2,8 +2,11 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +85,9 @@ RESPONSES = {
         tolerance=None,
         scheduler=partial(lr_scheduler.StepLR, step_size=2),
     ),
-    "in place": bl.Hypernetwork(partial(ADAM, lr=0.02), scale=0.2, tolerance=None, in_place=True),
+    "in place": bl.Hypernetwork(
+        partial(ADAM, lr=0.02), scale=0.2, tolerance=None, memory=bl.responses.Memory(in_place=True)
+    ),
 }
 LEADER = {"optimizer": partial(ADAM, lr=0.05), "scheduler": partial(lr_scheduler.StepLR, step_size=3, gamma=0.7)}
 
@@ -381,7 +386,7 @@ def test_no_players_name_takes_the_runs_own_numbers(name):
 
 def test_two_numbers_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two numbers under 'y.stationarity'"):
-        refuse_ambiguous(["x", "y", "y.stationarity"], ["y"], many=False)
+        refuse_ambiguous(["x", "y", "y.stationarity"], ["y"])
 
 
 def test_the_history_is_kept_to_the_last_bit():
@@ -503,3 +508,13 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(bl.errors.CheckpointError, match="could not read it back") as caught:
         bl.solve(line(), steps=3, scheduler=partial(Schedule, step_size=2), checkpoint=path)
     assert "\n" not in str(caught.value) and not path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals and forks")
+def test_runs_that_are_killed_starved_doubled_and_damaged():
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "interruptions.py"
+    done = subprocess.run([sys.executable, script, "--trials", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("kill -9", "SIGINT", "SIGTERM", "disk full", "folder read-only", "two processes", "flipped bit")
+    assert all(kind in done.stdout for kind in kinds)

@@ -225,7 +225,8 @@ def test_memory_of_unrolling_grows_with_its_steps_and_that_of_implicit_does_not(
     tight = replace(IMPLICIT, tolerance=0.0, linear_solver=bl.ConjugateGradient(rtol=1e-6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.errors.NonConvergenceWarning)
-        assert memory(replace(tight, steps=110)) == memory(replace(tight, steps=10))
+        # The same but for one vector [2]: at another answer conjugate gradients may end an iteration sooner.
+        assert abs(memory(replace(tight, steps=110)) - memory(replace(tight, steps=10))) <= 2 * 8
 
 
 # Processes and files -------------------------------------------------------------------------------------------------

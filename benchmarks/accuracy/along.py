@@ -80,12 +80,13 @@ def run(problem: Problem, solvers: Sequence[bl.linear.LinearSolver]) -> list[Ste
     for place, solver in enumerate(solvers):
         response = bl.Implicit(known, tolerance=None, linear_solver=solver)
         x = problem.places[place][0].clone().requires_grad_()
+        before = response.report(state).products
         began = time.process_time()
         y, state = response(problem.game, {"x": x}, state)
         (found,) = torch.autograd.grad(problem.lead(y), x)
         seconds = time.process_time() - began
         state = response.after_backward(state, y)
-        steps.append(Step(found, response.report(state).products, seconds))
+        steps.append(Step(found, response.report(state).products - before, seconds))
     return steps
 
 

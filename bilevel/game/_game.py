@@ -122,6 +122,28 @@ class Game:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
 
+    # What a stack of games answers otherwise ----------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """How many games this stands for."""
+        return 1
+
+    @property
+    def record_keys(self) -> tuple[str, ...]:
+        """What follows a number's name in a run's records: nothing, or what tells of more than one game."""
+        return ("",)
+
+    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
+        """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
+
+    def require_separable(self, dynamics: object) -> None:
+        """Raise `TypeError` for a rule of play that would mix what must stay apart."""
+
+    def described_norm(self, norm: Tensor) -> str:
+        """A norm that is not finite, in words."""
+        return f"norm {float(norm)}"
+
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 

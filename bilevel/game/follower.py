@@ -165,6 +165,7 @@ class Follower:
 
     def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         """Raise `TypeError` for an optimiser that would mix what must stay apart."""
+        self.game.refuse_mixing(asker, self.name, optimizer)
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games values are not finite, in words; nothing where there is one game."""

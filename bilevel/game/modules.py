@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bilevel.autodiff import transforms_active
 from bilevel.game.player import Player
@@ -66,6 +67,19 @@ class CallableVariables(dict[str, Tensor]):
         """What the module returns for these inputs."""
         with _mode(self._module, self._training if training is None else training):
             return torch.func.functional_call(self._module, dict(self), inputs, named)
+
+
+# So that what walks over pytrees (torch.func, a penalty over all leaves) sees its tensors, as those of a dict.
+pytree.register_pytree_node(
+    CallableVariables,
+    lambda variables: (list(variables.values()), list(variables)),
+    lambda values, names: dict(zip(names, values, strict=True)),
+    serialized_type_name="bilevel.game.modules.CallableVariables",
+    flatten_with_keys_fn=lambda variables: (
+        [(pytree.MappingKey(name), value) for name, value in variables.items()],
+        list(variables),
+    ),
+)
 
 
 @contextmanager

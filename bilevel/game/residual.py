@@ -51,6 +51,9 @@ class PlayedGame(Protocol):
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together."""
 
+    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
+        """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
+
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games."""
 

@@ -2,7 +2,16 @@
 
 from bilevel.inner.base import InnerSolver, Problem
 from bilevel.inner.closed_form import ClosedForm
+from bilevel.inner.optimizer import TorchOptimizer
+from bilevel.inner.own import DifferentiableOptimizer
 from bilevel.inner.scipy import Scipy, ScipyRoot
-from bilevel.inner.torch_optim import TorchOptimizer
 
-__all__ = ["ClosedForm", "InnerSolver", "Problem", "Scipy", "ScipyRoot", "TorchOptimizer"]
+__all__ = [
+    "ClosedForm",
+    "DifferentiableOptimizer",
+    "InnerSolver",
+    "Problem",
+    "Scipy",
+    "ScipyRoot",
+    "TorchOptimizer",
+]

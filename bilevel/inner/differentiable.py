@@ -14,154 +14,108 @@ import torch
 from torch import Tensor, optim
 from torch.overrides import TorchFunctionMode
 
-from bilevel.inner.torch_optim import Memory, OptimizerFactory, build
-from bilevel.tree import Variables
+from bilevel.inner.options import tensor_options
+from bilevel.inner.own import OWN, DifferentiableOptimizer
+from bilevel.inner.refusals import known_base, refuse_hooks, refuse_undifferentiable
+from bilevel.inner.schedule import Changes, applied
+from bilevel.inner.seeds import SEEDS
+from bilevel.inner.torch_optim import Memory
+from bilevel.tree import map_leaves
 
-Seed = Callable[[Tensor, Tensor, Mapping[str, Any]], dict[str, Any]]
-
-
-def _step(parameter: Tensor) -> Tensor:
-    # torch makes it float32, in which 1 - beta ** step is off by 1e-8: the trajectory then differs from torch's own.
-    return torch.zeros((), dtype=torch.float64)
-
-
-def _sgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    if group["momentum"] == 0:
-        return {}
-    if group["dampening"] == 0:
-        return {"momentum_buffer": torch.zeros_like(parameter)}
-    # torch fills the first buffer with the undamped gradient, and detaches it. Start from what gives the same number:
-    # momentum * buffer + (1 - dampening) * g = g.
-    slope = -slope if group["maximize"] else slope
-    first = slope + group["weight_decay"] * parameter
-    return {"momentum_buffer": first * group["dampening"] / group["momentum"]}
-
-
-def _adam(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    state = {"step": _step(parameter)}
-    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
-    return state | {name: torch.zeros_like(parameter) for name in names}
-
-
-def _rmsprop(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    names = ["square_avg", *(["momentum_buffer"] if group["momentum"] > 0 else []), *(["grad_avg"] * group["centered"])]
-    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in names}
-
-
-def _adagrad(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": _step(parameter), "sum": torch.full_like(parameter, group["initial_accumulator_value"])}
-
-
-def _nadam(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    return _adam(parameter, slope, group) | {"mu_product": torch.ones((), dtype=torch.float64)}
-
-
-def _adamax(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_inf")}
-
-
-def _adadelta(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": _step(parameter)} | {name: torch.zeros_like(parameter) for name in ("square_avg", "acc_delta")}
-
-
-def _asgd(parameter: Tensor, slope: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    # torch's own rounding: it keeps ASGD's rate in a tensor of this dtype, and reads it from there.
-    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    lr = torch.as_tensor(group["lr"], dtype=scalar).clone()
-    return {
-        "step": _step(parameter),
-        "eta": lr,
-        "mu": torch.ones((), dtype=scalar),
-        "ax": torch.zeros_like(parameter),
-    }
-
-
-SEEDS: dict[type[optim.Optimizer], Seed] = {
-    optim.SGD: _sgd,
-    optim.Adam: _adam,
-    optim.AdamW: _adam,
-    optim.RMSprop: _rmsprop,
-    optim.Adagrad: _adagrad,
-    optim.NAdam: _nadam,
-    optim.RAdam: _adam,
-    optim.Adamax: _adamax,
-    optim.Adadelta: _adadelta,
-    optim.ASGD: _asgd,
-}
-
+_DIVIDING = (optim.Adam, optim.AdamW)  # by their learning rates
 _WITHOUT_ROOTS = (optim.SGD, optim.ASGD, optim.Adamax)
 
-_WHY_NOT: dict[type[optim.Optimizer], str] = {
-    optim.LBFGS: "its line search and its history are not differentiable in torch",
-    optim.Adafactor: "it has no differentiable mode in torch",
-    optim.Rprop: "it uses only the gradient's signs, so that its hypergradient is zero almost everywhere",
-    optim.SparseAdam: "it has no differentiable mode in torch",
-}
 
-
-class DifferentiableOptimizer:
+class Stepper:
     """One optimiser over the leaves of a follower, stepped functionally: tensors in, tensors out."""
 
-    def __init__(
-        self,
-        factory: OptimizerFactory,
-        leaves: Sequence[Tensor],
-        players: Mapping[str, Variables],
-        memory: Memory | None,
-    ) -> None:
-        placeholders = [leaf.detach().clone() for leaf in leaves]
-        self._optimizer = build(factory, placeholders, players)
-        refuse_undifferentiable(self._optimizer)
-        self._optimizer.defaults["differentiable"] = True
-        places = {id(p): index for index, p in enumerate(placeholders)}
+    def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[Tensor], memory: Memory | None) -> None:
+        refuse_hooks(optimizer)
+        refuse_undifferentiable(optimizer)
+        self.optimizer = optimizer
+        """The user's, as it was built over `parameters`."""
+        self.kind = known_base(optimizer)
+        """The optimiser of torch's whose steps it takes; None for one of the user's own."""
+        self.memory: Memory | None = memory
+        self._originals = [dict(group) for group in optimizer.param_groups]
+        optimizer.defaults["differentiable"] = True
+        places = {id(p): index for index, p in enumerate(parameters)}
         self._groups: list[list[int]] = []
-        for group in self._optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["differentiable"] = True
             group["foreach"] = False
             if "fused" in group:
                 group["fused"] = False
             self._groups.append([places[id(p)] for p in group["params"]])
-        self.memory: Memory | None = memory
 
-    @property
-    def optimizer(self) -> optim.Optimizer:
-        """The user's, as it was built."""
-        return self._optimizer
+    def step(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor], changes: Changes | None = None) -> list[Tensor]:
+        """The leaves after one step along the gradients `slopes`; differentiable in both and in the memory.
 
-    def step(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves after one step along the gradients `slopes`; differentiable in both and in the memory."""
+        `changes` are the options that a schedule sets for this step.
+        """
+        self._set(changes, leaves[0].dtype)
+        if isinstance(self.optimizer, DifferentiableOptimizer):
+            return self._updated(self.optimizer, leaves, slopes)
         self._seed(leaves, slopes)
         return self._moved([leaf.clone() for leaf in leaves], slopes, torch.clone)
 
-    def step_in_place(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-        """The same numbers, written over the leaves, the gradients and the memory, none of which has a graph."""
+    def step_in_place(
+        self, leaves: Sequence[Tensor], slopes: Sequence[Tensor], changes: Changes | None = None
+    ) -> list[Tensor]:
+        """The same numbers, written over the leaves and the memory, neither of which has a graph."""
+        if isinstance(self.optimizer, DifferentiableOptimizer):
+            with torch.no_grad():
+                return self.step(leaves, slopes, changes)
+        self._set(changes, leaves[0].dtype)
         self._seed(leaves, slopes)
-        self._optimizer.defaults["differentiable"] = False  # which is where torch looks whether to build a graph
+        self.optimizer.defaults["differentiable"] = False  # which is where torch looks whether to build a graph
         try:
             return self._moved(list(leaves), list(slopes), lambda tensor: tensor)
         finally:
-            self._optimizer.defaults["differentiable"] = True
+            self.optimizer.defaults["differentiable"] = True
 
     def own_memory(self) -> None:
         """Copy the memory, so that steps in place write to nobody else's."""
         if self.memory is not None:
             self.memory = [
-                {key: value.clone() if isinstance(value, Tensor) else value for key, value in slot.items()}
+                map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, slot)
                 for slot in self.memory
             ]
 
+    def _set(self, changes: Changes | None, dtype: torch.dtype) -> None:
+        """What a schedule says of this step."""
+        for group, change in zip(self.optimizer.param_groups, applied(changes, self._originals), strict=True):
+            group |= change
+            if self.kind in _DIVIDING:
+                # At a rate of 0, where many schedules begin or end, its quotients have no derivative.
+                rate, least = change.get("lr", group["lr"]), min(1e-15, torch.finfo(dtype).tiny ** 0.4)
+                group["lr"] = rate + least * (rate == 0)
+
+    def _updated(
+        self, optimizer: DifferentiableOptimizer, leaves: Sequence[Tensor], slopes: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """One step of the user's own, which changes nothing in place."""
+        moved, memory = list(leaves), [dict(slot) for slot in self.memory or [{} for _ in leaves]]
+        for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
+            for index in indices:
+                remembered = optimizer.remembered(memory[index], leaves[index])
+                moved[index], after = optimizer.update(leaves[index], slopes[index], remembered, group)
+                memory[index] = {OWN: after}
+        self.memory = memory
+        return moved
+
     def _seed(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         """What torch's optimiser would remember before its first step."""
-        if self.memory is not None:
+        if self.memory is not None or self.kind is None:
             return
         self.memory = [{} for _ in leaves]
-        for group, indices in zip(self._optimizer.param_groups, self._groups, strict=True):
+        for group, indices in zip(self.optimizer.param_groups, self._groups, strict=True):
             for index in indices:
-                self.memory[index] = SEEDS[type(self._optimizer)](leaves[index], slopes[index], group)
+                self.memory[index] = SEEDS[self.kind](leaves[index], slopes[index], group)
 
     def _moved(self, fresh: list[Tensor], slopes: Sequence[Tensor], kept: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Let the optimiser write to `fresh`, and to its memory as `kept` hands it over."""
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         optimizer.state.clear()
         for group, indices in zip(optimizer.param_groups, self._groups, strict=True):
             group["params"] = [fresh[index] for index in indices]
@@ -170,10 +124,11 @@ class DifferentiableOptimizer:
             optimizer.state[parameter] = {
                 key: kept(value) if isinstance(value, Tensor) else value for key, value in remembered.items()
             }
-        if isinstance(optimizer, optim.NAdam) and torch.get_default_dtype() != torch.float64:
+        if self.kind is optim.NAdam and torch.get_default_dtype() != torch.float64:
             self._round_as_nadam(fresh)
         # Watching every operation costs as much as the step of a small network.
-        with nullcontext() if type(optimizer) in _WITHOUT_ROOTS else _SquareRootsAtZero():
+        roots = nullcontext() if self.kind in _WITHOUT_ROOTS else _SquareRootsAtZero()
+        with tensor_options(optimizer), roots:
             optimizer.step()
         self.memory = [dict(optimizer.state[parameter]) for parameter in fresh]
         for parameter in fresh:
@@ -182,12 +137,13 @@ class DifferentiableOptimizer:
 
     def _round_as_nadam(self, fresh: Sequence[Tensor]) -> None:
         """Make NAdam's running product come out as torch rounds it, in float32, and its use exact in float64."""
-        for group, indices in zip(self._optimizer.param_groups, self._groups, strict=True):
+        for group, indices in zip(self.optimizer.param_groups, self._groups, strict=True):
             for index in indices:
-                state = self._optimizer.state[fresh[index]]
+                state = self.optimizer.state[fresh[index]]
                 decay = 0.96 ** ((float(state["step"]) + 1.0) * group["momentum_decay"])
                 mu = group["betas"][0] * (1.0 - 0.5 * decay)
-                state["mu_product"] = (state["mu_product"].float() * mu).double() / mu
+                single = mu.float() if isinstance(mu, Tensor) else mu
+                state["mu_product"] = (state["mu_product"].float() * single).double() / mu
 
 
 class _SquareRootsAtZero(TorchFunctionMode):
@@ -210,15 +166,3 @@ class _SquareRootsAtZero(TorchFunctionMode):
         if func is Tensor.sqrt_ and not kwargs and args[0].requires_grad:
             return args[0].copy_(self.__torch_function__(Tensor.sqrt, types, (args[0].clone(),)))
         return func(*args, **(kwargs or {}))
-
-
-def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:
-    """Raise `TypeError` for an optimiser whose steps cannot be differentiated, and say which can."""
-    kind = type(optimizer)
-    if kind not in SEEDS:
-        why = _WHY_NOT.get(kind, "it is not known to have a differentiable mode")
-        can = ", ".join(known.__name__ for known in SEEDS)
-        raise TypeError(
-            f"Unrolled cannot differentiate through {kind.__name__}: {why}. Use one of {can}, or Implicit, which "
-            "takes any optimiser."
-        )

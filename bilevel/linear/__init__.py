@@ -1,6 +1,5 @@
 """Solvers for u = (A + damping I)^-1 b from products with A: the inner half of an implicit derivative."""
 
-from bilevel.autodiff import concrete
 from bilevel.linear.base import LinearSolution, LinearSolver
 from bilevel.linear.block_diagonal import BlockDiagonal
 from bilevel.linear.conjugate_gradient import ConjugateGradient
@@ -40,7 +39,6 @@ __all__ = [
     "NystromPreconditioner",
     "Preconditioner",
     "Recycled",
-    "concrete",
     "gaussian",
     "norm",
 ]

@@ -100,7 +100,7 @@ class Neumann(LinearSolver):
         noise = torch.finfo(rhs.dtype).eps ** 0.5
         watched = kept and system.symmetric
         single = not transforms_active() and not torch.is_grad_enabled()  # then vectors of its own are written over
-        solution, residual = start.solution, start.residual
+        solution, residual, found = start.solution, start.residual, None
         del start
         for number in range(self.max_steps + 1):
             # u + a (b - A u) adds the series' next term to u: the same products, and the true residual at every step.
@@ -115,10 +115,10 @@ class Neumann(LinearSolver):
             if number == self.max_steps:
                 residual = rhs  # lets its own go before the largest product
                 found = system.measure(solution)
+                left = found.residual_norm
             else:
                 residual = system.residual(solution, out=residual if over else None)
-                found = Candidate(solution, residual, norm(residual))
-            left = found.residual_norm
+                left = norm(residual)
             growth = concrete(left / ceiling)
             if not growth <= 1.0 and kept:
                 return None
@@ -132,7 +132,7 @@ class Neumann(LinearSolver):
                 adding = adding & self._adding(left, system.tolerance)
                 if not concrete(adding):
                     break
-        return replace(found, memory=memory)
+        return replace(found or Candidate(solution, residual, left), memory=memory)
 
     def _adding(self, size: Tensor, tolerance: Tensor) -> Tensor:
         return torch.ones_like(size, dtype=torch.bool) if self.rtol is None else size > tolerance

@@ -6,7 +6,6 @@ from bilevel.dynamics import (
     LOLA,
     Alternating,
     Consensus,
-    Dynamics,
     ExactLOLA,
     Extragradient,
     LookAhead,
@@ -23,7 +22,7 @@ _SEPARABLE = (
 )
 
 
-def refuse_mixing_dynamics(dynamics: Dynamics, count: int) -> None:
+def refuse_mixing_dynamics(dynamics: object, count: int) -> None:
     """Refuse a rule with a number that is made of the whole field, such as a sign or a solver's step length."""
     fixed = isinstance(dynamics, SymplecticAdjustment) and not dynamics.aligned
     if not (isinstance(dynamics, _SEPARABLE) or fixed):

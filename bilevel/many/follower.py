@@ -16,7 +16,7 @@ from bilevel.linear import LinearSolver
 from bilevel.many.inner import BatchedInnerSolver, entrywise
 from bilevel.many.linear import BatchedLinearSolver
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, leaves, map_leaves
+from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 Solver = TypeVar("Solver")
 
@@ -96,10 +96,6 @@ class BatchedFollower(Follower):
             Solver, BatchedLinearSolver(solver=cast(LinearSolver, solver), count=self.games.count, widths=widths)
         )
 
-    def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
-        """Raise `TypeError` for an optimiser that would mix games."""
-        refuse_mixing(asker, optimizer, self.games, self.name)
-
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""
         return among(values)
@@ -126,7 +122,8 @@ def refuse_mixing(
             f"{asker}: its optimiser takes the variables of {tuned[0]!r}, one in each game; there is one optimiser "
             "for all games. Solve them one by one: solve(games.game(i), ...)."
         )
-    if not entrywise(optimizer, leaves(games.initial(player))):
+    start = games.initial(player)
+    if not entrywise(optimizer, leaves(start), leaf_names(start, player)):
         raise TypeError(
             f"{asker}: its optimiser does not move each entry by itself, so that player {player!r} would mix "
             f"{games.count} games. Use SGD, Adam or another entrywise one with groups that do not depend on shapes, or "

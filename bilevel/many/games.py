@@ -15,7 +15,8 @@ from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.passes import Source
 from bilevel.game.player import check_data
-from bilevel.many.follower import BatchedFollower
+from bilevel.many.dynamics import refuse_mixing_dynamics
+from bilevel.many.follower import BatchedFollower, among, refuse_mixing
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
@@ -197,6 +198,23 @@ class Games(Game):
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of all games at once, whose solvers keep them apart."""
         return BatchedFollower(self, others, state, batch)
+
+    @property
+    def record_keys(self) -> tuple[str, ...]:
+        """The median, and the worst."""
+        return ("", ".worst")
+
+    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
+        """Refuse an optimiser that does not move each entry by itself."""
+        refuse_mixing(asker, optimizer, self, player)
+
+    def require_separable(self, dynamics: object) -> None:
+        """Refuse a rule that follows the whole field by common numbers."""
+        refuse_mixing_dynamics(dynamics, self.count)
+
+    def described_norm(self, norm: Tensor) -> str:
+        """In which games it is not finite."""
+        return f"no finite norm{among(norm)}"
 
     def require_one(self, asker: str) -> None:
         """Refuse who can look at one game only."""

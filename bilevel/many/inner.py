@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bilevel.inner.base import InnerSolver, Problem
 from bilevel.inner.closed_form import ClosedForm
-from bilevel.inner.torch_optim import Memory, OptimizerFactory, TorchOptimizer, build, recall, remember
-from bilevel.tree import leaves
+from bilevel.inner.optimizer import TorchOptimizer
+from bilevel.inner.torch_optim import Memory, OptimizerFactory, build, recall, remember
+from bilevel.tree import leaf_names, leaves
 
 
 class ManyProblems(Problem, Protocol):
@@ -48,8 +49,10 @@ class BatchedInnerSolver(InnerSolver):
             found = _answered(self.solver, problem, y)
             if found is not None:
                 return found, None
-        if isinstance(self.solver, TorchOptimizer) and _at_once(self.solver.factory, y):
-            return _stepped(self.solver.factory, problem, y, memory, steps, threshold)
+        if isinstance(self.solver, TorchOptimizer) and self.solver.plain:
+            names = leaf_names(problem.form.build(y), problem.name)
+            if _at_once(self.solver.factory, y, names):
+                return _stepped(self.solver, names, problem, y, memory, steps, threshold)
         singles = [problem.single(index) for index in range(len(y[0]))]
         ends = [
             self.solver.minimise(
@@ -66,7 +69,7 @@ class BatchedInnerSolver(InnerSolver):
         return stacked, [after for _, after in ends]
 
 
-def entrywise(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
+def entrywise(factory: OptimizerFactory, y: Sequence[Tensor], names: Sequence[str]) -> bool:
     """Whether an optimiser moves stacked games `y: [count, ...]` as it moves each alone: tried out on two, a few steps.
 
     Not so LBFGS, Adafactor and whatever looks at a norm, and groups made by the leaves' shapes.
@@ -84,14 +87,16 @@ def entrywise(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
 
     def end(part: Callable[[Tensor], Tensor]) -> list[Tensor]:
         parameters = [part(leaf).clone() for leaf in start]
-        optimizer = build(factory, parameters)
+        optimizer = build(factory, parameters, names=names)
         for rows in slopes:
             for parameter, slope in zip(parameters, rows, strict=True):
                 parameter.grad = part(slope).clone()
             optimizer.step()
         return parameters
 
-    build(factory, [leaf.clone() for leaf in start])  # what is wrong with the factory itself is told as ever
+    build(
+        factory, [leaf.clone() for leaf in start], names=names
+    )  # what is wrong with the factory itself is told as ever
     try:
         together, *alone = (end(part) for part in (lambda t: t, lambda t: t[0], lambda t: t[1]))
     except Exception:  # LBFGS wants a closure, Muon matrices: whatever it is, it is not taken at once
@@ -110,14 +115,15 @@ _UNCOUNTED = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adadelta, torch.
 _COUNTED = (torch.optim.Adam, torch.optim.AdamW)
 
 
-def _at_once(factory: OptimizerFactory, y: Sequence[Tensor]) -> bool:
-    optimizer = build(factory, [leaf.detach().clone() for leaf in y])
+def _at_once(factory: OptimizerFactory, y: Sequence[Tensor], names: Sequence[str]) -> bool:
+    optimizer = build(factory, [leaf.detach().clone() for leaf in y], names=names)
     decays = any(group.get("lr_decay", 0.0) != 0.0 for group in optimizer.param_groups)  # Adagrad's, by its count
-    return type(optimizer) in (*_UNCOUNTED, *_COUNTED) and not decays and entrywise(factory, y)
+    return type(optimizer) in (*_UNCOUNTED, *_COUNTED) and not decays and entrywise(factory, y, names)
 
 
 def _stepped(
-    factory: OptimizerFactory,
+    solver: TorchOptimizer,
+    names: Sequence[str],
     problem: ManyProblems,
     y: Sequence[Tensor],
     memory: Memory | None,
@@ -125,7 +131,7 @@ def _stepped(
     threshold: Tensor,
 ) -> tuple[list[Tensor], Memory]:
     parameters = [leaf.detach().clone() for leaf in y]
-    optimizer = build(factory, parameters)
+    optimizer = solver.build(parameters, names)
     recall(optimizer, parameters, memory)
     counts = _Counts(optimizer, parameters)
     moving: Tensor | None = None

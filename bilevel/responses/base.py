@@ -13,10 +13,11 @@ from torch import Tensor
 from bilevel._root import refuse_captures
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
-from bilevel.inner.torch_optim import OptimizerFactory, build, player_parameters
+from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
+from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
-from bilevel.tree import Variables, flatten, leaves
+from bilevel.tree import Variables, flatten, leaf_names, leaves
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -174,23 +175,29 @@ def refuse_captured(game: Game, state: State) -> None:
     refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
 
 
-def refuse_optimizer_hyper(response: object, game: Game, follower: str, factory: OptimizerFactory | None) -> None:
+def refuse_optimizer_hyper(
+    response: object, game: Game, follower: str, optimizer: OptimizerFactory | TorchOptimizer | None
+) -> None:
     """Raise `TypeError` when the inner optimiser itself depends on a leader.
 
     A follower's optimum does not depend on how it is found: the hypergradient would be zero, in silence.
     """
     name = type(response).__name__
     way_out = "A follower's optimum does not depend on its optimiser; only Unrolled differentiates through the steps."
+    settings = None if optimizer is None else torch_optimizer(name, optimizer)
     declared = [other for other, player in game.players.items() if player.optimizer_hyper]
-    used = [] if factory is None or not callable(factory) else player_parameters(factory, dict.fromkeys(game.names))
+    used = [] if settings is None else settings.players(dict.fromkeys(game.names))
     if declared or used:
         raise TypeError(
             f"{name} cannot tune {(declared or used)[0]!r}, a hyperparameter of the inner optimiser. {way_out}"
         )
-    if factory is None:
+    if settings is None:
         return
-    optimizer = build(factory, [leaf.detach().clone() for leaf in leaves(game.initial(follower))])
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise TypeError(f"{name} was given an optimiser whose {key} is a tensor that requires grad. {way_out}")
+    settings.require_players(game.names)
+    start = game.initial(follower)
+    built = settings.build([leaf.detach().clone() for leaf in leaves(start)], leaf_names(start, follower))
+    options = [pair for group in built.param_groups for pair in group.items()]
+    options += [("clip_norm", settings.clip_norm), ("clip_value", settings.clip_value), ("rates", settings.rates)]
+    for key, value in options:
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise TypeError(f"{name} was given an optimiser whose {key} is a tensor that requires grad. {way_out}")

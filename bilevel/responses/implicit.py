@@ -16,7 +16,9 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetric
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
+from bilevel.inner.optimizer import leaf_memory, torch_optimizer
+from bilevel.inner.schedule import place_alone
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
 from bilevel.linear import ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
@@ -29,7 +31,7 @@ from bilevel.responses.base import (
 )
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
-from bilevel.tree import Variables, flatten, join, leaves, map_leaves
+from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
 
 
 @final
@@ -71,11 +73,8 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
-        if not callable(self.optimizer) and not isinstance(self.optimizer, InnerSolver):
-            raise TypeError(
-                f"Implicit: optimizer is {self.optimizer!r}; expected a callable from parameters to a torch.optim "
-                "optimiser, or an inner solver: bilevel.Scipy('L-BFGS-B'), bilevel.ClosedForm(function)."
-            )
+        if not isinstance(self.optimizer, InnerSolver):
+            require_factory("Implicit: optimizer", self.optimizer)
         if not isinstance(self.linear_solver, LinearSolver):
             raise TypeError(
                 f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
@@ -88,8 +87,9 @@ class Implicit(Response):
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
         state = fresh_state(game, follower, seed, many=True)
-        factory = None if isinstance(self.optimizer, InnerSolver) else self.optimizer
-        refuse_optimizer_hyper(self, game, state["follower"], factory)
+        inner = self._solver
+        optimizer = inner if isinstance(inner, TorchOptimizer) else None
+        refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         refuse_captured(game, state)
         start = at_start(game, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
@@ -101,7 +101,9 @@ class Implicit(Response):
         solver, flat, shapes = start.adapted_linear(self.linear_solver), flatten(state["variables"]), start.form.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
-            remembered = [] if factory is None else after_one_step(factory, leaves(state["variables"]))
+            y = state["variables"]
+            names = leaf_names(y, start.name)
+            remembered = [] if optimizer is None else after_one_step(optimizer.factory, leaves(y), names)
             solver.inform(solver.init(flat, shapes), remembered)
         if self.inexactness is None:
             return state
@@ -109,11 +111,13 @@ class Implicit(Response):
         return state | {"leader": self._track(state)}
 
     def adopt(self, saved: State, start: State) -> State:
-        """With the memory of a torch.optim optimiser, where it is such as this one's."""
-        factory = self.optimizer.factory if isinstance(self.optimizer, TorchOptimizer) else self.optimizer
-        if isinstance(factory, InnerSolver):
+        """With the memory of a torch.optim optimiser, where it is such as this one's; a schedule goes on."""
+        if not isinstance(self._solver, TorchOptimizer):
             return super().adopt(saved, start)
-        kept = kept_memory(factory, leaves(start["variables"]), saved.get("optimizer"))
+        y, before = start["variables"], saved.get("optimizer")
+        kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
+        if isinstance(before, dict):
+            kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
         return super().adopt(saved, start) | {"optimizer": kept}
 
     def __call__(
@@ -131,7 +135,7 @@ class Implicit(Response):
             residual = follower.held_residual()
         else:
             y, after, residual, products = self._solve(game, follower, state, looser)
-            before, kept = state["linear"], after["optimizer"]
+            before, kept = state["linear"], leaf_memory(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
@@ -175,12 +179,13 @@ class Implicit(Response):
 
     @property
     def inner_optimizer(self) -> OptimizerFactory | None:
-        """`optimizer`, unless it is an inner solver."""
-        return None if isinstance(self.optimizer, InnerSolver) else self.optimizer
+        """That of `optimizer`, unless it is another inner solver."""
+        return self._solver.factory if isinstance(self._solver, TorchOptimizer) else None
 
     def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Implicit:
-        """The same with another optimiser."""
-        return replace(self, optimizer=optimizer)
+        """The same with another optimiser, and the same options around it."""
+        options = self.optimizer if isinstance(self.optimizer, TorchOptimizer) else None
+        return replace(self, optimizer=optimizer if options is None else replace(options, factory=optimizer))
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the linear solve's answer, the start of the next one, and its residual and products."""
@@ -202,14 +207,19 @@ class Implicit(Response):
             leader["factor"] if leader and leader["calls"] else 1.0,
         )
 
+    @property
+    def _solver(self) -> InnerSolver:
+        return (
+            self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Implicit", self.optimizer)
+        )
+
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
     ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
-        plain = self.optimizer if isinstance(self.optimizer, InnerSolver) else TorchOptimizer(self.optimizer)
-        solver = follower.adapted_inner(plain)
+        solver = follower.adapted_inner(self._solver)
         reference: Size = state["reference"]
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference

@@ -28,10 +28,10 @@ def summary(name: str, value: Any) -> Record:
     return {name: float(value.median()), f"{name}.worst": float(value.max())}
 
 
-def refuse_ambiguous(players: Iterable[str], followers: Iterable[str], *, many: bool) -> None:
+def refuse_ambiguous(players: Iterable[str], followers: Iterable[str], endings: Iterable[str] = ("",)) -> None:
     """Raise `ValueError` when two numbers of a record would have one key: of players `y` and `y.stationarity`, say."""
     keys = [*RUN_KEYS, *map(loss_key, players), *(f"{name}.stationarity" for name in followers)]
-    keys += [f"{key}.worst" for key in keys] if many else []
+    keys = [f"{key}{ending}" for ending in endings for key in keys]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"solve: the records would hold two numbers under {twice[0]!r}. Rename the player.")

@@ -7,7 +7,6 @@ from typing import Any
 
 from bilevel.dynamics import Dynamics
 from bilevel.game import Game
-from bilevel.many import Games
 from bilevel.responses import Response
 from bilevel.solving.description import Describer, Description, differences
 from bilevel.solving.leaders import Leaders
@@ -46,7 +45,7 @@ def identity(
     form = {
         "order": list(game.names),
         "leaders": list(leaders.names),
-        "games": game.count if isinstance(game, Games) else 1,
+        "games": game.count,
         "players": {name: _form(game, name) for name in game.names},
         "seed": seed,
     }

@@ -21,8 +21,6 @@ from bilevel.inner.torch_optim import (
     kept_memory,
     recall,
 )
-from bilevel.many import Games
-from bilevel.many.follower import among, refuse_mixing
 from bilevel.tree import Variables, leaves
 
 
@@ -46,8 +44,7 @@ class Leaders:
         self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in names}
         self.optimizers = {}
         for name in names:
-            if isinstance(game, Games):
-                refuse_mixing("solve", self.factories[name], game, name)
+            game.refuse_mixing("solve", name, self.factories[name])
             self.optimizers[name] = build(self.factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
         self.schedulers = (
@@ -62,10 +59,9 @@ class Leaders:
         """Step one leader along a direction, in the run's `step`; its norm, of many games one each."""
         norm = self.game.norms(direction)
         if not bool(torch.isfinite(norm).all()):
-            where = f"norm {float(norm)}" if not isinstance(self.game, Games) else f"no finite norm{among(norm)}"
             raise NonFiniteError(
-                f"Player {name!r}: its gradient at step {step} has {where}. Lower the learning rates; its variables "
-                "are still those of the step before."
+                f"Player {name!r}: its gradient at step {step} has {self.game.described_norm(norm)}. Lower the "
+                "learning rates; its variables are still those of the step before."
             )
         for parameter, slope in zip(self.points[name], direction, strict=True):
             parameter.grad = slope

@@ -20,7 +20,6 @@ from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
-from bilevel.many.dynamics import refuse_mixing_dynamics
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
 from bilevel.solving.evaluation import StepEvaluator
@@ -87,12 +86,11 @@ class Run:
         self.game, self.dynamics, self.seed = game, dynamics, seed
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
-        if isinstance(game, Games):
-            refuse_mixing_dynamics(dynamics, game.count)
+        game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
         members = [member for name in game.names for member in game.members(name)]
-        refuse_ambiguous(members, responses, many=isinstance(game, Games))
+        refuse_ambiguous(members, responses, game.record_keys)
         start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
         buffers = {name: b for name, b in game.buffers().items() if b}

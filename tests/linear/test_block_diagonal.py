@@ -168,6 +168,16 @@ def test_settings_that_cannot_work_are_refused(wrong):
         BlockDiagonal(**{"shapes": [(2, 3)]} | wrong)
 
 
+def test_the_layout_is_the_systems_own_where_none_is_given(spd, normal):
+    matrix, b = spd(1, 33, 1e3), normal(2, 33)
+    own, known = BlockDiagonal(shapes=SHAPES), LinearOperator(matrix.mv, symmetric=True, shapes=SHAPES)
+    told = ConjugateGradient(preconditioner=own).solve(symmetric(matrix), b)
+    asked = ConjugateGradient(preconditioner=BlockDiagonal()).solve(known, b)
+    assert torch.equal(told.solution, asked.solution) and told.products == asked.products
+    with pytest.raises(ValueError, match=r"does not know the layout .* LinearOperator\(\.\.\., shapes="):
+        ConjugateGradient(preconditioner=BlockDiagonal()).solve(symmetric(matrix), b)
+
+
 # Within a response --------------------------------------------------------------------------------------------------
 
 IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(2), dtype=D)
@@ -194,13 +204,13 @@ def implicit(kind):
     return bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-6, linear_solver=solver)
 
 
-def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(ends_where_it_did_without):
-    kind = BlockDiagonal(shapes=[(6, 3), (3,)])
+@pytest.mark.parametrize("kind", [BlockDiagonal(shapes=[(6, 3), (3,)]), BlockDiagonal()], ids=repr)
+def test_a_run_ends_where_the_plain_one_ends_and_resumes_bit_for_bit(ends_where_it_did_without, kind):
     ends_where_it_did_without(softmax, implicit(None), implicit(kind), steps=6, atol=1e-4)
 
 
-def test_many_games_are_each_solved_as_alone():
-    kind = BlockDiagonal(shapes=[(6, 3), (3,)])
+@pytest.mark.parametrize("kind", [BlockDiagonal(shapes=[(6, 3), (3,)]), BlockDiagonal()], ids=repr)
+def test_many_games_are_each_solved_as_alone(kind):
     starts = torch.tensor([[-4.0, -3.0], [-2.0, -5.0]], dtype=D)
     games, adam = bl.Games(softmax(), 2, init={"x": starts}), partial(optim.Adam, lr=0.1)
     together = bl.solve(games, y=implicit(kind), optimizer=adam, steps=2)

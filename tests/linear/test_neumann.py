@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bilevel as bl
 from bilevel.errors import ConvergenceError
 from bilevel.linear import LinearOperator, Neumann
 
@@ -133,3 +134,86 @@ def test_the_seed_fixes_the_estimate_and_the_global_state_is_left_alone(spd, nor
     assert torch.equal(torch.get_rng_state(), state)
     other = Neumann(max_steps=3, rtol=None, seed=5, power_steps=2).solve(operator, b).solution
     assert not torch.equal(first, other)
+
+
+# The eigenvalue that is kept from system to system ------------------------------------------------------------------
+
+
+def test_the_eigenvalue_is_found_once_and_anew_after_as_many_systems_as_asked(spd, normal, counted):
+    solver = Neumann(max_steps=7, rtol=None, every=3)
+    system, taken = counted(spd(1, 4, 10.0), symmetric=True), []
+    memory = solver.init(normal(0, 4))
+    for number in range(5):
+        before = system.calls
+        found = solver.solve(system.operator, normal(number, 4), memory=memory)
+        memory = found.memory
+        taken.append(system.calls - before)
+        assert found.products == taken[-1]
+        assert torch.equal(found.solution, solver.solve(system.operator, normal(number, 4)).solution)
+    # Seven terms and the residual, and ten power iterations at each third system.
+    assert taken == [8 + 10, 8, 8, 8 + 10, 8]
+
+
+def test_an_eigenvalue_that_is_kept_gives_the_series_of_its_step(spd, normal):
+    """Of a system whose own is up to twice as large, its series contracts, and nothing is found anew."""
+    solver, matrix = Neumann(max_steps=9, rtol=None), spd(2, 6, 5.0)
+    memory = solver.solve(LinearOperator(matrix.mv, True), normal(1, 6), memory=solver.init(matrix[0])).memory
+    b = normal(2, 6)
+    found = solver.solve(LinearOperator((1.5 * matrix).mv, True), b, memory=memory)
+    assert found.products == 9 + 1
+    wanted = _series(1.5 * matrix, b, 1.0 / float(memory["largest"]), 9)
+    assert torch.allclose(found.solution, wanted, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("start", [False, True])
+def test_where_the_residual_grows_the_answer_is_that_of_a_new_eigenvalue(spd, normal, counted, rtol, symmetric, start):
+    solver = Neumann(max_steps=400, rtol=rtol)
+    memory = solver.solve(
+        LinearOperator(spd(2, 6, 5.0).mv, True), normal(1, 6), memory=solver.init(normal(1, 6))
+    ).memory
+    # The largest eigenvalue is four times what it was: (1 - 4)^k within a few terms.
+    system, b = counted(4.0 * spd(2, 6, 5.0), symmetric), normal(2, 6)
+    initial = normal(3, 6) if start else None
+    found, alone = solver.solve(system.operator, b, initial, memory=memory), solver.solve(system.operator, b, initial)
+    assert torch.equal(found.solution, alone.solution)
+    assert found.products + alone.products == system.calls
+    assert found.products <= alone.products + (12 if symmetric else 20)
+    assert float(found.memory["largest"]) > 3.0 * float(memory["largest"]) and int(found.memory["served"]) == 1
+
+
+def test_a_residual_down_to_rounding_is_not_one_that_grows(spd, normal, counted):
+    for dtype in (torch.float32, torch.float64):
+        solver, system = Neumann(max_steps=300, rtol=None), counted(spd(1, 6, 5.0).to(dtype), symmetric=True)
+        memory, last = solver.init(normal(0, 6).to(dtype)), None
+        for number in range(3):
+            found = solver.solve(system.operator, normal(1, 6).to(dtype), last, memory=memory)
+            memory, last = found.memory, found.solution
+            assert found.products == 300 + 1 + (10 if number == 0 else 1)
+
+
+def test_a_step_size_is_checked_once_and_still_refused(spd, normal, counted):
+    solver = Neumann(max_steps=3, step_size=0.5, rtol=None)
+    system = counted(spd(1, 6, 3.0), symmetric=True)
+    first = solver.solve(system.operator, normal(1, 6), memory=solver.init(normal(1, 6)))
+    later = solver.solve(system.operator, normal(2, 6), memory=first.memory)
+    assert (first.products, later.products) == (4 + 10, 4)
+    with pytest.raises(ConvergenceError, match=r"step_size=0.5\) diverges: .* bounds it by 0\.2"):
+        solver.solve(LinearOperator((10.0 * system.matrix).mv, True), normal(2, 6), memory=later.memory)
+
+
+def test_a_run_costs_what_a_fixed_step_costs_after_its_first_system(ridge, ends_where_it_did_without):
+    def implicit(solver):
+        return bl.Implicit(bl.Scipy("L-BFGS-B"), steps=500, tolerance=1e-6, linear_solver=solver)
+
+    solver = Neumann(max_steps=10, rtol=None)
+    run = bl.solve(ridge(), y=implicit(solver), steps=5)
+    # Ten terms, the residual and, but in the first step, the start: five times, and ten power iterations once.
+    assert run.products == 5 * 11 + 4 + 10
+    ends_where_it_did_without(ridge, implicit(solver), implicit(solver), steps=6, atol=0.0)
+
+
+def test_settings_of_the_kept_eigenvalue_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="every=0"):
+        Neumann(every=0)

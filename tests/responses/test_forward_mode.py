@@ -29,7 +29,7 @@ def test_every_optimiser_gives_what_reverse_mode_gives(factory):
         assert ((found - wanted).norm() / wanted.norm()).item() <= 1e-12
 
 
-@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW])
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW, optim.ASGD])
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_learning_rate_that_is_a_player(kind, warm):
     game, slopes = lr_game(), []
@@ -40,13 +40,6 @@ def test_a_learning_rate_that_is_a_player(kind, warm):
             y, state = response(game, {"lr": rate}, state)
         slopes.append(torch.autograd.grad(y.square().sum(), rate)[0].item())
     assert slopes[1] == pytest.approx(slopes[0], rel=1e-12)
-
-
-def test_asgd_does_not_read_a_learning_rate_that_is_a_player():
-    game = lr_game()
-    response = bl.Unrolled(lambda p, lr: optim.ASGD(p, lr=lr.exp()), steps=3, differentiation=bl.ForwardMode())
-    with pytest.raises(TypeError, match="reads its learning rate as a plain number"):
-        response(game, {"lr": torch.tensor(-3.0, dtype=D, requires_grad=True)}, response.init(game))
 
 
 def test_dropout_batch_norm_minibatches_and_truncation():

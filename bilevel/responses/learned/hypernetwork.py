@@ -48,22 +48,21 @@ class Hypernetwork(Response):
     \min_{w_0,\,\operatorname{net}} \mathbb{E}_x\, f(x, y(x)), \qquad s = \text{scale} \cdot \sqrt n
     $$
 
-    for n entries of the others. The slope is an estimate, as good as the fit: zero at first, its residual reported. A
-    call costs steps times `sampler.rows` gradients, 3 more when examined, no Hessian-vector product. Source: Lorraine
-    and Duvenaud 2018 (arXiv 1802.09419).
+    for n entries of others. The slope is as good as the fit: zero at first, its residual reported. A call costs
+    `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product. Source: arXiv 1802.09419.
 
     Args:
         optimizer: from tensors to a torch.optim optimiser, for w0 and the network together.
-        network: a `bilevel.networks` one, a module, or a function of (inputs, outputs) that makes one. Linear is exact
+        network: of `bilevel.networks`, a module, or a function of (inputs, outputs) that makes one; a matrix is exact
             for quadratic games.
-        scale: standard deviation of the perturbations, in the leader's units; 0.1 to 0.5 on log or logit scales.
-        steps: steps of fitting in each call; one keeps up with a slow leader.
-        warmup: more of them in the first call.
-        scheduler: from the optimiser to a learning-rate scheduler, stepped with it. By default the rate is constant.
-        tolerance: residual, and share of the follower's first gradient, above which a call warns; None for never.
+        scale: the perturbations' standard deviation, in the leader's units; 0.1 to 0.5 on log or logit scales.
+        steps: of fitting a call; one keeps up with a slow leader.
+        warmup: more of them in the first call; none by default.
+        scheduler: from the optimiser to a learning-rate scheduler, stepped with it; else the rate is constant.
+        tolerance: residual, and share of the first gradient, above which a call warns (None: never); 1 is worthless.
         examine_every: calls from one measurement to the next; 1 keeps the report fresh.
-        sampler: where the leader's values come from while fitting; default: one antithetic pair around $x_0$.
-        memory: how much of it may be used, and whether states are written over; states are kept by default.
+        sampler: draws the leader's values for the fit; one antithetic pair around $x_0$ is the cheapest.
+        memory: its limit, and whether states are written over; by default not.
 
     Raises:
         MemoryError: in `init`, where fitting would take more bytes than there are.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import final
@@ -12,22 +13,28 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
+from bilevel.autodiff import concrete
 from bilevel.game import Follower, Game
-from bilevel.inner.differentiable import DifferentiableOptimizer
-from bilevel.inner.torch_optim import Memory, OptimizerFactory
+from bilevel.inner.optimizer import require_finite
+from bilevel.inner.torch_optim import Memory
+from bilevel.responses.unrolled.recipe import InnerStep, Recipe
 from bilevel.tree import Variables, map_leaves
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a follower is between two steps: its leaves and its optimiser's memory, None before the first step."""
+    """Where a follower is between two steps: its leaves, its optimiser's memory, None before the first step.
+
+    `taken` is how many steps of this call came before.
+    """
 
     y: list[Tensor]
     memory: Memory | None
+    taken: int = 0
 
     def detached(self) -> Point:
         """The same values, outside any graph."""
-        return Point([leaf.detach() for leaf in self.y], detach_memory(self.memory))
+        return Point([leaf.detach() for leaf in self.y], detach_memory(self.memory), self.taken)
 
 
 def detach_memory(memory: Memory | None) -> Memory | None:
@@ -41,7 +48,8 @@ def detach_memory(memory: Memory | None) -> Memory | None:
 class Followed:
     """Where the steps end, attached to what they depend on, and the work that its derivative takes.
 
-    `gradients` are those beyond one a step; `products` are Hessian-vector products, made now or in one backward pass.
+    `gradients` are those beyond one a step and batch; `products` are Hessian-vector products, made now or in one
+    backward pass.
     """
 
     end: Point
@@ -50,18 +58,28 @@ class Followed:
 
 
 class Steps:
-    """The steps of one call: they draw batches, advance buffers and are counted in `follower`."""
+    """The steps of one call: they draw batches, advance buffers and are counted in `follower`.
 
-    def __init__(self, factory: OptimizerFactory, follower: Follower, others: Mapping[str, Variables]) -> None:
-        self.factory, self.follower, self.others = factory, follower, others
+    What it holds of them is outside any graph: a graph that leads to what holds it is never freed.
+    """
+
+    def __init__(self, recipe: Recipe, follower: Follower, others: Mapping[str, Variables]) -> None:
+        self.recipe, self.follower, self.others = recipe, follower, others
         self.loss: Tensor
         self.slopes: list[Tensor]
+        self._noted = 0
+        self._worst: Tensor | None = None
+        """The step's number, loss and gradient's largest entry: of the first step with a NaN, else of the last."""
         self._drawn = True  # the first step's batch is there already
 
-    def stepper(self, point: Point, others: Mapping[str, Variables]) -> DifferentiableOptimizer:
+    @property
+    def batches(self) -> int:
+        """How many batches a step takes the mean gradient of."""
+        return self.recipe.settings.accumulate
+
+    def stepper(self, point: Point, others: Mapping[str, Variables]) -> InnerStep:
         """The optimiser at a point, its hyperparameters taken from `others`."""
-        players = {name: value for name, value in others.items() if name in self.follower.game.names}
-        return DifferentiableOptimizer(self.factory, point.y, players, point.memory)
+        return self.recipe.stepper(point.y, point.memory, point.taken, others)
 
     def draw(self) -> None:
         """Move on to the next step's batch, unless it is there already."""
@@ -70,52 +88,81 @@ class Steps:
         self._drawn = True
 
     def take(self) -> None:
-        """Begin the next step, on its batch."""
+        """Begin the next step, or a step's next batch."""
         self.draw()
         self._drawn = False
 
-    def step(self, stepper: DifferentiableOptimizer, y: list[Tensor], others: Mapping[str, Variables]) -> list[Tensor]:
-        """The leaves after one step; the memory after it is the stepper's."""
-        self.take()
-        self.loss, self.slopes = self.follower.gradients(y, others)
-        return stepper.step(y, self.slopes)
+    def note(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        """Take note of a step's losses and mean gradient."""
+        self.loss, self.slopes = losses[-1].detach(), [slope.detach() for slope in slopes]
+        sizes = [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in self.slopes]
+        loss = torch.stack([loss.detach().to(sizes[0]) for loss in losses]).sum()
+        size = torch.stack(sizes).max()
+        here = torch.stack([torch.full_like(size, self._noted), loss, size])
+        self._noted += 1
+        # Chosen where it is: a GPU would wait for a number that is fetched in each step.
+        self._worst = here if self._worst is None else torch.where(self._worst.isfinite().all(), here, self._worst)
+
+    def require_finite(self, y: Sequence[Tensor]) -> None:
+        """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
+        advice = "Lower the inner learning rate of Unrolled(optimizer)."
+        follower, worst = self.follower, self._worst
+        if worst is not None and not concrete(worst.abs().max()) < math.inf:
+            where = follower.where_loss_not_finite(y) or follower.where_not_finite(follower.game.norms(y))
+            step, loss, size = (concrete(entry) for entry in worst)
+            require_finite(follower.name, loss, size, int(step), self._noted, where, advice)
+        follower.require_finite(list(y), advice, concrete(self.loss))
+
+    def gradients(
+        self, y: list[Tensor], others: Mapping[str, Variables], noted: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        """A step's gradient, the mean over its batches; `noted` is called before each."""
+        losses, total = [], None
+        for _ in range(self.batches):
+            self.draw()
+            noted()
+            self.take()
+            loss, slopes = self.follower.gradients(y, others)
+            losses.append(loss)
+            total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
+        mean = self.recipe.settings.mean(total or [])
+        self.note(losses, mean)
+        return mean
 
     def alone(self, start: Point, count: int, noted: Callable[[], None] = lambda: None) -> Point:
-        """Where `count` steps lead, bit for bit as with their graphs, keeping none; `noted` is called before each.
+        """Where `count` steps lead, bit for bit as with their graphs, keeping none.
 
-        With grad enabled torch takes other kernels for some derivatives, twice differentiable ones: so it is here.
+        `noted` is called before each batch. With grad enabled torch takes other kernels for some derivatives, twice
+        differentiable ones: so it is here.
         """
         here = start.detached()
         stepper, y = self.stepper(here, self.follower.others), [leaf.clone() for leaf in here.y]
         stepper.own_memory()
         for _ in range(count):
-            self.draw()
-            noted()
-            self.take()
-            loss, slopes = self.follower.gradients(y, self.follower.others)
-            self.loss, self.slopes = loss.detach(), [slope.detach() for slope in slopes]
-            del loss, slopes  # their graph holds y, which is written over
-            y = stepper.step_in_place(y, self.slopes)
-        return Point(y, stepper.memory).detached()
+            slopes = [slope.detach() for slope in self.gradients(y, self.follower.others, noted)]
+            # The graph, which holds the y that is written over, is gone by now.
+            y = stepper.step_in_place(y, slopes)
+        return Point(y, stepper.memory, start.taken + count).detached()
 
     def stand_still(self, point: Point, count: int) -> Point:
         """Where `count` steps lead, nothing of them differentiated."""
         if not count:
             return point
-        stepper = self.stepper(point, self.others)
+        stepper = self.stepper(point, self.follower.others)
         y = point.y
         for _ in range(count):
             with torch.no_grad():
-                y = self.step(stepper, [leaf.detach() for leaf in y], self.follower.others)
-        return Point(y, stepper.memory).detached()
+                y = [leaf.detach() for leaf in y]
+                y = stepper.step(y, self.gradients(y, self.follower.others))
+        return Point(y, stepper.memory, point.taken + count).detached()
 
     def stored(self, point: Point, count: int) -> Point:
         """Where `count` steps lead, with the graph of every one of them."""
         stepper = self.stepper(point, self.others)
         y = point.y
         for _ in range(count):
-            y = self.step(stepper, y, self.others)
-        return Point(y, stepper.memory)
+            y = stepper.step(y, self.gradients(y, self.others))
+        return Point(y, stepper.memory, point.taken + count)
 
 
 class Differentiation(ABC):
@@ -152,4 +199,4 @@ class ReverseMode(Differentiation):
         away = self.offload and steps.follower.game.device.type != "cpu"
         with save_on_cpu(pin_memory=True) if away else nullcontext():
             end = steps.stored(start, count)
-        return Followed(end, 0, count if any(leaf.requires_grad for leaf in end.y) else 0)
+        return Followed(end, 0, count * steps.batches if any(leaf.requires_grad for leaf in end.y) else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError, CapturedTensorError
 from bilevel.game import Game
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
+from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.segment import tried
 from bilevel.responses.unrolled.tangents import moving_tangents
 
@@ -76,14 +77,14 @@ class ForwardMode(Differentiation):
                 f"ForwardMode(most={entries}) to accept that."
             )
         if not entries:
-            return Followed(steps.alone(start, count), 1, 0)
+            return Followed(steps.alone(start, count), steps.batches, 0)
         carried = _Carried(steps, start, wanted)
         for step in range(count):
             carried.step(first=step == 0, last=step == count - 1)
         jacobian = [torch.stack(columns) for columns in zip(*carried.columns(), strict=True)]
         xs = [follower.xs[index] for index in wanted]
         y = _Attached.apply(jacobian, len(jacobian), *carried.y, *xs)  # type: ignore[no-untyped-call]
-        return Followed(Point(list(y), carried.memory), 1, carried.products)
+        return Followed(Point(list(y), carried.memory, start.taken + count), steps.batches, carried.products)
 
 
 class _Carried:
@@ -116,6 +117,24 @@ class _Carried:
 
     def step(self, *, first: bool, last: bool) -> None:
         """One step of y and of its derivative."""
+        settings = self.steps.recipe.settings
+        losses: list[Tensor] = []
+        own: list[Tensor] | None = None
+        along: Iterator[list[Tensor]] = iter(())
+        for batch in range(self.steps.batches):
+            loss, slopes, product = self._batch(first=first and not batch, last=last and not batch)
+            # Made one by one as they are used, which takes the memory of one gradient in place of p.
+            moved = (product([*column, *unit]) for column, unit in zip(self.columns(), self.units, strict=True))
+            losses.append(loss)
+            own = slopes if own is None else _added(own, slopes)
+            along = iter([*map(_added, along, moved)]) if batch else iter([*moved] if self.steps.batches > 1 else moved)
+        mean = settings.mean(own or [])
+        self.steps.note(losses, mean)
+        self.y = self.moving.step(self.y, mean, map(settings.mean, along))
+        self.products += len(self.units) * self.steps.batches
+
+    def _batch(self, *, first: bool, last: bool) -> tuple[Tensor, list[Tensor], Product]:
+        """The loss and the gradient on the next batch, and how the gradient moves."""
         steps, follower = self.steps, self.steps.follower
         steps.take()
         with torch.enable_grad():
@@ -130,14 +149,12 @@ class _Carried:
             if self.symmetric and (first or last) and not self._is_symmetric(y, slopes):
                 self._turn(first=first)
             product = self._by_symmetry(y, slopes) if self.symmetric else self._by_transpose(y, own)
-        along = (product([*column, *unit]) for column, unit in zip(self.columns(), self.units, strict=True))
-        steps.loss, steps.slopes = loss.detach(), [slope.detach() for slope in own]
-        self.y = self.moving.step(self.y, steps.slopes, along)
-        self.products += len(self.units)
+        return loss.detach(), [slope.detach() for slope in own], product
 
     def _turn(self, *, first: bool) -> None:
         """Go on by transposed products; refuses when steps were taken by the others already."""
         if not first:
+            self.steps.require_finite(self.y)  # of NaN nothing is symmetric
             raise BilevelError(
                 f"ForwardMode: the Hessian of player {self.steps.follower.name!r} was symmetric in the first step, and "
                 "is not in the last: its gradient is no longer that of its loss. Use ReverseMode() or Segments()."
@@ -154,27 +171,9 @@ class _Carried:
         return product
 
     def _by_transpose(self, y: Sequence[Tensor], own: Sequence[Tensor]) -> Product:
-        """The derivative of u -> (df_y/d(y, x))^T u, which is linear, transposed."""
-        seeds = [torch.zeros_like(slope).requires_grad_() for slope in own]
-        attached = [index for index, slope in enumerate(own) if slope.requires_grad]
-        linear: list[Tensor] = [torch.zeros(()) for _ in (*y, *self.chosen)]
-        if attached:
-            linear = list(
-                torch.autograd.grad(
-                    [own[i] for i in attached],
-                    [*y, *self.chosen],
-                    [seeds[i] for i in attached],
-                    create_graph=True,
-                    materialize_grads=True,
-                )
-            )
-            self.products += 1
-        useful = [index for index, value in enumerate(linear) if value.requires_grad]
-
-        def product(direction: Sequence[Tensor]) -> list[Tensor]:
-            return _pulled([linear[i] for i in useful], seeds, [direction[i] for i in useful])
-
-        return product
+        """The derivative of the gradient along any direction of y and x."""
+        self.products += any(slope.requires_grad for slope in own)
+        return Pushforward(own, [*y, *self.chosen])
 
     def _is_symmetric(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> bool:
         """Hold the two products against each other in a random direction of y and in one of x."""
@@ -238,6 +237,10 @@ def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seq
     if not outputs:
         return [torch.zeros_like(tensor) for tensor in inputs]
     return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
+
+
+def _added(some: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(some, others, strict=True)]
 
 
 def _units(xs: Sequence[Tensor]) -> list[list[Tensor]]:

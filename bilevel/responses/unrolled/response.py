@@ -9,16 +9,19 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, transforms_active
+from bilevel.autodiff import transforms_active
 from bilevel.game import Game
 from bilevel.game.data import Batch
-from bilevel.inner.differentiable import refuse_undifferentiable
-from bilevel.inner.torch_optim import OptimizerFactory, build, kept_memory
+from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
+from bilevel.inner.schedule import place_alone
+from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
 from bilevel.responses.base import Response, State, at_start, fresh_state
 from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
-from bilevel.tree import Variables, leaves, map_leaves
+from bilevel.responses.unrolled.hyperparameters import refuse_lost
+from bilevel.responses.unrolled.recipe import Recipe
+from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 
 @final
@@ -26,37 +29,51 @@ from bilevel.tree import Variables, leaves, map_leaves
 class Unrolled(Response):
     r"""The follower's variables after `steps` optimiser steps, differentiated through every one of them.
 
-        y_{k+1} = y_k - step(grad_y f(x, y_k)),    dy_K/dx
+    $$y_{k+1} = y_k - \mathrm{step}(\nabla_y f(x, y_k)), \qquad \frac{dy_K}{dx}$$
 
-    `optimizer` is a callable from a list of tensors to an *unmodified* torch.optim optimiser: SGD, Adam, AdamW,
-    RMSprop, Adagrad, NAdam, RAdam, Adamax, Adadelta or ASGD, with any of their options and parameter groups. The
-    trajectory is torch's own. A tensor `lr` receives its exact gradient; further parameters of the callable named
-    after players receive those players' variables: `Unrolled(lambda params, lr: SGD(params, lr=lr), steps=20)`.
+    The trajectory is torch's own, of an *unmodified* optimiser: SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam,
+    Adamax, Adadelta or ASGD, with any of their options and parameter groups, or a subclass that leaves the step alone;
+    one of your own is a `bl.inner.DifferentiableOptimizer`. Clipping, schedules and accumulated gradients are options:
+    `Unrolled(bl.inner.TorchOptimizer(factory, clip_norm=1.0, scheduler=...))`.
 
-    `differentiation` is how, and changes memory and time alone: `ReverseMode()` holds the graph of every step;
-    `Segments(memory=...)` takes most of them again in backward, for a small part of the memory; `ForwardMode()` carries
-    the derivatives along, for a few leader's entries and any number of steps.
-    `backprop_steps` differentiates only the last so many steps (truncated: biased towards short horizons).
-    `warm_start` continues from the last call's variables and optimiser memory; else each call starts at `init`.
+    An option that is a tensor, `lr`, `momentum`, `betas`, `weight_decay`, receives its exact gradient. Further
+    parameters of a factory of your own that are named after players receive those players' variables:
+    `Unrolled(lambda params, lr: SGD(params, lr=lr.exp()), steps=20)`.
 
     The derivative is exact for `steps` steps from the start, which is what the leader then anticipates; it is the
     best response's only as the steps converge, with an error like k rho^k. Costs `steps` gradients, as many
     Hessian-vector products in backward, and by `ReverseMode` the memory of every step's graph.
-    Raises `TypeError` for optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, ...).
     Source: Maclaurin et al. 2015 (arXiv 1502.03492); Franceschi et al. 2017 (arXiv 1703.01785).
 
-    >>> from functools import partial
-    >>> Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3).steps
-    3
+    Args:
+        optimizer: A callable from a list of tensors to a torch.optim optimiser, or a `TorchOptimizer` with options.
+        steps: The optimiser's steps in a call.
+        backprop_steps: Differentiate only the last so many steps (truncated: biased towards short horizons).
+        warm_start: Continue from the last call's variables, optimiser memory and place in the schedule; else each call
+            starts at `init`.
+        differentiation: Selects how the derivative is computed; only memory and time change. `ReverseMode()` holds the
+            graph of every step; `Segments(memory=...)` takes most of them again in backward, for a small part of the
+            memory; `ForwardMode()` carries the derivatives along, for a few leader's entries and any number of steps.
+
+    Raises:
+        TypeError: For optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, a subclass that overrides
+            `step`), for step hooks, and for a player whose derivative torch's optimiser would lose.
+        NonFiniteError: In a call, when a loss or a gradient became NaN or infinite; it says in which step.
+
+    Examples:
+        >>> from functools import partial
+        >>> Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3).steps
+        3
     """
 
-    optimizer: OptimizerFactory
+    optimizer: OptimizerFactory | TorchOptimizer
     steps: int = 100
     backprop_steps: int | None = None
     warm_start: bool = True
     differentiation: Differentiation = field(default_factory=ReverseMode)
 
     def __post_init__(self) -> None:
+        torch_optimizer("Unrolled", self.optimizer)
         if self.steps < 1:
             raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
         if self.backprop_steps is not None and not 1 <= self.backprop_steps <= self.steps:
@@ -93,26 +110,31 @@ class Unrolled(Response):
 
     @property
     def inner_optimizer(self) -> OptimizerFactory:
-        """`optimizer`."""
-        return self.optimizer
+        """That of `optimizer`."""
+        return torch_optimizer("Unrolled", self.optimizer).factory
 
     def with_inner_optimizer(self, optimizer: OptimizerFactory) -> Unrolled:
-        """The same with another optimiser."""
-        return replace(self, optimizer=optimizer)
+        """The same with another optimiser, and the same options around it."""
+        options = torch_optimizer("Unrolled", self.optimizer)
+        return replace(self, optimizer=optimizer if options.plain else replace(options, factory=optimizer))
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
         state = fresh_state(game, follower, seed, many=True)
-        at_start(game, state).refuse_mixing("Unrolled", self.optimizer)
+        settings = torch_optimizer("Unrolled", self.optimizer)
+        start = at_start(game, state)
+        start.refuse_mixing("Unrolled", settings.factory)
+        if settings.option_players(dict.fromkeys(game.names)):
+            game.require_one("Unrolled with options that are functions of players")
         self.differentiation.require(game)
-        players = {name: game.initial(name) for name in game.names if name != state["follower"]}
-        refuse_undifferentiable(build(self.optimizer, leaves(state["variables"]), players))
-        return state | {"optimizer": None}
+        refuse_lost(settings, start, leaves(state["variables"]), self.steps)
+        return state | {"optimizer": None, "schedule": None}
 
     def adopt(self, saved: State, start: State) -> State:
-        """With the optimiser's memory, where it is such as this one's."""
-        kept = kept_memory(self.optimizer, leaves(start["variables"]), saved.get("optimizer"))
-        return super().adopt(saved, start) | {"optimizer": kept}
+        """With the optimiser's memory, where it is such as this one's; a schedule goes on at its step."""
+        y, factory = start["variables"], self.inner_optimizer
+        kept = kept_memory(factory, leaves(y), saved.get("optimizer"), leaf_names(y, start["follower"]))
+        return super().adopt(saved, start) | {"optimizer": kept, "schedule": place_alone(saved.get("schedule"))}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -129,7 +151,9 @@ class Unrolled(Response):
         ]
         memory = state["optimizer"] if self.warm_start else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
-        steps = Steps(self.optimizer, follower, others)
+        place = state.get("schedule") if self.warm_start else None
+        recipe = Recipe.of(torch_optimizer("Unrolled", self.optimizer), follower, y, place, self.steps)
+        steps = Steps(recipe, follower, others)
         differentiated = self.steps if self.backprop_steps is None else self.backprop_steps
         if torch.is_grad_enabled():
             start = steps.stand_still(Point(y, lifted), self.steps - differentiated)
@@ -137,13 +161,13 @@ class Unrolled(Response):
         else:
             followed = Followed(steps.stand_still(Point(y, lifted), self.steps), 0, 0)
         y, after = followed.end.y, followed.end.memory or ()
-        follower.require_finite(y, "Lower the inner learning rate of Unrolled(optimizer).", concrete(steps.loss))
+        steps.require_finite(y)
         variables = follower.form.build(y)
         if transforms_active():
             return variables, state
         state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
         memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
-        return variables, state | {"optimizer": memory}
+        return variables, state | {"optimizer": memory, "schedule": recipe.place_after}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:

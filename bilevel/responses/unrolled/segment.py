@@ -20,9 +20,10 @@ from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses.unrolled.differentiation import Point, Steps
 from bilevel.responses.unrolled.memory_plan import Sizes, measured_graph, unique_bytes
 from bilevel.responses.unrolled.new_leaves import NewLeafTracker
+from bilevel.responses.unrolled.recipe import Recipe
 
-# What torch's optimisers count in tensors: the same at every x.
-COUNTERS = frozenset(("step", "mu", "mu_product"))
+# What torch's optimisers remember and no later step's derivative needs: counts, and ASGD's average.
+INERT = frozenset(("step", "mu", "ax"))
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PointForm:
 
     spec: pytree.TreeSpec
     rest: tuple[Any, ...]
+    taken: int
 
     @staticmethod
     def of(point: Point, buffers: Buffers | None = None) -> tuple[PointForm, list[Tensor]]:
@@ -39,17 +41,18 @@ class PointForm:
         tensors: list[Tensor] = []
         rest: list[Any] = []
         for path, leaf in pairs:
-            counts = getattr(path[-1], "key", None) in COUNTERS and path[0] == pytree.SequenceKey(1)
-            moves = isinstance(leaf, Tensor) and not counts
+            # Those of torch lie right in a leaf's memory, which is the second of the pair.
+            inert = len(path) == 3 and path[0] == pytree.SequenceKey(1) and getattr(path[2], "key", None) in INERT
+            moves = isinstance(leaf, Tensor) and not inert
             tensors += [leaf] if moves else []
             rest.append(_Moving if moves else leaf)
-        return PointForm(spec, tuple(rest)), tensors
+        return PointForm(spec, tuple(rest), point.taken), tensors
 
     def point(self, tensors: Sequence[Tensor]) -> tuple[Point, Buffers]:
         """The point and the buffers with these tensors."""
         left = iter(tensors)
         y, memory, buffers = pytree.tree_unflatten([next(left) if r is _Moving else r for r in self.rest], self.spec)
-        return Point(y, memory), buffers
+        return Point(y, memory, self.taken), buffers
 
     @property
     def size(self) -> int:
@@ -63,7 +66,7 @@ class _Moving:
 
 @dataclass(frozen=True)
 class Record:
-    """What a step uses besides the point that it starts from: its batch, random numbers and automatic casts."""
+    """What a gradient uses besides the point where it is taken: its batch, random numbers and automatic casts."""
 
     batch: Batch
     random: dict[str, Tensor]
@@ -71,7 +74,7 @@ class Record:
 
     @staticmethod
     def now(follower: Follower) -> Record:
-        """That of the step that is taken next."""
+        """That of the gradient that is taken next."""
         device = follower.game.device
         kinds = dict.fromkeys(("cpu", device.type))
         casts = tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
@@ -95,10 +98,11 @@ class Record:
 class Segment:
     """Steps as a function of the tensors of their start (laid out as `form`) and of the others' variables.
 
-    `captured` are the tensors that require grad and enter by another way.
+    `captured` are the tensors that require grad and enter by another way. It is held by the graph, so that nothing that
+    it holds may lead back there.
     """
 
-    steps: Steps
+    recipe: Recipe
     form: PointForm
     records: list[Record]
     captured: list[Tensor]
@@ -107,21 +111,24 @@ class Segment:
     def starting(steps: Steps, point: Point, captured: list[Tensor]) -> tuple[Segment, list[Tensor]]:
         """A segment without steps yet, and the tensors of its start."""
         form, tensors = PointForm.of(point, steps.follower.buffers)
-        return Segment(steps, form, [], captured), tensors
+        return Segment(steps.recipe, form, [], captured), tensors
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of the end; `tensors` are those of the start, and then the others'."""
-        follower = self.steps.follower
-        game, name, size = follower.game, follower.name, self.form.size
+        recipe, size = self.recipe, self.form.size
+        game, name, batches = recipe.game, recipe.player, recipe.settings.accumulate
         point, buffers = self.form.point(tensors[:size])
-        others = follower.input_form.build(tensors[size:])
-        stepper, y = self.steps.stepper(point, others), point.y
+        others = recipe.input_form.build(tensors[size:])
+        stepper, y = recipe.stepper(point.y, point.memory, point.taken, others), point.y
+        total: list[Tensor] | None = None
         with random_kept(game.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were issued the first time
-            for record in self.records:
+            for number, record in enumerate(self.records, start=1):
                 with record.again(game.device):
-                    _, slopes, after = self.steps.follower.rests(game, name, y, others, record.batch, buffers)
-                    y = stepper.step(y, slopes)
+                    _, slopes, after = recipe.rests(game, name, y, others, record.batch, buffers)
+                    total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
+                    if number % batches == 0:
+                        y, total = stepper.step(y, recipe.settings.mean(total)), None
                 buffers = {name: after[name]} if buffers else {}
         return PointForm.of(Point(y, stepper.memory))[1]
 
@@ -141,14 +148,14 @@ class Segment:
         with torch.enable_grad():
             given = [tensor.detach() for tensor in inputs[:own]] + self.captured
             # The leaves always: where one does not require grad, its gradient is taken at a leaf of the library's own.
-            for index in {*wanted, *range(len(self.steps.follower.form.shapes))}:
+            for index in {*wanted, *range(len(self.recipe.form.shapes))}:
                 if index < own:
                     # An alias: derivatives stop here even when one input depends on another through its own graph.
                     aliased = further and inputs[index].requires_grad
                     given[index] = inputs[index].view_as(inputs[index]) if aliased else given[index].requires_grad_()
             with NewLeafTracker() as born:
                 found = self.again(given[:own])
-        if not self.steps.follower.game.anticipated:  # a nested response makes leaves of its own in its backward
+        if not self.recipe.game.anticipated:  # a nested response makes leaves of its own in its backward
             self._refuse_strangers(captured_leaves(found, [*given, *born.leaves]))
         self._require_same(found, ends, inputs)
         pairs = [(e, c) for e, c in zip(found, cotangents, strict=True) if c is not None and e.requires_grad]
@@ -167,14 +174,14 @@ class Segment:
     def _refuse_strangers(self, strangers: Sequence[Tensor]) -> None:
         if strangers:
             raise CapturedTensorError(
-                f"Segments: the steps of player {self.steps.follower.name!r} use a tensor of shape "
+                f"Segments: the steps of player {self.recipe.player!r} use a tensor of shape "
                 f"{tuple(strangers[0].shape)} that requires grad and that the first step did not use; its derivative "
                 "would be lost. Pass it as a player's variables, detach it, or use ReverseMode()."
             )
 
     def _require_same(self, found: Sequence[Tensor], ends: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """Hold the steps taken again against where they ended: rounding apart, the same."""
-        count = len(self.steps.follower.form.shapes)
+        count = len(self.recipe.form.shapes)
         with torch.no_grad():
             apart, moved, size = (
                 float(torch.stack([torch.linalg.vector_norm(a - b) for a, b in pairs]).norm())
@@ -185,9 +192,10 @@ class Segment:
                 )
             )
         eps = torch.finfo(found[0].dtype).eps
+        steps = len(self.records) // self.recipe.settings.accumulate
         if not apart <= eps**0.5 * moved + 10.0 * eps * size:
             raise BilevelError(
-                f"Segments: {len(self.records)} steps of player {self.steps.follower.name!r}, taken again in backward, "
+                f"Segments: {steps} steps of player {self.recipe.player!r}, taken again in backward, "
                 f"end {apart:.3g} from where they ended in the call, having moved by {moved:.3g}. Something outside "
                 "the game changed in between: a module's train() or eval(), data written in place, an objective with "
                 "state or random numbers of its own. Run backward before it changes, or use ReverseMode()."
@@ -199,7 +207,7 @@ def tried(steps: Steps, start: Point) -> tuple[list[Tensor], Sizes]:
     follower = steps.follower
     steps.draw()
     segment, tensors = Segment.starting(steps, start, [])
-    segment.records.append(Record.now(follower))
+    segment.records.extend([Record.now(follower)] * steps.batches)
     batch = [leaf for leaf in pytree.tree_leaves(follower.batch) if isinstance(leaf, Tensor)]
     buffers = [tensor for tensors in follower.buffers.values() for tensor in tensors.values()]
     moving = len(tensors) - len(buffers)
@@ -212,6 +220,6 @@ def tried(steps: Steps, start: Point) -> tuple[list[Tensor], Sizes]:
     sizes = Sizes(
         graph=sum(storage.nbytes() for storage in graph.values()),
         state=unique_bytes([*ends, *buffers]),
-        batch=unique_bytes(batch) if copies else 0,
+        batch=unique_bytes(batch) * steps.batches if copies else 0,
     )
     return captured_leaves(ends, [*own, *xs, *born.leaves]), sizes

@@ -81,8 +81,8 @@ class Segments(Differentiation):
             point = _attached(steps, point, length, captured, self.offload)
         end = steps.stored(point, lengths[-1])
         if not any(leaf.requires_grad for leaf in end.y):
-            return Followed(end, 1, 0)
-        return Followed(end, 1 + count - lengths[-1], count)
+            return Followed(end, steps.batches, 0)
+        return Followed(end, steps.batches * (1 + count - lengths[-1]), steps.batches * count)
 
 
 def _attached(steps: Steps, start: Point, length: int, captured: list[Tensor], offload: bool) -> Point:

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, optim
 
-from bilevel.inner.differentiable import SEEDS
-from bilevel.inner.torch_optim import Memory, build, player_parameters
+from bilevel.inner.seeds import SEEDS
+from bilevel.inner.torch_optim import Memory
 from bilevel.responses.unrolled.differentiation import Point, Steps, detach_memory
-from bilevel.responses.unrolled.segment import COUNTERS
-from bilevel.tree import Variables
+from bilevel.responses.unrolled.pushforward import Pushforward
+from bilevel.responses.unrolled.recipe import InnerStep
+from bilevel.responses.unrolled.segment import INERT, PointForm
+from bilevel.tree import Variables, leaf_names
 
 Slot = dict[str, Tensor]
 
@@ -35,16 +37,44 @@ def moving_tangents(
     steps: Steps, start: Point, others: Mapping[str, Variables], chosen: Sequence[Tensor], units: list[list[Tensor]]
 ) -> Tangents:
     """Those of the steps' optimiser from `start`; `units` hold the unit vectors of the variables `chosen`."""
-    named = player_parameters(steps.factory, others)
-    optimizer = steps.stepper(start, others).optimizer
-    if named and isinstance(optimizer, optim.ASGD):
-        raise TypeError(
-            f"ForwardMode: torch's ASGD reads its learning rate as a plain number, so that {named[0]!r} would get no "
-            "derivative. Use SGD, Adam or another optimiser."
-        )
-    if isinstance(optimizer, optim.SGD) and not named:
-        return _Linear(steps, start, len(units))
-    return _Elementwise(steps, start, others, chosen, units if named else [[] for _ in units])
+    settings, step = steps.recipe.settings, steps.stepper(start, others)
+    named = settings.players(others)
+    moving: Tangents
+    # ASGD remembers its rate, and NAdam a product of its betas: one number for all entries of a leaf.
+    if step.stepper.kind is None or (step.stepper.kind in (optim.ASGD, optim.NAdam) and named):
+        moving = _General(step, start, chosen, units)
+    elif step.stepper.kind is optim.SGD and not named:
+        moving = _Linear(steps, start, len(units))
+    else:
+        moving = _Elementwise(step, start, chosen, units if named else [[] for _ in units])
+    return _Clipped(moving, step, chosen, units) if step.clips else moving
+
+
+class _Clipped(Tangents):
+    """Along gradients that are clipped first: by their norm, all entries of them move each."""
+
+    def __init__(
+        self, moving: Tangents, step: InnerStep, chosen: Sequence[Tensor], units: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self._moving, self._clip, self._chosen, self._units = moving, step.clip, chosen, units
+
+    @property
+    def memory(self) -> Memory | None:  # type: ignore[override]
+        """The optimiser's own."""
+        return self._moving.memory
+
+    def columns(self) -> list[list[Tensor]]:
+        """For each entry the derivative of the leaves."""
+        return self._moving.columns()
+
+    def step(self, y: list[Tensor], slopes: list[Tensor], along: Iterator[list[Tensor]]) -> list[Tensor]:
+        """The leaves after one step."""
+        with torch.enable_grad():
+            raw = [slope.detach().requires_grad_() for slope in slopes]
+            clipped = self._clip(raw)
+            moves = Pushforward(clipped, [*raw, *self._chosen])
+        moved = (moves([*slope, *unit]) for slope, unit in zip(along, self._units, strict=True))
+        return self._moving.step(y, [slope.detach() for slope in clipped], moved)
 
 
 class _Linear(Tangents):
@@ -55,8 +85,8 @@ class _Linear(Tangents):
         self._stepper = steps.stepper(start, follower.others)
         self._stepper.own_memory()
         self._columns = [[torch.zeros_like(leaf) for leaf in start.y] for _ in range(entries)]
-        players = {name: value for name, value in follower.others.items() if name in follower.game.names}
-        self._optimizers = [build(steps.factory, column, players) for column in self._columns]
+        names = leaf_names(follower.form.build(start.y), follower.name)
+        self._optimizers = [steps.recipe.settings.build(column, names) for column in self._columns]
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["foreach"] = False
@@ -73,16 +103,18 @@ class _Linear(Tangents):
     def step(self, y: list[Tensor], slopes: list[Tensor], along: Iterator[list[Tensor]]) -> list[Tensor]:
         """The leaves after one step."""
         fresh = self._stepper.memory is None
+        changes = self._stepper.next_changes()
         for column, optimizer, moved in zip(self._columns, self._optimizers, along, strict=True):
             slope_of = dict(zip(map(id, column), moved, strict=True))
-            for group in optimizer.param_groups:
+            for index, group in enumerate(optimizer.param_groups):
+                group |= {} if changes is None else changes[index]
                 for tangent in group["params"]:
                     tangent.grad = slope_of[id(tangent)]
                     if tangent not in optimizer.state:  # the first step: as memory begins, so does its derivative
                         seed = SEEDS[optim.SGD](tangent, tangent.grad, group)
                         optimizer.state[tangent] = seed if fresh else {k: torch.zeros_like(t) for k, t in seed.items()}
             optimizer.step()
-        return self._stepper.step_in_place(y, slopes)
+        return self._stepper.stepper.step_in_place(y, slopes, changes)
 
 
 class _Elementwise(Tangents):
@@ -92,14 +124,9 @@ class _Elementwise(Tangents):
     """
 
     def __init__(
-        self,
-        steps: Steps,
-        start: Point,
-        others: Mapping[str, Variables],
-        chosen: Sequence[Tensor],
-        units: list[list[Tensor]],
+        self, step: InnerStep, start: Point, chosen: Sequence[Tensor], units: Sequence[Sequence[Tensor]]
     ) -> None:
-        self._stepper = steps.stepper(start, others)
+        self._stepper = step
         self._chosen, self._units = chosen, units
         self._tangents: list[list[Slot]] = [[{"y": torch.zeros_like(leaf)} for leaf in start.y] for _ in units]
 
@@ -126,16 +153,17 @@ class _Elementwise(Tangents):
                 m | {k: slot[k] for k in m if k in slot} for m, slot in zip(stepper.memory, inputs, strict=True)
             ]
         with torch.enable_grad():
-            after = stepper.step([slot["y"] for slot in inputs], [slot["slope"] for slot in inputs])
+            after = stepper.move([slot["y"] for slot in inputs], [slot["slope"] for slot in inputs])
             outputs: list[Slot] = [
                 {"y": leaf} | {k: v for k, v in remembered.items() if _moves(k, v)}
                 for leaf, remembered in zip(after, stepper.memory or (), strict=True)
             ]
             diagonals = _diagonals(outputs, inputs)
-            shared = _Shared(outputs, self._chosen) if self._units[0] else None
+            flat = [tensor for slot in outputs for tensor in slot.values()]
+            shared = Pushforward(flat, self._chosen) if self._units[0] else None
         stepper.memory = detach_memory(stepper.memory)
         for number, (column, moved) in enumerate(zip(self._tangents, along, strict=True)):
-            added = None if shared is None else shared.along(self._units[number])
+            added = None if shared is None else _laid_out(shared(self._units[number]), outputs)
             for index, (slot, slope) in enumerate(zip(column, moved, strict=True)):
                 given = slot | {"slope": slope}
                 column[index] = {
@@ -149,37 +177,49 @@ class _Elementwise(Tangents):
         return [leaf.detach() for leaf in after]
 
 
-class _Shared:
-    """The derivative of a step's outputs in the hyperparameters of the optimiser, by transposing that backward pass."""
+class _General(Tangents):
+    """An optimiser of the user's own: any entry after a step may depend on any entry of the leaf before it."""
 
-    def __init__(self, outputs: Sequence[Slot], chosen: Sequence[Tensor]) -> None:
-        self._outputs = outputs
-        flat = [tensor for slot in outputs for tensor in slot.values()]
-        self._seeds = [torch.zeros_like(tensor).requires_grad_() for tensor in flat]
-        attached = [index for index, tensor in enumerate(flat) if tensor.requires_grad]
-        linear = torch.autograd.grad(
-            [flat[i] for i in attached],
-            chosen,
-            [self._seeds[i] for i in attached],
-            create_graph=True,
-            materialize_grads=True,
-        )
-        self._linear = [(index, value) for index, value in enumerate(linear) if value.requires_grad]
+    def __init__(
+        self, step: InnerStep, start: Point, chosen: Sequence[Tensor], units: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self._stepper, self._chosen, self._units, self._leaves = step, chosen, units, len(start.y)
+        # Without a derivative yet, what is remembered from an earlier call as well as the leaves.
+        _, tensors = PointForm.of(start)
+        self._tangents = [[torch.zeros_like(tensor) for tensor in tensors] for _ in units]
 
-    def along(self, unit: Sequence[Tensor]) -> list[Slot]:
-        """The derivative of each output along a unit vector of the chosen variables."""
-        if not self._linear:
-            return [{kind: torch.zeros_like(tensor) for kind, tensor in slot.items()} for slot in self._outputs]
-        found = iter(
-            torch.autograd.grad(
-                [value for _, value in self._linear],
-                self._seeds,
-                [unit[index] for index, _ in self._linear],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
-        return [{kind: next(found) for kind in slot} for slot in self._outputs]
+    @property
+    def memory(self) -> Memory | None:  # type: ignore[override]
+        """The optimiser's own."""
+        return self._stepper.memory
+
+    def columns(self) -> list[list[Tensor]]:
+        """For each entry the derivative of the leaves."""
+        return [column[: self._leaves] for column in self._tangents]
+
+    def step(self, y: list[Tensor], slopes: list[Tensor], along: Iterator[list[Tensor]]) -> list[Tensor]:
+        """The leaves after one step."""
+        stepper = self._stepper
+        form, tensors = PointForm.of(Point(y, stepper.memory))
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+            raw = [slope.detach().requires_grad_() for slope in slopes]
+            before, _ = form.point(inputs)
+            stepper.memory = before.memory
+            moved = stepper.move(before.y, raw)
+            _, outputs = PointForm.of(Point(moved, stepper.memory))
+            floating = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+            moves = Pushforward(outputs, [*(inputs[index] for index in floating), *raw, *self._chosen])
+        stepper.memory = detach_memory(stepper.memory)
+        for number, (slope, unit) in enumerate(zip(along, self._units, strict=True)):
+            column = self._tangents[number]
+            self._tangents[number] = moves([*(column[index] for index in floating), *slope, *unit])
+        return [leaf.detach() for leaf in moved]
+
+
+def _laid_out(tensors: Sequence[Tensor], like: Sequence[Slot]) -> list[Slot]:
+    given = iter(tensors)
+    return [{kind: next(given) for kind in slot} for slot in like]
 
 
 def _diagonals(outputs: Sequence[Slot], inputs: Sequence[Slot]) -> list[dict[str, Slot]]:
@@ -211,5 +251,5 @@ def _summed(terms: Sequence[tuple[Tensor, Tensor]], like: Tensor, *, start: Tens
 
 
 def _moves(name: str, value: object) -> bool:
-    """Whether what is remembered leads from y to y; ASGD's rate depends on no y, and no y on its average."""
-    return isinstance(value, Tensor) and name not in COUNTERS and name not in ("eta", "ax")
+    """Whether what is remembered leads from y to y: rates depend on no y."""
+    return isinstance(value, Tensor) and name not in INERT and name not in ("eta", "mu_product")

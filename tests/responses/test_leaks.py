@@ -1,0 +1,39 @@
+"""No response keeps anything of a call but its state."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from benchmarks.leaks import calls, game_of, live, responses
+
+SIZE = 20
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
+@pytest.mark.parametrize("response", responses(SIZE).values(), ids=responses(SIZE))
+def test_live_tensors_do_not_grow_with_the_calls(response):
+    found = {call: live() for call in calls(response, game_of(SIZE), 30) if call in (9, 29)}
+    assert found[9] == found[29]
+
+
+@pytest.mark.parametrize("how", [bl.ReverseMode(), bl.Segments(count=3), bl.ForwardMode()])
+def test_an_answer_goes_with_its_last_reference(how):
+    """By reference counts alone: a cycle through a graph is seen by no collector."""
+    game = game_of(SIZE)
+    response = bl.Unrolled(torch.optim.Adam, steps=6, differentiation=how)
+    x = torch.ones(10, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        y, _ = response(game, {"x": x}, response.init(game))
+        kept = weakref.ref(y.grad_fn)
+        before = sum(type(t) is Tensor for t in gc.get_objects())
+        del y
+        assert kept() is None
+        assert sum(type(t) is Tensor for t in gc.get_objects()) < before
+    finally:
+        gc.enable()
