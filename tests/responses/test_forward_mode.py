@@ -39,7 +39,8 @@ def test_a_learning_rate_that_is_a_player(kind, warm):
         for _ in range(1 + warm):
             y, state = response(game, {"lr": rate}, state)
         slopes.append(torch.autograd.grad(y.square().sum(), rate)[0].item())
-    assert slopes[1] == pytest.approx(slopes[0], rel=1e-12)
+    # torch keeps ASGD's rate in float32: seven steps of rounding, 1.2e-7 each.
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-6 if kind is optim.ASGD else 1e-12)
 
 
 def test_dropout_batch_norm_minibatches_and_truncation():
