@@ -84,6 +84,8 @@ def entries(site):
 def wanted_signature(thing):
     """The signature that a reader needs; None of a module, of an enumeration and of a class without a constructor."""
     made = thing.__init__ if inspect.isclass(thing) else thing
+    if getattr(made, "__module__", "").startswith("torch"):  # an optimiser of one's own is made as torch's are
+        return None
     if not inspect.isfunction(made) or isinstance(thing, EnumMeta) or getattr(thing, "_is_protocol", False):
         return None
     signature = inspect.signature(made)

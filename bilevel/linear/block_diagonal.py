@@ -27,11 +27,10 @@ class BlockDiagonal(Preconditioner):
     r"""Blocks for the units of each layer, alike within a layer: what a network's layers share is their inputs.
 
     $$
-    M = \operatorname{diag}(C_1 \otimes I, C_2 \otimes I, \dots), \quad C_j^2 = \mathbb E[y y^\top],
-    \quad y \text{ any column of leaf } j \text{ of } A v, \quad v_i = \pm 1
+    M = \operatorname{diag}(C_1 \otimes I, C_2 \otimes I, \dots), \qquad C_j^2 = \mathbb E[y y^\top]
     $$
 
-    A leaf is a matrix, its first dimension against the others, whichever is longer being the rows; each column is a
+    Here y is any column of leaf j of $A v$, for random signs $v_i = \pm 1$. A leaf is a matrix, its first dimension against the others, whichever is longer being the rows; each column is a
     unit with a block C of its own, `[rows, rows]`, and all columns of a product are samples of it. A leaf with one
     dimension, a bias, has its diagonal. The root of a second moment, C is positive definite whatever A is.
 
