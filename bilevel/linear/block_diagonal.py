@@ -30,9 +30,10 @@ class BlockDiagonal(Preconditioner):
     M = \operatorname{diag}(C_1 \otimes I, C_2 \otimes I, \dots), \qquad C_j^2 = \mathbb E[y y^\top]
     $$
 
-    Here y is any column of leaf j of $A v$, for random signs $v_i = \pm 1$. A leaf is a matrix, its first dimension against the others, whichever is longer being the rows; each column is a
-    unit with a block C of its own, `[rows, rows]`, and all columns of a product are samples of it. A leaf with one
-    dimension, a bias, has its diagonal. The root of a second moment, C is positive definite whatever A is.
+    Here y is any column of leaf j of $A v$, for random signs $v_i = \pm 1$. A leaf is a matrix, its first dimension
+    against the others, whichever is longer being the rows; each column is a unit with a block C of its own, `[rows,
+    rows]`, and all columns of a product are samples of it. A leaf with one dimension, a bias, has its diagonal. The
+    root of a second moment, C is positive definite whatever A is.
 
     For layers of neurons and for matrices of correlated inputs. It does not pay for penalties of a weight each
     (`Diagonal()`), for a softmax regression, or for narrow leaves, whose few columns tell little. Memory `probes` n, or
