@@ -433,5 +433,5 @@ def test_a_gradient_of_nan_in_a_middle_step_says_at_which(how):
         return -(x * y).sum() + 0.0 * (y - 2.4).square().sqrt().sum()
 
     game = bl.Game(x=bl.Player(lambda y: y.square().sum(), torch.full((2,), 1.2)), y=bl.Player(fit, torch.zeros(2)))
-    with pytest.raises(bl.errors.NonFiniteError, match=r"its gradient became NaN or infinite at inner step 3 of [45]"):
+    with pytest.raises(bl.errors.NonFiniteError, match="its gradient became NaN or infinite at inner step 3 of 5"):
         answer(partial(optim.SGD, lr=1.0), how, torch.full((2,), 1.2, requires_grad=True), game=game)

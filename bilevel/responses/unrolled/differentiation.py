@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from bilevel.autodiff import concrete
 from bilevel.game import Follower, Game
 from bilevel.inner.optimizer import require_finite
 from bilevel.inner.torch_optim import Memory
+from bilevel.responses.unrolled.first_fault import FirstFault
 from bilevel.responses.unrolled.recipe import InnerStep, Recipe
 from bilevel.tree import Variables, map_leaves
 
@@ -67,9 +67,7 @@ class Steps:
         self.recipe, self.follower, self.others = recipe, follower, others
         self.loss: Tensor
         self.slopes: list[Tensor]
-        self._noted = 0
-        self._worst: Tensor | None = None
-        """The step's number, loss and gradient's largest entry: of the first step with a NaN, else of the last."""
+        self._fault = FirstFault(follower.game.device)
         self._drawn = True  # the first step's batch is there already
 
     @property
@@ -95,22 +93,16 @@ class Steps:
     def note(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         """Take note of a step's losses and mean gradient."""
         self.loss, self.slopes = losses[-1].detach(), [slope.detach() for slope in slopes]
-        sizes = [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in self.slopes]
-        loss = torch.stack([loss.detach().to(sizes[0]) for loss in losses]).sum()
-        size = torch.stack(sizes).max()
-        here = torch.stack([torch.full_like(size, self._noted), loss, size])
-        self._noted += 1
-        # Chosen where it is: a GPU would wait for a number that is fetched in each step.
-        self._worst = here if self._worst is None else torch.where(self._worst.isfinite().all(), here, self._worst)
+        self._fault.see(losses, self.slopes)
 
     def require_finite(self, y: Sequence[Tensor]) -> None:
         """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
         advice = "Lower the inner learning rate of Unrolled(optimizer)."
-        follower, worst = self.follower, self._worst
-        if worst is not None and not concrete(worst.abs().max()) < math.inf:
+        follower, fault = self.follower, self._fault.found()
+        if fault is not None:
             where = follower.where_loss_not_finite(y) or follower.where_not_finite(follower.game.norms(y))
-            step, loss, size = (concrete(entry) for entry in worst)
-            require_finite(follower.name, loss, size, int(step), self._noted, where, advice)
+            step, loss, size = fault
+            require_finite(follower.name, loss, size, step, self.recipe.count, where, advice)
         follower.require_finite(list(y), advice, concrete(self.loss))
 
     def gradients(
