@@ -166,12 +166,12 @@ def at_start(game: Game, state: State) -> Follower:
     return game.follower({n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state)
 
 
-def refuse_captured(game: Game, state: State) -> None:
+def refuse_captured(start: Follower, state: State) -> None:
     """Raise `CapturedTensorError` when the follower's objective captures a tensor that requires grad.
 
-    Only Unrolled would give it a gradient; everybody else's answer does not see it.
+    `start` is the follower of the fresh `state`. Only Unrolled would give such a tensor a gradient; everybody else's
+    answer does not see it.
     """
-    start = at_start(game, state)
     refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
 
 

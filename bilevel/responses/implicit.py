@@ -103,8 +103,8 @@ class Implicit(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        refuse_captured(game, state)
         start = at_start(game, state)
+        refuse_captured(start, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
             raise NotSymmetricError(
                 f"Implicit: the residual of {start.name!r} has no symmetric Jacobian, since it is no single loss's "

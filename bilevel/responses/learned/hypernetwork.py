@@ -165,10 +165,10 @@ class Hypernetwork(Response):
         """The state before the first call: the follower's init as w0, and the network's own init from `seed`."""
         state = fresh_state(game, follower, seed)
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
-        refuse_captured(game, state)
-        at_start(game, state).require_loss("Hypernetwork")
-        others = {n: game.initial(n) for n in game.names if n != state["follower"] and n not in game.anticipated}
-        x, w0 = flatten(others), leaves(state["variables"])
+        begins = at_start(game, state)
+        refuse_captured(begins, state)
+        begins.require_loss("Hypernetwork")
+        x, w0 = flatten(begins.inputs), leaves(state["variables"])
         form = game.structure(state["follower"])
         shapes = [p.shape for p in start_on_meta(self.network, x.numel(), form).values()]
         about = f"{shown(self.network)} from {x.numel():,} entries to the {form.size:,} of player {state['follower']!r}"
@@ -180,7 +180,7 @@ class Hypernetwork(Response):
         refuse_misfit(learned, self.network, parameters | constants, state["follower"], w0, x)
         generator = torch.Generator(device=x.device).manual_seed(seed)
         return state | {
-            "players": list(others),
+            "players": list(begins.inputs),
             "centre": x.clone(),
             "w0": w0,
             "network": parameters,
