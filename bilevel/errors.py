@@ -28,6 +28,10 @@ class SingularSystemError(BilevelError):
     """A linear system has no unique solution."""
 
 
+class SecondDerivativeError(BilevelError):
+    """An operation in a loss has no second derivative, which a response or a rule of play needs."""
+
+
 class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
 

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
@@ -28,6 +29,7 @@ from bilevel.responses.base import (
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
+    require_second_derivative,
 )
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
@@ -104,6 +106,7 @@ class Implicit(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
             raise NotSymmetricError(
@@ -142,7 +145,8 @@ class Implicit(Response):
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
-            y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
+            # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
+            y: Tensor = _Detached.apply(below, *follower.xs, *below.batch_tensors)  # type: ignore[no-untyped-call]
             after, receipt, products = state, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
@@ -328,11 +332,20 @@ class _Solve:
         self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch, looser: float
     ) -> None:
         self.response, self.game, self.state, self.batch, self.looser = response, game, state, batch, looser
-        self.form = follower.input_form
+        self.form, self.count = follower.input_form, len(follower.xs)
         self.last: Batch = batch
+        self.batch_leaves, self.batch_spec = pytree.tree_flatten(batch)
 
-    def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
-        follower = self.game.follower(self.form.build(xs), self.state, self.batch)
+    @property
+    def batch_tensors(self) -> list[Tensor]:
+        """The tensors of the batch that was given."""
+        return [leaf for leaf in self.batch_leaves if isinstance(leaf, Tensor)]
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        tensors = iter(inputs[self.count :])
+        given = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
+        batch = pytree.tree_unflatten(given, self.batch_spec)
+        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
         y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         return y
@@ -356,6 +369,10 @@ class _Detached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise AssertionError("the plain solve is not differentiated; root attaches its derivatives")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        """Nothing moves: root attaches the derivatives."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, solve: _Solve, *xs: Tensor) -> tuple[Tensor, int]:
