@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
 from bilevel.game.player import Player, kind
+from bilevel.game.processes import watched_modules
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
@@ -192,13 +193,17 @@ def _dependence(
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
+        spread: list[str] = []
         try:
-            loss = game.loss(name, trial, batch)
+            with watched_modules(spread):
+                loss = game.loss(name, trial, batch)
         except Exception as error:
+            _refuse_spread(name, spread)
             raise ValueError(
                 f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
                 f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
+    _refuse_spread(name, spread)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -228,6 +233,11 @@ def _dependence(
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
     return found, rests, kernels
+
+
+def _refuse_spread(name: str, spread: Sequence[str]) -> None:
+    if spread:
+        raise ValueError(f"Player {name!r}: a module that its objective calls is {spread[0]}")
 
 
 def _hint(error: Exception, player: Player) -> str:
