@@ -1,6 +1,7 @@
 """A module that is a player can be called, as torch would call it."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import bilevel as bl
 
@@ -201,3 +203,89 @@ def test_a_module_of_two_players_is_left_as_it_was():
     bl.solve(played, two=bl.Unrolled(partial(SGD, lr=0.05), steps=2), optimizer=partial(SGD, lr=0.05), steps=2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# A module that others hold too ----------------------------------------------------------------------------------
+
+
+def test_threads_that_share_a_module_have_the_numbers_of_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    made = game(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    starts = [torch.tensor(start, dtype=D) for start in (-4.0, -3.0, -2.0, -1.0)]
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=30)
+
+    def played(start):
+        decay = start.clone().requires_grad_()
+        weights, state = response(made, {"decay": decay}, response.init(made))
+        value = made.loss("decay", {"decay": decay, "weights": weights}, data(1), {"weights": state["buffers"]})
+        return value.detach(), torch.autograd.grad(value, decay)[0], state["buffers"]["1.running_mean"]
+
+    wanted = [played(start) for start in starts]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(starts)) as pool:
+            found = list(pool.map(played, starts))
+        # The same arithmetic on the same numbers, but for how many threads a sum is split over.
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class Features(nn.Module):
+    """Counts its calls in a buffer that is replaced, and normalises."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5).double()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs):
+        self.calls = self.calls + 1
+        return self.norm(inputs)
+
+
+def test_a_module_that_no_player_owns_keeps_its_buffers():
+    features, inputs = Features(), data()[0]
+    before = {name: value.clone() for name, value in features.state_dict().items()}
+    own = dict(features.named_buffers())
+
+    def follow(x, y):
+        return (features(inputs) @ y - x).square().mean() + y.square().sum()
+
+    def lead(x, y):
+        return (features(inputs) @ y).square().mean() + (x - 1.0).square()
+
+    made = bl.Game(x=bl.Player(lead, torch.tensor(0.5, dtype=D)), y=bl.Player(follow, torch.zeros(5, dtype=D)))
+    step = partial(SGD, lr=0.1)
+    bl.solve(made, y=bl.Unrolled(step, steps=3), optimizer=step, steps=3, progress=False)
+    many = bl.Games(made, 2)
+    bl.solve(many, y=bl.Unrolled(step, steps=2), optimizer=step, steps=2, progress=False)
+    for name, value in features.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(value is own[name] for name, value in features.named_buffers())
+
+
+class Recomputing(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = nn.Linear(5, 2).double(), reentrant
+
+    def forward(self, inputs):
+        if self.reentrant is None:
+            return self.inner(inputs)
+        return checkpoint(self.inner, inputs, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_that_is_computed_again_in_backward_is_refused(reentrant):
+    # In backward the module's own parameters would stand in for the player's variables.
+    with pytest.raises(ValueError, match="Player 'decay': it runs the module of a player under torch.utils.checkpoint"):
+        game(Recomputing(reentrant))
+    model = Recomputing(None)  # switched off, with the way out to save memory
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=4, differentiation=bl.Segments())
+    made = game(model)
+    response(made, {"decay": made.initial("decay").requires_grad_()}, response.init(made))
+    # Where no module of a player's is run, what is computed again is what was computed.
+    fit = lambda w: checkpoint(lambda w: (data()[0] @ w).square().mean(), w, use_reentrant=False)
+    bl.Game(w=bl.Player(fit, torch.ones(5, dtype=D)))

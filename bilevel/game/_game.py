@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import BilevelError
-from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
+from bilevel.game.checks import RESERVED, Depends, Runs, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
@@ -27,7 +27,8 @@ Anticipated = Callable[[Mapping[str, Variables]], Variables]
 
 Derived = TypeVar("Derived", bound="Game")
 
-NO_KERNELS = FastKernels()
+_FIRST = Runs()
+"""What is known of a loss before its first call."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
-    kernels: Mapping[str, FastKernels]
+    runs: Mapping[str, Runs]
 
 
 class Game:
@@ -92,10 +93,10 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
-            kernels={},
+            runs={},
         )
-        depends, kernels = check_objectives(self, self._parts.players)
-        self._parts = replace(self._parts, depends=depends, kernels=kernels)
+        depends, runs = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, runs=runs)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -132,8 +133,8 @@ class Game:
 
         Where two derivatives are taken, that form is run.
         """
-        found = [self._parts.kernels[m] for m in self.members(player) if m in self._parts.kernels]
-        return FastKernels(*(any(flags) for flags in zip(*map(astuple, found), strict=True))) if found else NO_KERNELS
+        found = [astuple(self._parts.runs[member].kernels) for member in self.members(player)]
+        return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
 
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
@@ -289,8 +290,9 @@ class Game:
                 arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        kernels = self._parts.kernels.get(player, NO_KERNELS)
-        with lent(self._parts.players, current, arguments) as advanced, kernels.replaced():
+        runs = self._parts.runs.get(player, _FIRST)
+        lending = lent(self._parts.players, current, arguments, runs.strangers, alone=bool(runs.kernels))
+        with lending as advanced, runs.kernels.replaced():
             try:
                 found = function(**arguments, **extra)
             except RuntimeError as error:
