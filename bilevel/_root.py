@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import Pullback, captured_leaves, concrete, pullback, tracked_at_any_level, transforms_active
+from bilevel.autodiff import (
+    Pullback,
+    captured_leaves,
+    concrete,
+    nearest,
+    pullback,
+    tracked_at_any_level,
+    transforms_active,
+)
 from bilevel.errors import CapturedTensorError, NonFiniteError
 from bilevel.linear import GMRES, LinearOperator, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
@@ -159,18 +166,8 @@ def attach(
 
 def receipt_of(answer: Variables) -> Receipt | None:
     """The receipt of the backward solve of `answer`: of the root that is nearest in its graph; None without one."""
-    pending = deque(leaf.grad_fn for leaf in leaves(answer) if leaf.grad_fn is not None)
-    seen = set(pending)
-    while pending:
-        node = pending.popleft()
-        system = getattr(node, "system", None)  # an attribute of our own autograd function's context
-        if isinstance(system, _System):
-            return system.receipt
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return None
+    system = nearest(leaves(answer), "system", _System)
+    return None if system is None else system.receipt
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,18 @@ derivative that the library takes goes through `pullback` and `gradient`, which 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+
+from bilevel.errors import FirstDerivativeError
+
+Kind = TypeVar("Kind")
 
 EVERY = slice(None)
 
@@ -121,6 +126,58 @@ def concrete(tensor: Tensor) -> float:
     box = _Box()
     _Concrete.apply(tensor.detach(), box)  # type: ignore[no-untyped-call]
     return box.value
+
+
+class _Below(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], refusal: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.refusal = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise FirstDerivativeError(ctx.refusal)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        raise FirstDerivativeError(ctx.refusal)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, refusal: str, *tensors: Tensor) -> tuple[Any, Any]:
+        rows = []
+        for index in range(info.batch_size):
+            row = [x if d is None else x.select(d, index) for x, d in zip(tensors, in_dims[2:], strict=True)]
+            rows.append(_Below.apply(function, refusal, *row))  # type: ignore[no-untyped-call]
+        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True)), (0,) * len(rows[0])
+
+
+def below_transforms(
+    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], refusal: str
+) -> tuple[Tensor, ...]:
+    """A function of plain tensors, run on plain tensors below all `torch.func` transforms; under vmap once a row.
+
+    It is not differentiated: a derivative of what it returns raises `FirstDerivativeError(refusal)`.
+    """
+    return _Below.apply(function, refusal, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def nearest(answer: Sequence[Tensor], attribute: str, kind: type[Kind]) -> Kind | None:
+    """What one of our own autograd functions has left under `attribute`: of the node that is nearest in the graph."""
+    pending = deque(tensor.grad_fn for tensor in answer if tensor.grad_fn is not None)
+    seen = set(pending)
+    while pending:
+        node = pending.popleft()
+        left = getattr(node, attribute, None)
+        if isinstance(left, kind):
+            return left
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return None
 
 
 def captured_leaves(outputs: Iterable[Tensor], passed: Sequence[Tensor]) -> list[Tensor]:

@@ -32,6 +32,10 @@ class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
 
 
+class FirstDerivativeError(BilevelError):
+    """A second derivative was asked of what gives first derivatives alone."""
+
+
 class DataError(BilevelError):
     """A player's data raised, or gave other batches than before; the message says whose, and in which pass."""
 

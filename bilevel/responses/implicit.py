@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._root import Receipt, attach, receipt_of
-from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
+from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
@@ -142,7 +142,7 @@ class Implicit(Response):
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
-            y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
+            (y,) = below_transforms(below, follower.xs, "The plain solve is not differentiated: root does that.")
             after, receipt, products = state, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
@@ -331,36 +331,12 @@ class _Solve:
         self.form = follower.input_form
         self.last: Batch = batch
 
-    def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
+    def __call__(self, *xs: Tensor) -> tuple[Tensor]:
         follower = self.game.follower(self.form.build(xs), self.state, self.batch)
         y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
-        return y
+        return (y,)
 
     def held(self, follower: Follower) -> Batch:
         """The batch that the solve ended on."""
         return self.last if self.batch is None else follower.batch
-
-
-class _Detached(torch.autograd.Function):
-    """Runs the plain solve on plain tensors, below all transforms; under vmap once for each element."""
-
-    @staticmethod
-    def forward(solve: _Solve, *xs: Tensor) -> Tensor:
-        return solve(xs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise AssertionError("the plain solve is not differentiated; root attaches its derivatives")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, solve: _Solve, *xs: Tensor) -> tuple[Tensor, int]:
-        rows = []
-        for index in range(info.batch_size):
-            row = [x if d is None else x.select(d, index) for x, d in zip(xs, in_dims[1:], strict=True)]
-            rows.append(_Detached.apply(solve, *row))  # type: ignore[no-untyped-call]
-        return torch.stack(rows), 0
