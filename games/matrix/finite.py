@@ -183,17 +183,21 @@ class FiniteGame:
         return self._game(loss, start)
 
     def over_simplex(self, init: Sequence[Tensor] | None = None) -> bl.Game:
-        """Everybody chooses probabilities `[n_i]` themselves (at first uniform): the multilinear extension of the game.
+        """Everybody chooses probabilities `[n_i]` themselves (at first uniform); losses are minus the expected payoffs.
 
-        Nothing here keeps a gradient step inside the simplex; `games.matrix.learning` has the rules that stay there.
-        Derivatives and certificates at a given profile are what it is for.
+        Off the simplex a loss goes on as a constant: a player's gradient there is that along the simplex, minus its
+        deviations less their mean, and vanishes where all its actions pay alike. So `certify_nash` certifies an
+        equilibrium in which everybody plays every action; at one on the border a gradient points outwards, and
+        `regrets` tells what it is worth. Nothing keeps a gradient step inside the simplex; `games.matrix.learning` has
+        the rules that stay there.
         """
         start = self.uniform() if init is None else list(init)
         self.check(start)
 
         def loss(chosen: Mapping[str, Tensor], i: int) -> Tensor:
             profile = [chosen[name] for name in self.names]
-            return -(self.deviations(profile, i).to(profile[i]) @ profile[i])
+            pays = self.deviations(profile, i).to(profile[i])
+            return pays.mean() * (profile[i].sum() - 1.0) - pays @ profile[i]
 
         return self._game(loss, start)
 

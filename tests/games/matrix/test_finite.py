@@ -255,6 +255,19 @@ def test_losses_are_minus_expected_payoffs(drawn):
     assert all(torch.allclose(a, b) for a, b in zip(game.profile(logits), profile))
 
 
+@pytest.mark.parametrize("make", [named.matching_pennies, named.biased_rock_paper_scissors, named.battle_of_the_sexes])
+def test_an_equilibrium_in_which_everybody_plays_everything_is_certified_over_the_simplex(make):
+    game = make()
+    [inside] = [e for e in equilibria(game) if all(float(p.min()) > 0.0 for p in e.profile)]
+    played, point = game.over_simplex(), dict(zip(game.names, inside.profile))
+    found = bl.certify_nash(played, point)
+    assert found.standing.value == "certified", str(found)
+    # Nothing is gained along the simplex, off which the loss goes on as a constant.
+    assert bl.exploitability(played, point, bounds=dict.fromkeys(game.names, (0.0, 1.0))).nash_conv <= 1e-12
+    moved = point | {game.names[0]: game.pure(0, 0)[0]}
+    assert bl.certify_nash(played, moved).standing.value == "refuted"
+
+
 def test_entropy_makes_the_best_response_a_quantal_one():
     """softmax(deviations / entropy), by the implicit response, whose derivative is then the softmax's."""
     game = named.random_game((3, 4), seed=5)
