@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -101,8 +102,26 @@ class FiniteGame:
         if len(self.payoffs) != 2:
             return False
         total = self.payoffs[0] + self.payoffs[1]
-        scale = max(float(table.abs().max()) for table in self.payoffs)
-        return float(total.max() - total.min()) <= 1e-12 * max(scale, 1e-300)
+        # Beside the payoffs' own rounding, and not beside a number that was added to all of them.
+        rounding = 4.0 * torch.finfo(torch.float64).eps * max(float(table.abs().max()) for table in self.payoffs)
+        return float(total.max() - total.min()) <= max(1e-12 * float(self.ranges.max()), rounding)
+
+    @property
+    def ranges(self) -> Tensor:
+        """Each player's largest payoff less its smallest `[N]`: the unit that what it gains is read in."""
+        return torch.stack([table.max() - table.min() for table in self.payoffs])
+
+    def normalised(self) -> FiniteGame:
+        """The same game in units of each player's own: its smallest payoff is 0, its range between 1 and 2.
+
+        A player's payoffs plus a number, times a positive one, leave best responses and equilibria as they are; this
+        factor is a power of two, so that nothing is rounded but what is subtracted.
+        """
+        tables = []
+        for table, width in zip(self.payoffs, self.ranges.tolist(), strict=True):
+            _, exponent = math.frexp(width)
+            tables.append((table - table.min()) * 2.0 ** (1 - exponent) if width > 0.0 else torch.zeros_like(table))
+        return FiniteGame(tuple(tables), self.names)
 
     def uniform(self) -> list[Tensor]:
         """Everybody plays every action alike."""
@@ -131,9 +150,11 @@ class FiniteGame:
         """What each player would gain `[N]`, >= 0, by its best action against the others' strategies; exact."""
         self.check(profile)
         exact = [strategy.detach().to(torch.float64) for strategy in profile]
+        # A number added to all payoffs of a player is nothing to it, and would hide what it gains in rounding.
+        shifted = FiniteGame(tuple(table - table.min() for table in self.payoffs), self.names)
         found = []
         for i, strategy in enumerate(exact):
-            pays = self.deviations(exact, i)
+            pays = shifted.deviations(exact, i)
             # As a mean of differences >= 0, so that no rounding of a difference of means can be negative.
             found.append(((pays.max() - pays) * strategy).sum())
         return torch.stack(found)
