@@ -47,7 +47,8 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     r"""The value of a function, and the map from `v` to `v^T d function / d primal` for each primal.
 
     The graph is built once and kept, so that each product costs one backward pass. The products can be
-    differentiated themselves when they are taken with grad enabled.
+    differentiated themselves when they are taken with grad enabled. Of a function that does not depend on its primals,
+    the gradient of a linear loss for example, they are zeros.
     """
     if transforms_active():
         value, pulled, *_ = torch.func.vjp(function, *primals)
@@ -61,8 +62,14 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
         value = function(*aliases)
-        # The place in the graph and not the value, which would be held as long as the products are.
-        outcome = get_gradient_edge(value) if value.requires_grad else value
+    if not value.requires_grad:
+
+        def zeros(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros_like(alias) for alias in aliases[part])
+
+        return value, zeros
+    # The place in the graph and not the value, which would be held as long as the products are.
+    outcome = get_gradient_edge(value)
 
     def products(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
@@ -78,7 +85,10 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
 
 
 def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Value and gradients of a scalar function of tensors; differentiable again when grad is enabled."""
+    """Value and gradients of a scalar function of tensors, zeros where it does not depend on them.
+
+    They are differentiable again when grad is enabled.
+    """
     if transforms_active():
         slopes, value = torch.func.grad_and_value(function, argnums=tuple(range(len(points))))(*points)
         return value, slopes
@@ -86,8 +96,18 @@ def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, 
     with torch.enable_grad():
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points]
         value = function(*aliases)
-        slopes = torch.autograd.grad(value, aliases, create_graph=again, materialize_grads=True)
+        if value.requires_grad:
+            slopes = torch.autograd.grad(value, aliases, create_graph=again, materialize_grads=True)
+        else:
+            slopes = tuple(torch.zeros_like(alias) for alias in aliases)
     return (value if again else value.detach()), slopes
+
+
+def gradients_of(value: Tensor, points: Sequence[Tensor], vector: Tensor | None = None, **kept: bool) -> list[Tensor]:
+    """`torch.autograd.grad` with zeros where a value does not depend on a point, or on nothing at all."""
+    if not value.requires_grad:
+        return [torch.zeros_like(point) for point in points]
+    return list(torch.autograd.grad(value, points, vector, materialize_grads=True, **kept))
 
 
 class _Box:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -121,6 +121,11 @@ class Game:
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
+
+    def reaches(self, player: str, moving: Iterable[str]) -> bool:
+        """Whether what a player minimises was seen to depend on its own variables or on those of who is `moving`."""
+        seen = frozenset().union(*(self._parts.depends[member] for member in self.members(player)))
+        return any(member in seen for name in (player, *moving) for member in self.members(name))
 
     # What a stack of games answers otherwise ----------------------------------------------------------------------
 

@@ -115,11 +115,10 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
             )
         if missing and name == next(iter(players)):
             raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
-    order = list(players)
-    for name in order[1:]:
-        later = order[order.index(name) + 1 :]
-        # A leader need not appear in its own loss: it may act through those who move after it.
-        if name not in depends[name] and not any(name in depends[other] for other in later):
+    for name, player in players.items():
+        # A loss may leave its player's variables out: a leader may act through others, or have nothing to gain. What
+        # vanishes where somebody rests says where that is.
+        if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
     return depends
 
