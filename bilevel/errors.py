@@ -28,12 +28,12 @@ class SingularSystemError(BilevelError):
     """A linear system has no unique solution."""
 
 
+class SecondDerivativeError(BilevelError):
+    """A second derivative was needed of what has none: an operation in a loss, or the answer of `Nudged`."""
+
+
 class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
-
-
-class FirstDerivativeError(BilevelError):
-    """A second derivative was asked of what gives first derivatives alone."""
 
 
 class DataError(BilevelError):

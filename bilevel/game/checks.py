@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
+from bilevel.errors import SecondDerivativeError
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.randomness import random_kept
+from bilevel.second_order import FastKernels, explanation
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 
 # Words that a call of an objective or of solve() already uses; a player of that name could never be addressed.
@@ -69,6 +71,11 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
             where = f"Player {name!r}: init{path}"
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, as in torch.tensor({leaf!r}).")
+            if leaf.is_complex():
+                raise TypeError(
+                    f"{where} is complex ({leaf.dtype}); expected real variables. Pass torch.view_as_real(init), and "
+                    "take torch.view_as_complex(...) of it in the losses."
+                )
             if not leaf.is_floating_point():
                 raise TypeError(f"{where} has dtype {leaf.dtype}; expected a floating dtype: use init.float().")
             if leaf.numel() == 0:
@@ -92,16 +99,24 @@ Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends:
-    """Evaluate each objective once and see from the graph what it depends on."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, FastKernels]]:
+    """Evaluate each objective once and see from the graph what it depends on, and which fast kernels it uses."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Game: nothing can be differentiated inside torch.inference_mode(). Make the game outside it; where "
+            "numbers are wanted alone, torch.no_grad() serves."
+        )
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
+    kernels: dict[str, FastKernels] = {}
     for name in players:
-        in_loss, in_residual = _dependence(game, name, players, initial)
+        in_loss, in_residual, found = _dependence(game, name, players, initial)
+        if found:
+            kernels[name] = found
         depends[name] = frozenset(in_residual)
-        for found in (in_loss, in_residual):
-            for other, paths in found.items():
+        for part in (in_loss, in_residual):
+            for other, paths in part.items():
                 reached[other] |= paths
     for name, player in players.items():
         if player.optimizer_hyper:
@@ -120,7 +135,7 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
         # vanishes where somebody rests says where that is.
         if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
-    return depends
+    return depends, kernels
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -158,8 +173,11 @@ Paths = dict[str, set[str]]
 
 def _dependence(
     game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
-) -> tuple[Paths, Paths]:
-    """What a player's loss depends on, and what its residual does; refuses losses that nothing can be done with."""
+) -> tuple[Paths, Paths, FastKernels]:
+    """What a player's loss depends on, what its residual does, and which fast kernels the loss uses.
+
+    Refuses losses that nothing can be done with.
+    """
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
@@ -184,6 +202,13 @@ def _dependence(
             "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a player that is "
             "a module is called itself: weights(inputs)."
         )
+    if loss.is_complex():
+        raise TypeError(
+            f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
+            ".real, or .abs().square()."
+        )
+    called = [players[other].init for other in game.arguments(name)]
+    kernels = FastKernels.of([loss], [module for module in called if isinstance(module, nn.Module)])
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
@@ -191,16 +216,27 @@ def _dependence(
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests
+    return found, rests, kernels
 
 
 def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]) -> Paths:
     owners = [(other, path, leaf) for other, v in trial.items() for path, leaf in named_leaves(v)]
-    grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
+    try:
+        grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
+    except RuntimeError as error:
+        told = explanation(error)
+        if not told:
+            raise
+        raise SecondDerivativeError(f"Player {name!r}: its {what} takes a gradient itself: {told}") from error
     found: Paths = {}
     for (other, path, _), grad in zip(owners, grads, strict=True):
         if grad is None:
             continue
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"Player {name!r}: the gradient of its {what} in the variables of {other!r}{path} is sparse, as that "
+                "of an embedding with sparse=True. Use sparse=False: sparse gradients have no second derivative."
+            )
         if not bool(torch.isfinite(grad).all()):
             raise ValueError(
                 f"Player {name!r}: its {what} at init is finite, but its gradient in the variables of {other!r}{path} "

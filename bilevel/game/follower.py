@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -240,6 +241,12 @@ class HeldLoss:
     def __init__(self, follower: Follower) -> None:
         self._follower, self._batch, self._buffers = follower, follower.batch, follower.buffers
         self._random = random_state(follower.game.device)
+
+    def on(self, batch: Batch) -> HeldLoss:
+        """The same on another batch."""
+        other = copy(self)
+        other._batch = batch
+        return other
 
     def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
         """The loss there."""

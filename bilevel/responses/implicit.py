@@ -28,7 +28,9 @@ from bilevel.responses.base import (
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
+    require_second_derivative,
 )
+from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
@@ -104,6 +106,7 @@ class Implicit(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
             raise NotSymmetricError(
@@ -142,7 +145,9 @@ class Implicit(Response):
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
-            (y,) = below_transforms(below, follower.xs, "The plain solve is not differentiated: root does that.")
+            # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
+            inputs = [*follower.xs, *below.given.tensors]
+            (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
             after, receipt, products = state, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
@@ -328,11 +333,13 @@ class _Solve:
         self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch, looser: float
     ) -> None:
         self.response, self.game, self.state, self.batch, self.looser = response, game, state, batch, looser
-        self.form = follower.input_form
+        self.form, self.count = follower.input_form, len(follower.xs)
         self.last: Batch = batch
+        self.given = BatchTensors(batch)
 
-    def __call__(self, *xs: Tensor) -> tuple[Tensor]:
-        follower = self.game.follower(self.form.build(xs), self.state, self.batch)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
+        batch = self.given.put(inputs[self.count :])
+        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
         y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         return (y,)
