@@ -17,6 +17,7 @@ from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
+from bilevel.game.processes import refuse_processes
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
@@ -72,6 +73,7 @@ class Game:
     def __init__(self, **players: Player) -> None:
         check_names(players)
         initial = {name: player.variables() for name, player in players.items()}
+        refuse_processes(players, initial)
         check_variables(initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
 from bilevel.game.player import Player, kind
+from bilevel.game.processes import watched_modules
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
@@ -70,7 +72,9 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
         for path, leaf in pairs:
             where = f"Player {name!r}: init{path}"
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, as in torch.tensor({leaf!r}).")
+                number = isinstance(leaf, int | float)
+                told = f"as in torch.tensor({float(leaf)})" if number else "as torch.as_tensor makes one"
+                raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, {told}.")
             if leaf.is_complex():
                 raise TypeError(
                     f"{where} is complex ({leaf.dtype}); expected real variables. Pass torch.view_as_real(init), and "
@@ -85,7 +89,7 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
         (first, at), (second, there) = list(kinds.items())[:2]
         raise ValueError(
             f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-            "game share one dtype and one device: use .to(dtype, device)."
+            "game share one dtype and one device: use .to(device, dtype)."
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
@@ -125,8 +129,8 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         if len(missing) == len(leaves(initial[name])):
             raise ValueError(
                 f"Player {name!r}: its variables reach no objective, so that every gradient for them would be "
-                "zero. Name it in an objective and use it there; if it tunes the inner optimiser, say "
-                "Player(..., optimizer_hyper=True)."
+                f"zero. Name it in an objective and use it there. {_START.format(name=name)} If it tunes the inner "
+                "optimiser, say Player(..., optimizer_hyper=True)."
             )
         if missing and name == next(iter(players)):
             raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
@@ -150,10 +154,17 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
         what = _what(players[members[0]])
         raise ValueError(
             f"Player {name!r}: its {what} does not depend on {' or '.join(map(repr, earlier))}, who moves "
-            f"before it; its response would have no derivative. Use that argument in the {what}, make the leader "
-            "Player(..., optimizer_hyper=True) when it tunes the inner optimiser, or give this player no response, so "
-            "that it leads too."
+            f"before it; its response would have no derivative. Use that argument in the {what}. "
+            f"{_START.format(name=earlier[0])} If the leader tunes the inner optimiser, make it Player(..., "
+            "optimizer_hyper=True); or give this player no response, so that it leads too."
         )
+
+
+# An initialisation reaches a follower by where its steps begin, which no loss sees: as in MAML.
+_START = (
+    "If {name!r} is where the follower's steps begin, as in MAML, let the follower be what they add: losses of "
+    "({name} + follower), the follower's init all zeros, and Unrolled(..., warm_start=False)."
+)
 
 
 def _what(player: Player) -> str:
@@ -181,13 +192,17 @@ def _dependence(
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
+        spread: list[str] = []
         try:
-            loss = game.loss(name, trial, batch)
+            with watched_modules(spread):
+                loss = game.loss(name, trial, batch)
         except Exception as error:
+            _refuse_spread(name, spread)
             raise ValueError(
                 f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
-                f"({kind(batch)}): {error}. Data is an iterable of batches: a single one is data=[batch]."
+                f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
+    _refuse_spread(name, spread)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -217,6 +232,33 @@ def _dependence(
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
     return found, rests, kernels
+
+
+def _refuse_spread(name: str, spread: Sequence[str]) -> None:
+    if spread:
+        raise ValueError(f"Player {name!r}: a module that its objective calls is {spread[0]}")
+
+
+def _hint(error: Exception, player: Player) -> str:
+    """The way out of what an objective raised, where it is known."""
+    text = str(error)
+    if "Inference tensors" in text:
+        return " Make it under torch.no_grad() in place of torch.inference_mode(), or .clone() it outside that mode."
+    if isinstance(error, TypeError) and re.search(
+        r"must be (float|int|bool|Number|number)\b.*, not (Tensor|Param)", text
+    ):
+        return (
+            ". That operation takes a plain number, and no derivative goes through one. Write it with operations on "
+            "tensors; dropout with a rate p that is to be tuned, for instance, as a relaxed mask: "
+            "inputs * torch.sigmoid((torch.logit(torch.rand_like(inputs)) - torch.logit(p)) / 0.1) / (1 - p)."
+        )
+    data = player.data
+    if isinstance(data, list | tuple) and data and all(isinstance(part, Tensor) for part in data):
+        return (
+            f". Its data is a {type(data).__name__} of tensors, of which each is a batch by itself; if they are one "
+            "batch together, pass data=[batch]."
+        )
+    return "" if text.endswith(".") else "."
 
 
 def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]) -> Paths:

@@ -99,7 +99,7 @@ class Run:
         in_place = self.followers.in_place
         told = (
             f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {in_place} would "
-            "move on the states that they write into. Use in_place=False."
+            "move on the states that they write into. Use Hypernetwork(memory=Memory(in_place=False))."
         )
         self._only_once = told if in_place else ""
 
