@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bilevel.constraints.functions import EQUALITY, INEQUALITY
+from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
 from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
 from bilevel.tree import Variables, detached
@@ -34,6 +36,9 @@ class Player:
             of its objective. A function of your own has parameters named after players, as the objective has, `batch`
             if it needs it, and `gradient`, which receives the objective's own gradient there; it returns a pytree in
             the form of `init`. `bl.extend.UserResidual(function, symmetric=True)` promises a symmetric dF/dy.
+        inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
+            a pytree of tensors.
+        equality: the same for entries that are to be 0.
 
     A projected follower, who stays within \([0, 5]\), rests where \(F(y) = y - P(y - s\,\nabla_y f) = 0\):
 
@@ -55,6 +60,8 @@ class Player:
     data: Source | None = None
     optimizer_hyper: bool = field(default=False, kw_only=True)
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
+    inequality: Callable[..., Variables] | None = field(default=None, kw_only=True)
+    equality: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
@@ -64,6 +71,7 @@ class Player:
             check_data("Player: data", self.data)
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
+        self._check_constraints()
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -81,9 +89,25 @@ class Player:
         return required(self.objective)
 
     @property
+    def constraints(self) -> dict[str, Callable[..., Variables]]:
+        """The functions that constrain it, by what they are called."""
+        both = {INEQUALITY: self.inequality, EQUALITY: self.equality}
+        return {what: function for what, function in both.items() if function is not None}
+
+    @cached_property
+    def _parameters(self) -> dict[int, tuple[str, ...]]:
+        functions = [self.objective, *self.constraints.values()]
+        functions += [] if self.residual is None else [self.own_residual.function]
+        return {id(function): required(function) for function in functions}
+
+    def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
+        """The parameters that one of its functions must be called with."""
+        return self._parameters[id(function)]
+
+    @property
     def follows_loss(self) -> bool:
-        """Whether it rests where its loss's own gradient vanishes, and by no residual of the user's."""
-        return self.residual is None
+        """Whether it rests where its loss's own gradient vanishes: no residual of the user's, and no constraints."""
+        return self.residual is None and not self.constraints
 
     @cached_property
     def own_residual(self) -> UserResidual:
@@ -95,7 +119,28 @@ class Player:
     @property
     def rests(self) -> Residual:
         """What vanishes where it rests."""
+        if self.constraints:
+            return KKT(self.inequality, self.equality)
         return OwnGradient() if self.residual is None else self.own_residual
+
+    def _check_constraints(self) -> None:
+        for what in (INEQUALITY, EQUALITY):
+            function = self.inequality if what == INEQUALITY else self.equality
+            if function is None:
+                continue
+            if not callable(function):
+                wanted = "<= 0" if what == INEQUALITY else "= 0"
+                raise TypeError(
+                    f"Player: {what} is {kind(function)}; expected a function whose every entry is to be {wanted}."
+                )
+            refuse_unnamed(f"the {what}", function)
+        if self.constraints and self.residual is not None:
+            raise ValueError(
+                "Player: it has a residual of its own, and constraints as well; a residual says all of where the "
+                "player rests. Give the loss with inequality= and equality=, or put the constraints into the residual."
+            )
+        if self.constraints and self.optimizer_hyper:
+            raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no constraints.")
 
     def variables(self) -> Variables:
         """A fresh copy of the initial variables."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.constraints.functions import Constrained
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.tree import join
 
@@ -18,10 +20,11 @@ class Scipy(InnerSolver):
     """The follower's optimum by `scipy.optimize.minimize`, on one held batch, in float64 on the CPU.
 
     Nothing is remembered between calls but the solution itself. An optimum on the walls of `bounds` is not stationary,
-    and `Implicit` then warns.
+    and `Implicit` then warns. A follower's constraints (`Player(inequality=..., equality=...)`) are met by "SLSQP" and
+    "trust-constr"; the multipliers, and the last digits, are the follower's own business.
 
     Args:
-        method: SciPy's name of a method that uses gradients: "L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP".
+        method: SciPy's name of a method that uses gradients: "L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP", "trust-constr".
         options: Go to SciPy as they are, and win over the response's `steps` and tolerance where they name `maxiter` or
             `gtol`.
         bounds: (low, high), a box for every entry, where the method can (L-BFGS-B, TNC, SLSQP).
@@ -38,6 +41,11 @@ class Scipy(InnerSolver):
     options: Mapping[str, Any] = field(default_factory=dict)
     bounds: tuple[float, float] | None = None
 
+    @property
+    def takes_constraints(self) -> bool:
+        """SLSQP and trust-constr do."""
+        return self.method in ("SLSQP", "trust-constr")
+
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
@@ -45,7 +53,14 @@ class Scipy(InnerSolver):
         import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
         from scipy.optimize import minimize  # noqa: PLC0415
 
-        require_minimum(problem, f"Scipy({self.method!r})")
+        programme = problem.constraints
+        if programme is None:
+            require_minimum(problem, f"Scipy({self.method!r})")
+        elif self.bounds is not None:
+            raise TypeError(
+                f"Scipy({self.method!r}, bounds={self.bounds}): the derivative of {problem.name!r} would not see these "
+                "bounds. Say them as its constraints: inequality= of the player."
+            )
         form, like = problem.form, y[0]
 
         def tensors(point: Any) -> list[Tensor]:
@@ -59,10 +74,19 @@ class Scipy(InnerSolver):
         # The largest entry is at most the norm: this stops no later than |gradient| <= threshold asks.
         gtol = threshold / form.size**0.5
         tight = {"L-BFGS-B": {"gtol": gtol, "ftol": 0.0}, "BFGS": {"gtol": gtol}, "CG": {"gtol": gtol}}
+        if programme is not None:
+            # Half the digits are enough to see which constraints bind; Newton's method on the KKT system has the rest.
+            tight = {"SLSQP": {"ftol": 1e-14}, "trust-constr": {"gtol": 1e-9, "xtol": 1e-10, "barrier_tol": 1e-9}}
         options = {"maxiter": steps, **tight.get(self.method, {}), **self.options}
         start = np.asarray(join(y).detach().to("cpu", torch.float64))
         box = None if self.bounds is None else [self.bounds] * form.size
-        found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options, bounds=box)
+        more: dict[str, Any] = {} if programme is None else {"constraints": _in_scipys_words(programme)}
+        with warnings.catch_warnings():
+            if programme is not None:  # trust-constr's, of its own approximations; the answer is judged by the caller
+                warnings.simplefilter("ignore", UserWarning)
+            found = minimize(
+                value_and_gradient, start, jac=True, method=self.method, options=options, bounds=box, **more
+            )
         return [t.clone() for t in tensors(found.x)], None
 
 
@@ -111,3 +135,23 @@ class ScipyRoot(InnerSolver):
         }
         found = root(residual, start, method=self.method, options={**limits.get(self.method, {}), **self.options})
         return [t.clone() for t in tensors(found.x)], None
+
+
+def _in_scipys_words(programme: Constrained) -> list[dict[str, Any]]:
+    """The constraints as SciPy's dicts; its inequalities are >= 0. What was seen last at a point is kept."""
+    seen: dict[bytes, Any] = {}
+
+    def at(point: Any) -> Any:
+        key = point.tobytes()
+        if key not in seen:
+            seen.clear()
+            seen[key] = programme.linearised(torch.tensor(point, dtype=torch.float64))
+        return seen[key]
+
+    labels = programme.labels
+    found: list[dict[str, Any]] = []
+    if labels.inequality:
+        found.append({"type": "ineq", "fun": lambda y: -at(y).c.numpy(), "jac": lambda y: -at(y).A.numpy()})
+    if labels.equality:
+        found.append({"type": "eq", "fun": lambda y: at(y).e.numpy(), "jac": lambda y: at(y).E.numpy()})
+    return found
