@@ -45,7 +45,7 @@ def close(found, wanted, atol=1e-10):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_a_firm_at_its_capacity_stays_there_and_its_multiplier_is_what_more_of_it_would_earn(inner):
-    """Cournot: price 10 - q1 - q2, costs 1 and 2, a capacity of 1. At q1 = 4 the second firm would like 2; it makes 1."""
+    """Cournot: price 10 - q1 - q2, costs 1 and 2, a capacity of 1. At q1 = 4 the second would like 2; it makes 1."""
 
     def first(q1, q2):
         return -q1 * (10.0 - q1 - q2 - 1.0)
@@ -97,7 +97,7 @@ def test_an_equality_constrained_quadratic_is_its_kkt_matrix(inner):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_a_ball_turns_the_answer_on_its_surface(inner):
-    """min |y - x|^2 / 2 within |y| <= r is r x / |x|, and d/dx of it r (1 - u u') / |x|: curvature of the constraint."""
+    """min |y - x|^2 / 2 within |y| <= r is r x / |x|, and d/dx of it r (1 - u u') / |x|: the constraint curves."""
     game = bl.Game(
         x=bl.Player(lambda x, y: tensor(1.0, 2.0, 3.0) @ y, tensor(3.0, -1.0, 2.0)),
         y=bl.Player(
@@ -115,7 +115,7 @@ def test_a_ball_turns_the_answer_on_its_surface(inner):
 
 
 def test_a_transport_with_balances_moves_along_them():
-    """Two plants, two towns, quadratic costs; what a town needs is the leader's. Its multiplier is the price there."""
+    """Two plants, two towns, quadratic costs; a town's need is the leader's; its multiplier is the price."""
     cost, have = torch.tensor([[1.0, 3.0], [2.0, 1.5]], dtype=D), tensor(3.0, 2.5)
 
     def work(flow):
