@@ -122,6 +122,14 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
     return _settled(best, epsilon)
 
 
+def judged(programme: Constrained, y: Tensor) -> KKTPoint:
+    """A point `y: [n]` as it is, with the multipliers that leave least of stationarity there."""
+    slope, at = programme.loss_and_gradient(y)[1], programme.linearised(y)
+    l, m = recovered(y, slope, at)
+    hessian = programme.hessian(y, l, m) if y.numel() <= DENSE else None
+    return _judged(KKTPoint(y, l, m, slope, at, hessian, math.inf))
+
+
 def recovered(y: Tensor, slope: Tensor, at: Linearised) -> tuple[Tensor, Tensor]:
     """The multipliers l `[m]` >= 0 and m `[p]` that leave least of |slope + A'l + E'm|.
 

@@ -7,6 +7,7 @@ Fiacco 1983). What fails is told by the constraint's name, with the way out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -125,17 +126,27 @@ def _dependence_in_words(guilty: list[str], labels: Labels) -> str:
     )
 
 
-def _flatness(point: KKTPoint, hessian: Tensor, epsilon: float) -> float | None:
-    """The smallest eigenvalue along the constraints that bind, where it is not above 0 by more than rounding."""
+def curvatures(point: KKTPoint) -> tuple[float, float]:
+    """The extreme eigenvalues of the Lagrangian's Hessian along the constraints that bind; (1, 1) where none is free.
+
+    NaN where the Hessian is too large to be known.
+    """
+    if point.hessian is None:
+        return math.nan, math.nan
     rows = torch.cat([point.at.A[point.binding], point.at.E])
-    n = len(point.y)
-    free = torch.eye(n, dtype=hessian.dtype)
+    free = torch.eye(len(point.y), dtype=point.hessian.dtype)
     if len(rows):
         free = torch.linalg.svd(rows / lengths(rows)[:, None], full_matrices=True).Vh[len(rows) :].T
     if not free.shape[1]:
-        return None
-    smallest = float(torch.linalg.eigvalsh(free.T @ hessian @ free)[0])
-    rounding = 100.0 * n * epsilon * float(hessian.abs().max())
+        return 1.0, 1.0
+    values = torch.linalg.eigvalsh(free.T @ point.hessian @ free)
+    return float(values[0]), float(values[-1])
+
+
+def _flatness(point: KKTPoint, hessian: Tensor, epsilon: float) -> float | None:
+    """The smallest eigenvalue along the constraints that bind, where it is not above 0 by more than rounding."""
+    smallest, _ = curvatures(point)
+    rounding = 100.0 * len(point.y) * epsilon * float(hessian.abs().max())
     if smallest > rounding:
         return None
     return smallest if smallest < -rounding else 0.0

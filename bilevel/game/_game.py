@@ -147,8 +147,11 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str) -> None:
-        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own."""
+    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
+
+        `constrained`: whether who asks knows minima within functions as constraints.
+        """
         for name in self.names:
             members = self.members(name)
             if members != (name,):
@@ -156,7 +159,9 @@ class Game:
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if self.players[name].constraints:
+            if constrained and self._parts.players[name].constraints:
+                continue
+            if self._parts.players[name].constraints:
                 raise ValueError(
                     f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
                     "loss. Hold the hypergradient against finite differences of re-solved followers."

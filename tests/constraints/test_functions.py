@@ -482,13 +482,11 @@ def test_a_leader_with_constraints_is_refused():
         bl.solve(game, y=bl.Implicit(LBFGS))
 
 
-def test_certificates_and_checks_refuse_by_name():
+def test_certificates_refuse_by_name():
     game = game_with(inequality=lambda y: y - 1.0)
-    for ask in (bl.certify, bl.certify_nash, bl.exploitability):
+    for ask in (bl.certify, bl.exploitability):
         with pytest.raises(ValueError, match="'y' has constraints"):
             ask(game, {"x": tensor(2.0, 1.0), "y": tensor(1.0, 1.0)})
-    with pytest.raises(ValueError, match="'y' has constraints"):
-        bl.testing.check_hypergradient(game, bl.Implicit(bl.Scipy("SLSQP")))
 
 
 REFUSED = {
@@ -534,3 +532,76 @@ def test_a_leader_may_act_through_a_constraint_alone():
     y, _, slope = answer(game)
     close(y, tensor(2.0, 1.0))
     close(slope, tensor(4.0, 2.0))
+
+
+# The check against re-solved followers --------------------------------------------------------------------------------
+
+
+class Unconstrained(bl.Response):
+    """A planted defect: the constrained optimum, with the derivative that the loss alone would have."""
+
+    promise = bl.extend.Optimum()
+
+    def init(self, game, *, follower=None, seed=0):
+        return bl.Implicit(bl.Scipy("SLSQP")).init(game, follower=follower, seed=seed)
+
+    def __call__(self, game, others, state, batch=None):
+        with torch.no_grad():
+            y, state = bl.Implicit(bl.Scipy("SLSQP"))(game, others, state, batch)
+
+        def residual(y, x):
+            return bl.extend.gradient(lambda y: game.loss("y", {"x": x, "y": y}), y)[1][0]
+
+        return bl.root(residual, y, others["x"], symmetric=True), state
+
+
+def test_the_check_re_solves_within_the_constraints():
+    checked = bl.testing.check_hypergradient(bent_game(), bl.Implicit(bl.Scipy("SLSQP")), rtol=1e-5)
+    assert checked, str(checked)
+    game = game_with(inequality=lambda y: y - 1.5)  # the first entry is held at 1.5, the second free
+    checked = bl.testing.check_hypergradient(game, bl.Implicit(bl.Scipy("SLSQP")), rtol=1e-6)
+    assert checked, str(checked)
+
+
+def test_the_check_finds_a_derivative_that_does_not_see_the_constraints():
+    checked = bl.testing.check_hypergradient(game_with(inequality=lambda y: y - 1.5), Unconstrained())
+    assert checked.verdict.value == "wrong"
+    assert "Constraints that bind move the answer, and hold it" in str(checked)
+
+
+def test_the_check_cannot_tell_at_a_kink():
+    checked = bl.testing.check_hypergradient(at_a_kink(), bl.Implicit(bl.Scipy("SLSQP")))
+    assert checked.verdict.value == "cannot tell" and "kink" in str(checked)
+
+
+# Nash equilibria ------------------------------------------------------------------------------------------------------
+
+
+def duopoly():
+    """Cournot: price 10 - q1 - q2, costs 1 and 2, the second firm has a capacity of 1: they make 4 and 1."""
+    return bl.Game(
+        q1=bl.Player(lambda q1, q2: -q1 * (9.0 - q1 - q2), torch.tensor(2.0, dtype=D)),
+        q2=bl.Player(
+            lambda q1, q2: -q2 * (8.0 - q1 - q2),
+            torch.tensor(0.5, dtype=D),
+            inequality=lambda q2: {"capacity": q2 - 1.0},
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("q1", "q2", "standing", "told"),
+    [
+        (4.0, 1.0, "certified", None),
+        (4.25, 0.5, "refuted", "q2: first order"),  # the first's best answer, but the second has capacity left
+        (3.75, 1.5, "refuted", "q2: feasible"),
+        (3.0, 1.0, "refuted", "q1: first order"),
+    ],
+)
+def test_a_capacity_constrained_nash_equilibrium_is_certified_and_its_neighbours_are_refuted(q1, q2, standing, told):
+    point = {"q1": torch.tensor(q1, dtype=D), "q2": torch.tensor(q2, dtype=D)}
+    found = bl.certify_nash(duopoly(), point)
+    assert found.standing.value == standing, str(found)
+    if told:
+        assert told in [finding.name for finding in found.findings if finding.standing.value == "refuted"]
+    assert "feasible" in str(found)
