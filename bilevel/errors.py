@@ -68,3 +68,7 @@ class NonConvergenceWarning(BilevelWarning):
 
 class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
+
+
+class KinkWarning(UnreliableResponseWarning):
+    """A follower's constraint is about to begin or to cease to hold: its derivative is that of one side alone."""

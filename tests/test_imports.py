@@ -13,7 +13,7 @@ import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "tree", "autodiff", "randomness"}
-GAME = GROUND | {"game"}
+GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
 SOLVE = RESPONSES | {"dynamics", "many", "solving"}
@@ -25,7 +25,8 @@ MAY = {
     "randomness": set(),
     "autodiff": {"errors"},
     "networks": {"tree"},
-    "game": GROUND,
+    "constraints": {"tree"},
+    "game": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},

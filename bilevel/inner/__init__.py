@@ -4,6 +4,7 @@ from bilevel.inner.base import InnerSolver, Problem
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.own import DifferentiableOptimizer
+from bilevel.inner.projected import ProjectedGradient
 from bilevel.inner.scipy import Scipy, ScipyRoot
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DifferentiableOptimizer",
     "InnerSolver",
     "Problem",
+    "ProjectedGradient",
     "Scipy",
     "ScipyRoot",
     "TorchOptimizer",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.game import Batch, Follower, Size
-from bilevel.game.residual import PlayedGame
+from bilevel.game.residual import Kinks, PlayedGame
 from bilevel.inner import InnerSolver
 from bilevel.inner.torch_optim import player_parameters
 from bilevel.linear import LinearSolver
@@ -46,6 +46,8 @@ class BatchedFollower(Follower):
     ) -> None:
         super().__init__(games, others, state, batch)
         self.games = games
+        self.scale = state.get("scale")
+        """The step s of a constrained follower's residual in each game, `[count]`; None without one."""
 
     @property
     def batch_dims(self) -> Any:
@@ -62,6 +64,8 @@ class BatchedFollower(Follower):
             )
         buffers, others = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), self.others))
         state = {"follower": self.name, "data": self.position, "buffers": buffers}
+        if self.scale is not None:
+            state["scale"] = float(self.scale[index])
         return Follower(self.games.game(index), others, state, self.games.batch_of(self.name, self.batch, index))
 
     def norm(self, slopes: Sequence[Tensor]) -> Size:
@@ -95,6 +99,13 @@ class BatchedFollower(Follower):
         return cast(
             Solver, BatchedLinearSolver(solver=cast(LinearSolver, solver), count=self.games.count, widths=widths)
         )
+
+    def games_of(self, kinks: Kinks) -> list[int] | None:
+        """Those in which they are."""
+        return sorted({place[0] for _, _, place, _ in kinks})
+
+    def _entry(self, path: str, place: list[int]) -> str:
+        return f"{self.name}{path}{place[1:] or ''} of game {place[0]}"
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""

@@ -154,6 +154,9 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
         "reference": 1.0,
     }
     start = at_start(game, state)
+    if start.rests.needs_scale:
+        state |= {"scale": start.measured_scale(leaves(state["variables"]))}
+        start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
     # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import ConvergenceError, KinkWarning, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
+from bilevel.game.residual import Kinks
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.optimizer import leaf_memory, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
-from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.linear import GMRES, ConjugateGradient, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
     Response,
@@ -55,7 +56,8 @@ class Implicit(Response):
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
         tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
-        linear_solver: For the system with the Hessian; `GMRES()` where the follower's residual is not symmetric.
+        linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
+            residual has no symmetric Jacobian: one with a domain, or several players who answer together.
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
@@ -69,14 +71,14 @@ class Implicit(Response):
 
     Examples:
         >>> from functools import partial
-        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).linear_solver.rtol
-        1e-06
+        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).tolerance
+        0.001
     """
 
     optimizer: OptimizerFactory | InnerSolver
     steps: int = 100
     tolerance: float | None = 1e-3
-    linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
+    linear_solver: LinearSolver | None = None
     warm_start: bool = True
     strict: bool = False
     inexactness: Inexactness | None = None
@@ -88,7 +90,7 @@ class Implicit(Response):
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
         if not isinstance(self.optimizer, InnerSolver):
             require_factory("Implicit: optimizer", self.optimizer)
-        if not isinstance(self.linear_solver, LinearSolver):
+        if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
             raise TypeError(
                 f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
             )
@@ -99,19 +101,21 @@ class Implicit(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
+        game = self._bounded(game, game.names[-1] if follower is None else follower)
         state = fresh_state(game, follower, seed, many=True)
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
         refuse_captured(start, state)
-        if not start.symmetric and self.linear_solver.needs_symmetry:
+        linear = self._linear(start)
+        if not start.symmetric and linear.needs_symmetry:
             raise NotSymmetricError(
                 f"Implicit: the residual of {start.name!r} has no symmetric Jacobian, since it is no single loss's "
-                f"gradient, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
+                f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        solver, flat, shapes = start.adapted_linear(self.linear_solver), flatten(state["variables"]), start.form.shapes
+        solver, flat, shapes = start.adapted_linear(linear), flatten(state["variables"]), start.form.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
             y = state["variables"]
@@ -129,7 +133,7 @@ class Implicit(Response):
             return super().adopt(saved, start)
         y, before = start["variables"], saved.get("optimizer")
         kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
-        if isinstance(before, dict):
+        if isinstance(before, dict) and "schedule" in before:
             kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
         return super().adopt(saved, start) | {"optimizer": kept}
 
@@ -137,8 +141,10 @@ class Implicit(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
+        game = self._bounded(game, state["follower"])
         follower = game.follower(others, state, batch)
-        solver = follower.adapted_linear(self.linear_solver)
+        linear = self._linear(follower)
+        solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
@@ -163,7 +169,7 @@ class Implicit(Response):
             residual,
             y,
             follower.xs,
-            linear_solver=follower.adapted_linear(self.linear_solver.loosened(looser)),
+            linear_solver=follower.adapted_linear(linear.loosened(looser)),
             symmetric=follower.symmetric,
             shapes=follower.form.shapes,
             receipt=receipt,
@@ -188,7 +194,8 @@ class Implicit(Response):
     @property
     def behaviour(self) -> Behaviour:
         """It warns unless `tolerance` is None."""
-        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=self.linear_solver.rtol or 0.0)
+        rtol = (self.linear_solver or ConjugateGradient()).rtol or 0.0
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=rtol)
 
     @property
     def inner_optimizer(self) -> OptimizerFactory | None:
@@ -226,6 +233,18 @@ class Implicit(Response):
             self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Implicit", self.optimizer)
         )
 
+    def _linear(self, follower: Follower) -> LinearSolver:
+        if self.linear_solver is not None:
+            return self.linear_solver
+        return ConjugateGradient() if follower.symmetric else GMRES()
+
+    def _bounded(self, game: Game, name: str) -> Game:
+        """The game in which the bounds that the inner solver keeps are the follower's: there its optimum is."""
+        if name not in game.names or not game.residual(name).minimises:
+            return game
+        domain = self._solver.domain(game.form_of_one(name))
+        return game if domain is None else game.within(name, domain)
+
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
     ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
@@ -260,6 +279,8 @@ class Implicit(Response):
             if self.strict:
                 raise ConvergenceError(message)
             warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+        if any(tracked):
+            self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
             "variables": follower.form.unflatten(flat),
             "optimizer": memory,
@@ -271,6 +292,10 @@ class Implicit(Response):
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
         return flat, after, residual, products
+
+    def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
+        if kinks:
+            warnings.warn(KinkWarning(follower.told_kinks(kinks), games=follower.games_of(kinks)), stacklevel=4)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""

@@ -31,7 +31,9 @@ def identity(
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
         "players": {
-            member: {"objective": describer.describe(player.objective), "residual": describer.describe(player.residual)}
+            member: {
+                what: describer.describe(getattr(player, what)) for what in ("objective", "residual", "domain", "prox")
+            }
             for member, player in members
         },
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
