@@ -91,4 +91,4 @@ class UnreliableResponseWarning(BilevelWarning):
 
 
 class KinkWarning(UnreliableResponseWarning):
-    """A follower's answer has a kink at this very leader: two one-sided derivatives, which the message tells."""
+    """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""

@@ -11,6 +11,9 @@ from torch import Tensor
 from bilevel.tree import Variables, named_leaves
 
 INEQUALITY, EQUALITY = "inequality", "equality"
+DOMAIN, DOMAIN_EQUALITY = "domain", "domain equality"
+INEQUALITIES, EQUALITIES = (INEQUALITY, DOMAIN), (EQUALITY, DOMAIN_EQUALITY)
+"""The kinds of what is to be <= 0, and of what is to be 0: the user's functions, and the walls of a domain."""
 
 
 class Linearised(NamedTuple):

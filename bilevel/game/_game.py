@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
+from bilevel.constraints import ConstraintSet
+from bilevel.game.checks import (
+    RESERVED,
+    Depends,
+    check_domains,
+    check_follower,
+    check_names,
+    check_objectives,
+    check_variables,
+)
+from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
@@ -30,7 +40,8 @@ class Parts:
     """What a game is made of; a game derived from another differs in some of them.
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
-    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones.
+    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
+    `rests` are residuals in place of the players' own.
     """
 
     players: Mapping[str, Player]
@@ -43,6 +54,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
+    rests: Mapping[str, Residual] = field(default_factory=dict)
 
 
 class Game:
@@ -68,6 +80,7 @@ class Game:
         check_names(players)
         initial = {name: player.variables() for name, player in players.items()}
         check_variables(initial)
+        check_domains(players, initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
             players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
@@ -128,6 +141,10 @@ class Game:
     def count(self) -> int:
         """How many games this stands for."""
         return 1
+
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)`; of many games in each by itself."""
+        return function(*trees)
 
     @property
     def record_keys(self) -> tuple[str, ...]:
@@ -202,7 +219,7 @@ class Game:
         named = [name for member in self.members(player) for name in self._parts.arguments[member]]
         for member in self.members(player):
             own = self._parts.players[member]
-            named += [] if own.residual is None else own.own_residual.players
+            named += own.option_players if own.residual is None else own.own_residual.players
             for function in own.constraints.values():
                 named += [name for name in own.parameters(function) if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
@@ -210,9 +227,19 @@ class Game:
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
         members = self.members(player)
+        if player in self._parts.rests:
+            return self._parts.rests[player]
         if members == (player,):
             return self._parts.players[player].rests
-        return MembersGradients(all(self._parts.players[member].follows_loss for member in members))
+        return MembersGradients({member: self._parts.players[member].rests for member in members})
+
+    def within(self: Derived, player: str, domain: ConstraintSet) -> Derived:
+        """The same game, in which a player without constraints stays in a set, as its inner solver does."""
+        return self.derived(rests={**self._parts.rests, player: ConstrainedGradient(domain, None, solvers=True)})
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self.structure(player)
 
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
@@ -341,14 +368,15 @@ class Game:
     ) -> dict[str, Variables]:
         """The players' variables that a function is called with."""
         named = [name for name in self._named(player, function) if name in self._parts.players]
-        return {name: self._value(name, variables) for name in named}
+        return {name: self.value(name, variables) for name in named}
 
-    def _value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+    def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+        """A player's variables among those given, or what it answers to them."""
         if name in variables:
             return variables[name]
         owner = self._parts.groups.owner(name)
         if owner != name:
-            return self._value(owner, variables)[name]
+            return self.value(owner, variables)[name]
         if name not in self._parts.anticipated:
             raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
         return self._parts.anticipated[name](variables)
@@ -356,7 +384,7 @@ class Game:
     def _evaluate_group(
         self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
     ) -> tuple[Tensor, Buffers]:
-        own, current = self._value(group, variables), dict(buffers or {})
+        own, current = self.value(group, variables), dict(buffers or {})
         losses = []
         for member in self.members(group):
             tree = {m: v if m == member else map_leaves(Tensor.detach, v) for m, v in own.items()}

@@ -51,6 +51,13 @@ def check_names(players: Mapping[str, Player]) -> None:
             if "batch" in player.parameters(function) and player.data is None:
                 raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in player.parameters(function)
+        _check_parameters(name, "domain or prox", player.option_players, players)
+        if name in player.option_players or "batch" in player.option_players:
+            raise ValueError(
+                f"Player {name!r}: its domain or prox depends on "
+                f"{'its own variables' if name in player.option_players else 'batch'}; expected numbers, or functions "
+                "of other players."
+            )
         if not takes_batch and player.data is not None:
             raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
 
@@ -94,6 +101,16 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
 
 
+def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Refuse domains and terms that do not fit the variables, domains without points, and starts outside them."""
+    for name, player in players.items():
+        given = {other: initial[other] for other in player.option_players}
+        if player.prox is not None:
+            player.prox.settled(given).check(initial[name], f"Player {name!r}: init")
+        if player.domain is not None:
+            player.domain.settled(given).require(initial[name], f"Player {name!r}: init")
+
+
 Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
@@ -105,6 +122,10 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
     depends: dict[str, frozenset[str]] = {}
     for name in players:
         in_loss, in_residual = _dependence(game, name, players, initial)
+        # Whether a function of players uses all of them is not looked at: it is named after them alone.
+        for other in players[name].option_players:
+            paths = {path for path, _ in named_leaves(initial[other])}
+            in_residual = {**in_residual, other: in_residual.get(other, set()) | paths}
         depends[name] = frozenset(in_residual)
         for found in (in_loss, in_residual):
             for other, paths in found.items():

@@ -14,8 +14,21 @@ from torch import Tensor
 
 from bilevel.autodiff import gradient, jacobian
 from bilevel.constraints.active_set import KKTPoint, optimum, reached
-from bilevel.constraints.functions import EQUALITY, INEQUALITY, Labels, Linearised, entry_names
+from bilevel.constraints.base import ConstraintSet
+from bilevel.constraints.functions import (
+    DOMAIN,
+    DOMAIN_EQUALITY,
+    EQUALITIES,
+    EQUALITY,
+    INEQUALITIES,
+    INEQUALITY,
+    Labels,
+    Linearised,
+    entry_names,
+)
 from bilevel.constraints.regularity import kink, require_feasible, require_regular
+from bilevel.constraints.walls import walls
+from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch
 from bilevel.game.residual import Buffers, Found, OwnGradient, PlayedGame, Present, Residual, Rest
 from bilevel.randomness import random_kept, random_state
@@ -38,20 +51,38 @@ class KKT(Residual):
     Args:
         inequality: c, elementwise <= 0; None without inequalities.
         equality: e, elementwise = 0; None without equalities.
+        domain: A set whose walls are further constraints; None without one.
     """
 
     inequality: Callable[..., Variables] | None
     equality: Callable[..., Variables] | None
+    domain: ConstraintSet | None = None
     symmetric = True
     definite = False
     minimises = False
     differentiates_loss = False
 
-    @property
-    def functions(self) -> dict[str, Callable[..., Variables]]:
-        """The constraints by what they are called."""
-        both = {INEQUALITY: self.inequality, EQUALITY: self.equality}
-        return {what: function for what, function in both.items() if function is not None}
+    def values(
+        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Variables]:
+        """What the constraints are, by kind: the inequalities first, and then the equalities."""
+        own = {INEQUALITY: self.inequality, EQUALITY: self.equality}
+        found = {
+            kind: game.call(player, function, variables, batch, buffers, {})[0]
+            for kind, function in own.items()
+            if function is not None
+        }
+        if self.domain is not None:
+            domain, given = self.domain, {name: game.value(name, variables) for name in self.domain.players}
+            known = not domain.players
+            built = game.each(lambda y, given: walls(domain.settled(given), y, known=known), variables[player], given)
+            found |= {DOMAIN: built[0], DOMAIN_EQUALITY: built[1]}
+        return {kind: found[kind] for kind in (*INEQUALITIES, *EQUALITIES) if kind in found and leaves(found[kind])}
+
+    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+        """Raise `ValueError` where the players have made the domain empty."""
+        if self.domain is not None:
+            ConstrainedGradient(self.domain, None).require_valid(game, player, others)
 
     def __call__(
         self,
@@ -80,10 +111,10 @@ class KKT(Residual):
         def lagrangian(z: Tensor) -> Tensor:
             variables = {**others, player: form.unflatten(z[: form.size])}
             total, rest = game.total(game.evaluate(player, variables, batch, buffers)[0]), z[form.size :]
-            for what, function in self.functions.items():
-                value = flatten(game.call(player, function, variables, batch, buffers, {})[0])
+            for kind, tree in self.values(game, player, variables, batch, buffers).items():
+                value = flatten(tree)
                 multipliers, rest = rest[: len(value)], rest[len(value) :]
-                if what == INEQUALITY:
+                if kind in INEQUALITIES:
                     binds = multipliers > 0.0
                     idle = torch.where(binds, 0.0, multipliers)
                     total = total + 0.5 * (idle * idle).sum()
@@ -96,7 +127,8 @@ class KKT(Residual):
 
     def first(self, follower: Present) -> dict[str, Any]:
         """Multipliers of 0, in the form of what the constraints return."""
-        found = FollowerProgramme(follower, self).values(flatten(follower.game.initial(follower.name)))
+        with torch.no_grad():
+            found = FollowerProgramme(follower, self).values(flatten(follower.game.initial(follower.name)))
         return {"multipliers": {what: map_leaves(torch.zeros_like, value) for what, value in found.items()}}
 
     def programme(self, follower: Present) -> FollowerProgramme:
@@ -129,7 +161,7 @@ class FollowerProgramme:
 
     def __init__(self, follower: Present, rests: KKT) -> None:
         self._follower, self._rests, self._random = follower, rests, random_state(follower.game.device)
-        self._others = follower.others
+        self._others, self._below = follower.others, 0
         known = follower.multipliers or follower.game.initial(follower.name)
         self._dtype: torch.dtype = leaves(known)[0].dtype
 
@@ -142,13 +174,17 @@ class FollowerProgramme:
     def labels(self) -> Labels:
         """What its constraints are called."""
         shapes = self._follower.multipliers
-        names = {what: entry_names(what, shapes[what]) for what in self._rests.functions}
-        return Labels(self._follower.name, names.get(INEQUALITY, ()), names.get(EQUALITY, ()))
+        above, level = (
+            tuple(name for kind in kinds if kind in shapes for name in entry_names(kind, shapes[kind]))
+            for kinds in (INEQUALITIES, EQUALITIES)
+        )
+        return Labels(self._follower.name, above, level)
 
     def values(self, y: Tensor) -> dict[str, Variables]:
-        """What the constraints return at a flat y of the follower's own dtype."""
-        with torch.no_grad():
-            return {what: self._call(function, y) for what, function in self._rests.functions.items()}
+        """What the constraints are at a flat y of the follower's own dtype, by kind."""
+        follower = self._follower
+        with random_kept(follower.game.device, start=self._random):
+            return self._rests.values(follower.game, follower.name, self._at(y), follower.batch, follower.buffers)
 
     def loss_and_gradient(self, y: Tensor) -> tuple[float, Tensor]:
         """f and its gradient `[n]`."""
@@ -160,26 +196,22 @@ class FollowerProgramme:
 
     def linearised(self, y: Tensor) -> Linearised:
         """The constraints and their Jacobians."""
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for what in (INEQUALITY, EQUALITY):
-            function = self._rests.functions.get(what)
-            if function is None:
-                found[what] = y.new_zeros(0), y.new_zeros(0, len(y))
-                continue
-            value, rows = jacobian(lambda y, function=function: flatten(self._call(function, y)), self._own(y))  # type: ignore[misc]
-            found[what] = _plain(value), _plain(rows)
-        (c, A), (e, E) = found[INEQUALITY], found[EQUALITY]
-        return Linearised(c, e, A, E)
+
+        def stacked(y: Tensor) -> Tensor:
+            found = self.values(y)
+            self._below = sum(flatten(found[kind]).numel() for kind in INEQUALITIES if kind in found)
+            return flatten(list(found.values()))
+
+        value, rows = (_plain(part) for part in jacobian(stacked, self._own(y)))
+        m = self._below
+        return Linearised(value[:m], value[m:], rows[:m], rows[m:])
 
     def hessian(self, y: Tensor, inequality: Tensor, equality: Tensor) -> Tensor:
         """The Lagrangian's Hessian in y `[n, n]`."""
-        weights = {INEQUALITY: inequality, EQUALITY: equality}
+        weights = torch.cat([inequality, equality])
 
         def lagrangian(y: Tensor) -> Tensor:
-            total = self._loss(y)
-            for what, function in self._rests.functions.items():
-                total = total + (weights[what].to(y) * flatten(self._call(function, y))).sum()
-            return total
+            return self._loss(y) + (weights.to(y) * flatten(list(self.values(y).values()))).sum()
 
         with torch.enable_grad():
             _, rows = jacobian(lambda y: gradient(lagrangian, y)[1][0], self._own(y))
@@ -192,11 +224,6 @@ class FollowerProgramme:
         follower = self._follower
         with random_kept(follower.game.device, start=self._random):
             return follower.game.loss(follower.name, self._at(y), follower.batch, follower.buffers)
-
-    def _call(self, function: Callable[..., Variables], y: Tensor) -> Variables:
-        follower = self._follower
-        with random_kept(follower.game.device, start=self._random):
-            return follower.game.call(follower.name, function, self._at(y), follower.batch, follower.buffers, {})[0]
 
     def _at(self, y: Tensor) -> dict[str, Variables]:
         return {**self._others, self._follower.name: self._follower.form.unflatten(y)}

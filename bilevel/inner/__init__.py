@@ -5,6 +5,7 @@ from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.own import DifferentiableOptimizer
 from bilevel.inner.programmes import HiGHS, ProgrammeSolver, ProxQP
+from bilevel.inner.projected import ProjectedGradient
 from bilevel.inner.scipy import Scipy, ScipyRoot
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "InnerSolver",
     "Problem",
     "ProgrammeSolver",
+    "ProjectedGradient",
     "ProxQP",
     "Scipy",
     "ScipyRoot",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.errors import BilevelError
 from bilevel.game import Batch, Follower, Size
-from bilevel.game.residual import PlayedGame, Rest
+from bilevel.game.residual import Kinks, PlayedGame, Rest
 from bilevel.inner import InnerSolver
 from bilevel.inner.torch_optim import player_parameters
 from bilevel.linear import LinearSolver
@@ -47,6 +47,8 @@ class BatchedFollower(Follower):
     ) -> None:
         super().__init__(games, others, state, batch)
         self.games = games
+        self.scale = state.get("scale")
+        """The step s of a constrained follower's residual in each game, `[count]`; None without one."""
 
     @property
     def batch_dims(self) -> Any:
@@ -64,6 +66,8 @@ class BatchedFollower(Follower):
         buffers, others = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), self.others))
         multipliers = map_leaves(lambda leaf: leaf[index], self.multipliers)
         state = {"follower": self.name, "data": self.position, "buffers": buffers, "multipliers": multipliers}
+        if self.scale is not None:
+            state["scale"] = float(self.scale[index])
         return Follower(self.games.game(index), others, state, self.games.batch_of(self.name, self.batch, index))
 
     @property
@@ -120,6 +124,13 @@ class BatchedFollower(Follower):
         story = f"in {len(bent)} of {len(ends)} games, in game {bent[0]} of {ends[bent[0]].kink}" if bent else ""
         stacked = [_stacked(form, rows) for rows in ([end.unknowns for end in ends], other)]
         return Rest(stacked[0], story, stacked[1] if bent else None)
+
+    def games_of(self, kinks: Kinks) -> list[int] | None:
+        """Those in which they are."""
+        return sorted({place[0] for _, _, place, _ in kinks})
+
+    def _entry(self, path: str, place: list[int]) -> str:
+        return f"{self.name}{path}{place[1:] or ''} of game {place[0]}"
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""

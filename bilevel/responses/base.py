@@ -161,6 +161,9 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
             'Use Implicit(Scipy("SLSQP")), which rests where the constraints and their multipliers say; or write a '
             "projection as residual=, which Unrolled follows."
         )
+    if start.rests.needs_scale:
+        state |= {"scale": start.measured_scale(leaves(state["variables"]))}
+        start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
         state |= start.first()

@@ -21,7 +21,7 @@ from bilevel.errors import (
 )
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
-from bilevel.game.residual import Rest
+from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.optimizer import leaf_memory, torch_optimizer
 from bilevel.inner.schedule import place_alone
@@ -66,9 +66,9 @@ class Implicit(Response):
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
         tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
-        linear_solver: For the system with the Hessian; `GMRES()` where the follower's residual is not symmetric.
-            Default: `ConjugateGradient()`; for a follower with multipliers, whose system is indefinite, `Dense()` up to
-            500 unknowns and `GMRES()` beyond.
+        linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
+            residual has no symmetric Jacobian: one with a domain, or several players who answer together. For a
+            follower with multipliers, whose system is indefinite, `Dense()` up to 500 unknowns and `GMRES()` beyond.
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
@@ -84,8 +84,8 @@ class Implicit(Response):
 
     Examples:
         >>> from functools import partial
-        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).behaviour.rtol
-        1e-06
+        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).tolerance
+        0.001
     """
 
     optimizer: OptimizerFactory | InnerSolver
@@ -114,6 +114,7 @@ class Implicit(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
+        game = self._bounded(game, game.names[-1] if follower is None else follower)
         state = fresh_state(game, follower, seed, many=True, constrained=True)
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
@@ -152,7 +153,7 @@ class Implicit(Response):
             return super().adopt(saved, start)
         y, before = start["variables"], saved.get("optimizer")
         kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
-        if isinstance(before, dict):
+        if isinstance(before, dict) and "schedule" in before:
             kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
         return super().adopt(saved, start) | {"optimizer": kept}
 
@@ -160,6 +161,7 @@ class Implicit(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
+        game = self._bounded(game, state["follower"])
         follower = game.follower(others, state, batch)
         linear = self._linear(follower)
         solver = follower.adapted_linear(linear)
@@ -215,8 +217,8 @@ class Implicit(Response):
     @property
     def behaviour(self) -> Behaviour:
         """It warns unless `tolerance` is None."""
-        rtol = (self.linear_solver or ConjugateGradient()).rtol
-        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=rtol or 0.0)
+        rtol = (self.linear_solver or ConjugateGradient()).rtol or 0.0
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=rtol)
 
     @property
     def inner_optimizer(self) -> OptimizerFactory | None:
@@ -255,12 +257,20 @@ class Implicit(Response):
         )
 
     def _linear(self, follower: Follower) -> LinearSolver:
-        """The one that was given, or one that suits the follower."""
         if self.linear_solver is not None:
             return self.linear_solver
-        if follower.definite or not follower.symmetric:
-            return ConjugateGradient()
-        return Dense() if follower.size <= _DENSE else GMRES(restart=100)
+        if follower.symmetric:
+            if follower.definite:
+                return ConjugateGradient()
+            return Dense() if follower.size <= _DENSE else GMRES(restart=100)
+        return GMRES()
+
+    def _bounded(self, game: Game, name: str) -> Game:
+        """The game in which the bounds that the inner solver keeps are the follower's: there its optimum is."""
+        if name not in game.names or not game.residual(name).minimises:
+            return game
+        domain = self._solver.domain(game.form_of_one(name))
+        return game if domain is None else game.within(name, domain)
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
@@ -296,6 +306,8 @@ class Implicit(Response):
             if self.strict:
                 raise ConvergenceError(message)
             warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+        if any(tracked):
+            self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
             **follower.kept(flat),
             "optimizer": memory,
@@ -307,6 +319,10 @@ class Implicit(Response):
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
         return rest, after, residual, products
+
+    def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
+        if kinks:
+            warnings.warn(KinkWarning(follower.told_kinks(kinks), games=follower.games_of(kinks)), stacklevel=4)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""

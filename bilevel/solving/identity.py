@@ -32,8 +32,7 @@ def identity(
     settings: dict[str, Description] = {
         "players": {
             member: {
-                "objective": describer.describe(player.objective),
-                "residual": describer.describe(player.residual),
+                **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
                 **{what: describer.describe(function) for what, function in player.constraints.items()},
             }
             for member, player in members
@@ -79,6 +78,7 @@ def in_words(changes: list[Change]) -> str:
 
 
 _TOLD = 5
+_OPTIONS = ("objective", "residual", "domain", "prox")
 
 
 def _form(game: Game, name: str) -> dict[str, Description]:

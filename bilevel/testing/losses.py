@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient, pullback
 from bilevel.constraints import Constrained
-from bilevel.game import Buffers, Game, Player
+from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables
@@ -31,12 +31,12 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
         return loss
 
     players = {
-        name: Player(
-            held(player.objective),
-            player.init,
+        name: replace(
+            player,
+            objective=held(player.objective),
             data=None if player.data is None else [batches[name]],
-            optimizer_hyper=player.optimizer_hyper,
-            **{what: held(function) for what, function in player.constraints.items()},
+            inequality=None if player.inequality is None else held(player.inequality),
+            equality=None if player.equality is None else held(player.equality),
         )
         for name, player in game.players.items()
     }

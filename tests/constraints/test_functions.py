@@ -605,3 +605,70 @@ def test_a_capacity_constrained_nash_equilibrium_is_certified_and_its_neighbours
     if told:
         assert told in [finding.name for finding in found.findings if finding.standing.value == "refuted"]
     assert "feasible" in str(found)
+
+
+# Beside a domain ------------------------------------------------------------------------------------------------------
+
+
+def test_a_domain_beside_functions_is_one_of_them():
+    """Shares of a total with a capacity on the first: projected onto both, and moved along what is left."""
+
+    def capacity(flow):
+        return flow[0] - 0.6
+
+    game = bl.Game(
+        toll=bl.Player(lambda toll, flow: tensor(1.0, 2.0, 4.0) @ flow + 0.0 * toll.sum(), tensor(0.1, 0.2, 0.3)),
+        flow=bl.Player(
+            lambda toll, flow: ((flow + toll - tensor(2.0, 1.0, 0.5)) ** 2).sum(),
+            torch.full((3,), 1 / 3, dtype=D),
+            domain=bl.Simplex(1.0),
+            inequality=capacity,
+        ),
+    )
+    y, state, slope = answer(game)
+    close(y, tensor(0.6, 0.4, 0.0))  # a - toll = (1.9, .8, .2): the first is full, the rest goes to the second
+    found = state["multipliers"]
+    assert set(found) == {"inequality", "domain", "domain equality"}
+    # t = 2 (.8 - .4) = .8 is the price of the total; the first would take 2 (1.9 - .6) = 2.6, the third 2 * .2.
+    close(found["domain equality"]["total"], torch.tensor(0.8, dtype=D))
+    close(found["inequality"], torch.tensor(1.8, dtype=D))
+    close(found["domain"]["low"], tensor(0.0, 0.0, 0.4))
+    close(slope, tensor(0.0, 0.0, 0.0))  # a vertex
+    free = game.initial("toll") + tensor(0.0, 0.3, -0.3)  # a - toll = (1.9, .5, .5): the second and the third share .4
+    y, _, slope = answer(game, toll=free)
+    close(y, tensor(0.6, 0.2, 0.2))
+    close(slope, tensor(0.0, 1.0, -1.0))  # -(1 - 1/2 11') (2, 4)
+
+
+def test_bounds_that_a_leader_sets_move_the_answer():
+    game = bl.Game(
+        most=bl.Player(lambda most, y: (y**2).sum() + 0.0 * most, torch.tensor(0.75, dtype=D)),
+        y=bl.Player(
+            lambda y: ((y - tensor(2.0, 0.25)) ** 2).sum(),
+            tensor(0.1, 0.1),
+            domain=bl.Box(-1.0, lambda most: most),
+            equality=lambda y: 0.0 * y[0] + y[1] - 0.5,
+        ),
+    )
+    y, state, slope = answer(game)
+    close(y, tensor(0.75, 0.5))
+    close(state["multipliers"]["domain"]["high"], tensor(2.5, 0.0))
+    close(slope, torch.tensor(1.5, dtype=D))
+    games = bl.Games(game, 2, init={"most": tensor(0.75, 0.6)})
+    response = bl.Implicit(bl.Scipy("SLSQP"))
+    y, _ = response(games, {"most": games.initial("most")}, response.init(games))
+    close(y.detach(), torch.tensor([[0.75, 0.5], [0.6, 0.5]], dtype=D))
+    checked = bl.testing.check_hypergradient(game, response, rtol=1e-6)
+    assert checked, str(checked)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"domain": bl.constraints.Ball(1.0, p=1.0)}, "no set of smooth functions"),
+        ({"prox": bl.constraints.L1(0.1)}, "these need a smooth loss"),
+    ],
+)
+def test_what_is_no_smooth_function_is_refused_beside_functions(options, text):
+    with pytest.raises(ValueError, match=text):
+        game_with(inequality=lambda y: y - 1.0, **options)
