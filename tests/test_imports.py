@@ -13,7 +13,7 @@ import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "tree", "autodiff", "randomness", "second_order"}
-GAME = GROUND | {"game"}
+GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
 SOLVE = RESPONSES | {"dynamics", "many", "solving"}
@@ -26,7 +26,8 @@ MAY = {
     "second_order": {"errors"},
     "autodiff": {"errors", "second_order"},
     "networks": {"tree"},
-    "game": GROUND,
+    "constraints": GROUND,
+    "game": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},

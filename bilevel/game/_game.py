@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.constraints import ConstraintSet
 from bilevel.errors import BilevelError
-from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
+from bilevel.game.checks import (
+    RESERVED,
+    Depends,
+    check_domains,
+    check_follower,
+    check_names,
+    check_objectives,
+    check_variables,
+)
+from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
@@ -35,7 +45,8 @@ class Parts:
     """What a game is made of; a game derived from another differs in some of them.
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
-    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones.
+    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
+    `rests` are residuals in place of the players' own.
     """
 
     players: Mapping[str, Player]
@@ -49,6 +60,7 @@ class Parts:
     anticipated: Mapping[str, Anticipated]
     depends: Depends
     kernels: Mapping[str, FastKernels]
+    rests: Mapping[str, Residual] = field(default_factory=dict)
 
 
 class Game:
@@ -75,6 +87,7 @@ class Game:
         initial = {name: player.variables() for name, player in players.items()}
         refuse_processes(players, initial)
         check_variables(initial)
+        check_domains(players, initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
             players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
@@ -151,6 +164,10 @@ class Game:
         """How many games this stands for."""
         return 1
 
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)`; of many games in each by itself."""
+        return function(*trees)
+
     @property
     def record_keys(self) -> tuple[str, ...]:
         """What follows a number's name in a run's records: nothing, or what tells of more than one game."""
@@ -169,14 +186,24 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str) -> None:
-        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own."""
+    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
+
+        `constrained`: whether who asks knows minima within functions as constraints.
+        """
         for name in self.names:
             members = self.members(name)
             if members != (name,):
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
+                )
+            if constrained and self._parts.players[name].constraints:
+                continue
+            if self._parts.players[name].constraints:
+                raise ValueError(
+                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
+                    "loss. Hold the hypergradient against finite differences of re-solved followers."
                 )
             if not self.residual(name).minimises:
                 raise ValueError(
@@ -214,15 +241,27 @@ class Game:
         named = [name for member in self.members(player) for name in self._parts.arguments[member]]
         for member in self.members(player):
             own = self._parts.players[member]
-            named += [] if own.follows_loss else own.own_residual.players
+            named += own.option_players if own.residual is None else own.own_residual.players
+            for function in own.constraints.values():
+                named += [name for name in own.parameters(function) if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
         members = self.members(player)
+        if player in self._parts.rests:
+            return self._parts.rests[player]
         if members == (player,):
             return self._parts.players[player].rests
-        return MembersGradients(all(self._parts.players[member].follows_loss for member in members))
+        return MembersGradients({member: self._parts.players[member].rests for member in members})
+
+    def within(self: Derived, player: str, domain: ConstraintSet) -> Derived:
+        """The same game, in which a player without constraints stays in a set, as its inner solver does."""
+        return self.derived(rests={**self._parts.rests, player: ConstrainedGradient(domain, None, solvers=True)})
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self.structure(player)
 
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
@@ -351,22 +390,22 @@ class Game:
 
     def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of a player's functions must be called with."""
-        own = self._parts.players[player]
-        return own.names if function is own.objective else own.own_residual.names
+        return self._parts.players[player].parameters(function)
 
     def _given(
         self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
     ) -> dict[str, Variables]:
         """The players' variables that a function is called with."""
         named = [name for name in self._named(player, function) if name in self._parts.players]
-        return {name: self._value(name, variables) for name in named}
+        return {name: self.value(name, variables) for name in named}
 
-    def _value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+    def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+        """A player's variables among those given, or what it answers to them."""
         if name in variables:
             return variables[name]
         owner = self._parts.groups.owner(name)
         if owner != name:
-            return self._value(owner, variables)[name]
+            return self.value(owner, variables)[name]
         if name not in self._parts.anticipated:
             raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
         return self._parts.anticipated[name](variables)
@@ -374,7 +413,7 @@ class Game:
     def _evaluate_group(
         self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
     ) -> tuple[Tensor, Buffers]:
-        own, current = self._value(group, variables), dict(buffers or {})
+        own, current = self.value(group, variables), dict(buffers or {})
         losses = []
         for member in self.members(group):
             tree = {m: v if m == member else map_leaves(Tensor.detach, v) for m, v in own.items()}
@@ -404,6 +443,12 @@ class Game:
         if set(together) != set(members):
             raise ValueError(
                 f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
+            )
+        constrained = [member for member in members if parts.players[member].constraints]
+        if constrained:
+            raise ValueError(
+                f"{told}: {constrained[0]!r} has constraints, and players who answer together cannot have any yet. "
+                "Give each of them a response of its own, or write a projection as residual=."
             )
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")

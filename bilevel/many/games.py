@@ -18,7 +18,7 @@ from bilevel.game.player import check_data
 from bilevel.many.dynamics import refuse_mixing_dynamics
 from bilevel.many.follower import BatchedFollower, among, refuse_mixing
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
+from bilevel.tree import Structure, Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
 
 @final
@@ -194,6 +194,15 @@ class Games(Game):
         found = torch.func.vmap(one, randomness="different")(*(values[place] for place in varying))
         answer, after = pytree.tree_unflatten(found, forms[0])
         return answer, after
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self._one.structure(player)
+
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)` in each game by one vmap; a tensor without dimensions is the same in all."""
+        dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
+        return torch.func.vmap(function, in_dims=dims)(*trees)
 
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of all games at once, whose solvers keep them apart."""

@@ -17,6 +17,7 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteErr
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
+from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.base import require_minimum
 from bilevel.inner.closed_form import ClosedForm
@@ -141,6 +142,11 @@ class Nudged(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
+            raise TypeError(
+                f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
+                "differences. Use Implicit, which differentiates the constraints that bind."
+            )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
         nothing = flatten(state["variables"])[:0].clone()
@@ -427,6 +433,21 @@ class _Tilted:
         self.others: Mapping[str, Variables] = settled.others
 
     form: Structure
+    constraints = None
+    bounds = None
+    rests: Residual = OwnGradient()
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same as `gradients`: nothing is projected."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient."""
+        return list(slopes)
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step ends."""
+        return list(z)
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of the tilted loss."""

@@ -1,0 +1,37 @@
+"""Where players may be: sets with a projection, terms with a proximal map, coordinates, and functions."""
+
+from bilevel.constraints.base import ConstraintSet, Penalty, ProximalMap
+from bilevel.constraints.functions import Constrained, Labels, Linearised
+from bilevel.constraints.proximal import L1, ElasticNet, GroupLasso
+from bilevel.constraints.sets import (
+    Affine,
+    Ball,
+    Box,
+    Halfspace,
+    NonNegative,
+    PositiveSemidefinite,
+    Product,
+    SecondOrderCone,
+    Simplex,
+)
+
+__all__ = [
+    "L1",
+    "Affine",
+    "Ball",
+    "Box",
+    "Constrained",
+    "ConstraintSet",
+    "ElasticNet",
+    "GroupLasso",
+    "Halfspace",
+    "Labels",
+    "Linearised",
+    "NonNegative",
+    "Penalty",
+    "PositiveSemidefinite",
+    "Product",
+    "ProximalMap",
+    "SecondOrderCone",
+    "Simplex",
+]
