@@ -1,6 +1,7 @@
 """Where players may be: sets with a projection, terms with a proximal map, and coordinates."""
 
 from bilevel.constraints.base import ConstraintSet, Penalty, ProximalMap
+from bilevel.constraints.coordinates import Coordinate, Interval, Log, Positive, Unit
 from bilevel.constraints.proximal import L1, ElasticNet, GroupLasso
 from bilevel.constraints.sets import (
     Affine,
@@ -20,14 +21,19 @@ __all__ = [
     "Ball",
     "Box",
     "ConstraintSet",
+    "Coordinate",
     "ElasticNet",
     "GroupLasso",
     "Halfspace",
+    "Interval",
+    "Log",
     "NonNegative",
     "Penalty",
+    "Positive",
     "PositiveSemidefinite",
     "Product",
     "ProximalMap",
     "SecondOrderCone",
     "Simplex",
+    "Unit",
 ]

@@ -12,6 +12,8 @@ from bilevel.solving.description import Describer, Description, differences
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import leaves, map_leaves, named_leaves
 
+_OF_A_PLAYER = ("objective", "residual", "domain", "prox", "coordinates")
+
 Change = tuple[str, str, str]
 """A path in an identity, what is saved there, and what is present, in words."""
 
@@ -31,9 +33,7 @@ def identity(
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
         "players": {
-            member: {
-                what: describer.describe(getattr(player, what)) for what in ("objective", "residual", "domain", "prox")
-            }
+            member: {what: describer.describe(getattr(player, what)) for what in _OF_A_PLAYER}
             for member, player in members
         },
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
