@@ -85,6 +85,25 @@ def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, 
     return (value if again else value.detach()), slopes
 
 
+def jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
+    """A function's value `[m]` at a `point: [n]`, and its Jacobian `[m, n]`; plain numbers, outside any graph.
+
+    All rows come by one batched backward pass, or one by one where an operation has no batching rule.
+    """
+    with torch.enable_grad():
+        alias = point.detach().requires_grad_()
+        value = function(alias)
+        if not value.requires_grad or not value.numel():
+            return value.detach(), point.new_zeros(value.numel(), point.numel())
+        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+        once = {"retain_graph": True, "materialize_grads": True}
+        try:
+            (matrix,) = torch.autograd.grad(value, alias, rows, is_grads_batched=True, **once)
+        except RuntimeError:
+            matrix = torch.stack([torch.autograd.grad(value, alias, row, **once)[0] for row in rows])
+    return value.detach(), matrix.detach()
+
+
 class _Box:
     """Carries a number out of an autograd function; not a pytree, so that vmap hands over this very object."""
 

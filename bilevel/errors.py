@@ -48,6 +48,26 @@ class NonFiniteError(BilevelError):
     """A loss, a gradient or a solution became NaN or infinite while running."""
 
 
+class ConstraintError(BilevelError):
+    """A constrained player's optimum has no derivative, or is none; the message names the constraint."""
+
+
+class InfeasibleError(ConstraintError):
+    """An answer breaks its player's constraints; the message says which, and by how much."""
+
+
+class UnboundedError(ConstraintError):
+    """A player's loss falls without bound within its constraints."""
+
+
+class DependentConstraintsError(ConstraintError):
+    """The gradients of the constraints that bind are linearly dependent: the multipliers are not unique."""
+
+
+class CurvatureError(ConstraintError):
+    """The Lagrangian has no positive curvature along the constraints that bind: no strict minimum."""
+
+
 class BilevelWarning(UserWarning):
     """Base of every warning of bilevel.
 
@@ -71,4 +91,4 @@ class UnreliableResponseWarning(BilevelWarning):
 
 
 class KinkWarning(UnreliableResponseWarning):
-    """A follower's constraint is about to begin or to cease to hold: its derivative is that of one side alone."""
+    """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""

@@ -25,7 +25,7 @@ MAY = {
     "randomness": set(),
     "autodiff": {"errors"},
     "networks": {"tree"},
-    "constraints": {"tree"},
+    "constraints": GROUND,
     "game": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,

@@ -48,6 +48,7 @@ class AloneProblem:
         self.form: Structure = game.structure(name)
         self.others = {other: v for other, v in variables.items() if other != name}
         self.rests = game.residual(name)
+        self.constraints = None
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
         self._random = random_state(game.device)

@@ -1,7 +1,8 @@
-"""Where players may be: sets with a projection, terms with a proximal map, and coordinates."""
+"""Where players may be: sets with a projection, terms with a proximal map, coordinates, and functions."""
 
 from bilevel.constraints.base import ConstraintSet, Penalty, ProximalMap
 from bilevel.constraints.coordinates import Coordinate, Interval, Log, Positive, Unit
+from bilevel.constraints.functions import Constrained, Labels, Linearised
 from bilevel.constraints.proximal import L1, ElasticNet, GroupLasso
 from bilevel.constraints.sets import (
     Affine,
@@ -20,12 +21,15 @@ __all__ = [
     "Affine",
     "Ball",
     "Box",
+    "Constrained",
     "ConstraintSet",
     "Coordinate",
     "ElasticNet",
     "GroupLasso",
     "Halfspace",
     "Interval",
+    "Labels",
+    "Linearised",
     "Log",
     "NonNegative",
     "Penalty",

@@ -421,39 +421,40 @@ class Product(ConstraintSet):
     def __post_init__(self) -> None:
         if not isinstance(self.parts, Mapping | list | tuple) or not len(self.parts):
             raise TypeError(f"Product: parts is {self.parts!r}; expected a dict or a list of sets.")
-        for key, part in self._items:
+        for key, part in self.items:
             if not (part is None or isinstance(part, ConstraintSet)):
                 raise TypeError(f"Product: part {key!r} is a {type(part).__name__}; expected a set, or None.")
 
     @property
-    def _items(self) -> list[tuple[Any, ConstraintSet | None]]:
+    def items(self) -> list[tuple[Any, ConstraintSet | None]]:
+        """Its parts by key."""
         return list(self.parts.items() if isinstance(self.parts, Mapping) else enumerate(self.parts))
 
     @property
     def entrywise(self) -> bool:
         """Where all its parts are."""
-        return all(part is None or part.entrywise for _, part in self._items)
+        return all(part is None or part.entrywise for _, part in self.items)
 
     @property
     def players(self) -> tuple[str, ...]:
         """Those of its parts."""
-        return tuple(dict.fromkeys(name for _, part in self._items if part is not None for name in part.players))
+        return tuple(dict.fromkeys(name for _, part in self.items if part is not None for name in part.players))
 
     def settled(self, players: Mapping[str, Variables]) -> Product:
         """With its parts settled."""
         if not self.players:
             return self
-        parts = {key: part if part is None else part.settled(players) for key, part in self._items}
+        parts = {key: part if part is None else part.settled(players) for key, part in self.items}
         return replace(self, parts=parts if isinstance(self.parts, Mapping) else list(parts.values()))
 
     def _over(self, y: Any) -> list[tuple[Any, ConstraintSet | None, Variables]]:
-        return [(key, part, y[key]) for key, part in self._items]
+        return [(key, part, y[key]) for key, part in self.items]
 
     def limits(self, y: Variables) -> Limits | None:
         """Where all its parts are bounds."""
         lows: list[Tensor] = []
         highs: list[Tensor] = []
-        parts = dict(self._items)
+        parts = dict(self.items)
         for key in y if isinstance(y, Mapping) else range(len(y)):
             found = (parts[key] or Box()).limits(y[key])
             if found is None:
@@ -480,7 +481,7 @@ class Product(ConstraintSet):
     def check(self, y: Variables, who: str) -> None:
         """Refuse variables with other branches."""
         here = list(y) if isinstance(y, Mapping) else list(range(len(y))) if isinstance(y, list | tuple) else None
-        keys = [key for key, _ in self._items]
+        keys = [key for key, _ in self.items]
         if here is None or set(here) != set(keys):
             what = "no dict, list or tuple" if here is None else f"branches {here}"
             raise ValueError(f"{who} has {what}; its Product has parts {keys}. Give one for each branch.")

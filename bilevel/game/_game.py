@@ -168,14 +168,24 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str) -> None:
-        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own."""
+    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
+
+        `constrained`: whether who asks knows minima within functions as constraints.
+        """
         for name in self.names:
             members = self.members(name)
             if members != (name,):
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
+                )
+            if constrained and self._parts.players[name].constraints:
+                continue
+            if self._parts.players[name].constraints:
+                raise ValueError(
+                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
+                    "loss. Hold the hypergradient against finite differences of re-solved followers."
                 )
             if not self.residual(name).minimises:
                 raise ValueError(
@@ -213,7 +223,9 @@ class Game:
         named = [name for member in self.members(player) for name in self._parts.arguments[member]]
         for member in self.members(player):
             own = self._parts.players[member]
-            named += own.option_players if own.follows_loss else own.own_residual.players
+            named += own.option_players if own.residual is None else own.own_residual.players
+            for function in own.constraints.values():
+                named += [name for name in own.parameters(function) if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
 
     def residual(self, player: str) -> Residual:
@@ -361,8 +373,7 @@ class Game:
 
     def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of a player's functions must be called with."""
-        own = self._parts.players[player]
-        return own.names if function is own.objective else own.own_residual.names
+        return self._parts.players[player].parameters(function)
 
     def _given(
         self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
@@ -415,6 +426,12 @@ class Game:
         if set(together) != set(members):
             raise ValueError(
                 f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
+            )
+        constrained = [member for member in members if parts.players[member].constraints]
+        if constrained:
+            raise ValueError(
+                f"{told}: {constrained[0]!r} has constraints, and players who answer together cannot have any yet. "
+                "Give each of them a response of its own, or write a projection as residual=."
             )
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,11 @@ def check_names(players: Mapping[str, Player]) -> None:
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
             takes_batch = takes_batch or "batch" in parameters
+        for what, function in player.constraints.items():
+            _check_parameters(name, what, player.parameters(function), players)
+            if "batch" in player.parameters(function) and player.data is None:
+                raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
+            takes_batch = takes_batch or "batch" in player.parameters(function)
         _check_parameters(name, "domain or prox", player.option_players, players)
         if name in player.option_players or "batch" in player.option_players:
             raise ValueError(
@@ -164,7 +170,9 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
 
 
 def _what(player: Player) -> str:
-    return "objective" if player.follows_loss else "residual"
+    if player.constraints:
+        return f"objective, with its {' and '.join(player.constraints)},"
+    return "objective" if player.residual is None else "residual"
 
 
 def _chooses_nothing(name: str, players: Mapping[str, Player]) -> str:
@@ -209,7 +217,11 @@ def _dependence(
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    rests = found if players[name].follows_loss else _residual_dependence(game, name, trial, batch)
+    own = players[name].residual is not None
+    rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
+    for what, function in players[name].constraints.items():
+        for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+            rests.setdefault(other, set()).update(paths)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
@@ -252,6 +264,52 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
             "themselves, without .detach() or .item()."
         )
     return _reached(name, "residual", total, trial)
+
+
+def _constraint_dependence(
+    game: PlayedGame,
+    players: Mapping[str, Player],
+    name: str,
+    what: str,
+    function: Callable[..., Any],
+    trial: Mapping[str, Variables],
+    batch: object,
+) -> Paths:
+    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+    told = f"Player {name!r}: its {what}"
+    with random_kept(game.device), torch.enable_grad():
+        try:
+            value, _ = game.call(name, function, trial, batch, game.buffers(), {})
+        except Exception as error:
+            raise ValueError(
+                f"{told} raised {type(error).__name__} at init, on its first batch ({kind(batch)}): {error}"
+            ) from error
+    pairs = named_leaves(value)
+    if not pairs:
+        raise TypeError(f"{told} returned {kind(value)} without a tensor; expected one, or a pytree of them.")
+    dtype = leaves(trial[name])[0].dtype
+    found: Paths = {}
+    for path, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{told} returned {kind(leaf)}{f' at {path}' if path else ''}; expected a tensor.")
+        if leaf.numel() == 0 or leaf.dtype != dtype or leaf.device != game.device:
+            raise ValueError(
+                f"{told}{path} is a tensor of shape {tuple(leaf.shape)} of {leaf.dtype} on {leaf.device}; expected at "
+                f"least one entry of {dtype} on {game.device}, as its variables are."
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"{told}{path} at init holds NaN or infinity; expected finite numbers. Start elsewhere.")
+        reached = _reached(name, what, leaf.sum(), trial) if leaf.requires_grad else {}
+        if name not in reached:
+            on = f"on {' and '.join(map(repr, reached))} alone" if reached else "on nobody's variables"
+            raise ValueError(
+                f"{told}{path} depends {on}; a constraint of {name!r} is one of its own variables. Use the argument "
+                f"`{name}` itself, without .detach(), or give the constraint to whom it binds."
+            )
+        for other, paths in reached.items():
+            found.setdefault(other, set()).update(paths)
+    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), players, trial)
+    return found
 
 
 def _refuse_own_parameters(

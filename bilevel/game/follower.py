@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete, pullback, transforms_active
+from bilevel.constraints.functions import Constrained
 from bilevel.errors import NonFiniteError
 from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers, Kinks, PlayedGame
+from bilevel.game.residual import Buffers, Kinks, PlayedGame, Rest
 from bilevel.randomness import random_kept, random_state
-from bilevel.tree import Structure, Variables, join, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
 
 Size = Any
 """A float; of many games a tensor `[count]` with one for each."""
@@ -54,6 +55,11 @@ class Follower:
         """The leaves of the others' variables."""
         self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
+        """The layout of y, its variables."""
+        self.multipliers: dict[str, Variables] = dict(state.get("multipliers") or {})
+        """The last ones, of a follower with constraints, by what these are called."""
+        self.unknowns: Structure = self.form if not self.multipliers else self._with_multipliers()
+        """The layout of what F is a function of: y, and the multipliers after it."""
         self.position = state["data"]
         self.buffers: Buffers = {self.name: state["buffers"]} if state["buffers"] else {}
         self.rests.require_valid(game, self.name, self.others)
@@ -74,9 +80,19 @@ class Follower:
         return self.rests.symmetric
 
     @property
+    def definite(self) -> bool:
+        """Whether a symmetric dF/dy is positive definite at a strict minimum, as conjugate gradients need."""
+        return self.rests.definite
+
+    @property
     def minimises(self) -> bool:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
+
+    @property
+    def constraints(self) -> Constrained | None:
+        """Its programme, where functions constrain it; None where they do not."""
+        return self.rests.programme(self)
 
     def advance(self) -> None:
         """Move on to the next batch, unless one batch was given for the whole call."""
@@ -100,6 +116,38 @@ class Follower:
         loss, slopes, self.buffers = self.rests(self.game, self.name, y, given, self.batch, self.buffers)
         self.gradient_count += 1
         return loss, slopes
+
+    def count(self, gradients: int) -> None:
+        """So many more gradients were taken."""
+        self.gradient_count += gradients
+
+    # What F is a function of --------------------------------------------------------------------------------------
+
+    def first(self) -> dict[str, Any]:
+        """What a fresh state holds of the unknowns besides the variables."""
+        return self.rests.first(self)
+
+    def brought_to_rest(self, y: Sequence[Tensor]) -> Rest:
+        """All unknowns where an inner solver ended at the leaves y."""
+        return self.rests.brought_to_rest(self, y)
+
+    def as_unknowns(self, state: Mapping[str, Any]) -> Tensor:
+        """A state's variables and multipliers as one vector."""
+        return flatten((state["variables"], self.multipliers))
+
+    def answer(self, unknowns: Tensor) -> Variables:
+        """The variables in a vector of all unknowns."""
+        return self.form.unflatten(unknowns[: self.form.size])
+
+    def kept(self, unknowns: Tensor) -> dict[str, Any]:
+        """What a state keeps of a vector of all unknowns."""
+        if not self.multipliers:
+            return {"variables": self.answer(unknowns)}
+        variables, multipliers = self.unknowns.unflatten(unknowns)
+        return {"variables": variables, "multipliers": multipliers}
+
+    def _with_multipliers(self) -> Structure:
+        return structure_of((self.form.unflatten(torch.empty(self.form.size, device="meta")), self.multipliers))
 
     def field(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Loss and what a step goes along, F or the gradient whose step is projected; as `gradients` otherwise."""
@@ -216,6 +264,11 @@ class Follower:
     def adapted_linear(self, solver: Solver) -> Solver:
         """The linear solver for systems with dF/dy."""
         return solver
+
+    @property
+    def size(self) -> int:
+        """How many unknowns F has; of many games, in one."""
+        return self.unknowns.size
 
     def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         """Raise `TypeError` for an optimiser that would mix what must stay apart."""

@@ -12,7 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bilevel.constraints import Box, ConstraintSet, Coordinate, Penalty
+from bilevel.constraints.functions import EQUALITY, INEQUALITY
+from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
+from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
 from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
 from bilevel.tree import Variables, detached, leaves, map_leaves
@@ -42,6 +45,9 @@ class Player:
         domain: A set that the player stays in, as leader or follower: `bl.Box(0.0, 5.0)`, `bl.Simplex()`, any of
             `bl.constraints`. `init` lies in it. Of a module's parameters it can be bounds alone.
         prox: A non-smooth term of the loss, `bl.constraints.L1(0.1)`, for a follower. The objective leaves it out.
+        inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
+            a pytree of tensors.
+        equality: the same for entries that are to be 0.
 
     A follower who stays within \([0, 5]\) rests where \(F(y) = (y - P(y - s\,\nabla_y f)) / s = 0\):
 
@@ -65,6 +71,8 @@ class Player:
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
     domain: ConstraintSet | None = field(default=None, kw_only=True)
     prox: Penalty | None = field(default=None, kw_only=True)
+    inequality: Callable[..., Variables] | None = field(default=None, kw_only=True)
+    equality: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
@@ -75,6 +83,7 @@ class Player:
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
         self._check_constraints()
+        self._check_functions()
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -124,9 +133,25 @@ class Player:
         return required(self.objective)
 
     @property
+    def constraints(self) -> dict[str, Callable[..., Variables]]:
+        """The functions that constrain it, by what they are called."""
+        both = {INEQUALITY: self.inequality, EQUALITY: self.equality}
+        return {what: function for what, function in both.items() if function is not None}
+
+    @cached_property
+    def _parameters(self) -> dict[int, tuple[str, ...]]:
+        functions = [self.objective, *self.constraints.values()]
+        functions += [] if self.residual is None else [self.own_residual.function]
+        return {id(function): required(function) for function in functions}
+
+    def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
+        """The parameters that one of its functions must be called with."""
+        return self._parameters[id(function)]
+
+    @property
     def follows_loss(self) -> bool:
-        """Whether it rests where its loss's own gradient vanishes, and by no residual of the user's."""
-        return self.residual is None
+        """Whether it rests where its loss's own gradient vanishes: no residual of the user's, and no constraints."""
+        return self.residual is None and not self.constraints
 
     @cached_property
     def own_residual(self) -> UserResidual:
@@ -138,9 +163,11 @@ class Player:
     @cached_property
     def rests(self) -> Residual:
         """What vanishes where it rests."""
+        domain = self._range if self.domain is None else self.domain
+        if self.constraints:
+            return KKT(self.inequality, self.equality, domain)
         if self.residual is not None:
             return self.own_residual
-        domain = self._range if self.domain is None else self.domain
         if domain is None and self.prox is None:
             return OwnGradient()
         return ConstrainedGradient(domain, self.prox)
@@ -165,8 +192,38 @@ class Player:
     @property
     def option_players(self) -> tuple[str, ...]:
         """The players that the options of its domain and its prox are functions of."""
-        rests = self.rests
-        return rests.option_players if isinstance(rests, ConstrainedGradient) else ()
+        parts = [part for part in (self.domain, self.prox) if part is not None]
+        return tuple(dict.fromkeys(name for part in parts for name in part.players))
+
+    def _check_functions(self) -> None:
+        for what in (INEQUALITY, EQUALITY):
+            function = self.inequality if what == INEQUALITY else self.equality
+            if function is None:
+                continue
+            if not callable(function):
+                wanted = "<= 0" if what == INEQUALITY else "= 0"
+                raise TypeError(
+                    f"Player: {what} is {kind(function)}; expected a function whose every entry is to be {wanted}."
+                )
+            refuse_unnamed(f"the {what}", function)
+        if self.constraints and self.residual is not None:
+            raise ValueError(
+                "Player: it has a residual of its own, and constraints as well; a residual says all of where the "
+                "player rests. Give the loss with inequality= and equality=, or put the constraints into the residual."
+            )
+        if self.constraints and self.prox is not None:
+            raise ValueError(
+                f"Player: prox={self.prox!r} beside {' and '.join(self.constraints)}: these need a smooth loss. "
+                "Split |y| into two non-negative parts, y = p - q, and put p + q into the objective."
+            )
+        if self.constraints and self.domain is not None and not has_walls(self.domain):
+            raise ValueError(
+                f"Player: domain={self.domain!r} beside {' and '.join(self.constraints)}: it is no set of smooth "
+                "functions. Bounds, Simplex, Halfspace, Affine, Ball(p=2) and products of them are; or say it as one "
+                "of the functions."
+            )
+        if self.constraints and self.optimizer_hyper:
+            raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no constraints.")
 
     def variables(self, like: Tensor | None = None) -> Variables:
         """A fresh copy of the initial variables; ranges that start at a plain number take the dtype of `like`."""

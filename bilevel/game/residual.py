@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient
+from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch, Position
 from bilevel.tree import Structure, Variables, join, leaves, structure_of
 
@@ -27,6 +28,21 @@ Kinks = list[tuple[str, str, list[int], bool]]
 
 A place begins with the game, of many.
 """
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """Where a follower came to rest.
+
+    Args:
+        unknowns: All that F is a function of, `[n]`: the variables, and multipliers where there are constraints.
+        kink: What makes the answer no smooth function of the others, in words; empty where it is one.
+        other_side: The unknowns again `[n]`, as F's derivative at the other side of the kink sees them.
+    """
+
+    unknowns: Tensor
+    kink: str = ""
+    other_side: Tensor | None = None
 
 
 class PlayedGame(Protocol):
@@ -119,6 +135,41 @@ class PlayedGame(Protocol):
         """A function of the players' variables that returns a pytree, called as a player's objective is."""
 
 
+class Present(Protocol):
+    """What a residual may ask of its follower during a call."""
+
+    @property
+    def game(self) -> PlayedGame:
+        """The game that it plays."""
+
+    @property
+    def name(self) -> str:
+        """Its own."""
+
+    @property
+    def form(self) -> Structure:
+        """The layout of its variables."""
+
+    @property
+    def multipliers(self) -> Mapping[str, Variables]:
+        """Those of its state."""
+
+    @property
+    def others(self) -> Mapping[str, Variables]:
+        """The other players' variables, detached."""
+
+    @property
+    def batch(self) -> Batch:
+        """The present one."""
+
+    @property
+    def buffers(self) -> Buffers:
+        """Its module's."""
+
+    def count(self, gradients: int) -> None:
+        """So many more gradients were taken."""
+
+
 class Residual(ABC):
     """F, whose zero is where a player rests. The follower owns it: no response asks what kind it is."""
 
@@ -126,6 +177,11 @@ class Residual(ABC):
     @abstractmethod
     def symmetric(self) -> bool:
         """Whether dF/dy is symmetric, as the Hessian of a loss is: what conjugate gradients need."""
+
+    @property
+    def definite(self) -> bool:
+        """Whether dF/dy is positive definite at a strict minimum too, as conjugate gradients ask."""
+        return self.symmetric
 
     @property
     @abstractmethod
@@ -161,6 +217,21 @@ class Residual(ABC):
         """The loss and F `[n]` at a flat `y: [n]`, for linear solvers."""
         loss, slopes, _ = self(game, player, game.structure(player).split(y), others, batch, buffers)
         return loss, join(slopes)
+
+    # What has more unknowns than the player's variables overrides these ------------------------------------------
+
+    def first(self, follower: Present) -> dict[str, Any]:
+        """What a response's state holds of F's unknowns besides the variables, before the first call."""
+        return {}
+
+    def brought_to_rest(self, follower: Present, y: Sequence[Tensor]) -> Rest:
+        """All unknowns of F where an inner solver ended at the leaves y."""
+        # Never the inner solver's own memory.
+        return Rest(join(y) if len(y) > 1 else y[0].detach().clone().reshape(-1))
+
+    def programme(self, follower: Present) -> Constrained | None:
+        """The follower's constrained programme, for the solvers that take one; None without constraints."""
+        return None
 
     # What a follower with a domain of its own answers otherwise -------------------------------------------------------
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from torch import Tensor
 
 from bilevel.constraints import ConstraintSet
+from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
 from bilevel.game.residual import Residual
 from bilevel.tree import Structure, Variables
@@ -33,6 +34,10 @@ class Problem(Protocol):
     @property
     def minimises(self) -> bool:
         """Whether y settles at a minimum of f; else f is to be ignored."""
+
+    @property
+    def constraints(self) -> Constrained | None:
+        """The programme that y is to solve, where functions constrain it; None where they do not."""
 
     @property
     def rests(self) -> Residual:
@@ -84,6 +89,20 @@ class InnerSolver(ABC):
     A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
     any other method, as a frozen dataclass that holds its settings.
     """
+
+    @property
+    def takes_constraints(self) -> bool:
+        """Whether it sees `problem.constraints`; a solver that does not is refused for a constrained follower."""
+        return False
+
+    @final
+    def refuse(self, problem: Problem, asker: str) -> None:
+        """Raise `TypeError` for a constrained follower whose constraints this solver would not see."""
+        if problem.constraints is not None and not self.takes_constraints:
+            raise TypeError(
+                f"{asker}: {self!r} does not see the constraints of player {problem.name!r}, and would leave them. Use "
+                'Scipy("SLSQP"), Scipy("trust-constr"), or ClosedForm(...) with the constrained optimum.'
+            )
 
     def domain(self, form: Structure) -> ConstraintSet | None:
         """The set that it keeps the follower in by options of its own, where the follower has none itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints import Box, ConstraintSet
+from bilevel.constraints.functions import Constrained
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.tree import Structure, join
 
@@ -20,10 +22,11 @@ class Scipy(InnerSolver):
     """The follower's optimum by `scipy.optimize.minimize`, on one held batch, in float64 on the CPU.
 
     Nothing is remembered between calls but the solution itself. The bounds of the player's domain, a `Box` say, are
-    SciPy's.
+    SciPy's. Functions that constrain it (`Player(inequality=..., equality=...)`) are met by "SLSQP" and by
+    "trust-constr", which may need a thousand steps; multipliers and the last digits are the follower's own business.
 
     Args:
-        method: SciPy's name of a method that uses gradients: "L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP".
+        method: SciPy's name of a method that uses gradients: "L-BFGS-B", "BFGS", "CG", "TNC", "SLSQP", "trust-constr".
         options: Go to SciPy as they are, and win over the response's `steps` and tolerance where they name `maxiter` or
             `gtol`.
         bounds: For a player without a domain: (low, high) for every entry, or in SciPy's own forms a pair for each
@@ -66,6 +69,11 @@ class Scipy(InnerSolver):
             )
         return Box(*(form.unflatten(torch.tensor(limit, dtype=torch.float64)) for limit in (low, high)))
 
+    @property
+    def takes_constraints(self) -> bool:
+        """SLSQP and trust-constr do."""
+        return self.method in ("SLSQP", "trust-constr")
+
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
@@ -73,8 +81,14 @@ class Scipy(InnerSolver):
         import numpy as np  # noqa: PLC0415 - with SciPy's optimiser, only where it is used
         from scipy.optimize import Bounds, minimize  # noqa: PLC0415
 
+        programme = problem.constraints
+        if programme is not None and self.bounds is not None:
+            raise TypeError(
+                f"Scipy({self.method!r}, bounds={self.bounds}): the derivative of {problem.name!r} would not see these "
+                "bounds. Say them as its constraints: inequality= of the player."
+            )
         form, like = problem.form, y[0]
-        box = self._box(problem)
+        box = self._box(problem) if programme is None else None
 
         def tensors(point: Any) -> list[Tensor]:
             # In torch's own memory: the last bits of MKL's sums depend on how a vector is aligned.
@@ -88,6 +102,9 @@ class Scipy(InnerSolver):
         # SciPy measures the distance to it, and the residual that distance over its step s.
         gtol = threshold * min(1.0, float(problem.rests.step)) / form.size**0.5
         tight = {"L-BFGS-B": {"gtol": gtol, "ftol": 0.0}, "BFGS": {"gtol": gtol}, "CG": {"gtol": gtol}}
+        if programme is not None:
+            # Half the digits are enough to see which constraints bind; Newton's method on the KKT system has the rest.
+            tight = {"SLSQP": {"ftol": 1e-14}, "trust-constr": {"gtol": 1e-9, "xtol": 1e-10, "barrier_tol": 1e-9}}
         most = "maxfun" if self.method.upper() == "TNC" else "maxiter"  # TNC counts evaluations alone
         options = {most: steps, **tight.get(self.method, {}), **self.options}
         start = np.asarray(join(y).detach().to("cpu", torch.float64))
@@ -95,7 +112,13 @@ class Scipy(InnerSolver):
         if box is not None:
             low, high = (np.broadcast_to(np.asarray(limit, dtype=float), start.shape) for limit in box)
             start, bounds = np.clip(start, low, high), Bounds(low, high)
-        found = minimize(value_and_gradient, start, jac=True, method=self.method, options=options, bounds=bounds)
+        more: dict[str, Any] = {} if programme is None else {"constraints": _in_scipys_words(programme)}
+        with warnings.catch_warnings():
+            if programme is not None:  # trust-constr's, of its own approximations; the answer is judged by the caller
+                warnings.simplefilter("ignore", UserWarning)
+            found = minimize(
+                value_and_gradient, start, jac=True, method=self.method, options=options, bounds=bounds, **more
+            )
         return [t.clone() for t in tensors(found.x)], None
 
     def _box(self, problem: Problem) -> tuple[Any, Any] | None:
@@ -188,3 +211,23 @@ class ScipyRoot(InnerSolver):
         }
         found = root(residual, start, method=self.method, options={**limits.get(self.method, {}), **self.options})
         return [t.clone() for t in tensors(found.x)], None
+
+
+def _in_scipys_words(programme: Constrained) -> list[dict[str, Any]]:
+    """The constraints as SciPy's dicts; its inequalities are >= 0. What was seen last at a point is kept."""
+    seen: dict[bytes, Any] = {}
+
+    def at(point: Any) -> Any:
+        key = point.tobytes()
+        if key not in seen:
+            seen.clear()
+            seen[key] = programme.linearised(torch.tensor(point, dtype=torch.float64))
+        return seen[key]
+
+    labels = programme.labels
+    found: list[dict[str, Any]] = []
+    if labels.inequality:
+        found.append({"type": "ineq", "fun": lambda y: -at(y).c.numpy(), "jac": lambda y: -at(y).A.numpy()})
+    if labels.equality:
+        found.append({"type": "eq", "fun": lambda y: at(y).e.numpy(), "jac": lambda y: at(y).E.numpy()})
+    return found

@@ -17,7 +17,7 @@ from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
-from bilevel.tree import Variables, flatten, leaf_names, leaves
+from bilevel.tree import Variables, leaf_names, leaves
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -124,12 +124,13 @@ def _adopted(saved: Any, start: Any) -> Any:
     return saved if type(saved) is type(start) else start
 
 
-def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False) -> State:
+def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False, constrained: bool = False) -> State:
     """What every response's state holds before its first call.
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`; who
+    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`;
+    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds. Who
     does not say so is refused there.
     """
     name = game.names[-1] if follower is None else follower
@@ -154,11 +155,18 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
         "reference": 1.0,
     }
     start = at_start(game, state)
+    if not constrained and start.constraints is not None:
+        raise TypeError(
+            f"The response of player {name!r}, unlike Implicit, would not see the functions that constrain the player. "
+            'Use Implicit(Scipy("SLSQP")), which rests where the constraints and their multipliers say; or write a '
+            "projection as residual=, which Unrolled follows."
+        )
     if start.rests.needs_scale:
         state |= {"scale": start.measured_scale(leaves(state["variables"]))}
         start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
+        state |= start.first()
     # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
     return state | {"reference": start.reference(slopes)}
 
@@ -175,7 +183,7 @@ def refuse_captured(start: Follower, state: State) -> None:
     `start` is the follower of the fresh `state`. Only Unrolled would give such a tensor a gradient; everybody else's
     answer does not see it.
     """
-    refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
+    refuse_captures(start.held_residual(), start.as_unknowns(state), start.xs)
 
 
 def refuse_optimizer_hyper(

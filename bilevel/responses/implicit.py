@@ -12,15 +12,21 @@ from torch import Tensor
 
 from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
-from bilevel.errors import ConvergenceError, KinkWarning, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import (
+    ConvergenceError,
+    IndefiniteSystemError,
+    KinkWarning,
+    NonConvergenceWarning,
+    NotSymmetricError,
+)
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
-from bilevel.game.residual import Kinks
+from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.optimizer import leaf_memory, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
-from bilevel.linear import GMRES, ConjugateGradient, LinearSolver
+from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
     Response,
@@ -31,8 +37,12 @@ from bilevel.responses.base import (
     refuse_optimizer_hyper,
 )
 from bilevel.responses.inexactness import Inexactness
+from bilevel.responses.kinks import kink_of, tell_of_kink
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
-from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
+from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
+
+_DENSE = 500
+"""So many unknowns or fewer have their system written down, where conjugate gradients cannot solve it."""
 
 
 @final
@@ -57,7 +67,8 @@ class Implicit(Response):
         steps: At most so many steps a call.
         tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
         linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
-            residual has no symmetric Jacobian: one with a domain, or several players who answer together.
+            residual has no symmetric Jacobian: one with a domain, or several players who answer together. For a
+            follower with multipliers, whose system is indefinite, `Dense()` up to 500 unknowns and `GMRES()` beyond.
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
@@ -66,6 +77,8 @@ class Implicit(Response):
         ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
             says by how much.
         NotSymmetricError: If the linear solver needs a symmetric Jacobian and the follower has none.
+        ConstraintError: If a follower's constraints contradict each other, are dependent where they bind, or leave it
+            no strict minimum; a `KinkWarning` where they are about to bind or to let go.
 
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
@@ -102,12 +115,13 @@ class Implicit(Response):
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
         game = self._bounded(game, game.names[-1] if follower is None else follower)
-        state = fresh_state(game, follower, seed, many=True)
+        state = fresh_state(game, follower, seed, many=True, constrained=True)
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
         refuse_captured(start, state)
+        inner.refuse(start, "Implicit")
         linear = self._linear(start)
         if not start.symmetric and linear.needs_symmetry:
             raise NotSymmetricError(
@@ -115,7 +129,13 @@ class Implicit(Response):
                 f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        solver, flat, shapes = start.adapted_linear(linear), flatten(state["variables"]), start.form.shapes
+        if not start.definite and start.symmetric and linear.needs_symmetry:
+            raise IndefiniteSystemError(
+                f"Implicit: the system of {start.name!r} has multipliers, and with them is indefinite; "
+                f"{type(linear).__name__} needs a positive definite one. Leave linear_solver= out, or use "
+                "linear.Dense() for a few hundred unknowns, or GMRES()."
+            )
+        solver, flat, shapes = start.adapted_linear(linear), start.as_unknowns(state), start.unknowns.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
             y = state["variables"]
@@ -149,11 +169,12 @@ class Implicit(Response):
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
             y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
-            after, receipt, products = state, None, None
+            after, receipt, products, rest = state, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
-            y, after, residual, products = self._solve(game, follower, state, looser)
+            rest, after, residual, products = self._solve(game, follower, state, looser)
+            y = rest.unknowns
             before, kept = state["linear"], leaf_memory(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
@@ -171,11 +192,13 @@ class Implicit(Response):
             follower.xs,
             linear_solver=follower.adapted_linear(linear.loosened(looser)),
             symmetric=follower.symmetric,
-            shapes=follower.form.shapes,
+            shapes=follower.unknowns.shapes,
             receipt=receipt,
             products=products,
         )
-        return follower.form.unflatten(attached), after
+        if rest is not None and rest.other_side is not None and attached.requires_grad:
+            tell_of_kink(attached, rest, follower, residual, linear)
+        return follower.answer(attached), after
 
     @property
     def promise(self) -> Promise:
@@ -236,7 +259,11 @@ class Implicit(Response):
     def _linear(self, follower: Follower) -> LinearSolver:
         if self.linear_solver is not None:
             return self.linear_solver
-        return ConjugateGradient() if follower.symmetric else GMRES()
+        if follower.symmetric:
+            if follower.definite:
+                return ConjugateGradient()
+            return Dense() if follower.size <= _DENSE else GMRES(restart=100)
+        return GMRES()
 
     def _bounded(self, game: Game, name: str) -> Game:
         """The game in which the bounds that the inner solver keeps are the follower's: there its optimum is."""
@@ -247,7 +274,7 @@ class Implicit(Response):
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
+    ) -> tuple[Rest, State, HeldResidual, Pullback | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
@@ -259,13 +286,13 @@ class Implicit(Response):
             y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
-        residual = follower.held_residual()
-        flat = join(y) if len(y) > 1 else y[0].detach().clone().reshape(-1)  # never the inner solver's own memory
+            rest = follower.brought_to_rest(y)
+        residual, flat = follower.held_residual(), rest.unknowns
         tracked = [x.requires_grad and torch.is_grad_enabled() for x in follower.xs]
         slope, products = self._judged(residual, flat, follower.xs, tracked)
         follower.gradient_count += 1
         follower.require_finite(y, advice, residual.loss)
-        norm = follower.norm(follower.form.split(slope))
+        norm = follower.norm(follower.unknowns.split(slope))
         relative = follower.relative(norm, state)
         missed = None if self.tolerance is None else follower.shortfall(norm, threshold, relative)
         if missed is not None:
@@ -282,7 +309,7 @@ class Implicit(Response):
         if any(tracked):
             self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
-            "variables": follower.form.unflatten(flat),
+            **follower.kept(flat),
             "optimizer": memory,
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
@@ -291,7 +318,7 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        return flat, after, residual, products
+        return rest, after, residual, products
 
     def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
         if kinks:
@@ -358,9 +385,12 @@ class _Solve:
 
     def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
         follower = self.game.follower(self.form.build(xs), self.state, self.batch)
-        y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
+        rest, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
-        return y
+        if rest.kink:
+            told = "Take the derivative outside torch.func to be told both."
+            warnings.warn(KinkWarning(f"{kink_of(follower, rest)} {told}"), stacklevel=2)
+        return rest.unknowns
 
     def held(self, follower: Follower) -> Batch:
         """The batch that the solve ended on."""

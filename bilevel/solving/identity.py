@@ -12,8 +12,6 @@ from bilevel.solving.description import Describer, Description, differences
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import leaves, map_leaves, named_leaves
 
-_OF_A_PLAYER = ("objective", "residual", "domain", "prox", "coordinates")
-
 Change = tuple[str, str, str]
 """A path in an identity, what is saved there, and what is present, in words."""
 
@@ -33,7 +31,10 @@ def identity(
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
         "players": {
-            member: {what: describer.describe(getattr(player, what)) for what in _OF_A_PLAYER}
+            member: {
+                **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
+                **{what: describer.describe(function) for what, function in player.constraints.items()},
+            }
             for member, player in members
         },
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
@@ -77,6 +78,7 @@ def in_words(changes: list[Change]) -> str:
 
 
 _TOLD = 5
+_OPTIONS = ("objective", "residual", "domain", "prox", "coordinates")
 
 
 def _form(game: Game, name: str) -> dict[str, Description]:

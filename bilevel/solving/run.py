@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,6 +97,7 @@ class Run:
                 "init=bilevel.Interval(low, high)."
             )
         members = [member for name in game.names for member in game.members(name)]
+        self._refuse_constrained(leading)
         refuse_ambiguous(members, responses, game.record_keys)
         start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
@@ -168,6 +169,17 @@ class Run:
         self.now = after
         self.whole = True
         return record
+
+    def _refuse_constrained(self, leading: Sequence[str]) -> None:
+        """Refuse leaders with constraints, which their optimisers would not see."""
+        for name in leading:
+            for member in self.game.members(name):
+                for what in self.game.players[member].constraints:
+                    raise ValueError(
+                        f"solve: {member!r} leads, and its optimiser does not see its {what}=. Give it a response, "
+                        'Implicit(Scipy("SLSQP")), if it follows; a leader takes a penalty in its loss, or variables '
+                        "that cannot leave their range, such as a logarithm's."
+                    )
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
         """Everybody's loss where the players are, the followers' on the batch that comes next."""
@@ -313,6 +325,7 @@ class Run:
             "warnings": tuple(warning.text for warning in told),
             "states": states,
             "buffers": buffers,
+            "multipliers": {n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
         }
         if isinstance(self.game, Games):
             warned = tuple(warning.games for warning in told)

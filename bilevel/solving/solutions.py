@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.solving.history import loss_key
 from bilevel.solving.solution import End, Solution
-from bilevel.tree import map_leaves
+from bilevel.tree import Variables, map_leaves
 
 
 @final
@@ -32,9 +32,11 @@ class Solutions(End[Tensor]):
         states: Follower -> its response's state.
         buffers: Player -> its module's buffers `[count, ...]`.
         warned: For each warning the games that it has spoken of in any step; None for all.
+        multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers `[count, ...]`.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)
+    multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -71,6 +73,7 @@ class Solutions(End[Tensor]):
             warnings=tuple(text for text, own in zip(self.warnings, mine, strict=True) if own),
             states={},
             buffers=buffers,
+            multipliers=map_leaves(lambda leaf: leaf[index].clone(), dict(self.multipliers)),
         )
 
     def __str__(self) -> str:
