@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bilevel.constraints import ConstraintSet
+from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.errors import BilevelError
 from bilevel.game.checks import (
     RESERVED,
@@ -84,13 +84,17 @@ class Game:
 
     def __init__(self, **players: Player) -> None:
         check_names(players)
-        initial = {name: player.variables() for name, player in players.items()}
+        like = _first_tensor(players)
+        initial = {name: player.variables(like) for name, player in players.items()}
         refuse_processes(players, initial)
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
-            players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
+            players={
+                n: p if isinstance(p.init, nn.Module) or any(p.coordinates) else replace(p, init=None)
+                for n, p in players.items()
+            },
             order=tuple(players),
             # Read once: inspecting a signature costs as much as a small network's gradient.
             arguments={n: tuple(a for a in p.names if a != "batch") for n, p in players.items()},
@@ -344,6 +348,14 @@ class Game:
                 raise
         return found, groups.joined(advanced, self.names)
 
+    def coordinates(self, player: str) -> list[Coordinate | None]:
+        """The range of each leaf of a player's variables that has one; [] where none has."""
+        return [found for member in self.members(player) for found in self._ranges(member)]
+
+    def _ranges(self, member: str) -> list[Coordinate | None]:
+        found = self._parts.players[member].coordinates
+        return found if any(found) else [None] * len(self.structure(member).shapes)
+
     def joined(self: Derived, **groups: Sequence[str]) -> Derived:
         """The same game, in which players who move together make up one joint player.
 
@@ -461,6 +473,16 @@ class Game:
         }
 
 
+def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
+    """A tensor that somebody starts from: what starts at a plain number takes its dtype."""
+    found = (
+        leaf.start if isinstance(leaf, Coordinate) else leaf
+        for player in players.values()
+        for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
+    )
+    return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
 @dataclass(frozen=True, eq=False)
 class _Players(Mapping[str, Player]):
     """Players of a game; what one starts from is copied when that one is asked for, which may be 10 million numbers."""
@@ -470,7 +492,8 @@ class _Players(Mapping[str, Player]):
 
     def __getitem__(self, name: str) -> Player:
         player = self.players[name]
-        return player if isinstance(player.init, nn.Module) else replace(player, init=detached(self.initial[name]))
+        kept = isinstance(player.init, nn.Module) or any(player.coordinates)
+        return player if kept else replace(player, init=detached(self.initial[name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.players)
