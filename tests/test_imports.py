@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "_returned"}
 GAME = GROUND | {"game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
@@ -21,6 +21,7 @@ SOLVE = RESPONSES | {"dynamics", "many", "solving"}
 MAY = {
     "errors": set(),
     "_version": set(),
+    "_returned": {"tree"},
     "tree": set(),
     "randomness": set(),
     "autodiff": {"errors"},
