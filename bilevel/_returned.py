@@ -87,7 +87,12 @@ class Lent:
             return {key: self.out(what, entry) for key, entry in value.items()}
         if kind is list or kind is tuple:
             return kind([self.out(what, entry) for entry in value])
-        if value is not None and kind not in (int, float, str, bool):  # a container of another kind, which is not copied
+        if value is not None and kind not in (
+            int,
+            float,
+            str,
+            bool,
+        ):  # a container of another kind, which is not copied
             self._held += [(what, leaf, version(leaf)) for leaf in leaves(value) if isinstance(leaf, Tensor)]
         return value
 
