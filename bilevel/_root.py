@@ -266,7 +266,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     receipt = None if transforms_active() else system.receipt
     with torch.no_grad():
         start = receipt.adjoint if receipt is not None and receipt.adjoint.numel() else None
-        memory = receipt.memory or None if receipt is not None else None
+        memory = None if receipt is None else receipt.memory
         found = system.solver.solve(operator, rhs if receipt is None else rhs.detach(), start, memory=memory)
         if receipt is not None:
             size = torch.linalg.vector_norm(rhs)

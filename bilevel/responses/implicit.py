@@ -23,7 +23,8 @@ from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.optimizer import leaf_memory, torch_optimizer
+from bilevel.inner.base import minimised
+from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
 from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
@@ -103,6 +104,9 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
+        if isinstance(self.optimizer, type) and issubclass(self.optimizer, InnerSolver):
+            name = self.optimizer.__name__
+            raise TypeError(f"Implicit: optimizer is the class {name} itself; expected one of it, {name}(...).")
         if not isinstance(self.optimizer, InnerSolver):
             require_factory("Implicit: optimizer", self.optimizer)
         if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
@@ -155,6 +159,8 @@ class Implicit(Response):
         if not isinstance(self._solver, TorchOptimizer):
             return super().adopt(saved, start)
         y, before = start["variables"], saved.get("optimizer")
+        if not of_optimizer(before):  # nothing, or what an inner solver of another kind remembers
+            return super().adopt(saved, start)
         kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
         if isinstance(before, dict) and "schedule" in before:
             kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
@@ -180,14 +186,14 @@ class Implicit(Response):
         else:
             rest, after, residual, products = self._solve(game, follower, state, looser)
             y = rest.unknowns
-            before, kept = state["linear"], leaf_memory(after["optimizer"])
+            before, kept = state["linear"], self._solver.remembered(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
                 torch.full_like(before["residual"], torch.nan),
                 torch.zeros_like(before["products"]),
                 torch.full_like(before["error"], torch.nan),
-                solver.inform(before["memory"], kept if isinstance(kept, list) else []),
+                solver.inform(before["memory"], kept),
             )
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
@@ -288,7 +294,7 @@ class Implicit(Response):
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():
-            y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)
