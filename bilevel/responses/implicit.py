@@ -10,9 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._root import Receipt, attach, receipt_of
+from bilevel._root import Examine, Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import BilevelWarning, ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
@@ -29,6 +29,7 @@ from bilevel.responses.base import (
     refuse_captured,
     refuse_optimizer_hyper,
 )
+from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
@@ -45,7 +46,8 @@ class Implicit(Response):
 
     The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
     batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
-    residual leave.
+    residual leave. It warns where the answer is far from the optimum although it meets `tolerance`, which a far start
+    makes large, and where the backward solve shows that the follower is at no minimum, or where its loss is flat.
 
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
@@ -143,11 +145,11 @@ class Implicit(Response):
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
             y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
-            after, receipt, products = state, None, None
+            after, receipt, products, examine = state, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
-            y, after, residual, products = self._solve(game, follower, state, looser)
+            y, after, residual, products, examine = self._solve(game, follower, state, looser)
             before, kept = state["linear"], leaf_memory(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
@@ -168,6 +170,7 @@ class Implicit(Response):
             shapes=follower.form.shapes,
             receipt=receipt,
             products=products,
+            examine=examine,
         )
         return follower.form.unflatten(attached), after
 
@@ -228,8 +231,11 @@ class Implicit(Response):
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
-        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
+    ) -> tuple[Tensor, State, HeldResidual, Pullback | None, Examine | None]:
+        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it.
+
+        Last comes what will judge it by the backward solve, where there will be one.
+        """
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = follower.adapted_inner(self._solver)
@@ -257,9 +263,7 @@ class Implicit(Response):
                 "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
                 "tolerance_change), or accept it by tolerance=."
             )
-            if self.strict:
-                raise ConvergenceError(message)
-            warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
         after: dict[str, Any] = state | {
             "variables": follower.form.unflatten(flat),
             "optimizer": memory,
@@ -270,7 +274,29 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        return flat, after, residual, products
+        if products is None:
+            return flat, after, residual, None, None
+        # A tolerance that was loosened on purpose is far from the optimum on purpose.
+        near = self.tolerance is not None and missed is None and looser <= 1.0
+        examination = Examination(game, follower, state, flat, slope, near=near)
+        told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
+        after["products"] += examination.products
+        if told is not None:
+            self._tell(told, stacklevel=4)
+
+        def examine(*solved: Any) -> int:
+            before = examination.products
+            for warning in examination(*solved):
+                self._tell(warning, stacklevel=2)
+            return examination.products - before
+
+        return flat, after, residual, products, examine
+
+    def _tell(self, warning: BilevelWarning, stacklevel: int) -> None:
+        """Warn; raise when `strict`."""
+        if self.strict:
+            raise ConvergenceError(str(warning))
+        warnings.warn(warning, stacklevel=stacklevel)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
