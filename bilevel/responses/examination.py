@@ -69,10 +69,8 @@ class Examination:
         self, found: LinearSolution, rhs: Tensor, moving: list[Tensor], mixed: tuple[Tensor, ...], products: Pullback
     ) -> list[BilevelWarning]:
         """What the backward solve tells; `moving` are the leaders' leaves, `mixed` (dF/dx)'u."""
-        if not bool(found.beats_zero):  # it has been told, and nothing can be read off such an answer
-            return []
         told = [self._curvature(found, rhs, products)]
-        if self.near:
+        if self.near and bool(found.beats_zero):  # else it has been told, and no length can be read off the answer
             shift = self.follower.inner(found.solution, self.slope).abs()
             reach = self.game.norms(list(mixed))
             told.append(self._distance(shift, self._size(rhs), moving, reach, None))
@@ -117,11 +115,18 @@ class Examination:
         follower = self.follower
         if follower.minimises:
             inner, u = follower.inner, found.solution
+            if bool(found.beats_zero):
+                value, left = inner(u, v), found.residual_norm
+            else:  # a solve that failed, perhaps because there is no curvature: along v itself, at a product
+                self.products += 1
+                u, left = v, torch.zeros_like(found.residual_norm)
+                with torch.no_grad():
+                    value = inner(v, products(v, slice(1))[0])
             square = inner(u, u)
             seen = square > 0.0
             square = torch.where(seen, square, 1.0)
-            left = found.residual_norm / square.sqrt()  # what the residual leaves open of u'A'u / u'u
-            curvature = inner(u, v) / square
+            left = left / square.sqrt()  # what the residual leaves open of u'A'u / u'u
+            curvature = value / square
             bound = curvature.abs() + left
             flat = seen & self._nothing(bound, self.reference, self.y)
             if bool(flat.any()):  # a size of y tells nothing of an optimum at 0
