@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "second_order"}
 GAME = GROUND | {"game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
@@ -23,7 +23,8 @@ MAY = {
     "_version": set(),
     "tree": set(),
     "randomness": set(),
-    "autodiff": {"errors"},
+    "second_order": {"errors"},
+    "autodiff": {"errors", "second_order"},
     "networks": {"tree"},
     "game": GROUND,
     "linear": GROUND,

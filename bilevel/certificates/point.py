@@ -22,6 +22,7 @@ from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.responses.base import State, fresh_state
+from bilevel.second_order import differentiated_twice
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 SMALL = 100
@@ -239,7 +240,7 @@ class LeaderFollowerPoint:
 
         It differentiates the implicit hypergradient, whose linear solve is itself an implicit function.
         """
-        with torch.enable_grad(), _unwarned():
+        with torch.enable_grad(), _unwarned(), differentiated_twice():
             mine = [x.detach().clone().requires_grad_() for x in self.own]
             solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), rtol=self.rtol, count=self._count)
             optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=True)

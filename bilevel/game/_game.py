@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.errors import BilevelError
 from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
+from bilevel.game.processes import refuse_processes
 from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Anticipated = Callable[[Mapping[str, Variables]], Variables]
 """From the variables of those who move before a player to its own."""
 
 Derived = TypeVar("Derived", bound="Game")
+
+NO_KERNELS = FastKernels()
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
+    kernels: Mapping[str, FastKernels]
 
 
 class Game:
@@ -67,6 +73,7 @@ class Game:
     def __init__(self, **players: Player) -> None:
         check_names(players)
         initial = {name: player.variables() for name, player in players.items()}
+        refuse_processes(players, initial)
         check_variables(initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
@@ -85,8 +92,10 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
+            kernels={},
         )
-        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
+        depends, kernels = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, kernels=kernels)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -117,6 +126,14 @@ class Game:
     def anticipated(self) -> frozenset[str]:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._parts.anticipated)
+
+    def kernels(self, player: str) -> FastKernels:
+        """What a player's loss uses that has one derivative only, where there is a form with two; a joint player's all.
+
+        Where two derivatives are taken, that form is run.
+        """
+        found = [self._parts.kernels[m] for m in self.members(player) if m in self._parts.kernels]
+        return FastKernels(*(any(flags) for flags in zip(*map(astuple, found), strict=True))) if found else NO_KERNELS
 
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
@@ -277,8 +294,15 @@ class Game:
                 arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        with lent(self._parts.players, current, arguments) as advanced:
-            found = function(**arguments, **extra)
+        kernels = self._parts.kernels.get(player, NO_KERNELS)
+        with lent(self._parts.players, current, arguments) as advanced, kernels.replaced():
+            try:
+                found = function(**arguments, **extra)
+            except RuntimeError as error:
+                told = told_of_loss(error)
+                if told:
+                    raise BilevelError(f"Player {player!r}: {told}") from error
+                raise
         return found, groups.joined(advanced, self.names)
 
     def joined(self: Derived, **groups: Sequence[str]) -> Derived:

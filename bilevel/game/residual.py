@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel.autodiff import gradient
 from bilevel.game.data import Batch, Position
+from bilevel.second_order import FastKernels
 from bilevel.tree import Structure, Variables, join, leaves, structure_of
 
 Buffers = dict[str, dict[str, Tensor]]
@@ -82,6 +83,9 @@ class PlayedGame(Protocol):
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests."""
+
+    def kernels(self, player: str) -> FastKernels:
+        """What a player's loss uses that has one derivative only, where there is a form with two."""
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of a loss."""
@@ -235,9 +239,14 @@ class MembersGradients(Residual):
         return sum(losses[1:], losses[0]), slopes, current
 
 
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function; of a module that of its `forward`."""
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+
+
 def required(function: Callable[..., Any]) -> tuple[str, ...]:
     """The parameters that a function must be called with."""
-    parameters = inspect.signature(function).parameters
+    parameters = signature(function).parameters
     return tuple(name for name, p in parameters.items() if p.default is inspect.Parameter.empty)
 
 

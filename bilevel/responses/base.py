@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from bilevel._root import refuse_captures
+from bilevel.autodiff import transforms_active
+from bilevel.errors import BilevelWarning
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
-from bilevel.tree import Variables, flatten, leaf_names, leaves
+from bilevel.second_order import differentiated_twice, require_custom_second, require_second
+from bilevel.tree import Variables, flatten, leaf_names, leaves, map_leaves
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -173,6 +177,40 @@ def refuse_captured(start: Follower, state: State) -> None:
     answer does not see it.
     """
     refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
+
+
+def require_second_derivative(start: Follower, state: State) -> None:
+    """Raise `SecondDerivativeError` when the follower's gradient cannot be differentiated, as a response needs it.
+
+    `start` is the follower of the fresh `state`. Warns once where a kernel without a second derivative is replaced.
+    Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
+    """
+    if transforms_active():  # there nothing is on a graph that could be looked at
+        return
+    game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
+    others = start.input_form.build([_tracked(x) for x in start.xs])
+    custom: list[str] = []
+    with random_kept(game.device), torch.enable_grad(), differentiated_twice():
+        for member in game.members(name):
+            if game.residual(member).differentiates_loss:
+                batch = start.batch if member == name or start.batch is None else start.batch[member]
+                loss = game.total(game.evaluate(member, {**others, name: y}, batch, start.buffers)[0])
+                custom += require_custom_second(member, loss)
+        _, slopes, _ = start.rests(game, name, leaves(y), others, start.batch, start.buffers)
+    require_second(name, slopes, custom)
+    kernels = game.kernels(start.name)
+    if kernels:
+        warnings.warn(
+            BilevelWarning(
+                f"Player {start.name!r}: where its loss is differentiated twice, {kernels.told()}. The numbers are the "
+                "same, and PyTorch has no second derivative of the faster form; time and memory are more."
+            ),
+            stacklevel=3,
+        )
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_()
 
 
 def refuse_optimizer_hyper(

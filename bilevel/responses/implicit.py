@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._root import Examine, Receipt, attach, receipt_of
-from bilevel.autodiff import Pullback, concrete, pullback, transforms_active
+from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
 from bilevel.errors import BilevelWarning, ConvergenceError, NonConvergenceWarning, NotSymmetricError
 from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
@@ -28,7 +28,9 @@ from bilevel.responses.base import (
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
+    require_second_derivative,
 )
+from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
@@ -106,6 +108,7 @@ class Implicit(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         if not start.symmetric and self.linear_solver.needs_symmetry:
             raise NotSymmetricError(
@@ -144,7 +147,9 @@ class Implicit(Response):
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
-            y: Tensor = _Detached.apply(below, *follower.xs)  # type: ignore[no-untyped-call]
+            # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
+            inputs = [*follower.xs, *below.given.tensors]
+            (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
             after, receipt, products, examine = state, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
@@ -354,39 +359,17 @@ class _Solve:
         self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch, looser: float
     ) -> None:
         self.response, self.game, self.state, self.batch, self.looser = response, game, state, batch, looser
-        self.form = follower.input_form
+        self.form, self.count = follower.input_form, len(follower.xs)
         self.last: Batch = batch
+        self.given = BatchTensors(batch)
 
-    def __call__(self, xs: tuple[Tensor, ...]) -> Tensor:
-        follower = self.game.follower(self.form.build(xs), self.state, self.batch)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
+        batch = self.given.put(inputs[self.count :])
+        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
         y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
-        return y
+        return (y,)
 
     def held(self, follower: Follower) -> Batch:
         """The batch that the solve ended on."""
         return self.last if self.batch is None else follower.batch
-
-
-class _Detached(torch.autograd.Function):
-    """Runs the plain solve on plain tensors, below all transforms; under vmap once for each element."""
-
-    @staticmethod
-    def forward(solve: _Solve, *xs: Tensor) -> Tensor:
-        return solve(xs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise AssertionError("the plain solve is not differentiated; root attaches its derivatives")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, solve: _Solve, *xs: Tensor) -> tuple[Tensor, int]:
-        rows = []
-        for index in range(info.batch_size):
-            row = [x if d is None else x.select(d, index) for x, d in zip(xs, in_dims[1:], strict=True)]
-            rows.append(_Detached.apply(solve, *row))  # type: ignore[no-untyped-call]
-        return torch.stack(rows), 0

@@ -13,6 +13,7 @@ from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_state, set_random_state
+from bilevel.second_order import differentiated_twice
 from bilevel.solving.followers import Answers
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import Variables
@@ -59,7 +60,7 @@ class StepEvaluator:
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
         """The wanted leaders' own gradients at a point."""
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice(differentiable):
             losses, slopes = self._play(point, wanted), {}
             for name in wanted:
                 grads = torch.autograd.grad(
@@ -87,7 +88,7 @@ class StepEvaluator:
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
         self.gradients += len(self.leaders.names)
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice():
             return self._play(point, self.leaders.names)
 
     def _play(self, point: Point, wanted: Sequence[str]) -> dict[str, Tensor]:
