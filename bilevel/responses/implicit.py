@@ -10,9 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._root import Receipt, attach, receipt_of
+from bilevel._root import Examine, Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
 from bilevel.errors import (
+    BilevelWarning,
     ConvergenceError,
     IndefiniteSystemError,
     KinkWarning,
@@ -39,6 +40,7 @@ from bilevel.responses.base import (
     require_second_derivative,
 )
 from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
@@ -59,7 +61,8 @@ class Implicit(Response):
 
     The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
     batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
-    residual leave.
+    residual leave. It warns where the answer is far from the optimum although it meets `tolerance`, which a far start
+    makes large, and where the backward solve shows that the follower is at no minimum, or where its loss is flat.
 
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
@@ -180,11 +183,11 @@ class Implicit(Response):
             # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
             inputs = [*follower.xs, *below.given.tensors]
             (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
-            after, receipt, products, rest = state, None, None, None
+            after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
-            rest, after, residual, products = self._solve(game, follower, state, looser)
+            rest, after, residual, products, examine = self._solve(game, follower, state, looser)
             y = rest.unknowns
             before, kept = state["linear"], self._solver.remembered(after["optimizer"])
             after["products"] += int(before["products"])
@@ -206,6 +209,7 @@ class Implicit(Response):
             shapes=follower.unknowns.shapes,
             receipt=receipt,
             products=products,
+            examine=examine,
         )
         if rest is not None and rest.other_side is not None and attached.requires_grad:
             tell_of_kink(attached, rest, follower, residual, linear)
@@ -285,8 +289,11 @@ class Implicit(Response):
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Rest, State, HeldResidual, Pullback | None]:
-        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
+    ) -> tuple[Rest, State, HeldResidual, Pullback | None, Examine | None]:
+        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it.
+
+        Last comes what will judge it by the backward solve, where there will be one.
+        """
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = follower.adapted_inner(self._solver)
@@ -314,9 +321,7 @@ class Implicit(Response):
                 "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
                 "tolerance_change), or accept it by tolerance=."
             )
-            if self.strict:
-                raise ConvergenceError(message)
-            warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):
             self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
@@ -329,11 +334,33 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        return rest, after, residual, products
+        if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
+            return rest, after, residual, products, None
+        # A tolerance that was loosened on purpose is far from the optimum on purpose.
+        near = self.tolerance is not None and missed is None and looser <= 1.0
+        examination = Examination(game, follower, state, flat, slope, near=near)
+        told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
+        after["products"] += examination.products
+        if told is not None:
+            self._tell(told, stacklevel=4)
+
+        def examine(*solved: Any) -> int:
+            before = examination.products
+            for warning in examination(*solved):
+                self._tell(warning, stacklevel=2)
+            return examination.products - before
+
+        return rest, after, residual, products, examine
 
     def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
         if kinks:
             warnings.warn(KinkWarning(follower.told_kinks(kinks), games=follower.games_of(kinks)), stacklevel=4)
+
+    def _tell(self, warning: BilevelWarning, stacklevel: int) -> None:
+        """Warn; raise when `strict`."""
+        if self.strict:
+            raise ConvergenceError(str(warning))
+        warnings.warn(warning, stacklevel=stacklevel)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
