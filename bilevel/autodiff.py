@@ -7,9 +7,10 @@ derivative that the library takes goes through `pullback` and `gradient`, which 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel.errors import BilevelError, SecondDerivativeError
 from bilevel.second_order import UNDIFFERENTIABLE, differentiated_twice, explanation
+
+Kind = TypeVar("Kind")
 
 EVERY = slice(None)
 
@@ -46,7 +49,8 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     r"""The value of a function, and the map from `v` to `v^T d function / d primal` for each primal.
 
     The graph is built once and kept, so that each product costs one backward pass. The products can be
-    differentiated themselves when they are taken with grad enabled.
+    differentiated themselves when they are taken with grad enabled. Of a function that does not depend on its primals,
+    the gradient of a linear loss for example, they are zeros.
     """
     _refuse_inference()
     if transforms_active():
@@ -61,8 +65,14 @@ def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in primals]
         value = function(*aliases)
-        # The place in the graph and not the value, which would be held as long as the products are.
-        outcome = get_gradient_edge(value) if value.requires_grad else value
+    if not value.requires_grad:
+
+        def zeros(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros_like(alias) for alias in aliases[part])
+
+        return value, zeros
+    # The place in the graph and not the value, which would be held as long as the products are.
+    outcome = get_gradient_edge(value)
 
     def products(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
         try:
@@ -105,7 +115,10 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Value and gradients of a scalar function of tensors; differentiable again when grad is enabled."""
+    """Value and gradients of a scalar function of tensors, zeros where it does not depend on them.
+
+    They are differentiable again when grad is enabled.
+    """
     _refuse_inference()
     if transforms_active():
         with differentiated_twice():
@@ -115,8 +128,18 @@ def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, 
     with torch.enable_grad(), differentiated_twice(again):
         aliases = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in points]
         value = function(*aliases)
-        slopes = torch.autograd.grad(value, aliases, create_graph=again, materialize_grads=True)
+        if value.requires_grad:
+            slopes = torch.autograd.grad(value, aliases, create_graph=again, materialize_grads=True)
+        else:
+            slopes = tuple(torch.zeros_like(alias) for alias in aliases)
     return (value if again else value.detach()), slopes
+
+
+def gradients_of(value: Tensor, points: Sequence[Tensor], vector: Tensor | None = None, **kept: bool) -> list[Tensor]:
+    """`torch.autograd.grad` with zeros where a value does not depend on a point, or on nothing at all."""
+    if not value.requires_grad:
+        return [torch.zeros_like(point) for point in points]
+    return list(torch.autograd.grad(value, points, vector, materialize_grads=True, **kept))
 
 
 def _refuse_inference() -> None:
@@ -125,6 +148,25 @@ def _refuse_inference() -> None:
             "Nothing can be differentiated inside torch.inference_mode(), as a follower's own steps are. Use "
             "torch.no_grad() in its place."
         )
+
+
+def jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
+    """A function's value `[m]` at a `point: [n]`, and its Jacobian `[m, n]`; plain numbers, outside any graph.
+
+    All rows come by one batched backward pass, or one by one where an operation has no batching rule.
+    """
+    with torch.enable_grad():
+        alias = point.detach().requires_grad_()
+        value = function(alias)
+        if not value.requires_grad or not value.numel():
+            return value.detach(), point.new_zeros(value.numel(), point.numel())
+        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+        once = {"retain_graph": True, "materialize_grads": True}
+        try:
+            (matrix,) = torch.autograd.grad(value, alias, rows, is_grads_batched=True, **once)
+        except RuntimeError:
+            matrix = torch.stack([torch.autograd.grad(value, alias, row, **once)[0] for row in rows])
+    return value.detach(), matrix.detach()
 
 
 class _Box:
@@ -163,6 +205,58 @@ def concrete(tensor: Tensor) -> float:
     box = _Box()
     _Concrete.apply(tensor.detach(), box)  # type: ignore[no-untyped-call]
     return box.value
+
+
+class _Below(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], refusal: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.refusal = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise SecondDerivativeError(ctx.refusal)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        raise SecondDerivativeError(ctx.refusal)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, refusal: str, *tensors: Tensor) -> tuple[Any, Any]:
+        rows = []
+        for index in range(info.batch_size):
+            row = [x if d is None else x.select(d, index) for x, d in zip(tensors, in_dims[2:], strict=True)]
+            rows.append(_Below.apply(function, refusal, *row))  # type: ignore[no-untyped-call]
+        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True)), (0,) * len(rows[0])
+
+
+def below_transforms(
+    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], refusal: str
+) -> tuple[Tensor, ...]:
+    """A function of plain tensors, run on plain tensors below all `torch.func` transforms; under vmap once a row.
+
+    It is not differentiated: a derivative of what it returns raises `SecondDerivativeError(refusal)`.
+    """
+    return _Below.apply(function, refusal, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def nearest(answer: Sequence[Tensor], attribute: str, kind: type[Kind]) -> Kind | None:
+    """What one of our own autograd functions has left under `attribute`: of the node that is nearest in the graph."""
+    pending = deque(tensor.grad_fn for tensor in answer if tensor.grad_fn is not None)
+    seen = set(pending)
+    while pending:
+        node = pending.popleft()
+        left = getattr(node, attribute, None)
+        if isinstance(left, kind):
+            return left
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return None
 
 
 def row_by_row(function: Callable[[Tensor], tuple[Tensor | None, ...]], cotangent: Tensor) -> Any:

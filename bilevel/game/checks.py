@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
+from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
@@ -49,7 +51,21 @@ def check_names(players: Mapping[str, Player]) -> None:
                     "that name. Rename the player."
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
+            if "batch" in parameters and player.data is None:
+                raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
+        for what, function in player.constraints.items():
+            _check_parameters(name, what, player.parameters(function), players)
+            if "batch" in player.parameters(function) and player.data is None:
+                raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
+            takes_batch = takes_batch or "batch" in player.parameters(function)
+        _check_parameters(name, "domain or prox", player.option_players, players)
+        if name in player.option_players or "batch" in player.option_players:
+            raise ValueError(
+                f"Player {name!r}: its domain or prox depends on "
+                f"{'its own variables' if name in player.option_players else 'batch'}; expected numbers, or functions "
+                "of other players."
+            )
         if not takes_batch and player.data is not None:
             raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
 
@@ -100,6 +116,16 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
 
 
+def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Refuse domains and terms that do not fit the variables, domains without points, and starts outside them."""
+    for name, player in players.items():
+        given = {other: initial[other] for other in player.option_players}
+        if player.prox is not None:
+            player.prox.settled(given).check(initial[name], f"Player {name!r}: init")
+        if player.domain is not None:
+            player.domain.settled(given).require(initial[name], f"Player {name!r}: init")
+
+
 @dataclass(frozen=True)
 class Runs:
     """What a player's loss runs.
@@ -130,6 +156,10 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     runs: dict[str, Runs] = {}
     for name in players:
         in_loss, in_residual, runs[name] = _dependence(game, name, players, initial)
+        # Whether a function of players uses all of them is not looked at: it is named after them alone.
+        for other in players[name].option_players:
+            paths = {path for path, _ in named_leaves(initial[other])}
+            in_residual = {**in_residual, other: in_residual.get(other, set()) | paths}
         depends[name] = frozenset(in_residual)
         for part in (in_loss, in_residual):
             for other, paths in part.items():
@@ -146,11 +176,10 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
             )
         if missing and name == next(iter(players)):
             raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
-    order = list(players)
-    for name in order[1:]:
-        later = order[order.index(name) + 1 :]
-        # A leader need not appear in its own loss: it may act through those who move after it.
-        if name not in depends[name] and not any(name in depends[other] for other in later):
+    for name, player in players.items():
+        # A loss may leave its player's variables out: a leader may act through others, or have nothing to gain. What
+        # vanishes where somebody rests says where that is.
+        if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
     return depends, runs
 
@@ -181,7 +210,9 @@ _START = (
 
 
 def _what(player: Player) -> str:
-    return "objective" if player.follows_loss else "residual"
+    if player.constraints:
+        return f"objective, with its {' and '.join(player.constraints)},"
+    return "objective" if player.residual is None else "residual"
 
 
 def _chooses_nothing(name: str, players: Mapping[str, Player]) -> str:
@@ -244,10 +275,12 @@ def _dependence(
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    rests = found
-    if not players[name].follows_loss:
-        with seen.watched(players, own_module=bool(modules)):
-            rests = _residual_dependence(game, name, trial, batch)
+    own = players[name].residual is not None
+    with seen.watched(players, own_module=bool(modules)):
+        rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
+        for what, function in players[name].constraints.items():
+            for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+                rests.setdefault(other, set()).update(paths)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
@@ -311,9 +344,13 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
 
 def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object) -> Paths:
     """The same of a residual of the player's own; refuses one that is not finite or not of the form of its init."""
-    others = {other: v for other, v in trial.items() if other != name}
-    with random_kept(game.device), torch.enable_grad():
-        _, found, _ = game.residual(name)(game, name, leaves(trial[name]), others, batch, game.buffers())
+
+    def residual(point: Mapping[str, Variables]) -> list[Tensor]:
+        others = {other: v for other, v in point.items() if other != name}
+        with random_kept(game.device), torch.enable_grad():
+            return game.residual(name)(game, name, leaves(point[name]), others, batch, game.buffers())[1]
+
+    found = _first_call(name, lambda: residual(trial), batch)
     for (path, leaf), value in zip(named_leaves(trial[name]), found, strict=True):
         if value.dtype != leaf.dtype or not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -327,7 +364,73 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
             f"Player {name!r}: its residual is not differentiable in any player's variables. Use the arguments "
             "themselves, without .detach() or .item()."
         )
-    return _reached(name, "residual", total, trial)
+    reached = _reached(name, "residual", total, trial)
+    refuse_detached(name, residual, trial)
+    return reached
+
+
+def _first_call(name: str, residual: Callable[[], list[Tensor]], batch: object) -> list[Tensor]:
+    """What a residual of the player's own gives at init; what it raises, in words."""
+    try:
+        return residual()
+    except Exception as error:
+        if str(error).startswith(f"Player {name!r}: its residual"):
+            raise
+        hint = ""
+        if "in-place" in str(error):
+            hint = " Others hold its arguments: make new tensors, y - z and not y.sub_(z)."
+        elif "numpy()" in str(error):
+            hint = " It must be differentiable: torch's operations on the arguments themselves."
+        raise ValueError(
+            f"Player {name!r}: its residual raised {type(error).__name__} on its first batch ({kind(batch)}): "
+            f"{error}{hint}"
+        ) from error
+
+
+def _constraint_dependence(
+    game: PlayedGame,
+    players: Mapping[str, Player],
+    name: str,
+    what: str,
+    function: Callable[..., Any],
+    trial: Mapping[str, Variables],
+    batch: object,
+) -> Paths:
+    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+    told = f"Player {name!r}: its {what}"
+    with random_kept(game.device), torch.enable_grad():
+        try:
+            value, _ = game.call(name, function, trial, batch, game.buffers(), {})
+        except Exception as error:
+            raise ValueError(
+                f"{told} raised {type(error).__name__} at init, on its first batch ({kind(batch)}): {error}"
+            ) from error
+    pairs = named_leaves(value)
+    if not pairs:
+        raise TypeError(f"{told} returned {kind(value)} without a tensor; expected one, or a pytree of them.")
+    dtype = leaves(trial[name])[0].dtype
+    found: Paths = {}
+    for path, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{told} returned {kind(leaf)}{f' at {path}' if path else ''}; expected a tensor.")
+        if leaf.numel() == 0 or leaf.dtype != dtype or leaf.device != game.device:
+            raise ValueError(
+                f"{told}{path} is a tensor of shape {tuple(leaf.shape)} of {leaf.dtype} on {leaf.device}; expected at "
+                f"least one entry of {dtype} on {game.device}, as its variables are."
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"{told}{path} at init holds NaN or infinity; expected finite numbers. Start elsewhere.")
+        reached = _reached(name, what, leaf.sum(), trial) if leaf.requires_grad else {}
+        if name not in reached:
+            on = f"on {' and '.join(map(repr, reached))} alone" if reached else "on nobody's variables"
+            raise ValueError(
+                f"{told}{path} depends {on}; a constraint of {name!r} is one of its own variables. Use the argument "
+                f"`{name}` itself, without .detach(), or give the constraint to whom it binds."
+            )
+        for other, paths in reached.items():
+            found.setdefault(other, set()).update(paths)
+    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), players, trial)
+    return found
 
 
 def _refuse_own_parameters(

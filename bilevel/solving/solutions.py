@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.many import Games
 from bilevel.solving.history import loss_key
-from bilevel.solving.solution import End, Solution
-from bilevel.tree import map_leaves
+from bilevel.solving.solution import End, Solution, ended
+from bilevel.solving.warning_log import RunWarning
+from bilevel.tree import Variables, map_leaves
 
 
 @final
@@ -32,9 +34,11 @@ class Solutions(End[Tensor]):
         states: Follower -> its response's state.
         buffers: Player -> its module's buffers `[count, ...]`.
         warned: For each warning the games that it has spoken of in any step; None for all.
+        multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers `[count, ...]`.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)
+    multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -71,6 +75,7 @@ class Solutions(End[Tensor]):
             warnings=tuple(text for text, own in zip(self.warnings, mine, strict=True) if own),
             states={},
             buffers=buffers,
+            multipliers=map_leaves(lambda leaf: leaf[index].clone(), dict(self.multipliers)),
         )
 
     def __str__(self) -> str:
@@ -96,3 +101,12 @@ class Solutions(End[Tensor]):
                 f"{float(self.residuals[name].max()):.2e}" if name in self.residuals else "",
             )
         return self._printed(table, each=", each of all games at once")
+
+
+@ended.register
+def _(
+    game: Games, errors: Mapping[str, float], warned: Sequence[RunWarning], values: Mapping[str, Tensor], **found: Any
+) -> Solutions:
+    """Of many games, each warning with the games that it spoke of; how far a hypergradient is off is not estimated."""
+    texts, spoken_of = tuple(warning.text for warning in warned), tuple(warning.games for warning in warned)
+    return Solutions(values=values, warnings=texts, warned=spoken_of, **found)
