@@ -289,3 +289,73 @@ def test_a_module_that_is_computed_again_in_backward_is_refused(reentrant):
     # Where no module of a player's is run, what is computed again is what was computed.
     fit = lambda w: checkpoint(lambda w: (data()[0] @ w).square().mean(), w, use_reentrant=False)
     bl.Game(w=bl.Player(fit, torch.ones(5, dtype=D)))
+
+
+# Back into the user's module -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A frozen layer, a tied pair, a parametrised layer, statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(5, 5).double().requires_grad_(False)
+        self.first, self.second = nn.Linear(5, 5, bias=False).double(), nn.Linear(5, 5, bias=False).double()
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(5).double()
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(5, 2).double())
+
+    def forward(self, inputs):
+        return self.last(self.norm(self.second(torch.tanh(self.first(self.frozen(inputs))))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_solution_goes_back_into_a_module(compiled):
+    torch.manual_seed(0)
+    model = Tied()
+    init = torch.compile(model, backend="eager") if compiled else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bl.BilevelWarning)
+        solution = bl.solve(game(init), weights=bl.Unrolled(partial(SGD, lr=0.1), steps=3), steps=3)
+    before = model.frozen.weight.clone()
+    solution.load_into(model, "weights")
+    inputs = data(1)[0]
+    model.eval()
+    found = model(inputs)
+    state = {name.removeprefix("_orig_mod."): value for name, value in solution.variables["weights"].items()}
+    buffers = {name.removeprefix("_orig_mod."): value for name, value in solution.buffers["weights"].items()}
+    torch.testing.assert_close(found, functional_call(model, {**state, **buffers}, (inputs,)))
+    assert model.second.weight is model.first.weight
+    assert torch.equal(model.frozen.weight, before)
+    assert torch.equal(model.norm.running_mean, buffers["norm.running_mean"])
+    assert not torch.equal(model.norm.running_mean, torch.zeros(5, dtype=D))
+    with pytest.raises(ValueError, match="the module has none of that name"):
+        solution.load_into(nn.Linear(5, 2), "weights")
+    with pytest.raises(ValueError, match="players are"):
+        solution.load_into(model, "nobody")
+    with pytest.raises(TypeError, match="is no module"):
+        solution.load_into(model, "decay")
+
+
+def test_a_game_in_another_precision():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+    single = [(inputs.float(), labels) for inputs, labels in (data(1), data(0))]
+    made = bl.Game(decay=bl.Player(valid, torch.tensor(-3.0), single[:1]), weights=bl.Player(train, model, single[1:]))
+    double = made.to(dtype=D)
+    wanted = game(model.double())
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=3)
+
+    def slope(game):
+        decay = game.initial("decay").requires_grad_()
+        weights, _ = response(game, {"decay": decay}, response.init(game))
+        batch, _ = game.draw("decay", game.start("decay"))
+        return torch.autograd.grad(game.loss("decay", {"decay": decay, "weights": weights}, batch), decay)[0]
+
+    assert {leaf.dtype for leaf in bl.tree.leaves([double.initial(n) for n in double.names])} == {D}
+    assert double.draw("weights", double.start("weights"))[0][1].dtype == torch.int64
+    # The inputs were rounded to float32, which moves the slope by some 1e-7 of it.
+    torch.testing.assert_close(slope(double), slope(wanted), rtol=1e-5, atol=1e-8)
+    assert slope(made.to("cpu")).dtype == torch.float32
+    with pytest.raises(TypeError, match="Game.to"):
+        bl.Games(made, 2).to(dtype=D)

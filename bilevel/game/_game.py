@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.errors import BilevelError
 from bilevel.game.checks import (
@@ -122,6 +123,29 @@ class Game:
         game._parts = replace(self._parts, **changed)
         return game
 
+    def to(self: Derived, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Derived:
+        """The same game elsewhere, or in another precision: variables, buffers, and the tensors of its batches.
+
+        What losses capture is yours to move, as are the frozen parameters of a player's module. Everything is checked
+        again.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.to(dtype=torch.float64).initial("y").dtype
+        torch.float64
+        """
+        self.require_one("Game.to")
+        move, parts = Move(None if device is None else torch.device(device), dtype), self._parts
+        game = self.derived(
+            initial={name: map_leaves(move, value) for name, value in parts.initial.items()},
+            buffers=map_leaves(move, parts.buffers),
+            streams={name: stream.mapped(move.batch) for name, stream in parts.streams.items()},
+            depends={},
+            runs={},
+        )
+        check_domains(parts.players, game._parts.initial)
+        depends, runs = check_objectives(game, parts.players)
+        return game.derived(depends=depends, runs=runs)
+
     # What is in the game -------------------------------------------------------------------------------------------
 
     @property
@@ -233,7 +257,7 @@ class Game:
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
-        return torch.linalg.vector_norm(join(tensors))  # type: ignore[no-any-return]
+        return norm(join(tensors))
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -489,6 +513,24 @@ def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
         for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
     )
     return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Takes tensors to a device, and floating-point ones to a dtype."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def __call__(self, leaf: Any) -> Any:
+        """A copy there; what is no tensor stays."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+    def batch(self, batch: Batch) -> Batch:
+        """All tensors of a batch."""
+        return map_leaves(self, batch)
 
 
 @dataclass(frozen=True, eq=False)

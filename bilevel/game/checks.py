@@ -103,10 +103,11 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
             kinds.setdefault((leaf.dtype, leaf.device), where)
     if len(kinds) > 1:
+        halves = {torch.bfloat16, torch.float16}
         (first, at), (second, there) = list(kinds.items())[:2]
         raise ValueError(
-            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-            "game share one dtype and one device: use .to(device, dtype)."
+            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a game "
+            f"share one dtype and one device: use .to(device, dtype).{_HALF if halves & {first[0], second[0]} else ''}"
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
@@ -114,6 +115,12 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 raise ValueError(
                     f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
                 )
+
+
+_HALF = (
+    " To compute in half precision keep the variables in float32, and run the loss under torch.autocast(device_type, "
+    "dtype=torch.bfloat16)."
+)
 
 
 def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
