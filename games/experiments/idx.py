@@ -104,16 +104,15 @@ def _read_bytes(path: Path) -> tuple[bytes, bool]:
         return content, False
     try:
         with gzip.open(io.BytesIO(content)) as file:
-            # A megabyte of zeros packs into a kilobyte: the header says how much to ask for, and one byte tells of more.
+            # A megabyte of zeros packs into a kilobyte: the header says how much to ask for; one byte tells of more.
             header = file.read(_HEADER)
             axes = min(header[3], (_HEADER - 4) // 4) if len(header) == _HEADER else 0
-            size = (
-                4 + 4 * axes + math.prod(int.from_bytes(header[at : at + 4], "big") for at in range(4, 4 + 4 * axes, 4))
-            )
+            start = 4 + 4 * axes
+            size = start + math.prod(int.from_bytes(header[at : at + 4], "big") for at in range(4, start, 4))
             if size > _MOST_PACKED * len(content):
                 raise DataError(
-                    f"{quoted(path)} is truncated: its header says {size:,} bytes, more than its {len(content):,} packed "
-                    "ones can hold."
+                    f"{quoted(path)} is truncated: its header says {size:,} bytes, more than its {len(content):,} "
+                    "packed ones can hold."
                 )
             unpacked = header + file.read(max(0, size - len(header)) if axes else _HEADER)
             return unpacked, bool(file.read(1))
