@@ -216,30 +216,32 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+    def require_minima(self, asker: str, *, joined: bool = False, constrained: bool = False) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
-        `constrained`: whether who asks knows minima within functions as constraints.
+        With `joined`, players who answer together may each rest at a minimum of its own loss; with `constrained`, at
+        one within functions as constraints.
         """
         for name in self.names:
             members = self.members(name)
-            if members != (name,):
+            if members != (name,) and not joined:
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if constrained and self._parts.players[name].constraints:
-                continue
-            if self._parts.players[name].constraints:
-                raise ValueError(
-                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
-                    "loss. Hold the hypergradient against finite differences of re-solved followers."
-                )
-            if not self.residual(name).minimises:
-                raise ValueError(
-                    f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
-                    "loss. Hold the answer against finite differences of re-solved followers."
-                )
+            for member in members:
+                if self._parts.players[member].constraints:
+                    if constrained:
+                        continue
+                    raise ValueError(
+                        f"{asker}: {member!r} has constraints: where it rests its Lagrangian is stationary, not its "
+                        "loss. Hold the hypergradient against finite differences of re-solved followers."
+                    )
+                if not self.residual(member).minimises:
+                    raise ValueError(
+                        f"{asker}: {member!r} rests where a residual of its own vanishes, which need not be a minimum "
+                        "of its loss. Hold the answer against finite differences of re-solved followers."
+                    )
 
     @property
     def device(self) -> torch.device:

@@ -338,7 +338,7 @@ class Implicit(Response):
             return rest, after, residual, products, None
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
-        examination = Examination(game, follower, state, flat, slope, near=near)
+        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products
         if told is not None:
