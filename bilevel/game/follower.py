@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bilevel._returned import described
 from bilevel.autodiff import concrete, transforms_active
 from bilevel.errors import NonFiniteError
 from bilevel.game.data import Batch
@@ -94,10 +95,20 @@ class Follower:
 
         F is the gradient of the loss, unless the follower says otherwise.
         """
+        if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
+            self._refuse_leaves(y)
         given = self.others if others is None else others
         loss, slopes, self.buffers = self.rests(self.game, self.name, y, given, self.batch, self.buffers)
         self.gradient_count += 1
         return loss, slopes
+
+    def _refuse_leaves(self, y: object) -> None:
+        wanted = [list(shape) for shape in self.form.shapes]
+        came = [described(leaf) for leaf in y] if isinstance(y, (list, tuple)) else described(y)
+        raise ValueError(
+            f"The gradients of player {self.name!r} were asked for at {came}; expected a list of its leaves, of shapes "
+            f"{wanted}. form.split(vector) makes them of one vector, and leaves(variables) of its variables."
+        )
 
     def next_state(
         self,

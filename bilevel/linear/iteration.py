@@ -109,12 +109,13 @@ class Iteration:
                 f"ConjugateGradient's preconditioner gave r'M^-1 r = {least:.3g} for a residual r; it has to be "
                 "symmetric positive definite. Leave it out, or damp it."
             )
-        if not math.isfinite(least) and on.some(moving) and math.isfinite(largest_entry(r)):
-            if not math.isfinite(largest_entry(z)):
-                raise NonFiniteError(
-                    "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it "
-                    "out, or look for a division by zero in it."
-                )
+        if math.isfinite(least) or not on.some(moving):
+            return
+        if math.isfinite(largest_entry(r)) and not math.isfinite(largest_entry(z)):
+            raise NonFiniteError(
+                "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it out, "
+                "or look for a division by zero in it."
+            )
 
     def _settled(self, scale: Scalar, e: Tensor) -> bool:
         """Whether the watch, if there is one and it wants to look now, has seen enough."""
