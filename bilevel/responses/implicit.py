@@ -56,7 +56,8 @@ class Implicit(Response):
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
         tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
-        linear_solver: For the system with the Hessian; `GMRES()` where the follower's residual is not symmetric.
+        linear_solver: For the system with the Hessian. The default is `ConjugateGradient()`; a follower whose residual
+            has no symmetric Jacobian is refused unless `GMRES()` or `bl.linear.Dense()` is passed.
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.

@@ -32,7 +32,8 @@ class _System:
 
     @property
     def solution(self) -> Tensor:
-        return torch.linalg.solve(self.matrix, self.rhs)
+        found: Tensor = torch.linalg.solve(self.matrix, self.rhs)
+        return found
 
     def __str__(self) -> str:
         return f"A = {self.matrix.tolist()}, b = {self.rhs.tolist()}"
