@@ -38,14 +38,14 @@ class Followers:
                 raise ValueError(
                     f"solve: {own[0]!r} has a residual of its own and no response. Who leads follows the gradient of "
                     "its loss, and nobody would look at the residual. Give it a response, such as "
-                    f"{name}=Implicit(ScipyRoot(), linear_solver=GMRES()), or leave out residual=."
+                    f"{name}=Implicit(ScipyRoot()), or leave out residual=."
                 )
         self._game = game
         self.responses = {name: responses[name] for name in game.names if name in responses}
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
                 f"solve: {self.in_place} write into their states at every call, and with several followers the others "
-                "call them too. Use in_place=False."
+                "call them too. Use Hypernetwork(memory=Memory(in_place=False))."
             )
 
     @property
