@@ -183,6 +183,8 @@ def test_an_inner_solver_cannot_change_a_state():
 def test_a_class_is_no_solver():
     with pytest.raises(TypeError, match=r"optimizer is the class Inner itself; expected one of it, Inner\("):
         bl.Implicit(Inner)
+    with pytest.raises(TypeError, match="Nudged: optimizer is the class Inner itself"):
+        bl.Nudged(Inner)
 
 
 def test_an_inner_solver_is_held_to_it_in_each_of_many_games():
