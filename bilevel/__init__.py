@@ -11,7 +11,7 @@ from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
-from bilevel.constraints import Box, Simplex
+from bilevel.constraints import Box, Interval, Log, Positive, Simplex, Unit
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
@@ -41,9 +41,12 @@ __all__ = [
     "Games",
     "Hypernetwork",
     "Implicit",
+    "Interval",
+    "Log",
     "Neumann",
     "Nystrom",
     "Player",
+    "Positive",
     "Response",
     "ReverseMode",
     "Scipy",
@@ -51,6 +54,7 @@ __all__ = [
     "Segments",
     "Simplex",
     "Solution",
+    "Unit",
     "Unrolled",
     "__version__",
     "certify",

@@ -9,7 +9,7 @@ import torch
 
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
-from bilevel.certificates.constrained import within_constraints
+from bilevel.certificates.constrained import within_constraints, within_set
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
 from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
 from bilevel.game import Game
@@ -149,10 +149,10 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. For a player with functions as constraints: it keeps them, its Lagrangian's gradient is below
-    that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those that bind.
-    Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point may be no
-    Nash equilibrium globally.
+    positive definite. For a player with a domain, or functions as constraints: it keeps them, its Lagrangian's gradient
+    is below that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those
+    that bind. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
+    may be no Nash equilibrium globally.
 
     Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
     (arXiv 1411.2168).
@@ -187,8 +187,12 @@ def certify_nash(
         batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
         norm, spectrum = own_gradient(game, name, variables, batch, buffers)
         reference, _ = own_gradient(game, name, start, batch, game.buffers())
-        if game.players[name].constraints:
-            findings += within_constraints(game, name, variables, batch, buffers, reference, tolerance)
+        by_walls = game.by_walls(name)
+        if game.players[name].constraints or by_walls is not game:
+            findings += within_constraints(by_walls, name, variables, batch, buffers, reference, tolerance)
+            continue
+        if game.residual(name).projects:
+            findings += within_set(game, name, variables, batch, buffers, reference, tolerance)
             continue
         found = spectrum(lanczos_steps, seed)
         size = float(flatten(variables[name]).norm())

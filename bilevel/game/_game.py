@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bilevel.constraints import ConstraintSet
+from bilevel.constraints import ConstraintSet, Coordinate
+from bilevel.constraints.walls import has_walls
 from bilevel.game.checks import (
     RESERVED,
     Depends,
@@ -24,6 +25,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers, MembersGradients, Residual
@@ -78,12 +80,16 @@ class Game:
 
     def __init__(self, **players: Player) -> None:
         check_names(players)
-        initial = {name: player.variables() for name, player in players.items()}
+        like = _first_tensor(players)
+        initial = {name: player.variables(like) for name, player in players.items()}
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
-            players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
+            players={
+                n: p if isinstance(p.init, nn.Module) or any(p.coordinates) else replace(p, init=None)
+                for n, p in players.items()
+            },
             order=tuple(players),
             # Read once: inspecting a signature costs as much as a small network's gradient.
             arguments={n: tuple(a for a in p.names if a != "batch") for n, p in players.items()},
@@ -164,10 +170,10 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+    def require_minima(self, asker: str, *, constrained: bool = False, functions: bool = True) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
-        `constrained`: whether who asks knows minima within functions as constraints.
+        `constrained`: whether who asks knows minima within constraints; `functions`: functions among them.
         """
         for name in self.names:
             members = self.members(name)
@@ -176,18 +182,29 @@ class Game:
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if constrained and self._parts.players[name].constraints:
+            kept = bool(self._parts.players[name].constraints)
+            if (kept or self.residual(name).projects) and constrained and (functions or not kept):
                 continue
-            if self._parts.players[name].constraints:
+            if kept or self.residual(name).projects:
                 raise ValueError(
-                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
-                    "loss. Hold the hypergradient against finite differences of re-solved followers."
+                    f"{asker}: {name!r} has {'functions as constraints' if kept else self.residual(name).told}, and "
+                    "rests where its loss's own gradient need not vanish. testing.check_hypergradient and certify_nash "
+                    "know constraints."
                 )
             if not self.residual(name).minimises:
                 raise ValueError(
                     f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
                     "loss. Hold the answer against finite differences of re-solved followers."
                 )
+
+    def by_walls(self: Derived, player: str) -> Derived:
+        """The same game, in which a player's domain is smooth functions with multipliers, where it can be said so."""
+        rests = self.residual(player)
+        if not isinstance(rests, ConstrainedGradient) or rests.prox is not None or rests.domain is None:
+            return self
+        if not has_walls(rests.domain):
+            return self
+        return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
 
     @property
     def device(self) -> torch.device:
@@ -315,6 +332,14 @@ class Game:
             found = function(**arguments, **extra)
         return found, groups.joined(advanced, self.names)
 
+    def coordinates(self, player: str) -> list[Coordinate | None]:
+        """The range of each leaf of a player's variables that has one; [] where none has."""
+        return [found for member in self.members(player) for found in self._ranges(member)]
+
+    def _ranges(self, member: str) -> list[Coordinate | None]:
+        found = self._parts.players[member].coordinates
+        return found if any(found) else [None] * len(self.structure(member).shapes)
+
     def joined(self: Derived, **groups: Sequence[str]) -> Derived:
         """The same game, in which players who move together make up one joint player.
 
@@ -432,6 +457,16 @@ class Game:
         }
 
 
+def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
+    """A tensor that somebody starts from: what starts at a plain number takes its dtype."""
+    found = (
+        leaf.start if isinstance(leaf, Coordinate) else leaf
+        for player in players.values()
+        for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
+    )
+    return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
 @dataclass(frozen=True, eq=False)
 class _Players(Mapping[str, Player]):
     """Players of a game; what one starts from is copied when that one is asked for, which may be 10 million numbers."""
@@ -441,7 +476,8 @@ class _Players(Mapping[str, Player]):
 
     def __getitem__(self, name: str) -> Player:
         player = self.players[name]
-        return player if isinstance(player.init, nn.Module) else replace(player, init=detached(self.initial[name]))
+        kept = isinstance(player.init, nn.Module) or any(player.coordinates)
+        return player if kept else replace(player, init=detached(self.initial[name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.players)

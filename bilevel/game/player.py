@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.constraints import ConstraintSet, Penalty
+from bilevel.constraints import Box, ConstraintSet, Coordinate, Penalty
 from bilevel.constraints.functions import EQUALITY, INEQUALITY
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
 from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
-from bilevel.tree import Variables, detached
+from bilevel.tree import Variables, detached, leaves, map_leaves
 
 
 @dataclass(frozen=True, kw_only=False)
@@ -27,10 +28,12 @@ class Player:
     Args:
         objective: called with keyword arguments named after the players that it depends on, and with `batch` when the
             player has data; returns a scalar loss, to minimise.
-        init: a tensor, a pytree of tensors, or an `nn.Module`: then the variables are the module's parameters that
-            require grad, as a mapping by name that a loss can call, `weights(images)`: in training mode in the player's
-            own loss, in evaluation mode in the others', or as `weights(images, training=True)` says. Its buffers
-            (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed.
+        init: a tensor, a pytree of tensors, or an `nn.Module`. In the place of a tensor `bl.Log(1e-6, 1e-1)`,
+            `bl.Unit()`, `bl.Interval(low, high)` or `bl.Positive()` keeps it in a range. Of a module the variables
+            are the parameters that require grad, as a mapping by name that a loss can call, `weights(images)`: in
+            training mode in the player's own loss, in evaluation mode in the others', or as `weights(images,
+            training=True)` says. Its buffers (BatchNorm's statistics, say) travel along as state that advances. The
+            module itself is never changed.
         data: any iterable of batches that can be iterated more than once, or a function without arguments that makes
             one for each pass; it is re-iterated for ever. Each batch is read once for all who ask for it.
         optimizer_hyper: declares that the variables are hyperparameters of the *inner optimiser*, a learning rate say:
@@ -107,6 +110,11 @@ class Player:
             )
         if self.prox is not None and self.optimizer_hyper:
             raise ValueError("Player: a hyperparameter of the inner optimiser leads; prox= is for followers.")
+        if self.domain is not None and any(self.coordinates):
+            raise ValueError(
+                f"Player: init has the range {next(filter(None, self.coordinates))!r}, and domain={self.domain!r} is "
+                "given besides. Say where the player stays once: a tensor as init, or no domain."
+            )
         if self.prox is not None and self.domain is not None and not (self.prox.entrywise and self.domain.entrywise):
             raise ValueError(
                 f"Player: prox={self.prox!r} and domain={self.domain!r}: the two together have a proximal map where "
@@ -152,16 +160,34 @@ class Player:
             raise ValueError("Player: it has no residual of its own.")
         return self.residual if isinstance(self.residual, UserResidual) else UserResidual(self.residual)
 
-    @property
+    @cached_property
     def rests(self) -> Residual:
         """What vanishes where it rests."""
+        domain = self._range if self.domain is None else self.domain
         if self.constraints:
-            return KKT(self.inequality, self.equality, self.domain)
+            return KKT(self.inequality, self.equality, domain)
         if self.residual is not None:
             return self.own_residual
-        if self.domain is None and self.prox is None:
+        if domain is None and self.prox is None:
             return OwnGradient()
-        return ConstrainedGradient(self.domain, self.prox)
+        return ConstrainedGradient(domain, self.prox)
+
+    @cached_property
+    def coordinates(self) -> list[Coordinate | None]:
+        """The range of each leaf of its variables that has one."""
+        return [] if isinstance(self.init, nn.Module) else _ranges(self.init)
+
+    @property
+    def _range(self) -> ConstraintSet | None:
+        """The box of its ranges."""
+        if not any(self.coordinates):
+            return None
+        infinite = (-math.inf, math.inf)
+        low, high = (
+            map_leaves(lambda leaf, end=end: (leaf.range if isinstance(leaf, Coordinate) else infinite)[end], self.init)
+            for end in (0, 1)
+        )
+        return Box(low, high)
 
     @property
     def option_players(self) -> tuple[str, ...]:
@@ -199,17 +225,21 @@ class Player:
         if self.constraints and self.optimizer_hyper:
             raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no constraints.")
 
-    def variables(self) -> Variables:
-        """A fresh copy of the initial variables."""
+    def variables(self, like: Tensor | None = None) -> Variables:
+        """A fresh copy of the initial variables; ranges that start at a plain number take the dtype of `like`."""
         if isinstance(self.init, nn.Module):
             return {name: p.detach().clone() for name, p in self.init.named_parameters() if p.requires_grad}
-        return detached(self.init)
+        return map_leaves(lambda leaf: leaf.tensor(like) if isinstance(leaf, Coordinate) else leaf, detached(self.init))
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of the module's buffers; empty when `init` is no module."""
         if isinstance(self.init, nn.Module):
             return {name: b.detach().clone() for name, b in self.init.named_buffers()}
         return {}
+
+
+def _ranges(init: Variables) -> list[Coordinate | None]:
+    return [leaf if isinstance(leaf, Coordinate) else None for leaf in leaves(init)]
 
 
 def _refuse_uninitialised(module: nn.Module) -> None:

@@ -89,6 +89,13 @@ class Run:
         game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
+        if self.leaders.projects and not dynamics.rests_with_bounds:
+            raise TypeError(
+                f"solve: {dynamics!r} looks ahead or corrects the gradient, and at a bound of "
+                f"{self.leaders.projects[0]!r} it would rest elsewhere than at an equilibrium. Use Simultaneous(), "
+                "Alternating(), TwoTimescale(), Optimistic() or NegativeMomentum(), or a coordinate, "
+                "init=bilevel.Interval(low, high)."
+            )
         members = [member for name in game.names for member in game.members(name)]
         self._refuse_constrained(leading)
         refuse_ambiguous(members, responses, game.record_keys)
