@@ -17,7 +17,7 @@ from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games
-from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Response, ReverseMode, Segments, Unrolled
+from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
 
 
@@ -44,6 +44,7 @@ __all__ = [
     "Interval",
     "Log",
     "Neumann",
+    "Nudged",
     "Nystrom",
     "Player",
     "Positive",

@@ -28,6 +28,10 @@ class SingularSystemError(BilevelError):
     """A linear system has no unique solution."""
 
 
+class SecondDerivativeError(BilevelError):
+    """A second derivative was needed of what has none: an operation in a loss, or the answer of `Nudged`."""
+
+
 class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
 

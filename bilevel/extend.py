@@ -1,4 +1,6 @@
-"""What extends the library: the base classes and helpers of a response, a solver, a preconditioner, a rule, a residual.
+"""What extends the library: the base classes and helpers of whoever adds a part.
+
+A response, a learned map, a linear or an inner solver, a preconditioner, a rule of play, a residual, an optimiser.
 
 Everything here is public and stays. CONTRIBUTING has worked examples.
 """
@@ -6,7 +8,8 @@ Everything here is public and stays. CONTRIBUTING has worked examples.
 from bilevel.autodiff import concrete, gradient, pullback, transforms_active
 from bilevel.dynamics import Dynamics, Field
 from bilevel.game import Follower, Residual, UserResidual
-from bilevel.inner import InnerSolver, Problem
+from bilevel.game.processes import separate_ranks
+from bilevel.inner import DifferentiableOptimizer, InnerSolver, Problem
 from bilevel.linear import (
     Candidate,
     LinearOperator,
@@ -18,6 +21,7 @@ from bilevel.linear import (
     gaussian,
     norm,
 )
+from bilevel.networks import FlatNetwork, LeafNetwork
 from bilevel.responses import (
     Behaviour,
     Differentiation,
@@ -31,18 +35,22 @@ from bilevel.responses import (
     Steps,
 )
 from bilevel.responses.base import fresh_state
+from bilevel.responses.learned.sampling import Sampler
 from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 __all__ = [
     "Behaviour",
     "Candidate",
+    "DifferentiableOptimizer",
     "Differentiation",
     "Dynamics",
     "Estimate",
     "Field",
+    "FlatNetwork",
     "Follower",
     "Inexactness",
     "InnerSolver",
+    "LeafNetwork",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
@@ -55,6 +63,7 @@ __all__ = [
     "Report",
     "Residual",
     "Response",
+    "Sampler",
     "State",
     "Steps",
     "Structure",
@@ -70,6 +79,7 @@ __all__ = [
     "map_leaves",
     "norm",
     "pullback",
+    "separate_ranks",
     "structure_of",
     "transforms_active",
 ]

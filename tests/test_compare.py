@@ -47,6 +47,11 @@ def tuning(seed, dtype=torch.float64, batches=1):
     )
 
 
+def sgd_of(lr):
+    """A factory whose code is the same for every rate: only what it captured differs."""
+    return lambda parameters: SGD(parameters, lr=lr)
+
+
 def run(games, responses, **options):
     defaults = {"steps": 3, "seeds": (0,), "budgets": (1.0,)}
     return bl.compare(games, responses, **{**defaults, **options})
@@ -277,6 +282,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
         {"optimizer": partial(SGD, lr=0.2)},
         {"responses": {"unrolled": replace(UNROLLED, steps=9)}},
         {"responses": {"unrolled": replace(UNROLLED, optimizer=lambda p: SGD(p, lr=0.5))}},
+        {"responses": {"unrolled": replace(UNROLLED, optimizer=sgd_of(0.5))}},
         {"games": {"known": replace(KNOWN, target=(1.0, 1.0))}},
         {"reference": IMPLICIT},
         {"resume": False},
@@ -284,7 +290,8 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     ids=lambda change: next(iter(change)),
 )
 def test_runs_of_other_settings_are_not_kept(tmp_path, monkeypatch, change):
-    first = {"games": {"known": KNOWN}, "responses": {"unrolled": UNROLLED}}
+    unrolled = replace(UNROLLED, optimizer=sgd_of(1.0))
+    first = {"games": {"known": KNOWN}, "responses": {"unrolled": unrolled}}
     run(**first, folder=tmp_path)
     ran = []
     monkeypatch.setattr(

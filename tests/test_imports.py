@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned"}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
@@ -21,9 +21,11 @@ SOLVE = RESPONSES | {"dynamics", "many", "solving"}
 MAY = {
     "errors": set(),
     "_version": set(),
+    "_returned": {"tree"},
     "tree": set(),
     "randomness": set(),
-    "autodiff": {"errors"},
+    "second_order": {"errors"},
+    "autodiff": {"errors", "second_order"},
     "networks": {"tree"},
     "constraints": GROUND,
     "game": GROUND | {"constraints"},

@@ -11,7 +11,7 @@ from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves,
 from bilevel.certificates.certificate import Certificate, Finding
 from bilevel.certificates.constrained import within_constraints, within_set
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
-from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
+from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.responses import Response
@@ -152,7 +152,8 @@ def certify_nash(
     positive definite. For a player with a domain, or functions as constraints: it keeps them, its Lagrangian's gradient
     is below that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those
     that bind. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
-    may be no Nash equilibrium globally.
+    may be no Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear game, has
+    no curvature and needs none: where its gradient vanishes no move gains, and none loses.
 
     Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
     (arXiv 1411.2168).
@@ -185,8 +186,8 @@ def certify_nash(
     findings, products = [], 0
     for name in game.names:
         batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
-        norm, spectrum = own_gradient(game, name, variables, batch, buffers)
-        reference, _ = own_gradient(game, name, start, batch, game.buffers())
+        own = own_gradient(game, name, variables, batch, buffers)
+        reference = own_gradient(game, name, start, batch, game.buffers()).norm
         by_walls = game.by_walls(name)
         if game.players[name].constraints or by_walls is not game:
             findings += within_constraints(by_walls, name, variables, batch, buffers, reference, tolerance)
@@ -194,11 +195,12 @@ def certify_nash(
         if game.residual(name).projects:
             findings += within_set(game, name, variables, batch, buffers, reference, tolerance)
             continue
-        found = spectrum(lanczos_steps, seed)
+        found = own.spectrum(lanczos_steps, seed)
         size = float(flatten(variables[name]).norm())
         rounding = 100.0 * torch.finfo(flatten(variables[name]).dtype).eps * found.largest * size
-        findings.append(small(f"{name}: first order", norm, reference, rounding, tolerance))
-        findings.append(definite(f"{name}: second order", found, "of its own Hessian"))
+        findings.append(small(f"{name}: first order", own.norm, reference, rounding, tolerance))
+        second = f"{name}: second order"
+        findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
         products += found.products
     return Certificate("differential Nash", tuple(findings), gradients=2 * len(game.names), products=products)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bilevel.comparison.arguments import check, is_game, suited
-from bilevel.comparison.identity import described, digest, file_name, identity, versions
+from bilevel.comparison.identity import configuration, described, digest, file_name, identity, versions
 from bilevel.comparison.measure import Setting, in_own_randomness, measure, refer
 from bilevel.comparison.measurements import Laws
 from bilevel.comparison.result import Comparison
@@ -193,7 +193,7 @@ class _Part:
 
 def _refer(part: _Part) -> tuple[Reference, list[float] | None]:
     setting = part.setting()
-    known_by = {"reference": described(part.reference), **identity(setting)}
+    known_by = {"reference": configuration(part.reference, setting.game, setting.follower), **identity(setting)}
     kept = part.kept("reference of all", known_by)
     if kept is None:
         kept = in_own_randomness(part.seed, setting.game.device, lambda: refer(setting, part.reference))
@@ -204,12 +204,15 @@ def _refer(part: _Part) -> tuple[Reference, list[float] | None]:
 
 def _measure(part: _Part, name: str, vector: Sequence[float] | None) -> Row:
     setting, response = part.setting(), part.responses[name]
+    game = setting.game
+    leading = [leader for leader in game.names if leader != setting.follower]
     known_by = {
-        "response": described(response),
-        "optimizer": described(part.optimizer),
+        "response": configuration(response, game, setting.follower),
+        "optimizer": {leader: configuration(part.optimizer, game, leader) for leader in leading},
         "steps": part.steps,
         "budgets": list(part.budgets),
-        "reference": digest(json.dumps(vector).encode(), described(part.reference).encode()),
+        "reference": configuration(part.reference, game, setting.follower),
+        "direction": digest(json.dumps(vector).encode()),
         **identity(setting),
     }
     kept = part.kept(name, known_by)

@@ -17,6 +17,10 @@ from bilevel.comparison import measure as measuring
 from bilevel.comparison import memory
 from bilevel.comparison import reference as referring
 from bilevel.comparison.measure import Setting, in_own_randomness
+from bilevel.comparison.rows import plain
+from bilevel.game import Game
+from bilevel.responses import Response
+from bilevel.solving.description import Describer
 from bilevel.tree import leaves
 
 
@@ -31,7 +35,8 @@ def identity(setting: Setting) -> dict[str, Any]:
             game.device,
             lambda: {name: float(game.loss(name, start, setting.held(name))) for name in game.names},
         )
-    objectives = [described(player.objective) for player in game.players.values()]
+    describer = Describer()
+    objectives = {name: describer.describe(player.objective) for name, player in game.players.items()}
     tensors = [leaf for leaf in leaves(numbers) if isinstance(leaf, torch.Tensor)]
     return {
         "game": digest(
@@ -39,7 +44,7 @@ def identity(setting: Setting) -> dict[str, Any]:
         ),
         "known": "" if setting.known is None else repr(setting.known),
         "losses": {name: repr(loss) for name, loss in losses.items()},
-        "objectives": digest(*(text.encode() for text in objectives)),
+        "objectives": plain(objectives),
         "follower": setting.follower,
         "seed": setting.seed,
         "code": digest(
@@ -49,8 +54,15 @@ def identity(setting: Setting) -> dict[str, Any]:
     }
 
 
+def configuration(thing: Any, game: Game, player: str) -> Any:
+    """A response or an optimiser of a player as plain data, to be compared: all that a function captured included."""
+    over = Describer(leaves(game.initial(player)), {name: game.initial(name) for name in game.names})
+    is_factory = callable(thing) and not isinstance(thing, Response)
+    return plain(over.optimizer(thing) if is_factory else over.describe(thing))
+
+
 def described(thing: Any) -> str:
-    """A configuration as text that is the same from one process to the next: functions by their code."""
+    """A configuration as one line for a reader."""
     if isinstance(thing, partial):
         parts = [*thing.args, *(f"{key}={described(value)}" for key, value in thing.keywords.items())]
         return f"{described(thing.func)}({', '.join(map(str, parts))})"

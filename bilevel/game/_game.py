@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
+from bilevel.errors import BilevelError
 from bilevel.game.checks import (
     RESERVED,
     Depends,
@@ -28,13 +29,17 @@ from bilevel.game.groups import Groups
 from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
+from bilevel.game.processes import refuse_processes
 from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Anticipated = Callable[[Mapping[str, Variables]], Variables]
 """From the variables of those who move before a player to its own."""
 
 Derived = TypeVar("Derived", bound="Game")
+
+NO_KERNELS = FastKernels()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
+    kernels: Mapping[str, FastKernels]
     rests: Mapping[str, Residual] = field(default_factory=dict)
 
 
@@ -82,6 +88,7 @@ class Game:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
+        refuse_processes(players, initial)
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
@@ -104,8 +111,10 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
+            kernels={},
         )
-        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
+        depends, kernels = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, kernels=kernels)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -137,9 +146,22 @@ class Game:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._parts.anticipated)
 
+    def kernels(self, player: str) -> FastKernels:
+        """What a player's loss uses that has one derivative only, where there is a form with two; a joint player's all.
+
+        Where two derivatives are taken, that form is run.
+        """
+        found = [self._parts.kernels[m] for m in self.members(player) if m in self._parts.kernels]
+        return FastKernels(*(any(flags) for flags in zip(*map(astuple, found), strict=True))) if found else NO_KERNELS
+
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
+
+    def reaches(self, player: str, moving: Iterable[str]) -> bool:
+        """Whether what a player minimises was seen to depend on its own variables or on those of who is `moving`."""
+        seen = frozenset().union(*(self._parts.depends[member] for member in self.members(player)))
+        return any(member in seen for name in (player, *moving) for member in self.members(name))
 
     # What a stack of games answers otherwise ----------------------------------------------------------------------
 
@@ -209,7 +231,12 @@ class Game:
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
-        return leaves(self._parts.initial[self.names[0]])[0].device  # type: ignore[no-any-return]
+        return self.like.device
+
+    @property
+    def like(self) -> Tensor:
+        """One of the initial variables, whose dtype and device are everybody's; it is not to be written to."""
+        return leaves(self._parts.initial[self.names[0]])[0]  # type: ignore[no-any-return]
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of `loss`, which `evaluate` gave: of many games the sum, else itself."""
@@ -328,8 +355,15 @@ class Game:
                 arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        with lent(self._parts.players, current, arguments) as advanced:
-            found = function(**arguments, **extra)
+        kernels = self._parts.kernels.get(player, NO_KERNELS)
+        with lent(self._parts.players, current, arguments) as advanced, kernels.replaced():
+            try:
+                found = function(**arguments, **extra)
+            except RuntimeError as error:
+                told = told_of_loss(error)
+                if told:
+                    raise BilevelError(f"Player {player!r}: {told}") from error
+                raise
         return found, groups.joined(advanced, self.names)
 
     def coordinates(self, player: str) -> list[Coordinate | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -237,11 +238,19 @@ class Follower:
         """F(y, *xs), for ever on the present batch, buffers and random numbers."""
         return HeldResidual(self)
 
+    def held_loss(self) -> HeldLoss:
+        """f(y, *xs), for ever on the present batch, buffers and random numbers."""
+        return HeldLoss(self)
+
     # What differs where a follower stands for many games ---------------------------------------------------------
 
     def norm(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
+
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""
+        return torch.dot(first, second)
 
     def reference(self, slopes: Sequence[Tensor]) -> Size:
         """What stationarity is told in units of: the norm of F at the start, or 1 where that is 0."""
@@ -364,3 +373,28 @@ class HeldResidual:
         if not transforms_active():
             self.loss = float(value.detach())
         return residual
+
+
+class HeldLoss:
+    """f(y, *xs), a follower's loss, for ever on one batch, buffers and random numbers.
+
+    Maps `y: [n]` and the leaves of the others' variables to a 0-d tensor; differentiable.
+    """
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower, self._batch, self._buffers = follower, follower.batch, follower.buffers
+        self._random = random_state(follower.game.device)
+
+    def on(self, batch: Batch) -> HeldLoss:
+        """The same on another batch."""
+        other = copy(self)
+        other._batch = batch
+        return other
+
+    def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
+        """The loss there."""
+        follower = self._follower
+        game, name = follower.game, follower.name
+        variables = {**follower.input_form.build(xs), name: follower.form.unflatten(y)}
+        with random_kept(game.device, start=self._random):
+            return game.total(game.evaluate(name, variables, self._batch, self._buffers)[0])

@@ -17,7 +17,7 @@ from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
-from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
+from bilevel.game.residual import OwnGradient, Residual, UserResidual, required, signature
 from bilevel.tree import Variables, detached, leaves, map_leaves
 
 
@@ -253,7 +253,7 @@ def _refuse_uninitialised(module: nn.Module) -> None:
 
 def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
     """Raise `TypeError` for a parameter that cannot be named in a call."""
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(
                 f"Player: parameter {str(parameter)!r} of {what} cannot be named in a call. Name each parameter after "

@@ -4,6 +4,7 @@ from bilevel.responses.base import Response, State
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
 from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
+from bilevel.responses.nudged import Nudged
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
 from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
@@ -19,6 +20,7 @@ __all__ = [
     "Implicit",
     "Inexactness",
     "Memory",
+    "Nudged",
     "Optimum",
     "Perturbations",
     "Promise",

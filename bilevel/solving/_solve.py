@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import CheckpointError
@@ -18,7 +18,7 @@ from bilevel.solving import checkpoint as checkpoints
 from bilevel.solving.history import Record
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
-from bilevel.solving.solution import Solution
+from bilevel.solving.solution import End, Solution
 from bilevel.solving.solutions import Solutions
 from bilevel.tree import Variables
 
@@ -81,7 +81,7 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     **responses: Response,
-) -> Solution | Solutions:
+) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
 
     With no response at all it is simultaneous gradient play. With responses for b and c of players a, b, c in order of

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from bilevel.dynamics import Dynamics, Field
+from bilevel.dynamics.base import directed, require_rule
 from bilevel.errors import CheckpointError, NonConvergenceWarning
 from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
-from bilevel.many import Games
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
 from bilevel.solving.evaluation import StepEvaluator
@@ -27,8 +27,7 @@ from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Record, loss_key, refuse_ambiguous, summary
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
-from bilevel.solving.solution import Solution
-from bilevel.solving.solutions import Solutions
+from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
 from bilevel.tree import Variables, map_leaves
 
@@ -83,6 +82,7 @@ class Run:
         clip_norm: float | None,
         seed: int,
     ) -> None:
+        require_rule(dynamics)
         self.game, self.dynamics, self.seed = game, dynamics, seed
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
@@ -109,7 +109,7 @@ class Run:
         in_place = self.followers.in_place
         told = (
             f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {in_place} would "
-            "move on the states that they write into. Use in_place=False."
+            "move on the states that they write into. Use Hypernetwork(memory=Memory(in_place=False))."
         )
         self._only_once = told if in_place else ""
 
@@ -142,7 +142,7 @@ class Run:
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
                 field = Field(played.slopes, self.leaders.points, movers, played.losses)
-                directions, memory = self.dynamics.directions(field, memory)
+                directions, memory = directed(self.dynamics, field, memory)
             warned = logged(warned, new, now.step + 1)
             products += field.products
             looked = time.perf_counter()
@@ -294,7 +294,7 @@ class Run:
 
     # The end ---------------------------------------------------------------------------------------------------------
 
-    def solution(self) -> Solution | Solutions:
+    def solution(self) -> End[Any]:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
         now = self.now
         # The last derivative belongs to the last step, the answer here needs none; a learned slope is judged here too.
@@ -314,27 +314,21 @@ class Run:
             if warning.category is not None:
                 warnings.warn(warning.text, warning.category, stacklevel=3)
         residuals = {n: steps[n].residual if _unknown(ends[n].residual) else ends[n].residual for n in ends}
-        known: dict[str, Any] = {n: residual for n, residual in residuals.items() if residual is not None}
-        ended: dict[str, Any] = {
-            "variables": map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
-            "history": self.history.records(),
-            "stationarity": {name: report.stationarity for name, report in ends.items()},
-            "gradients": now.gradients + sum(report.gradients for report in ends.values()),
-            "products": products,
-            "seconds": now.seconds,
-            "warnings": tuple(warning.text for warning in told),
-            "states": states,
-            "buffers": buffers,
-            "multipliers": {n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
-        }
-        if isinstance(self.game, Games):
-            warned = tuple(warning.games for warning in told)
-            return Solutions(values=values, residuals=known, warned=warned, **ended)
-        return Solution(
-            values={n: float(value) for n, value in values.items()},
-            residuals=known,
+        return ended(
+            self.game,
             errors={n: report.error for n, report in steps.items() if not math.isnan(report.error)},
-            **ended,
+            warned=told,
+            values=values,
+            variables=map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names}),
+            history=self.history.records(),
+            stationarity={name: report.stationarity for name, report in ends.items()},
+            residuals={n: residual for n, residual in residuals.items() if residual is not None},
+            gradients=now.gradients + sum(report.gradients for report in ends.values()),
+            products=products,
+            seconds=now.seconds,
+            states=states,
+            buffers=buffers,
+            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
         )
 
 

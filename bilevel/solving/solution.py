@@ -6,9 +6,12 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
+from bilevel.game import Game
 from bilevel.solving.history import loss_key
+from bilevel.solving.warning_log import RunWarning
 from bilevel.tree import Variables, named_leaves
 
 if TYPE_CHECKING:
@@ -117,3 +120,20 @@ class Solution(End[float]):
                     more = ", ..." if len(values) > _SHOWN else ""
                     count = f" ({binding} of {len(values)} bind)" if what == "inequality" else ""
                     yield f"Multipliers of {name}'s {what}{path}{count}: {shown}{more}"
+
+
+@singledispatch
+def ended(
+    game: Game, errors: Mapping[str, float], warned: Sequence[RunWarning], values: Mapping[str, Any], **found: Any
+) -> End[Any]:
+    """What a run of a game ended with, in the form that belongs to the game's kind.
+
+    Args:
+        game: what was played.
+        errors: follower -> the estimated error of the last hypergradient, where there is an estimate.
+        warned: what to know before trusting it.
+        values: player -> its loss.
+        found: the other fields of `End`.
+    """
+    texts, numbers = tuple(warning.text for warning in warned), {n: float(value) for n, value in values.items()}
+    return Solution(values=numbers, warnings=texts, errors=errors, **found)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.many import Games
 from bilevel.solving.history import loss_key
-from bilevel.solving.solution import End, Solution
+from bilevel.solving.solution import End, Solution, ended
+from bilevel.solving.warning_log import RunWarning
 from bilevel.tree import Variables, map_leaves
 
 
@@ -99,3 +101,12 @@ class Solutions(End[Tensor]):
                 f"{float(self.residuals[name].max()):.2e}" if name in self.residuals else "",
             )
         return self._printed(table, each=", each of all games at once")
+
+
+@ended.register
+def _(
+    game: Games, errors: Mapping[str, float], warned: Sequence[RunWarning], values: Mapping[str, Tensor], **found: Any
+) -> Solutions:
+    """Of many games, each warning with the games that it spoke of; how far a hypergradient is off is not estimated."""
+    texts, spoken_of = tuple(warning.text for warning in warned), tuple(warning.games for warning in warned)
+    return Solutions(values=values, warnings=texts, warned=spoken_of, **found)

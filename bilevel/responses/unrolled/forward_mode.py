@@ -16,6 +16,7 @@ from bilevel.responses.unrolled.differentiation import Differentiation, Followed
 from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.segment import tried
 from bilevel.responses.unrolled.tangents import moving_tangents
+from bilevel.second_order import differentiated_twice
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 """From a direction of (y, x), as leaves, to the derivative of grad_y f along it."""
@@ -145,7 +146,7 @@ class _Carried:
         """The loss and the gradient on the next batch, and how the gradient moves."""
         steps, follower = self.steps, self.steps.follower
         steps.take()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice():
             y = [leaf.detach().requires_grad_() for leaf in self.y]
             if self.symmetric:
                 loss = follower.loss(follower.form.build(y), self.others, advance_buffers=True)
