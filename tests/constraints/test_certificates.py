@@ -27,7 +27,7 @@ DOMAINS = {
     "ball": (Ball(0.3), None),
     "ball 1": (Ball(0.5, p=1), None),
     "cone": (SecondOrderCone(), None),
-    "lasso": (None, L1(0.9)),
+    "lasso": (None, L1(1.6)),
     "box and lasso": (Box(-0.3, 0.4), L1(0.4)),
 }
 
