@@ -72,7 +72,7 @@ class AloneProblem:
         ends = self.settled([a - b / mu for a, b in zip(parts, slopes, strict=True)], 1.0 / mu)
         way, slope = join(ends) - y, join(slopes)
         terms = [float(self.rests.term(self.game, self.name, at, self.others)) for at in (parts, ends)]
-        return terms[0] - terms[1] - float(slope @ way) - 0.5 * mu * float(way @ way)
+        return max(0.0, terms[0] - terms[1] - float(slope @ way) - 0.5 * mu * float(way @ way))
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The objective and its gradient in each leaf."""

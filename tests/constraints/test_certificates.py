@@ -27,7 +27,7 @@ DOMAINS = {
     "ball": (Ball(0.3), None),
     "ball 1": (Ball(0.5, p=1), None),
     "cone": (SecondOrderCone(), None),
-    "lasso": (None, L1(0.9)),
+    "lasso": (None, L1(1.6)),
     "box and lasso": (Box(-0.3, 0.4), L1(0.4)),
 }
 
@@ -143,3 +143,26 @@ def test_exploitability_in_other_sets_and_with_terms(name):
 def test_certify_says_who_knows_constraints():
     with pytest.raises(ValueError, match="certify: 'y' has the domain Box.*check_hypergradient and certify_nash"):
         bl.certify(game("box"), {"x": X, "y": torch.zeros(3, dtype=D)})
+
+
+MIXED = ((1.0, 0.5), (-0.5, 0.25), (0.25, 0.0))
+FAMILIES = [
+    bl.testing.BoxQuadratic((0.25, 1.0, 0.5), MIXED, (0.75, 0.5), (1.0, -1.0, 0.5), (1.0, 0.5, 0.0)),
+    bl.testing.NonNegativeLeastSquares(((1.0, 0.5, -0.5), (0.25, 0.0, 1.0)), (0.75, -0.25), (1.0, -1.0, 0.5)),
+    bl.testing.WaterFilling(((1.0, 0.5), (-0.5, 0.25), (0.25, 1.0)), (0.75, 0.5), (1.0, -1.0, 0.5)),
+    bl.testing.Lasso((1.0, -0.25, 0.5), (-0.71,), (1.0, -1.0, 0.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("known", FAMILIES, ids=lambda known: type(known).__name__)
+def test_the_families_own_formulas(known):
+    """Their best responses are optima, and their derivatives those of differences of them."""
+    played, x, h = known.game(), known.x0, 1e-6
+    y, slope = known.best_response(x), known.hypergradient(x)
+    assert bl.certify_nash(bl.Game(y=bl.Player(lambda y: known.follower(x, y), y, domain=known.domain,
+                                               prox=None if known.prox is None else L1(float(x[0].exp())))),
+                           {"y": y}).standing.value == "certified"  # fmt: skip
+    rows = torch.eye(len(x), dtype=D)
+    differences = torch.stack([(known.value(x + h * row) - known.value(x - h * row)) / (2.0 * h) for row in rows])
+    torch.testing.assert_close(slope, differences, rtol=0.0, atol=1e-8)
+    assert check_hypergradient(played, RESPONSE, rtol=1e-5)
