@@ -330,10 +330,14 @@ class Follower:
 
     def require_loss(self, asker: str) -> None:
         """Raise `TypeError` when F is no first derivative of its loss, for who goes by the loss."""
+        if self.rests.projects:
+            raise TypeError(
+                f"{asker} goes by the loss of player {self.name!r}, who has {self.rests.told}, which the loss does not "
+                "show. Use Implicit(bilevel.inner.ProjectedGradient()), or Unrolled, whose steps are projected."
+            )
         if not self.rests.differentiates_loss:
             raise TypeError(
-                f"{asker} goes by the loss of player {self.name!r}, who rests where a residual of its own vanishes"
-                f"{f', that of {self.rests.told}' if self.rests.projects else ''}. "
+                f"{asker} goes by the loss of player {self.name!r}, who rests where a residual of its own vanishes. "
                 "Use Implicit(ScipyRoot(), linear_solver=GMRES()) or Unrolled, which follow the residual."
             )
 

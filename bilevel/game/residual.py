@@ -312,6 +312,16 @@ class Residual(ABC):
         """The lower and upper bounds of each entry, where the player minimises its loss within bounds alone."""
         return None
 
+    def outside(self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]) -> float:
+        """How far y is from the player's domain; 0 without one."""
+        return 0.0
+
+    def term(
+        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
+    ) -> Tensor | float:
+        """What its loss has besides its objective; 0 where there is nothing."""
+        return 0.0
+
     def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:  # noqa: B027
         """Raise `ValueError` where the other players have left nothing to choose from."""
 

@@ -15,6 +15,7 @@ from bilevel.testing.changes import (
     Stretch,
 )
 from bilevel.testing.check import LawReport, check_hypergradient_function, check_response
+from bilevel.testing.constrained import BoxQuadratic, ConstrainedGame, Lasso, NonNegativeLeastSquares, WaterFilling
 from bilevel.testing.duopolies import Bertrand, Cournot
 from bilevel.testing.evidence import Verdict
 from bilevel.testing.families import Exponential, LogBarrier, Quadratic
@@ -27,6 +28,8 @@ from bilevel.testing.regressions import Logistic, Ridge
 
 __all__ = [
     "Bertrand",
+    "BoxQuadratic",
+    "ConstrainedGame",
     "Cournot",
     "Exponential",
     "Form",
@@ -34,6 +37,7 @@ __all__ = [
     "KnownGame",
     "KnownPlayers",
     "LaidOut",
+    "Lasso",
     "LawReport",
     "LeaderMix",
     "LeaderTermInFollower",
@@ -42,6 +46,7 @@ __all__ = [
     "Moved",
     "NegatedFollower",
     "Nested",
+    "NonNegativeLeastSquares",
     "Quadratic",
     "QuadraticPlayers",
     "Reflection",
@@ -54,6 +59,7 @@ __all__ = [
     "Stretch",
     "Vector",
     "Verdict",
+    "WaterFilling",
     "bertrand_players",
     "check_hypergradient",
     "check_hypergradient_function",
