@@ -26,6 +26,7 @@ MAY = {
     "autodiff": {"errors"},
     "networks": {"tree"},
     "game": GROUND,
+    "hyper": GAME,
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},
