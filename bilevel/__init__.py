@@ -6,11 +6,12 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 `bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import dynamics, errors, extend, hyper, inner, linear, networks, responses, testing
+from bilevel import constraints, dynamics, errors, extend, hyper, inner, linear, networks, responses, testing
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
+from bilevel.constraints import Box, Interval, Log, Positive, Simplex, Unit
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
 from bilevel.hyper import penalty
@@ -23,7 +24,7 @@ from bilevel.solving import Solution, solve
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (linear, inner, networks, responses, dynamics, hyper, errors, extend):
+    for room in (constraints, linear, inner, networks, responses, dynamics, hyper, errors, extend):
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -33,6 +34,7 @@ __all__ = [
     "GMRES",
     "BilevelError",
     "BilevelWarning",
+    "Box",
     "ClosedForm",
     "ConjugateGradient",
     "ForwardMode",
@@ -40,21 +42,27 @@ __all__ = [
     "Games",
     "Hypernetwork",
     "Implicit",
+    "Interval",
+    "Log",
     "Neumann",
     "Nudged",
     "Nystrom",
     "Player",
+    "Positive",
     "Response",
     "ReverseMode",
     "Scipy",
     "ScipyRoot",
     "Segments",
+    "Simplex",
     "Solution",
+    "Unit",
     "Unrolled",
     "__version__",
     "certify",
     "certify_nash",
     "compare",
+    "constraints",
     "dynamics",
     "errors",
     "exploitability",

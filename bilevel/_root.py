@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import (
+    NewLeafTracker,
     Pullback,
     captured_leaves,
     concrete,
     nearest,
     pullback,
+    pushforward,
+    row_by_row,
     tracked_at_any_level,
     transforms_active,
 )
@@ -68,7 +71,8 @@ def root(
 
     Returns y with the same values. Backward solves $(\partial F / \partial y)^\top u = v$ and returns
     $-(\partial F / \partial x)^\top u$. That solve is itself a `root`, so that derivatives of any order are right, and
-    `torch.func.grad`, `jacrev` and `vmap` compose. There is no forward mode.
+    `torch.func.grad`, `jacrev`, `jvp`, `jacfwd`, `hessian` and `vmap` compose; forward mode solves with
+    $\partial F / \partial y$ itself, and takes two backward passes a product.
 
     An error of y moves the derivative to first order, and an unconverged solve warns.
 
@@ -131,9 +135,10 @@ def refuse_captures(residual: FlatResidual, y: Tensor, xs: list[Tensor]) -> None
         captured: Tensor | None = value if tracked_at_any_level(value) else None
     else:
         passed = [tensor.detach().clone().requires_grad_() for tensor in (y, *xs)]
-        with torch.enable_grad():
+        # Leaves that F makes itself, for a gradient penalty say, are nobody's.
+        with torch.enable_grad(), NewLeafTracker() as born:
             value = residual(*passed)
-        captured = next(iter(captured_leaves([value], passed)), None)
+        captured = next(iter(captured_leaves([value], [*passed, *born.leaves])), None)
     if captured is not None:
         shape = "" if captured is value else f" of shape {tuple(captured.shape)}"
         raise CapturedTensorError(
@@ -194,10 +199,20 @@ class _Root(torch.autograd.Function):
         ctx.system, _, *xs = inputs
         # The output, not the input: it depends on x, and so the second derivative sees y move.
         ctx.save_for_backward(output, *xs)
+        ctx.save_for_forward(output, *xs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        y, *xs = ctx.saved_tensors
+        moves = [torch.zeros_like(x) if t is None else t for x, t in zip(xs, tangents[2:], strict=True)]
+        return _tangent(ctx.system, y, xs, moves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = grads
+        by_rows = row_by_row(lambda row: _Root.backward(ctx, row), cotangent)
+        if by_rows is not None:
+            return by_rows  # type: ignore[no-any-return]
         y, *xs = ctx.saved_tensors
         system: _System = ctx.system
         # Taken once: whoever keeps the loss after backward keeps no graph with it. A second backward builds its own.
@@ -267,6 +282,28 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     if not single:
         return found.solution, ()  # to be differentiated themselves
     return found.solution, mixed_alone(found.solution) if found.mixed is None else found.mixed
+
+
+def _tangent(system: _System, y: Tensor, xs: list[Tensor], moves: list[Tensor]) -> Tensor:
+    """How y moves when xs do: the root d of G(d; y, x, dx) = dF/dy d + dF/dx dx, differentiable in y, x and dx."""
+
+    def residual(d: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        xs, moves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        return pushforward(system.residual, y, *xs, like=y)([d, *moves])
+
+    with torch.no_grad():
+        rhs = -residual(torch.zeros_like(y), y, *xs, *moves)
+        along = pushforward(lambda y: system.residual(y, *xs), y, like=y)
+        operator = LinearOperator(lambda v: along([v]), system.symmetric, shapes=system.shapes)
+        d = system.solver.solve(operator, rhs).solution
+    return attach(
+        residual,
+        d,
+        [y, *xs, *moves],
+        linear_solver=system.solver,
+        symmetric=system.symmetric,
+        shapes=system.shapes,
+    )
 
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:

@@ -105,6 +105,40 @@ def test_the_traps():
     assert bl.certify_nash(second, origin).standing is REFUTED
 
 
+ONE = torch.ones((), dtype=D)
+LINEAR = {
+    "x y": (bl.Player(lambda x, y: x * y, ONE), bl.Player(lambda x, y: -x * y, ONE)),
+    "y alone, x alone": (bl.Player(lambda y: y * y - y, ONE), bl.Player(lambda x: x * x, ONE)),
+    "a bowl and a line": (bl.Player(lambda x, y: (x + y) ** 2, ONE), bl.Player(lambda x, y: x * y, ONE)),
+}
+
+
+@pytest.mark.parametrize("players", LINEAR.values(), ids=LINEAR)
+def test_losses_without_curvature_have_derivatives_of_zero(players):
+    """Where a loss is flat and linear in its player's own variables no move gains: 0 is Nash in all three."""
+    game = bl.Game(x=players[0], y=players[1])
+    point = {"x": 0.0 * ONE, "y": 0.0 * ONE}
+    found = bl.certify_nash(game, point)
+    assert found.standing is CERTIFIED, str(found)
+    assert found.by_name["y: second order"].value == 0.0 and "linear" in found.by_name["y: second order"].remark
+    assert set(bl.exploitability(game, point).gains.values()) == {0.0}
+    off = bl.certify_nash(game, {"x": ONE, "y": 2.0 * ONE})
+    # By hand: the gradients at (1, 2) are (2, -1), (0, 0) and (6, 1).
+    assert off.standing is (CERTIFIED if game.arguments("x") == ("y",) else REFUTED)
+
+
+def test_a_linear_loss_is_no_strict_minimum_for_a_leader_to_differentiate():
+    game = bl.Game(x=bl.Player(lambda x, y: (x - 1) ** 2 + y, ONE), y=bl.Player(lambda x, y: x * y, ONE))
+    found = bl.certify(game, {"x": 0.0 * ONE, "y": 0.0 * ONE})
+    assert found.by_name["follower's first order"].standing is CERTIFIED
+    assert found.by_name["follower's second order"].standing is INCONCLUSIVE and not found
+    leads = bl.Game(x=bl.Player(lambda y: y, ONE), y=bl.Player(lambda x, y: (y - x) ** 2, ONE))
+    found = bl.certify(leads, {"x": ONE, "y": ONE})
+    # The leader's total derivative is 1 everywhere, its second derivative 0.
+    assert found.by_name["leader's first order"].standing is REFUTED
+    assert found.by_name["leader's second order"].value == pytest.approx(0.0, abs=1e-12)
+
+
 def test_a_saddle_is_nash():
     value = lambda x, y: 0.5 * x**2 + x * y - 0.5 * y**2
     game = bl.Game(

@@ -92,7 +92,11 @@ REFUSED = {
         ValueError,
         r"init\['typo'\] reaches no objective",
     ),
-    "follower ignores itself": (lambda: game(follower=lambda x, y: x.sum()), ValueError, "'y'.*its own variables"),
+    "follower ignores itself": (
+        lambda: bl.Implicit(torch.optim.SGD).init(game(follower=lambda x, y: x.sum())),
+        ValueError,
+        "'y'.*its own variables",
+    ),
     "star": (lambda: game(follower=lambda *players: 0), TypeError, "cannot be named"),
     "reserved": (lambda: bl.Game(steps=bl.Player(lambda steps: steps.sum(), ZERO)), ValueError, "'steps' cannot name"),
     "no players": (bl.Game, ValueError, "no players"),
@@ -130,6 +134,19 @@ def test_several_leaders_need_not_depend_on_each_other_or_on_themselves():
     # x2 brings y to 2; x1 settles where 2 (y - 1) + 2 x1 = 0.
     assert found.variables["y"].item() == pytest.approx(2.0, abs=1e-5)
     assert found.variables["x1"].item() == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_a_player_whose_own_loss_it_cannot_move_is_legal_and_has_a_gradient_of_zero():
+    """y's loss is x's to move. Alone it has nothing to gain; under LOLA it moves x, which moves its loss."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    x, y = bl.Player(lambda x, y: (x - y) ** 2, 0.5 * one), bl.Player(lambda x: x**2, one)
+    descend = partial(torch.optim.SGD, lr=0.1)
+    for game in (bl.Game(x=x, y=y), bl.Game(y=y, x=x)):
+        found = bl.solve(game, optimizer=descend, steps=60)
+        assert found.variables["y"] == 1.0 and found.variables["x"].item() == pytest.approx(1.0, abs=1e-5)
+        # LOLA's loss to first order is x^2 - a 2x 2(x - y), whose slope in y is 4 a x = 1/5 at x = 1/2 and a = 1/10.
+        found = bl.solve(game, optimizer=descend, steps=1, dynamics=bl.dynamics.LOLA(0.1))
+        assert found.variables["y"].item() == pytest.approx(1.0 - 0.1 * 0.2, abs=1e-12)
 
 
 def test_who_cannot_follow_is_refused_when_it_is_asked_to():

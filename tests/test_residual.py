@@ -149,7 +149,7 @@ def test_a_run_moves_the_leader_along_the_constrained_hypergradient():
 
 def test_without_symmetry_conjugate_gradients_are_refused_and_with_its_promise_taken():
     with pytest.raises(bl.errors.NotSymmetricError, match=r"'y'.*no symmetric Jacobian.*GMRES"):
-        hypergradient(bl.Implicit(partial(SGD, lr=1.0)))
+        hypergradient(bl.Implicit(partial(SGD, lr=1.0), linear_solver=bl.ConjugateGradient()))
     plain = UserResidual(lambda x, y: CURVATURE @ y - x, symmetric=True)
     free = bl.Game(x=bl.Player(lead, X), y=bl.Player(follow, torch.zeros(3, dtype=D), residual=plain))
     response = bl.Implicit(

@@ -9,8 +9,9 @@ import torch
 
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
+from bilevel.certificates.constrained import within_constraints
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
-from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
+from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.responses import Response
@@ -148,8 +149,11 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move:
-    the point may be no Nash equilibrium globally.
+    positive definite. For a player with functions as constraints: it keeps them, its Lagrangian's gradient is below
+    that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those that bind.
+    Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point may be no
+    Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear game, has no
+    curvature and needs none: where its gradient vanishes no move gains, and none loses.
 
     Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
     (arXiv 1411.2168).
@@ -176,19 +180,23 @@ def certify_nash(
     """
     game.require_one("certify_nash")
     check_settings(tolerance, lanczos_steps)
-    game.require_minima("certify")
+    game.require_minima("certify_nash", constrained=True)
     variables, buffers, given = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     start = {name: game.initial(name) for name in game.names}
     findings, products = [], 0
     for name in game.names:
         batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
-        norm, spectrum = own_gradient(game, name, variables, batch, buffers)
-        reference, _ = own_gradient(game, name, start, batch, game.buffers())
-        found = spectrum(lanczos_steps, seed)
+        own = own_gradient(game, name, variables, batch, buffers)
+        reference = own_gradient(game, name, start, batch, game.buffers()).norm
+        if game.players[name].constraints:
+            findings += within_constraints(game, name, variables, batch, buffers, reference, tolerance)
+            continue
+        found = own.spectrum(lanczos_steps, seed)
         size = float(flatten(variables[name]).norm())
         rounding = 100.0 * torch.finfo(flatten(variables[name]).dtype).eps * found.largest * size
-        findings.append(small(f"{name}: first order", norm, reference, rounding, tolerance))
-        findings.append(definite(f"{name}: second order", found, "of its own Hessian"))
+        findings.append(small(f"{name}: first order", own.norm, reference, rounding, tolerance))
+        second = f"{name}: second order"
+        findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
         products += found.products
     return Certificate("differential Nash", tuple(findings), gradients=2 * len(game.names), products=products)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel._root import attach
-from bilevel.autodiff import Pullback, gradient, pullback
+from bilevel.autodiff import Pullback, gradient, gradients_of, pullback
 from bilevel.errors import NonConvergenceWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
@@ -22,6 +22,7 @@ from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.responses.base import State, fresh_state
+from bilevel.second_order import differentiated_twice
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 SMALL = 100
@@ -239,17 +240,16 @@ class LeaderFollowerPoint:
 
         It differentiates the implicit hypergradient, whose linear solve is itself an implicit function.
         """
-        with torch.enable_grad(), _unwarned():
+        with torch.enable_grad(), _unwarned(), differentiated_twice():
             mine = [x.detach().clone().requires_grad_() for x in self.own]
             solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), rtol=self.rtol, count=self._count)
             optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=True)
             loss = self.leader_loss(optimum, *mine)
-            total = flatten(list(torch.autograd.grad(loss, mine, create_graph=True, materialize_grads=True)))
+            total = flatten(list(gradients_of(loss, mine, create_graph=True)))
 
             def product(v: Tensor) -> Tensor:
                 self.products += 1
-                rows = torch.autograd.grad(total, mine, v, retain_graph=True, materialize_grads=True)
-                return flatten(list(rows))
+                return flatten(list(gradients_of(total, mine, v, retain_graph=True)))
 
             start = flatten(mine).detach()
             operator = LinearOperator(product, symmetric=True)
@@ -273,10 +273,26 @@ class _Counted(LinearSolver):
         return found
 
 
+@dataclass(frozen=True)
+class OwnGradient:
+    """A player's own gradient, all else held.
+
+    Args:
+        norm: Its norm.
+        spectrum: Of its own Hessian, for so many steps and a seed.
+        linear: Whether its loss is seen, from the graph, to be linear in its own variables: its gradient does not
+            depend on them.
+    """
+
+    norm: float
+    spectrum: Callable[[int, int], Spectrum]
+    linear: bool
+
+
 def own_gradient(
     game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-) -> tuple[float, Callable[[int, int], Spectrum]]:
-    """A player's own gradient's norm, all else held; and the spectrum of its own Hessian, for `steps` and a seed."""
+) -> OwnGradient:
+    """A player's own gradient at a point."""
     form, random = game.structure(name), random_state(game.device)
 
     def slope(y: Tensor) -> Tensor:
@@ -293,7 +309,7 @@ def own_gradient(
             operator = LinearOperator(lambda v: products(v)[0], symmetric=True)
             return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=seed)
 
-    return float(value.detach().norm()), spectrum
+    return OwnGradient(float(value.detach().norm()), spectrum, linear=not value.requires_grad)
 
 
 def _steps(steps: int, like: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -47,7 +47,8 @@ class AloneProblem:
         self.game, self.name, self.batch = game, name, batch
         self.form: Structure = game.structure(name)
         self.others = {other: v for other, v in variables.items() if other != name}
-        self.minimises = True
+        self.rests = game.residual(name)
+        self.constraints = None
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
         self._random = random_state(game.device)
@@ -63,6 +64,28 @@ class AloneProblem:
                 *y,
             )
         return loss, list(slopes)
+
+    @property
+    def minimises(self) -> bool:
+        """Whether it has no constraints."""
+        return self.rests.minimises
+
+    @property
+    def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Those of its domain, where it is nothing but bounds."""
+        return self.rests.bounds(self.game, self.name, self.others)
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """As `gradients`."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """What vanishes where it rests."""
+        return self.rests.at_rest(self.game, self.name, y, slopes, self.others)
+
+    def settled(self, z: Sequence[Tensor], step: float | Tensor = 1.0) -> list[Tensor]:
+        """z projected onto its domain."""
+        return self.rests.settled(self.game, self.name, z, self.others, step)
 
     def advance(self) -> None:
         """Nothing: the batch is held."""

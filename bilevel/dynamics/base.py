@@ -29,6 +29,15 @@ class Dynamics(ABC):
         """Whether players move one after the other within a step, each seeing the moves before its own."""
         return False
 
+    @property
+    def rests_with_bounds(self) -> bool:
+        """Whether its steps, projected onto the players' domains, rest where projected gradients do.
+
+        So they do where at rest a direction is a positive multiple of the player's own gradient there. A rule that
+        looks ahead, or that corrects the gradient, is at rest where its direction vanishes, and not at a bound.
+        """
+        return False
+
     @abstractmethod
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """What each player's optimiser receives as its gradient, leaf by leaf, and the next state.

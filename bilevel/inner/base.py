@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
 
 from torch import Tensor
 
+from bilevel.constraints import ConstraintSet
+from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
+from bilevel.game.residual import Residual
 from bilevel.tree import Structure, Variables
 
 
@@ -33,11 +36,32 @@ class Problem(Protocol):
         """Whether y settles at a minimum of f; else f is to be ignored."""
 
     @property
+    def constraints(self) -> Constrained | None:
+        """The programme that y is to solve, where functions constrain it; None where they do not."""
+
+    @property
+    def rests(self) -> Residual:
+        """What vanishes where y settles, and what it is projected onto."""
+
+    @property
+    def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The bounds of each entry, where y settles at a minimum of f within bounds alone; else None."""
+
+    @property
     def others(self) -> Mapping[str, Variables]:
         """The other players' variables, detached."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and what a step goes along: the residual, or where steps are projected the gradient of f."""
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The residual, from what `field` gave at y."""
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step of this length that led to z ends: projected, where the player has a domain or a term."""
 
     def advance(self) -> None:
         """Move on to the next batch."""
@@ -45,6 +69,12 @@ class Problem(Protocol):
 
 def require_minimum(problem: Problem, what: str) -> None:
     """Raise `TypeError` for a solver that goes by the loss, where a minimum of it is not what is looked for."""
+    if problem.rests.projects:
+        raise TypeError(
+            f"{what} minimises a loss without constraints, and {problem.name!r} has {problem.rests.told}. Use "
+            "bilevel.inner.ProjectedGradient(), or SGD, whose steps are projected; for bounds alone "
+            "bilevel.Scipy('L-BFGS-B') as well."
+        )
     if not problem.minimises:
         raise TypeError(
             f"{what} minimises one loss, and {problem.name!r} is several players with a loss each, or has a residual "
@@ -59,6 +89,24 @@ class InnerSolver(ABC):
     A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
     any other method, as a frozen dataclass that holds its settings.
     """
+
+    @property
+    def takes_constraints(self) -> bool:
+        """Whether it sees `problem.constraints`; a solver that does not is refused for a constrained follower."""
+        return False
+
+    @final
+    def refuse(self, problem: Problem, asker: str) -> None:
+        """Raise `TypeError` for a constrained follower whose constraints this solver would not see."""
+        if problem.constraints is not None and not self.takes_constraints:
+            raise TypeError(
+                f"{asker}: {self!r} does not see the constraints of player {problem.name!r}, and would leave them. Use "
+                'Scipy("SLSQP"), Scipy("trust-constr"), or ClosedForm(...) with the constrained optimum.'
+            )
+
+    def domain(self, form: Structure) -> ConstraintSet | None:
+        """The set that it keeps the follower in by options of its own, where the follower has none itself."""
+        return None
 
     @abstractmethod
     def minimise(

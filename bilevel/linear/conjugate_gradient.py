@@ -43,7 +43,7 @@ class ConjugateGradient(LinearSolver):
             solver's memory; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
         stopping: `HypergradientTolerance(1e-3)` ends the solve, as converged, once what u is needed for has settled,
             whatever the residual.
-        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        rtol: Relative tolerance of the residual; None asks for no accuracy; worse than 0 still warns.
         atol: Absolute tolerance of the residual.
         damping: Added to the diagonal of A.
         strict: Raise where it would warn.

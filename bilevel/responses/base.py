@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from bilevel._root import refuse_captures
+from bilevel.autodiff import transforms_active
+from bilevel.errors import BilevelWarning
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
-from bilevel.tree import Variables, flatten, leaf_names, leaves
+from bilevel.second_order import differentiated_twice, require_custom_second, require_second
+from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -124,12 +128,13 @@ def _adopted(saved: Any, start: Any) -> Any:
     return saved if type(saved) is type(start) else start
 
 
-def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False) -> State:
+def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False, constrained: bool = False) -> State:
     """What every response's state holds before its first call.
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`; who
+    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`;
+    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds. Who
     does not say so is refused there.
     """
     name = game.names[-1] if follower is None else follower
@@ -154,8 +159,18 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
         "reference": 1.0,
     }
     start = at_start(game, state)
+    if not constrained and start.constraints is not None:
+        raise TypeError(
+            f"The response of player {name!r}, unlike Implicit, would not see the functions that constrain the player. "
+            'Use Implicit(Scipy("SLSQP")), which rests where the constraints and their multipliers say; or write a '
+            "projection as residual=, which Unrolled follows."
+        )
+    if start.rests.needs_scale:
+        state |= {"scale": start.measured_scale(leaves(state["variables"]))}
+        start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
         _, slopes = start.gradients(leaves(state["variables"]))
+        state |= start.first()
     # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
     return state | {"reference": start.reference(slopes)}
 
@@ -172,7 +187,41 @@ def refuse_captured(start: Follower, state: State) -> None:
     `start` is the follower of the fresh `state`. Only Unrolled would give such a tensor a gradient; everybody else's
     answer does not see it.
     """
-    refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
+    refuse_captures(start.held_residual(), start.as_unknowns(state), start.xs)
+
+
+def require_second_derivative(start: Follower, state: State) -> None:
+    """Raise `SecondDerivativeError` when the follower's gradient cannot be differentiated, as a response needs it.
+
+    `start` is the follower of the fresh `state`. Warns once where a kernel without a second derivative is replaced.
+    Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
+    """
+    if transforms_active():  # there nothing is on a graph that could be looked at
+        return
+    game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
+    others = start.input_form.build([_tracked(x) for x in start.xs])
+    custom: list[str] = []
+    with random_kept(game.device), torch.enable_grad(), differentiated_twice():
+        for member in game.members(name):
+            if game.residual(member).differentiates_loss:
+                batch = start.batch if member == name or start.batch is None else start.batch[member]
+                loss = game.total(game.evaluate(member, {**others, name: y}, batch, start.buffers)[0])
+                custom += require_custom_second(member, loss)
+        _, slopes, _ = start.rests(game, name, leaves(y), others, start.batch, start.buffers)
+    require_second(name, slopes, custom)
+    kernels = game.kernels(start.name)
+    if kernels:
+        warnings.warn(
+            BilevelWarning(
+                f"Player {start.name!r}: where its loss is differentiated twice, {kernels.told()}. The numbers are the "
+                "same, and PyTorch has no second derivative of the faster form; time and memory are more."
+            ),
+            stacklevel=3,
+        )
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_()
 
 
 def refuse_optimizer_hyper(

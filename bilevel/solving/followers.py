@@ -35,7 +35,7 @@ class Followers:
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
                 f"solve: {self.in_place} write into their states at every call, and with several followers the others "
-                "call them too. Use in_place=False."
+                "call them too. Use Hypernetwork(memory=Memory(in_place=False))."
             )
 
     @property

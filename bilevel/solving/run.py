@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,15 @@ class Run:
         game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
+        if self.leaders.projects and not dynamics.rests_with_bounds:
+            raise TypeError(
+                f"solve: {dynamics!r} looks ahead or corrects the gradient, and at a bound of "
+                f"{self.leaders.projects[0]!r} it would rest elsewhere than at an equilibrium. Use Simultaneous(), "
+                "Alternating(), TwoTimescale(), Optimistic() or NegativeMomentum(), or a coordinate, "
+                "init=bilevel.Interval(low, high)."
+            )
         members = [member for name in game.names for member in game.members(name)]
+        self._refuse_constrained(leading)
         refuse_ambiguous(members, responses, game.record_keys)
         start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
@@ -99,7 +107,7 @@ class Run:
         in_place = self.followers.in_place
         told = (
             f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {in_place} would "
-            "move on the states that they write into. Use in_place=False."
+            "move on the states that they write into. Use Hypernetwork(memory=Memory(in_place=False))."
         )
         self._only_once = told if in_place else ""
 
@@ -159,6 +167,17 @@ class Run:
         self.now = after
         self.whole = True
         return record
+
+    def _refuse_constrained(self, leading: Sequence[str]) -> None:
+        """Refuse leaders with constraints, which their optimisers would not see."""
+        for name in leading:
+            for member in self.game.members(name):
+                for what in self.game.players[member].constraints:
+                    raise ValueError(
+                        f"solve: {member!r} leads, and its optimiser does not see its {what}=. Give it a response, "
+                        'Implicit(Scipy("SLSQP")), if it follows; a leader takes a penalty in its loss, or variables '
+                        "that cannot leave their range, such as a logarithm's."
+                    )
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
         """Everybody's loss where the players are, the followers' on the batch that comes next."""
@@ -307,6 +326,7 @@ class Run:
             seconds=now.seconds,
             states=states,
             buffers=buffers,
+            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
         )
 
 

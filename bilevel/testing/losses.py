@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient, pullback
-from bilevel.game import Buffers, Game, Player
+from bilevel.constraints import Constrained
+from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables
@@ -30,11 +31,12 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
         return loss
 
     players = {
-        name: Player(
-            held(player.objective),
-            player.init,
+        name: replace(
+            player,
+            objective=held(player.objective),
             data=None if player.data is None else [batches[name]],
-            optimizer_hyper=player.optimizer_hyper,
+            inequality=None if player.inequality is None else held(player.inequality),
+            equality=None if player.equality is None else held(player.equality),
         )
         for name, player in game.players.items()
     }
@@ -75,6 +77,14 @@ class LeaderFollowerLosses:
         """The follower's gradient `[m]`, differentiable in both."""
         # A loss that is linear in y has a gradient without y; its curvature is 0, not an error.
         return gradient(lambda y: self.loss(self.follower, x, y), y)[1][0] + 0.0 * y
+
+    def programme(self, x: Tensor) -> Constrained | None:
+        """What the follower solves at x, where functions constrain it; else None."""
+        state = {"follower": self.follower, "data": None, "buffers": self.buffers.get(self.follower, {})}
+        others = {**self.others, self.leader: self.game.structure(self.leader).unflatten(x.detach())}
+        batch = self.batches.get(self.follower)
+        state |= self.game.follower(others, state, batch).first()
+        return self.game.follower(others, state, batch).constraints
 
     def hessian(self, x: Tensor, y: Tensor) -> Product:
         """v -> H v, one graph for all products."""
