@@ -22,12 +22,17 @@ from bilevel.autodiff import (
     transforms_active,
 )
 from bilevel.errors import CapturedTensorError, NonFiniteError
-from bilevel.linear import GMRES, LinearOperator, LinearSolver, Memory
+from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
 from bilevel.linear.operator import Shapes
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
 FlatResidual = Callable[..., Tensor]
+
+Examine = Callable[[LinearSolution, Tensor, list[Tensor], tuple[Tensor, ...], Pullback], int]
+"""Looks at a backward solve: what it found, its right-hand side, the inputs that asked, (dF/dx)^T u, and products.
+
+It returns how many products it took."""
 
 
 @dataclass
@@ -157,14 +162,16 @@ def attach(
     shapes: Shapes | None = None,
     receipt: Receipt | None = None,
     products: Pullback | None = None,
+    examine: Examine | None = None,
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
 
     `shapes` are those of the leaves that y is made of.
     `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
     backward then takes its products from that graph instead of building it again, and lets it go.
+    `examine` is called once, by the first backward outside torch.func, with what its solve found.
     """
-    system = _System(residual, linear_solver, symmetric, shapes, receipt, products)
+    system = _System(residual, linear_solver, symmetric, shapes, receipt, products, examine)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
@@ -185,6 +192,7 @@ class _System:
     shapes: Shapes | None
     receipt: Receipt | None
     products: Pullback | None = None
+    examine: Examine | None = None
 
 
 class _Root(torch.autograd.Function):
@@ -216,7 +224,7 @@ class _Root(torch.autograd.Function):
         y, *xs = ctx.saved_tensors
         system: _System = ctx.system
         # Taken once: whoever keeps the loss after backward keeps no graph with it. A second backward builds its own.
-        ctx.system = replace(system, products=None)
+        ctx.system = replace(system, products=None, examine=None)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
 
         def partial(y: Tensor, *some: Tensor) -> Tensor:
@@ -228,22 +236,29 @@ class _Root(torch.autograd.Function):
         given = [xs[index] for index in wanted]
         again = torch.is_grad_enabled() or transforms_active()
         if again:
-            adjoint, _ = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
-            adjoint = _attach_adjoint(system, adjoint, cotangent, y, xs)
-            _, products = pullback(lambda *some: partial(y, *some), *given)
-            derivatives = products(adjoint)
+            in_y = pullback(lambda y: partial(y, *given), y)[1]
+            found, _ = _solve(system, in_y, cotangent)
+            adjoint = _attach_adjoint(system, found.solution, cotangent, y, xs)
+            _, in_x = pullback(lambda *some: partial(y, *some), *given)
+            derivatives = in_x(adjoint)
+            products = in_y
         else:
             # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
             ready = system.products if all(x.requires_grad == (i in wanted) for i, x in enumerate(xs)) else None
             products = ready or pullback(partial, y, *given)[1]
-            _, derivatives = _solve(system, products, cotangent)
+            found, derivatives = _solve(system, products, cotangent)
+        if system.examine is not None and not transforms_active():
+            with torch.no_grad():
+                taken = system.examine(found, cotangent, given, derivatives, products)
+            if system.receipt is not None:
+                system.receipt.products = system.receipt.products + taken
         result: list[Tensor | None] = [None] * len(xs)
         for index, derivative in zip(wanted, derivatives, strict=True):
             result[index] = -derivative
         return (None, None, *result)
 
 
-def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolution, tuple[Tensor, ...]]:
     """u `[n]` with (dF/dy)^T u = rhs, and (dF/dx)^T u for each further primal of `products`."""
 
     def both(v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -266,7 +281,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     receipt = None if transforms_active() else system.receipt
     with torch.no_grad():
         start = receipt.adjoint if receipt is not None and receipt.adjoint.numel() else None
-        memory = receipt.memory or None if receipt is not None else None
+        memory = None if receipt is None else receipt.memory
         found = system.solver.solve(operator, rhs if receipt is None else rhs.detach(), start, memory=memory)
         if receipt is not None:
             size = torch.linalg.vector_norm(rhs)
@@ -280,8 +295,8 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
     if not single:
-        return found.solution, ()  # to be differentiated themselves
-    return found.solution, mixed_alone(found.solution) if found.mixed is None else found.mixed
+        return found, ()  # to be differentiated themselves
+    return found, mixed_alone(found.solution) if found.mixed is None else found.mixed
 
 
 def _tangent(system: _System, y: Tensor, xs: list[Tensor], moves: list[Tensor]) -> Tensor:

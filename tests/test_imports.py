@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness", "second_order"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned"}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "responses"}
@@ -21,6 +21,7 @@ SOLVE = RESPONSES | {"dynamics", "many", "solving"}
 MAY = {
     "errors": set(),
     "_version": set(),
+    "_returned": {"tree"},
     "tree": set(),
     "randomness": set(),
     "second_order": {"errors"},

@@ -262,7 +262,7 @@ def test_many_games_rest_each_where_it_rests_alone():
         (1.0, TypeError, "residual is a float; expected a function"),
         (lambda *y: y, TypeError, r"parameter '\*y' of the residual cannot be named"),
         (lambda y, z: y, ValueError, "its residual has a parameter 'z', which names no player"),
-        (lambda y, gradient: gradient.sum(), ValueError, r"its residual returned \[\(\)\]; expected.*\(3,\)"),
+        (lambda y, gradient: gradient.sum(), ValueError, r"its residual returned \(\); expected.*\(3,\)"),
         (lambda y, gradient: gradient / 0.0, ValueError, "residual at init.*NaN or infinite"),
         (lambda y, gradient: gradient.float(), ValueError, r"residual at init is torch\.float32"),
         (lambda x, y: x, ValueError, "its residual does not depend on its own variables"),

@@ -16,6 +16,7 @@ from bilevel.errors import BilevelWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver
+from bilevel.inner.base import minimised
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.tree import Structure, Variables, flatten, join
@@ -102,7 +103,8 @@ def best_move(
     for start in [here, *starts]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SciPy's, of steps that leave the loss's domain: the end is judged here
-            found, _ = solver.minimise(problem, problem.form.split(start.clone()), None, steps=steps, threshold=0.0)
+            y = problem.form.split(start.clone())
+            found, _ = minimised(solver, problem, y, None, steps=steps, threshold=0.0)
         end = join(found).detach()
         at, slopes = problem.gradients(problem.form.split(end))
         reached = float(at)

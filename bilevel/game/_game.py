@@ -218,7 +218,12 @@ class Game:
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
-        return leaves(self._parts.initial[self.names[0]])[0].device  # type: ignore[no-any-return]
+        return self.like.device
+
+    @property
+    def like(self) -> Tensor:
+        """One of the initial variables, whose dtype and device are everybody's; it is not to be written to."""
+        return leaves(self._parts.initial[self.names[0]])[0]  # type: ignore[no-any-return]
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of `loss`, which `evaluate` gave: of many games the sum, else itself."""

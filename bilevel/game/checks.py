@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
+from bilevel.game.detached import refuse_detached
 from bilevel.game.player import Player, kind
 from bilevel.game.processes import watched_modules
 from bilevel.game.residual import GRADIENT, PlayedGame
@@ -49,6 +50,8 @@ def check_names(players: Mapping[str, Player]) -> None:
                     "that name. Rename the player."
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
+            if "batch" in parameters and player.data is None:
+                raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
         for what, function in player.constraints.items():
             _check_parameters(name, what, player.parameters(function), players)
@@ -324,9 +327,13 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
 
 def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object) -> Paths:
     """The same of a residual of the player's own; refuses one that is not finite or not of the form of its init."""
-    others = {other: v for other, v in trial.items() if other != name}
-    with random_kept(game.device), torch.enable_grad():
-        _, found, _ = game.residual(name)(game, name, leaves(trial[name]), others, batch, game.buffers())
+
+    def residual(point: Mapping[str, Variables]) -> list[Tensor]:
+        others = {other: v for other, v in point.items() if other != name}
+        with random_kept(game.device), torch.enable_grad():
+            return game.residual(name)(game, name, leaves(point[name]), others, batch, game.buffers())[1]
+
+    found = _first_call(name, lambda: residual(trial), batch)
     for (path, leaf), value in zip(named_leaves(trial[name]), found, strict=True):
         if value.dtype != leaf.dtype or not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -340,7 +347,27 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
             f"Player {name!r}: its residual is not differentiable in any player's variables. Use the arguments "
             "themselves, without .detach() or .item()."
         )
-    return _reached(name, "residual", total, trial)
+    reached = _reached(name, "residual", total, trial)
+    refuse_detached(name, residual, trial)
+    return reached
+
+
+def _first_call(name: str, residual: Callable[[], list[Tensor]], batch: object) -> list[Tensor]:
+    """What a residual of the player's own gives at init; what it raises, in words."""
+    try:
+        return residual()
+    except Exception as error:
+        if str(error).startswith(f"Player {name!r}: its residual"):
+            raise
+        hint = ""
+        if "in-place" in str(error):
+            hint = " Others hold its arguments: make new tensors, y - z and not y.sub_(z)."
+        elif "numpy()" in str(error):
+            hint = " It must be differentiable: torch's operations on the arguments themselves."
+        raise ValueError(
+            f"Player {name!r}: its residual raised {type(error).__name__} on its first batch ({kind(batch)}): "
+            f"{error}{hint}"
+        ) from error
 
 
 def _constraint_dependence(

@@ -248,6 +248,10 @@ class Follower:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
 
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""
+        return torch.dot(first, second)
+
     def reference(self, slopes: Sequence[Tensor]) -> Size:
         """What stationarity is told in units of: the norm of F at the start, or 1 where that is 0."""
         norm = float(self.game.norms(slopes))

@@ -12,11 +12,12 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from bilevel._returned import described
 from bilevel.autodiff import gradient
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch, Position
 from bilevel.second_order import FastKernels
-from bilevel.tree import Structure, Variables, join, leaves, structure_of
+from bilevel.tree import Structure, Variables, join, leaves, map_leaves, structure_of
 
 Buffers = dict[str, dict[str, Tensor]]
 """Non-differentiated state of the players' modules: player -> buffer's name -> tensor."""
@@ -587,14 +588,36 @@ class UserResidual(Residual):
                 loss = game.total(game.evaluate(player, variables, batch, buffers)[0])
             found, after = game.call(player, self.function, variables, batch, buffers, extra)
             after = {name: after[name] for name in buffers if name in after}
+        self._require_form(player, found, form)
+        return loss, _apart(leaves(found), y), after
+
+    def _require_form(self, player: str, found: Variables, form: Structure) -> None:
+        values, told = leaves(found), f"Player {player!r}: its residual returned"
+        strange = [value for value in values if not isinstance(value, Tensor)]
+        if strange or not values:
+            inside = f" with {described(strange[0])} in it" if strange and strange[0] is not found else ""
+            raise TypeError(
+                f"{told} {described(found)}{inside}; expected tensors in the form of its init, made of its arguments by "
+                "differentiable operations: no .item(), .numpy() or .tolist()."
+            )
         came = structure_of(found)
         if came.spec != form.spec or came.shapes != form.shapes:
-            raise ValueError(
-                f"Player {player!r}: its residual returned {_shapes(found)}; expected the form of its init, "
-                f"{[tuple(shape) for shape in form.shapes]}."
-            )
-        return loss, leaves(found), after
+            wanted = form.build([torch.empty(shape, device="meta") for shape in form.shapes])
+            raise ValueError(f"{told} {_shapes(found)}; expected the form of its init, {_shapes(wanted)}.")
 
 
-def _shapes(tree: Variables) -> list[object]:
-    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves(tree)]
+def _apart(values: list[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+    """The values, copied where they are y itself: an optimiser steps y in place, and its gradient must stand still."""
+    return [value.clone() if any(_same(value, own) for own in y) else value for value in values]
+
+
+def _same(value: Tensor, own: Tensor) -> bool:
+    if value is own:
+        return True
+    base = value._base if value._is_view() else value
+    return base is own or (own._is_view() and base is own._base)
+
+
+def _shapes(tree: Variables) -> str:
+    """The nest of the shapes, as a user would write it."""
+    return str(map_leaves(lambda leaf: tuple(leaf.shape), tree))

@@ -8,11 +8,12 @@ from typing import Any, Protocol, final
 
 from torch import Tensor
 
+from bilevel._returned import Lent, both, require_leaves
 from bilevel.constraints import ConstraintSet
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
 from bilevel.game.residual import Residual
-from bilevel.tree import Structure, Variables
+from bilevel.tree import Structure, Variables, leaf_names
 
 
 class Problem(Protocol):
@@ -87,7 +88,8 @@ class InnerSolver(ABC):
     """Finds a follower's optimum; nothing of it is differentiated.
 
     A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
-    any other method, as a frozen dataclass that holds its settings.
+    any other method, as a frozen dataclass that holds its settings. Who calls it (`minimised`) refuses an answer that
+    has not the form of y, and a solver that wrote into what it was lent.
     """
 
     @property
@@ -112,12 +114,40 @@ class InnerSolver(ABC):
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of y where the method ends, and what to remember for the next call.
+        """The leaves of y where the method ends, and what to remember for the next call: a tuple of two.
+
+        The leaves are tensors like those of `y`. The memory is opaque to everybody else.
 
         Args:
             problem: Loss and gradients at any y, and the batches.
             y: The leaves to start from; they are not written to.
-            memory: None, or what an earlier call returned: tensors, numbers, lists and dicts of them.
+            memory: None in a first call, or what the last call returned: tensors, numbers, strings, None, and lists,
+                tuples and dicts of them, which a checkpoint can hold. Its tensors are not written to.
             steps: The most steps to take.
             threshold: Stop sooner once |gradient| is at most this.
         """
+
+    def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
+        """What a torch.optim optimiser remembers of each leaf, out of a memory; `[]` of any other method."""
+        return []
+
+
+def minimised(
+    solver: InnerSolver, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: Any
+) -> tuple[list[Tensor], Any]:
+    """What `solver.minimise` returns, held to its contract.
+
+    Raises:
+        TypeError, ValueError: For an answer that is no tuple of leaves like y's and a memory, and for a solver that
+            wrote into `y`, into its memory or into the other players' variables.
+    """
+    name, lent = f"{type(solver).__name__}.minimise", Lent()
+    given, kept = lent.out("the leaves y to start from", y), lent.out("the memory that it was given", memory)
+    for player, variables in problem.others.items():
+        lent.out(f"the variables of player {player!r}", variables)
+    found = solver.minimise(problem, given, kept, steps=steps, threshold=threshold)
+    lent.require_untouched(name)
+    ends, after = both(found, name, "the leaves of y where it ended, and what to remember, or None")
+    told = f"{name}: its answer for player {problem.name!r}"
+    require_leaves(ends, y, told, lambda: leaf_names(problem.form.build(y), problem.name))
+    return list(ends), after

@@ -235,6 +235,10 @@ class TorchOptimizer(InnerSolver):
         after = remembered if place is None else {"leaves": remembered, "schedule": place}
         return [p.detach() for p in parameters], after
 
+    def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
+        """Of each leaf, as `torch.optim` has it."""
+        return leaf_memory(memory) or []
+
     def _refuse_searching(self) -> None:
         """LBFGS evaluates the loss along a line: what is clipped, or the mean over batches, is not its gradient."""
         named = [n for n in ("clip_norm", "clip_value") if getattr(self, n) is not None]
@@ -294,10 +298,15 @@ def torch_optimizer(asker: str, optimizer: OptimizerFactory | TorchOptimizer) ->
 
 
 def leaf_memory(memory: Any) -> Memory | None:
-    """What the optimiser remembers of each leaf, out of what `minimise` gave."""
-    if isinstance(memory, dict):  # another solver's has other entries
-        return memory.get("leaves")
-    return memory  # type: ignore[no-any-return]
+    """What the optimiser remembers of each leaf, out of what `TorchOptimizer.minimise` gave."""
+    return memory["leaves"] if isinstance(memory, dict) else memory  # type: ignore[no-any-return]
+
+
+def of_optimizer(memory: Any) -> bool:
+    """Whether this has the form of what `TorchOptimizer.minimise` gives, and not of another solver's memory."""
+    if isinstance(memory, dict):
+        return memory.keys() == {"leaves", "schedule"} and of_optimizer(memory["leaves"])
+    return isinstance(memory, list) and all(isinstance(slot, dict) for slot in memory)
 
 
 def require_finite(

@@ -79,6 +79,10 @@ class BatchedFollower(Follower):
         """The norm of F in each game, `[count]`."""
         return self.games.norms(slopes).detach()
 
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """The dot product in each game, `[count]`."""
+        return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for leaf in self.form.split(first * second)]).sum(0)
+
     def reference(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F at the start of each game `[count]`, or 1 where that is 0."""
         norms = self.games.norms(slopes)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem
+from bilevel.inner.base import InnerSolver, Problem, minimised
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.projected import ProjectedGradient, Rows, descend
@@ -60,7 +60,8 @@ class BatchedInnerSolver(InnerSolver):
                 return _stepped(self.solver, names, problem, y, memory, steps, threshold)
         singles = [problem.single(index) for index in range(len(y[0]))]
         ends = [
-            self.solver.minimise(
+            minimised(
+                self.solver,
                 single,
                 [leaf[index] for leaf in y],
                 None if memory is None else memory[index],

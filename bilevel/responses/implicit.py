@@ -10,9 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._root import Receipt, attach, receipt_of
+from bilevel._root import Examine, Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
 from bilevel.errors import (
+    BilevelWarning,
     ConvergenceError,
     IndefiniteSystemError,
     KinkWarning,
@@ -23,7 +24,8 @@ from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.optimizer import leaf_memory, torch_optimizer
+from bilevel.inner.base import minimised
+from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
 from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
@@ -38,6 +40,7 @@ from bilevel.responses.base import (
     require_second_derivative,
 )
 from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
@@ -58,7 +61,8 @@ class Implicit(Response):
 
     The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
     batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
-    residual leave.
+    residual leave. It warns where the answer is far from the optimum although it meets `tolerance`, which a far start
+    makes large, and where the backward solve shows that the follower is at no minimum, or where its loss is flat.
 
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
@@ -103,6 +107,9 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
+        if isinstance(self.optimizer, type) and issubclass(self.optimizer, InnerSolver):
+            name = self.optimizer.__name__
+            raise TypeError(f"Implicit: optimizer is the class {name} itself; expected one of it, {name}(...).")
         if not isinstance(self.optimizer, InnerSolver):
             require_factory("Implicit: optimizer", self.optimizer)
         if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
@@ -155,6 +162,8 @@ class Implicit(Response):
         if not isinstance(self._solver, TorchOptimizer):
             return super().adopt(saved, start)
         y, before = start["variables"], saved.get("optimizer")
+        if not of_optimizer(before):  # nothing, or what an inner solver of another kind remembers
+            return super().adopt(saved, start)
         kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
         if isinstance(before, dict) and "schedule" in before:
             kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
@@ -174,20 +183,20 @@ class Implicit(Response):
             # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
             inputs = [*follower.xs, *below.given.tensors]
             (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
-            after, receipt, products, rest = state, None, None, None
+            after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
-            rest, after, residual, products = self._solve(game, follower, state, looser)
+            rest, after, residual, products, examine = self._solve(game, follower, state, looser)
             y = rest.unknowns
-            before, kept = state["linear"], leaf_memory(after["optimizer"])
+            before, kept = state["linear"], self._solver.remembered(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
                 torch.full_like(before["residual"], torch.nan),
                 torch.zeros_like(before["products"]),
                 torch.full_like(before["error"], torch.nan),
-                solver.inform(before["memory"], kept if isinstance(kept, list) else []),
+                solver.inform(before["memory"], kept),
             )
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
@@ -200,6 +209,7 @@ class Implicit(Response):
             shapes=follower.unknowns.shapes,
             receipt=receipt,
             products=products,
+            examine=examine,
         )
         if rest is not None and rest.other_side is not None and attached.requires_grad:
             tell_of_kink(attached, rest, follower, residual, linear)
@@ -279,8 +289,11 @@ class Implicit(Response):
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Rest, State, HeldResidual, Pullback | None]:
-        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
+    ) -> tuple[Rest, State, HeldResidual, Pullback | None, Examine | None]:
+        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it.
+
+        Last comes what will judge it by the backward solve, where there will be one.
+        """
         start = state["variables"] if self.warm_start else game.initial(follower.name)
         memory = state["optimizer"] if self.warm_start else None
         solver = follower.adapted_inner(self._solver)
@@ -288,7 +301,7 @@ class Implicit(Response):
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():
-            y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)
@@ -308,9 +321,7 @@ class Implicit(Response):
                 "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
                 "tolerance_change), or accept it by tolerance=."
             )
-            if self.strict:
-                raise ConvergenceError(message)
-            warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):
             self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
@@ -323,11 +334,33 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        return rest, after, residual, products
+        if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
+            return rest, after, residual, products, None
+        # A tolerance that was loosened on purpose is far from the optimum on purpose.
+        near = self.tolerance is not None and missed is None and looser <= 1.0
+        examination = Examination(game, follower, state, flat, slope, near=near)
+        told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
+        after["products"] += examination.products
+        if told is not None:
+            self._tell(told, stacklevel=4)
+
+        def examine(*solved: Any) -> int:
+            before = examination.products
+            for warning in examination(*solved):
+                self._tell(warning, stacklevel=2)
+            return examination.products - before
+
+        return rest, after, residual, products, examine
 
     def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
         if kinks:
             warnings.warn(KinkWarning(follower.told_kinks(kinks), games=follower.games_of(kinks)), stacklevel=4)
+
+    def _tell(self, warning: BilevelWarning, stacklevel: int) -> None:
+        """Warn; raise when `strict`."""
+        if self.strict:
+            raise ConvergenceError(str(warning))
+        warnings.warn(warning, stacklevel=stacklevel)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""

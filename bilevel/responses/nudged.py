@@ -19,7 +19,7 @@ from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
 from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import require_minimum
+from bilevel.inner.base import minimised, require_minimum
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory, require_factory
@@ -206,7 +206,7 @@ class Nudged(Response):
         memory = state["optimizer"] if self.warm_start else None
         threshold = (self.tolerance or 0.0) * state["reference"]
         with torch.no_grad():
-            y, memory = self._solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(self._solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
         return y, memory
 
@@ -327,8 +327,13 @@ class _Settled:
             start = self._start(tilted, y, sign * force, force)
             left_at = (response.tolerance or 0.0) * force
             try:
-                found, _ = response._solver.minimise(
-                    tilted, self.form.split(start), self.memory, steps=response.steps, threshold=left_at
+                found, _ = minimised(
+                    response._solver,
+                    tilted,
+                    self.form.split(start),
+                    self.memory,
+                    steps=response.steps,
+                    threshold=left_at,
                 )
                 self._follower.require_finite(found, _ADVICE)
             except NonFiniteError as error:

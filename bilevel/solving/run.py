@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel.dynamics import Dynamics, Field
+from bilevel.dynamics.base import directed, require_rule
 from bilevel.errors import CheckpointError, NonConvergenceWarning
 from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
@@ -81,6 +82,7 @@ class Run:
         clip_norm: float | None,
         seed: int,
     ) -> None:
+        require_rule(dynamics)
         self.game, self.dynamics, self.seed = game, dynamics, seed
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
@@ -140,7 +142,7 @@ class Run:
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
                 field = Field(played.slopes, self.leaders.points, movers, played.losses)
-                directions, memory = self.dynamics.directions(field, memory)
+                directions, memory = directed(self.dynamics, field, memory)
             warned = logged(warned, new, now.step + 1)
             products += field.products
             looked = time.perf_counter()

@@ -50,7 +50,7 @@ def logged(log: Log, new: Sequence[BilevelWarning], step: int, *, counted: bool 
     after = dict(log)
     for warning in new:
         kind, text = type(warning).__name__, str(warning)
-        key = f"{kind} {text.split(maxsplit=1)[0]}"
+        key = " ".join((kind, *text.split(maxsplit=2)[:2]))
         before = after.get(key, {"count": 0, "games": []})
         spoken_of = None
         if warning.games is not None and before["games"] is not None:
