@@ -182,7 +182,7 @@ class Implicit(Response):
             below = _Solve(self, game, follower, state, batch, looser)
             # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
             inputs = [*follower.xs, *below.given.tensors]
-            (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
+            (y,) = below_transforms(below, inputs)  # root attaches its derivatives
             after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
