@@ -29,6 +29,7 @@ MAY = {
     "networks": {"tree"},
     "constraints": GROUND,
     "game": GROUND | {"constraints"},
+    "hyper": GAME,
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},
