@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
+from bilevel.constraints.walls import has_walls
 from bilevel.errors import BilevelError
 from bilevel.game.checks import (
     RESERVED,
@@ -27,6 +28,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.processes import refuse_processes
@@ -216,30 +218,45 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+    def require_minima(
+        self, asker: str, *, joined: bool = False, constrained: bool = False, functions: bool = True
+    ) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
-        `constrained`: whether who asks knows minima within functions as constraints.
+        With `joined`, players who answer together may each rest at a minimum of its own loss. `constrained`: whether
+        who asks knows minima within constraints; `functions`: functions among them.
         """
         for name in self.names:
             members = self.members(name)
-            if members != (name,):
+            if members != (name,) and not joined:
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if constrained and self._parts.players[name].constraints:
-                continue
-            if self._parts.players[name].constraints:
-                raise ValueError(
-                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
-                    "loss. Hold the hypergradient against finite differences of re-solved followers."
-                )
-            if not self.residual(name).minimises:
-                raise ValueError(
-                    f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
-                    "loss. Hold the answer against finite differences of re-solved followers."
-                )
+            for member in members:
+                kept, rests = bool(self._parts.players[member].constraints), self.residual(member)
+                if (kept or rests.projects) and constrained and (functions or not kept):
+                    continue
+                if kept or rests.projects:
+                    raise ValueError(
+                        f"{asker}: {member!r} has {'functions as constraints' if kept else rests.told}, and rests "
+                        "where its loss's own gradient need not vanish. testing.check_hypergradient and certify_nash "
+                        "know constraints."
+                    )
+                if not rests.minimises:
+                    raise ValueError(
+                        f"{asker}: {member!r} rests where a residual of its own vanishes, which need not be a minimum "
+                        "of its loss. Hold the answer against finite differences of re-solved followers."
+                    )
+
+    def by_walls(self: Derived, player: str) -> Derived:
+        """The same game, in which a player's domain is smooth functions with multipliers, where it can be said so."""
+        rests = self.residual(player)
+        if not isinstance(rests, ConstrainedGradient) or rests.prox is not None or rests.domain is None:
+            return self
+        if not has_walls(rests.domain):
+            return self
+        return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,7 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record"),
     )
 )
 
@@ -259,6 +259,7 @@ def _dependence(
                 f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
     _refuse_spread(name, seen)
+    _refuse_written(name, "objective", trial, initial)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -288,10 +289,29 @@ def _dependence(
         for what, function in players[name].constraints.items():
             for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
                 rests.setdefault(other, set()).update(paths)
+    _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
     return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
+
+
+def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
+    """Refuse a function that writes into the variables that it is called with.
+
+    Its gradient would not know of it, and whoever holds the variables, an optimiser or the start of the next call,
+    would find others.
+    """
+    for other, variables in trial.items():
+        for (path, leaf), (_, was) in zip(named_leaves(variables), named_leaves(initial[other]), strict=True):
+            # By `.data` a tensor is written into without a new version; its values tell.
+            if leaf._version or not torch.equal(leaf.detach(), was):
+                raise ValueError(
+                    f"Player {name!r}: its {what} writes into the variables of {other!r}{path} (as clamp_(), copy_() "
+                    "or an assignment to entries under torch.no_grad() do), which no gradient sees. Write into a copy, "
+                    f"{other}.clone(), or make new tensors: {other}.clamp(...), torch.where(...). What keeps a player "
+                    "within bounds belongs to the player: a domain, a residual, or other coordinates."
+                )
 
 
 def _refuse_spread(name: str, seen: FirstCall) -> None:

@@ -56,6 +56,10 @@ class End(ABC, Generic[Number]):
             f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
         )
         console.print(f"{work}{self.seconds:.1f} s", highlight=False)
+        if self.history:
+            norms = self.history[0]["gradient_norm"], self.history[-1]["gradient_norm"]
+            share = f", {norms[1] / norms[0]:.2g} of that at the start" if norms[0] > 0.0 else ""
+            console.print(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}", highlight=False)
         for line in told:
             console.print(line, highlight=False, markup=False)
         for warning in self.warnings:
