@@ -90,12 +90,8 @@ def test_an_equilibrium_at_0_is_no_reason_to_worry(tolerance):
         x=bl.Player(lambda x, y: x.square().sum() + y.square().sum(), torch.ones(2, dtype=D)),
         y=bl.Player(lambda x, y: (y - x).square().sum(), torch.full((2,), -1.0, dtype=D)),
     )
-    found = bl.solve(
-        game,
-        y=bl.Implicit(DESCENT, steps=200, tolerance=tolerance),
-        optimizer=partial(torch.optim.SGD, lr=0.2),
-        steps=60,
-    )
+    response = bl.Implicit(DESCENT, steps=200, tolerance=tolerance)
+    found = bl.solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.2), steps=60)
     assert not found.warnings and float(found.variables["x"].abs().max()) < 1e-2
 
 
