@@ -235,6 +235,27 @@ def test_clipping_bounds_the_step():
     assert abs(end - before) == pytest.approx(lr * norm)
 
 
+def test_a_callback_ends_the_run_and_it_goes_on_from_there(tmp_path):
+    path, calls = tmp_path / "run.pt", []
+
+    def stop(step, record, variables):
+        calls.append(step)
+        if step == 3:
+            raise bl.errors.StopRun
+
+    def run(**options):
+        torch.manual_seed(0)
+        return bl.solve(noisy_game(), optimizer=partial(ADAM, lr=0.1), **RESPONSES["unrolled"], **options)
+
+    whole = run(steps=6)
+    stopped = run(steps=6, checkpoint=path, callbacks=[stop, lambda *_: calls.append("after")])
+    assert calls == [1, "after", 2, "after", 3, "after"]  # whoever else listens hears of the last step too
+    assert [record["step"] for record in stopped.history] == [1, 2, 3]
+    resumed = run(steps=6, checkpoint=path)
+    for name in whole.variables:
+        assert torch.equal(resumed.variables[name], whole.variables[name])
+
+
 def far_leader(start):
     """Right is x = 0; y follows exactly, and the loss is x^2."""
     return bl.Game(

@@ -9,6 +9,7 @@ import torch
 
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
+from bilevel.certificates.constrained import within_constraints, within_set
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
 from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
 from bilevel.game import Game
@@ -155,9 +156,11 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move:
-    the point may be no Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear
-    game, has no curvature and needs none: where its gradient vanishes no move gains, and none loses.
+    positive definite. For a player with a domain, or functions as constraints: it keeps them, its Lagrangian's gradient
+    is below that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those
+    that bind. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
+    may be no Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear game, has
+    no curvature and needs none: where its gradient vanishes no move gains, and none loses.
 
     Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
     (arXiv 1411.2168).
@@ -184,11 +187,11 @@ def certify_nash(
     """
     game.require_one("certify_nash")
     check_settings(tolerance, lanczos_steps)
-    game.require_minima("certify_nash", joined=True)
+    game.require_minima("certify_nash", constrained=True, joined=True)
     variables, buffers, given = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     start = {name: game.initial(name) for name in game.names}
     findings: list[Finding] = []
-    products = 0
+    gradients = products = 0
     for name in game.names:
         drawn = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
         joint = game.members(name) != (name,)
@@ -197,13 +200,21 @@ def certify_nash(
             here, there = ({**at, member: at[name][member]} if joint else at for at in (variables, start))
             own = own_gradient(game, member, here, batch, buffers)
             reference = own_gradient(game, member, there, batch, game.buffers()).norm
+            gradients += 2
+            by_walls = game.by_walls(member)
+            if game.players[member].constraints or by_walls is not game:
+                findings += within_constraints(by_walls, member, here, batch, buffers, reference, tolerance)
+                continue
+            if game.residual(member).projects:
+                findings += within_set(game, member, here, batch, buffers, reference, tolerance)
+                continue
             found, y = own.spectrum(lanczos_steps, seed), flatten(here[member])
             rounding = 100.0 * torch.finfo(y.dtype).eps * found.largest * float(y.norm())
             findings.append(small(f"{member}: first order", own.norm, reference, rounding, tolerance))
             second = f"{member}: second order"
             findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
             products += found.products
-    return Certificate("differential Nash", tuple(findings), gradients=len(findings), products=products)
+    return Certificate("differential Nash", tuple(findings), gradients=gradients, products=products)
 
 
 def _corrected(held: LeaderFollowerPoint, here: Taken, steps: int) -> tuple[Taken | None, float, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
+from bilevel.game.detached import refuse_detached
+from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
-from bilevel.game.processes import watched_modules
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
@@ -21,7 +24,7 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record"),
     )
 )
 
@@ -48,7 +51,21 @@ def check_names(players: Mapping[str, Player]) -> None:
                     "that name. Rename the player."
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
+            if "batch" in parameters and player.data is None:
+                raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
+        for what, function in player.constraints.items():
+            _check_parameters(name, what, player.parameters(function), players)
+            if "batch" in player.parameters(function) and player.data is None:
+                raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
+            takes_batch = takes_batch or "batch" in player.parameters(function)
+        _check_parameters(name, "domain or prox", player.option_players, players)
+        if name in player.option_players or "batch" in player.option_players:
+            raise ValueError(
+                f"Player {name!r}: its domain or prox depends on "
+                f"{'its own variables' if name in player.option_players else 'batch'}; expected numbers, or functions "
+                "of other players."
+            )
         if not takes_batch and player.data is not None:
             raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
 
@@ -86,10 +103,11 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
             kinds.setdefault((leaf.dtype, leaf.device), where)
     if len(kinds) > 1:
+        halves = {torch.bfloat16, torch.float16}
         (first, at), (second, there) = list(kinds.items())[:2]
         raise ValueError(
-            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-            "game share one dtype and one device: use .to(device, dtype)."
+            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a game "
+            f"share one dtype and one device: use .to(device, dtype).{_HALF if halves & {first[0], second[0]} else ''}"
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
@@ -99,12 +117,41 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
 
 
+_HALF = (
+    " To compute in half precision keep the variables in float32, and run the loss under torch.autocast(device_type, "
+    "dtype=torch.bfloat16)."
+)
+
+
+def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Refuse domains and terms that do not fit the variables, domains without points, and starts outside them."""
+    for name, player in players.items():
+        given = {other: initial[other] for other in player.option_players}
+        if player.prox is not None:
+            player.prox.settled(given).check(initial[name], f"Player {name!r}: init")
+        if player.domain is not None:
+            player.domain.settled(given).require(initial[name], f"Player {name!r}: init")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a player's loss runs.
+
+    Args:
+        kernels: What of it has one derivative only, where there is a form with two.
+        strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
+    """
+
+    kernels: FastKernels = field(default_factory=FastKernels)
+    strangers: tuple[tuple[nn.Module, str], ...] = ()
+
+
 Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, FastKernels]]:
-    """Evaluate each objective once and see from the graph what it depends on, and which fast kernels it uses."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, Runs]]:
+    """Evaluate each objective once and see from the graph what it depends on, and what it runs."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "Game: nothing can be differentiated inside torch.inference_mode(). Make the game outside it; where "
@@ -113,11 +160,13 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
-    kernels: dict[str, FastKernels] = {}
+    runs: dict[str, Runs] = {}
     for name in players:
-        in_loss, in_residual, found = _dependence(game, name, players, initial)
-        if found:
-            kernels[name] = found
+        in_loss, in_residual, runs[name] = _dependence(game, name, players, initial)
+        # Whether a function of players uses all of them is not looked at: it is named after them alone.
+        for other in players[name].option_players:
+            paths = {path for path, _ in named_leaves(initial[other])}
+            in_residual = {**in_residual, other: in_residual.get(other, set()) | paths}
         depends[name] = frozenset(in_residual)
         for part in (in_loss, in_residual):
             for other, paths in part.items():
@@ -139,7 +188,7 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         # vanishes where somebody rests says where that is.
         if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, kernels
+    return depends, runs
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -168,7 +217,9 @@ _START = (
 
 
 def _what(player: Player) -> str:
-    return "objective" if player.follows_loss else "residual"
+    if player.constraints:
+        return f"objective, with its {' and '.join(player.constraints)},"
+    return "objective" if player.residual is None else "residual"
 
 
 def _chooses_nothing(name: str, players: Mapping[str, Player]) -> str:
@@ -184,25 +235,30 @@ Paths = dict[str, set[str]]
 
 def _dependence(
     game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
-) -> tuple[Paths, Paths, FastKernels]:
-    """What a player's loss depends on, what its residual does, and which fast kernels the loss uses.
+) -> tuple[Paths, Paths, Runs]:
+    """What a player's loss depends on, what its residual does, and what they run.
 
     Refuses losses that nothing can be done with.
     """
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
-        spread: list[str] = []
+        seen = FirstCall()
+        called = [players[other].init for other in game.arguments(name)]
+        modules = [module for module in called if isinstance(module, nn.Module)]
         try:
-            with watched_modules(spread):
+            with seen.watched(players, own_module=bool(modules)):
                 loss = game.loss(name, trial, batch)
         except Exception as error:
-            _refuse_spread(name, spread)
+            _refuse_spread(name, seen)
+            told = told_of_recomputation(error)
+            if told:
+                raise ValueError(f"Player {name!r}: {told}") from error
             raise ValueError(
                 f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
                 f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
-    _refuse_spread(name, spread)
+    _refuse_spread(name, seen)
     _refuse_written(name, "objective", trial, initial)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
@@ -223,17 +279,21 @@ def _dependence(
             f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
             ".real, or .abs().square()."
         )
-    called = [players[other].init for other in game.arguments(name)]
-    kernels = FastKernels.of([loss], [module for module in called if isinstance(module, nn.Module)])
+    kernels = FastKernels.of([loss], modules)
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    rests = found if players[name].follows_loss else _residual_dependence(game, name, trial, batch)
+    own = players[name].residual is not None
+    with seen.watched(players, own_module=bool(modules)):
+        rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
+        for what, function in players[name].constraints.items():
+            for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+                rests.setdefault(other, set()).update(paths)
     _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests, kernels
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
 
 
 def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
@@ -254,9 +314,9 @@ def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initia
                 )
 
 
-def _refuse_spread(name: str, spread: Sequence[str]) -> None:
-    if spread:
-        raise ValueError(f"Player {name!r}: a module that its objective calls is {spread[0]}")
+def _refuse_spread(name: str, seen: FirstCall) -> None:
+    if seen.spread:
+        raise ValueError(f"Player {name!r}: a module that its objective calls is {seen.spread[0]}")
 
 
 def _hint(error: Exception, player: Player) -> str:
@@ -311,9 +371,13 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
 
 def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object) -> Paths:
     """The same of a residual of the player's own; refuses one that is not finite or not of the form of its init."""
-    others = {other: v for other, v in trial.items() if other != name}
-    with random_kept(game.device), torch.enable_grad():
-        _, found, _ = game.residual(name)(game, name, leaves(trial[name]), others, batch, game.buffers())
+
+    def residual(point: Mapping[str, Variables]) -> list[Tensor]:
+        others = {other: v for other, v in point.items() if other != name}
+        with random_kept(game.device), torch.enable_grad():
+            return game.residual(name)(game, name, leaves(point[name]), others, batch, game.buffers())[1]
+
+    found = _first_call(name, lambda: residual(trial), batch)
     for (path, leaf), value in zip(named_leaves(trial[name]), found, strict=True):
         if value.dtype != leaf.dtype or not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -327,7 +391,73 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
             f"Player {name!r}: its residual is not differentiable in any player's variables. Use the arguments "
             "themselves, without .detach() or .item()."
         )
-    return _reached(name, "residual", total, trial)
+    reached = _reached(name, "residual", total, trial)
+    refuse_detached(name, residual, trial)
+    return reached
+
+
+def _first_call(name: str, residual: Callable[[], list[Tensor]], batch: object) -> list[Tensor]:
+    """What a residual of the player's own gives at init; what it raises, in words."""
+    try:
+        return residual()
+    except Exception as error:
+        if str(error).startswith(f"Player {name!r}: its residual"):
+            raise
+        hint = ""
+        if "in-place" in str(error):
+            hint = " Others hold its arguments: make new tensors, y - z and not y.sub_(z)."
+        elif "numpy()" in str(error):
+            hint = " It must be differentiable: torch's operations on the arguments themselves."
+        raise ValueError(
+            f"Player {name!r}: its residual raised {type(error).__name__} on its first batch ({kind(batch)}): "
+            f"{error}{hint}"
+        ) from error
+
+
+def _constraint_dependence(
+    game: PlayedGame,
+    players: Mapping[str, Player],
+    name: str,
+    what: str,
+    function: Callable[..., Any],
+    trial: Mapping[str, Variables],
+    batch: object,
+) -> Paths:
+    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+    told = f"Player {name!r}: its {what}"
+    with random_kept(game.device), torch.enable_grad():
+        try:
+            value, _ = game.call(name, function, trial, batch, game.buffers(), {})
+        except Exception as error:
+            raise ValueError(
+                f"{told} raised {type(error).__name__} at init, on its first batch ({kind(batch)}): {error}"
+            ) from error
+    pairs = named_leaves(value)
+    if not pairs:
+        raise TypeError(f"{told} returned {kind(value)} without a tensor; expected one, or a pytree of them.")
+    dtype = leaves(trial[name])[0].dtype
+    found: Paths = {}
+    for path, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{told} returned {kind(leaf)}{f' at {path}' if path else ''}; expected a tensor.")
+        if leaf.numel() == 0 or leaf.dtype != dtype or leaf.device != game.device:
+            raise ValueError(
+                f"{told}{path} is a tensor of shape {tuple(leaf.shape)} of {leaf.dtype} on {leaf.device}; expected at "
+                f"least one entry of {dtype} on {game.device}, as its variables are."
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"{told}{path} at init holds NaN or infinity; expected finite numbers. Start elsewhere.")
+        reached = _reached(name, what, leaf.sum(), trial) if leaf.requires_grad else {}
+        if name not in reached:
+            on = f"on {' and '.join(map(repr, reached))} alone" if reached else "on nobody's variables"
+            raise ValueError(
+                f"{told}{path} depends {on}; a constraint of {name!r} is one of its own variables. Use the argument "
+                f"`{name}` itself, without .detach(), or give the constraint to whom it binds."
+            )
+        for other, paths in reached.items():
+            found.setdefault(other, set()).update(paths)
+    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), players, trial)
+    return found
 
 
 def _refuse_own_parameters(

@@ -13,11 +13,12 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from bilevel._returned import Lent, described, require_like
 from bilevel.autodiff import concrete
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
-from bilevel.linear.system import Candidate, LinearSystem, Memory
+from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ class LinearSolver(ABC):
         return False
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
-        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it has none."""
+        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it starts empty.
+
+        What `iterate` returns as `Candidate.memory` is kept from system to system in any case.
+        """
         return {}
 
     def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
@@ -178,8 +182,8 @@ class LinearSolver(ABC):
             operator: A.
             rhs: `[n]`. Where it is 0, so is the solution, at no product.
             initial: where to start, `[n]`, for methods that start somewhere.
-            memory: what earlier solves learned: `init(rhs)` at first, then the last solution's `memory`. It is not
-                written to. None: nothing is kept.
+            memory: what earlier solves learned: `init(rhs)` or {} at first, then the last solution's `memory`. It is
+                not written to. None: nothing is kept.
 
         Raises:
             ValueError: for vectors or a layout that cannot be of one system.
@@ -198,15 +202,33 @@ class LinearSolver(ABC):
         system = LinearSystem.of(operator, self.damping, rhs, size, self._tolerance(size))
         if concrete(size) == 0.0:
             return self._judged(system, Candidate(torch.zeros_like(rhs), rhs, size), memory)
-        known = self.init(rhs, operator.shapes) if memory is None else dict(memory)
+        # What has an empty memory begins it, as what is given none does.
+        known = dict(memory) if memory else self.init(rhs, operator.shapes)
+        require_memory(known, f"{type(self).__name__}.init: what it returned")
         system = replace(system, initial=initial, memory=known, keeps=memory is not None)
+        return self._judged(system, self._iterated(system), memory)
+
+    def _iterated(self, system: LinearSystem) -> Candidate:
+        """What `iterate` returns, held to its contract; measured here where it was not."""
+        name, lent = f"{type(self).__name__}.iterate", Lent()
+        lent.out("system.rhs", system.rhs)
+        lent.out("system.initial", system.initial)
+        lent.out("system.memory", system.memory)
         found = self.iterate(system)
         if not isinstance(found, Candidate):
             raise TypeError(
-                f"{type(self).__name__}.iterate returned a {type(found).__name__}; expected what system.measure(u) "
-                "returns, u with its true residual."
+                f"{name} returned {described(found)}; expected what system.measure(u) returns, u with its true "
+                "residual."
             )
-        return self._judged(system, found, memory)
+        lent.require_untouched(name)
+        require_like(found.solution, system.rhs, f"{name}: the solution that it returned")
+        if found.memory is not None:
+            require_memory(found.memory, f"{name}: the memory that it returned")
+        if not found.true:
+            measured = system.measure(found.solution)
+            given = {n: getattr(found, n) for n in ("memory", "error", "enough", "shortfall")}
+            return replace(measured, **given)
+        return found
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""

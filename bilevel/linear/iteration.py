@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete, transforms_active
-from bilevel.errors import IndefiniteSystemError, NotSymmetricError
+from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError
 from bilevel.linear.arithmetic import Arithmetic, Flag, Scalar, arithmetic
 from bilevel.linear.lanczos import extreme_eigenvalues
-from bilevel.linear.norms import asymmetry_tolerance
+from bilevel.linear.norms import asymmetry_tolerance, largest_entry
 from bilevel.linear.operator import LinearOperator
 from bilevel.linear.stopping import Watch
 
@@ -59,7 +59,7 @@ class Iteration:
         r = residual / scale
         z = self._preconditioned(r)
         p, rho = z, on.dot(r, z)
-        self._require_definite(on, moving, rho)
+        self._require_definite(on, moving, rho, r, z)
         e: Tensor | None = None
         before: _Before | None = None
         steps = 0
@@ -93,7 +93,7 @@ class Iteration:
                 break
             # Without a preconditioner rho is |r|^2, of an r that was scaled to unit size.
             moving = moving & ((on.root(rho) if self.inverse is None else on.norm(r)) > goal)
-            self._require_definite(on, moving, rho)
+            self._require_definite(on, moving, rho, r, z)
         if e is None:
             return torch.zeros_like(r), steps
         return on.scaled(e, scale), steps
@@ -101,12 +101,22 @@ class Iteration:
     def _preconditioned(self, residual: Tensor) -> Tensor:
         return residual if self.inverse is None else self.inverse(residual)
 
-    def _require_definite(self, on: Arithmetic, moving: Flag, rho: Scalar) -> None:
-        """Of the preconditioner, by r'M^-1 r."""
-        if self.inverse is not None and on.lowest(moving, rho) <= 0.0:
+    def _require_definite(self, on: Arithmetic, moving: Flag, rho: Scalar, r: Tensor, z: Tensor) -> None:
+        """Of the preconditioner, by rho = r'M^-1 r with z = M^-1 r."""
+        if self.inverse is None:
+            return
+        least = on.lowest(moving, rho)
+        if least <= 0.0:
             raise IndefiniteSystemError(
-                f"ConjugateGradient's preconditioner gave r'M^-1 r = {on.lowest(moving, rho):.3g} for a residual r; it "
-                "has to be symmetric positive definite. Leave it out, or damp it."
+                f"ConjugateGradient's preconditioner gave r'M^-1 r = {least:.3g} for a residual r; it has to be "
+                "symmetric positive definite. Leave it out, or damp it."
+            )
+        if math.isfinite(least) or not on.some(moving):
+            return
+        if math.isfinite(largest_entry(r)) and not math.isfinite(largest_entry(z)):
+            raise NonFiniteError(
+                "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it out, "
+                "or look for a division by zero in it."
             )
 
     def _refuse_indefinite(self, relative: float, p: Tensor, e: Tensor | None) -> None:

@@ -136,7 +136,7 @@ class Neumann(LinearSolver):
                 adding = adding & self._adding(left, system.tolerance)
                 if not concrete(adding):
                     break
-        return replace(found or Candidate(solution, residual, left), memory=memory)
+        return replace(found or system.with_residual(solution, residual, left), memory=memory)
 
     def _adding(self, size: Tensor, tolerance: Tensor) -> Tensor:
         return torch.ones_like(size, dtype=torch.bool) if self.rtol is None else size > tolerance

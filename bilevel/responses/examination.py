@@ -132,6 +132,10 @@ class Examination:
                 u, left = v, torch.zeros_like(found.residual_norm)
                 with torch.no_grad():
                     value = inner(v, products(v, slice(1))[0])
+            # In units of its own: the squares of an adjoint of 1e20 overflow float32, and those of 1e-30 vanish.
+            unit = u.abs().amax()
+            unit = torch.where(unit > 0.0, unit, 1.0)
+            u, value, left = u / unit, value / unit / unit, left / unit
             square = inner(u, u)
             seen = square > 0.0
             square = torch.where(seen, square, 1.0)

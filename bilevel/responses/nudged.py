@@ -17,11 +17,12 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteErr
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
+from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import require_minimum
+from bilevel.inner.base import minimised, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
-from bilevel.inner.torch_optim import OptimizerFactory, require_factory
+from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
@@ -102,8 +103,7 @@ class Nudged(Response):
                 "Nudged: optimizer is ClosedForm(...), which gives one optimum and cannot be nudged. Use "
                 "Implicit(ClosedForm(...)), or Nudged with an optimiser."
             )
-        if not isinstance(self.optimizer, InnerSolver):
-            require_factory("Nudged: optimizer", self.optimizer)
+        require_solver("Nudged: optimizer", self.optimizer)
 
     @property
     def promise(self) -> Promise:
@@ -141,6 +141,11 @@ class Nudged(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
+            raise TypeError(
+                f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
+                "differences. Use Implicit, which differentiates the constraints that bind."
+            )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
         nothing = flatten(state["variables"])[:0].clone()
@@ -200,7 +205,7 @@ class Nudged(Response):
         memory = state["optimizer"] if self.warm_start else None
         threshold = (self.tolerance or 0.0) * state["reference"]
         with torch.no_grad():
-            y, memory = self._solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(self._solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
         return y, memory
 
@@ -321,8 +326,13 @@ class _Settled:
             start = self._start(tilted, y, sign * force, force)
             left_at = (response.tolerance or 0.0) * force
             try:
-                found, _ = response._solver.minimise(
-                    tilted, self.form.split(start), self.memory, steps=response.steps, threshold=left_at
+                found, _ = minimised(
+                    response._solver,
+                    tilted,
+                    self.form.split(start),
+                    self.memory,
+                    steps=response.steps,
+                    threshold=left_at,
                 )
                 self._follower.require_finite(found, _ADVICE)
             except NonFiniteError as error:
@@ -427,6 +437,21 @@ class _Tilted:
         self.others: Mapping[str, Variables] = settled.others
 
     form: Structure
+    constraints = None
+    bounds = None
+    rests: Residual = OwnGradient()
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same as `gradients`: nothing is projected."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient."""
+        return list(slopes)
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step ends."""
+        return list(z)
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of the tilted loss."""

@@ -307,6 +307,9 @@ def test_what_it_cannot_nudge_is_refused():
         bl.Nudged(bl.ClosedForm(lambda x: x))
     with pytest.raises(ValueError, match="nudge=0"):
         bl.Nudged(SGD, nudge=0.0)
+    boxed = bl.Player(quartic, torch.zeros(5), domain=bl.Box(0.0, 1.0))
+    with pytest.raises(TypeError, match="player 'y' is constrained.*Use Implicit"):
+        bl.Nudged(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5)), y=boxed))
     own = bl.Player(quartic, torch.zeros(5), residual=lambda y, gradient: gradient)
     with pytest.raises(TypeError, match="Nudged minimises one loss"):
         bl.Nudged(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5)), y=own))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError, CapturedTensorError
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.segment import tried
@@ -56,6 +56,14 @@ class ForwardMode(Differentiation):
     def require(self, game: Game) -> None:
         """Refuse many games at once: it carries a derivative for every leader's entry, of all of them."""
         game.require_one("ForwardMode, which carries a derivative for every leader's entry,")
+
+    def require_follower(self, follower: Follower) -> None:
+        """Refuse projected steps: it carries the derivative through the optimiser's step alone."""
+        if follower.rests.projects:
+            raise TypeError(
+                f"ForwardMode: the steps of player {follower.name!r} are projected, with {follower.rests.told}, which "
+                "it does not carry the derivative through. Use ReverseMode() or Segments()."
+            )
 
     def follow(self, steps: Steps, start: Point, count: int) -> Followed:
         """Where the steps lead, attached to the others' variables by the derivative that was carried along."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
+from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
 from bilevel.responses.base import FartherLook, Response, State, at_start, fresh_state, require_second_derivative
@@ -149,8 +150,19 @@ class Unrolled(Response):
             game.require_one("Unrolled with options that are functions of players")
         self.differentiation.require(game)
         require_second_derivative(start, state)
+        self.differentiation.require_follower(start)
+        if start.rests.projects:
+            self._refuse_unprojected(start, state)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
         return state | {"optimizer": None, "schedule": None}
+
+    def _refuse_unprojected(self, start: Follower, state: State) -> None:
+        y = leaves(state["variables"])
+        players = {name: value for name, value in start.others.items() if name in start.game.names}
+        optimizer = torch_optimizer("Unrolled", self.optimizer).build(
+            [leaf.detach().clone() for leaf in y], leaf_names(state["variables"], start.name), players
+        )
+        refuse_unprojected("Unrolled", start.name, start.rests, optimizer)
 
     def adopt(self, saved: State, start: State) -> State:
         """With the optimiser's memory, where it is such as this one's; a schedule goes on at its step."""

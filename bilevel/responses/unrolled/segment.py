@@ -124,7 +124,7 @@ class Segment:
             warnings.simplefilter("ignore")  # they were issued the first time
             for number, record in enumerate(self.records, start=1):
                 with record.again(game.device):
-                    _, slopes, after = recipe.rests(game, name, y, others, record.batch, buffers)
+                    _, slopes, after = recipe.rests.field(game, name, y, others, record.batch, buffers)
                     total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
                     if number % batches == 0:
                         y, total = stepper.step(y, recipe.settings.mean(total)), None
