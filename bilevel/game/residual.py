@@ -607,8 +607,8 @@ class UserResidual(Residual):
         if strange or not values:
             inside = f" with {described(strange[0])} in it" if strange and strange[0] is not found else ""
             raise TypeError(
-                f"{told} {described(found)}{inside}; expected tensors in the form of its init, made of its arguments by "
-                "differentiable operations: no .item(), .numpy() or .tolist()."
+                f"{told} {described(found)}{inside}; expected tensors in the form of its init, made of its arguments "
+                "by differentiable operations: no .item(), .numpy() or .tolist()."
             )
         came = structure_of(found)
         if came.spec != form.spec or came.shapes != form.shapes:

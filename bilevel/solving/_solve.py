@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from bilevel.dynamics import Dynamics, Simultaneous
-from bilevel.errors import CheckpointError
+from bilevel.errors import CheckpointError, StopRun
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
@@ -95,7 +95,8 @@ def solve(
         scheduler: From that optimiser to a torch learning-rate scheduler.
         clip_norm: Largest norm of a leader's gradient; None: as it is.
         dynamics: How several leaders follow their field; default: `Simultaneous()`.
-        callbacks: Called as `callback(step, record, variables)` after each step.
+        callbacks: Called as `callback(step, record, variables)` after each step; one that raises `bl.errors.StopRun`
+            ends the run there.
         checkpoint: A file to write, also when interrupted.
         checkpoint_every: So many steps.
         resume: Go on from the checkpoint, bit for bit.
@@ -138,10 +139,11 @@ def solve(
                 progress_bar(progress, run.now.step, steps) as show,
                 _saving(run, path, checkpoint_every) as save_if_due,
             ):
-                while run.now.step < steps:
+                stopped = False
+                while run.now.step < steps and not stopped:
                     record = run.step()
                     show(record)
-                    _call(callbacks, run, record)
+                    stopped = _call(callbacks, run, record)
                     save_if_due()
         return run.solution()
     finally:
@@ -183,8 +185,14 @@ def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], No
         save()
 
 
-def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> None:
+def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:
+    """Whether one of them wants the run to end; the others are called all the same."""
+    stopped = False
     # Random numbers that a callback draws are its own: a run that is stopped in one goes on as if it had ended.
     for callback in callbacks:
         with random_kept(run.game.device):
-            callback(run.now.step, record, run.variables)
+            try:
+                callback(run.now.step, record, run.variables)
+            except StopRun:
+                stopped = True
+    return stopped

@@ -27,6 +27,7 @@ from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Record, loss_key, refuse_ambiguous, summary
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
+from bilevel.solving.progress_left import hardly_begun
 from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
 from bilevel.tree import Variables, map_leaves
@@ -310,6 +311,8 @@ class Run:
         told = [RunWarning(text) for text in now.changes]
         told += as_run_warnings(logged(now.warned, new, now.step + 1, counted=False), now.step)
         told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
+        if far := self._hardly_begun():
+            told.append(far)
         for warning in told:
             if warning.category is not None:
                 warnings.warn(warning.text, warning.category, stacklevel=3)
@@ -330,6 +333,14 @@ class Run:
             buffers=buffers,
             multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
         )
+
+    def _hardly_begun(self) -> RunWarning | None:
+        """A single leader who is as far from an end as at the start; of several, a loss need not fall."""
+        if len(self.leaders.names) != 1 or self.game.record_keys != ("",):
+            return None
+        (leader,) = self.leaders.names
+        noisy = any(player.data is not None for player in self.game.players.values())
+        return None if noisy else hardly_begun(leader, self.history.records())
 
 
 def _touches(paths: list[str], part: str, name: str) -> bool:

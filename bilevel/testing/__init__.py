@@ -22,6 +22,7 @@ from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Form, Nested, Scalar, Vector
 from bilevel.testing.hypergradient import HypergradientCheck, check_hypergradient
 from bilevel.testing.known import KnownGame
+from bilevel.testing.linear_systems import check_linear_solver, check_preconditioner
 from bilevel.testing.players import KnownPlayers, QuadraticPlayers, bertrand_players, cournot_players, saddle
 from bilevel.testing.regressions import Logistic, Ridge
 
@@ -62,6 +63,8 @@ __all__ = [
     "bertrand_players",
     "check_hypergradient",
     "check_hypergradient_function",
+    "check_linear_solver",
+    "check_preconditioner",
     "check_response",
     "cournot_players",
     "saddle",
