@@ -6,7 +6,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 `bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import constraints, dynamics, errors, extend, hyper, inner, linear, networks, responses, testing
+from bilevel import constraints, dynamics, errors, extend, hyper, inner, linear, networks, responses, testing, tuning
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
@@ -20,6 +20,7 @@ from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games
 from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
+from bilevel.tuning import retrain, tune
 
 
 def __getattr__(name: str) -> object:
@@ -73,7 +74,10 @@ __all__ = [
     "networks",
     "penalty",
     "responses",
+    "retrain",
     "root",
     "solve",
     "testing",
+    "tune",
+    "tuning",
 ]

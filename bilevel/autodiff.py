@@ -207,14 +207,33 @@ def concrete(tensor: Tensor) -> float:
     return box.value
 
 
+def norm(vector: Tensor) -> Tensor:
+    """|vector| of `[n]`, a 0-d tensor that is 0 only for the zero vector: squares of 1e-23 underflow in float32."""
+    if not transforms_active():
+        plain: Tensor = torch.linalg.vector_norm(vector)
+        # Far from where squares underflow or overflow: a sixth of what the careful way below costs.
+        limits = torch.finfo(vector.dtype)
+        if limits.tiny**0.5 / limits.eps < float(plain.detach()) < limits.max**0.5:
+            return plain
+    # The squares of a float32 gradient of 1e-23 underflow, and a residual of 0 would be a lie.
+    largest = vector.abs().amax()
+    scale = torch.where(largest > 0.0, largest, 1.0)
+    size: Tensor = scale * torch.linalg.vector_norm(vector / scale)
+    return size
+
+
 class _Below(torch.autograd.Function):
     @staticmethod
-    def forward(function: Callable[..., tuple[Tensor, ...]], refusal: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        function: Callable[..., tuple[Tensor, ...]], refusal: str | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         return function(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.refusal = inputs[1]
+        ctx.refusal, ctx.count = inputs[1], len(output)
+        if ctx.refusal is None:
+            ctx.mark_non_differentiable(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
@@ -222,10 +241,12 @@ class _Below(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        if ctx.refusal is None:
+            return (None,) * int(ctx.count)
         raise SecondDerivativeError(ctx.refusal)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, function: Any, refusal: str, *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, function: Any, refusal: str | None, *tensors: Tensor) -> tuple[Any, Any]:
         rows = []
         for index in range(info.batch_size):
             row = [x if d is None else x.select(d, index) for x, d in zip(tensors, in_dims[2:], strict=True)]
@@ -234,11 +255,12 @@ class _Below(torch.autograd.Function):
 
 
 def below_transforms(
-    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], refusal: str
+    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], refusal: str | None = None
 ) -> tuple[Tensor, ...]:
     """A function of plain tensors, run on plain tensors below all `torch.func` transforms; under vmap once a row.
 
-    It is not differentiated: a derivative of what it returns raises `SecondDerivativeError(refusal)`.
+    It is not differentiated: what it returns is constant, or with a `refusal` a derivative of it raises
+    `SecondDerivativeError(refusal)`.
     """
     return _Below.apply(function, refusal, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+class StopRun(Exception):  # noqa: N818 - no error: a callback of `solve` asks for it
+    """Raised by a callback, it ends `solve` after the step: the solution is returned, and a checkpoint written."""
+
+
 class BilevelError(RuntimeError):
     """Base of every error that bilevel raises while running."""
 

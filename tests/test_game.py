@@ -119,6 +119,43 @@ def test_a_module_that_is_not_called_functionally_is_found():
         )
 
 
+def writes(how):
+    def loss(x, y):
+        with torch.no_grad():
+            how(x, y)
+        return ((y - x) ** 2).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("how", "who"),
+    [
+        (lambda x, y: y.clamp_(0.0, 1.0), "y"),  # changes nothing at the start
+        (lambda x, y: y.data.add_(1.0), "y"),  # leaves the tensor's version as it was
+        (lambda x, y: x[:1].zero_(), "x"),
+    ],
+)
+def test_a_loss_that_writes_into_variables_is_refused_by_name(how, who):
+    inside = torch.full((3,), 0.5)
+    with pytest.raises(ValueError, match=f"Player 'y': its objective writes into the variables of '{who}'.*clone"):
+        game(follower=writes(how), x=inside, y=inside)
+    game(follower=writes(lambda x, y: how(x.clone(), y.clone())), x=inside, y=inside)
+
+
+def test_a_residual_that_writes_into_variables_is_refused_by_name():
+    def residual(x, y):
+        with torch.no_grad():
+            y["a"].clamp_(min=0.0)
+        return {"a": y["a"] - x}
+
+    with pytest.raises(ValueError, match=r"Player 'y': its residual writes into the variables of 'y'\['a'\]"):
+        bl.Game(
+            x=bl.Player(lambda x, y: (y["a"] - 1.0).sum() * x.sum(), torch.ones(3)),
+            y=bl.Player(lambda x, y: ((y["a"] - x) ** 2).sum(), {"a": torch.ones(3)}, residual=residual),
+        )
+
+
 def two_leaders():
     """Each leader is told of the follower alone, who is moved by both: y* = x1 + 2 x2."""
     return bl.Game(

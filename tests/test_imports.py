@@ -30,6 +30,7 @@ MAY = {
     "constraints": GROUND,
     "game": GROUND | {"constraints"},
     "hyper": GAME,
+    "tuning": SOLVE | {"hyper"},
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},

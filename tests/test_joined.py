@@ -194,4 +194,4 @@ def test_what_cannot_be_joined_is_refused():
         with pytest.raises(TypeError, match="ScipyRoot"):
             bl.solve(joined, firms=bl.Implicit(solver, linear_solver=bl.GMRES()))
     with pytest.raises(ValueError, match="no single Hessian"):
-        bl.certify(joined, {name: joined.initial(name) for name in joined.names})
+        bl.exploitability(joined, {name: joined.initial(name) for name in joined.names})

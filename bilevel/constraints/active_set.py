@@ -93,8 +93,10 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
     binding = l > 0.0
     best: KKTPoint | None = None
     seen: set[tuple[bool, ...]] = set()
+    hessian, near = None, False
     for _ in range(_STEPS):
-        hessian = programme.hessian(y, l, m) if y.numel() <= DENSE else None
+        if y.numel() <= DENSE and (hessian is None or not near):
+            hessian = programme.hessian(y, l, m)
         here = _judged(KKTPoint(y, l, m, slope, at, hessian, math.inf))
         gained = best is None or here.error < 0.5 * best.error
         if best is None or here.error < best.error:
@@ -104,6 +106,9 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
         if not gained and reached(best, epsilon):
             break
         moved, l, m = _newton(here, hessian, binding)
+        # So near, the Hessian of a step ago is as good, and costs nothing.
+        turned = float((l - here.l).norm() + (m - here.m).norm()) / (float(l.norm() + m.norm()) or 1.0)
+        near = float(moved.abs().max()) <= 1e-7 * here.size and turned <= 1e-7
         y = y + moved
         if not bool(torch.isfinite(y).all()):
             break

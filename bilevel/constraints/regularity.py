@@ -145,8 +145,10 @@ def curvatures(point: KKTPoint) -> tuple[float, float]:
 
 def _flatness(point: KKTPoint, hessian: Tensor, epsilon: float) -> float | None:
     """The smallest eigenvalue along the constraints that bind, where it is not above 0 by more than rounding."""
-    smallest, _ = curvatures(point)
     rounding = 100.0 * len(point.y) * epsilon * float(hessian.abs().max())
+    if not int(torch.linalg.cholesky_ex(hessian - rounding * torch.eye(len(hessian), dtype=hessian.dtype)).info):
+        return None  # curved upwards everywhere
+    smallest, _ = curvatures(point)
     if smallest > rounding:
         return None
     return smallest if smallest < -rounding else 0.0

@@ -57,8 +57,8 @@ def directed(rule: Dynamics, field: Field, state: State) -> tuple[dict[str, list
     """What `rule.directions` returns, held to its contract.
 
     Raises:
-        TypeError, ValueError: For what is no tuple of directions like the movers' leaves and a dict, and for a rule that
-            moved the players or wrote into its state.
+        TypeError, ValueError: For what is no tuple of directions like the movers' leaves and a dict, and for a rule
+            that moved the players or wrote into its state.
     """
     name, lent = f"{type(rule).__name__}.directions", Lent()
     for player, point in field.point.items():

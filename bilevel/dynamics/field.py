@@ -112,8 +112,8 @@ def _split(method: str, vector: Tensor, like: Mapping[str, list[Tensor]], names:
     first = like[names[0]][0]
     if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),) or vector.dtype != first.dtype:
         raise ValueError(
-            f"{method} was given {described(vector)}; expected one vector [{sum(sizes)}] of {first.dtype}, the leaves of "
-            f"{list(names)} one after the other, as Field.stack makes it."
+            f"{method} was given {described(vector)}; expected one vector [{sum(sizes)}] of {first.dtype}, the leaves "
+            f"of {list(names)} one after the other, as Field.stack makes it."
         )
     parts = iter(torch.split(vector, sizes))
     return {name: [next(parts).reshape(leaf.shape) for leaf in like[name]] for name in names}

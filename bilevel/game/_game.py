@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
+from bilevel.constraints.walls import has_walls
 from bilevel.errors import BilevelError
 from bilevel.game.checks import (
     RESERVED,
     Depends,
+    Runs,
     check_domains,
     check_follower,
     check_names,
@@ -25,6 +28,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.processes import refuse_processes
@@ -37,7 +41,8 @@ Anticipated = Callable[[Mapping[str, Variables]], Variables]
 
 Derived = TypeVar("Derived", bound="Game")
 
-NO_KERNELS = FastKernels()
+_FIRST = Runs()
+"""What is known of a loss before its first call."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
-    kernels: Mapping[str, FastKernels]
+    runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
 
 
@@ -109,16 +114,39 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
-            kernels={},
+            runs={},
         )
-        depends, kernels = check_objectives(self, self._parts.players)
-        self._parts = replace(self._parts, depends=depends, kernels=kernels)
+        depends, runs = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, runs=runs)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
         game = copy.copy(self)
         game._parts = replace(self._parts, **changed)
         return game
+
+    def to(self: Derived, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Derived:
+        """The same game elsewhere, or in another precision: variables, buffers, and the tensors of its batches.
+
+        What losses capture is yours to move, as are the frozen parameters of a player's module. Everything is checked
+        again.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.to(dtype=torch.float64).initial("y").dtype
+        torch.float64
+        """
+        self.require_one("Game.to")
+        move, parts = Move(None if device is None else torch.device(device), dtype), self._parts
+        game = self.derived(
+            initial={name: map_leaves(move, value) for name, value in parts.initial.items()},
+            buffers=map_leaves(move, parts.buffers),
+            streams={name: stream.mapped(move.batch) for name, stream in parts.streams.items()},
+            depends={},
+            runs={},
+        )
+        check_domains(parts.players, game._parts.initial)
+        depends, runs = check_objectives(game, parts.players)
+        return game.derived(depends=depends, runs=runs)
 
     # What is in the game -------------------------------------------------------------------------------------------
 
@@ -149,8 +177,8 @@ class Game:
 
         Where two derivatives are taken, that form is run.
         """
-        found = [self._parts.kernels[m] for m in self.members(player) if m in self._parts.kernels]
-        return FastKernels(*(any(flags) for flags in zip(*map(astuple, found), strict=True))) if found else NO_KERNELS
+        found = [astuple(self._parts.runs[member].kernels) for member in self.members(player)]
+        return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
 
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
@@ -190,30 +218,45 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str, *, constrained: bool = False) -> None:
+    def require_minima(
+        self, asker: str, *, joined: bool = False, constrained: bool = False, functions: bool = True
+    ) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
-        `constrained`: whether who asks knows minima within functions as constraints.
+        With `joined`, players who answer together may each rest at a minimum of its own loss. `constrained`: whether
+        who asks knows minima within constraints; `functions`: functions among them.
         """
         for name in self.names:
             members = self.members(name)
-            if members != (name,):
+            if members != (name,) and not joined:
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if constrained and self._parts.players[name].constraints:
-                continue
-            if self._parts.players[name].constraints:
-                raise ValueError(
-                    f"{asker}: {name!r} has constraints, and rests where its Lagrangian is stationary and not its "
-                    "loss. Hold the hypergradient against finite differences of re-solved followers."
-                )
-            if not self.residual(name).minimises:
-                raise ValueError(
-                    f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
-                    "loss. Hold the answer against finite differences of re-solved followers."
-                )
+            for member in members:
+                kept, rests = bool(self._parts.players[member].constraints), self.residual(member)
+                if (kept or rests.projects) and constrained and (functions or not kept):
+                    continue
+                if kept or rests.projects:
+                    raise ValueError(
+                        f"{asker}: {member!r} has {'functions as constraints' if kept else rests.told}, and rests "
+                        "where its loss's own gradient need not vanish. testing.check_hypergradient and certify_nash "
+                        "know constraints."
+                    )
+                if not rests.minimises:
+                    raise ValueError(
+                        f"{asker}: {member!r} rests where a residual of its own vanishes, which need not be a minimum "
+                        "of its loss. Hold the answer against finite differences of re-solved followers."
+                    )
+
+    def by_walls(self: Derived, player: str) -> Derived:
+        """The same game, in which a player's domain is smooth functions with multipliers, where it can be said so."""
+        rests = self.residual(player)
+        if not isinstance(rests, ConstrainedGradient) or rests.prox is not None or rests.domain is None:
+            return self
+        if not has_walls(rests.domain):
+            return self
+        return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +274,7 @@ class Game:
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
-        return torch.linalg.vector_norm(join(tensors))  # type: ignore[no-any-return]
+        return norm(join(tensors))
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -342,8 +385,9 @@ class Game:
                 arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        kernels = self._parts.kernels.get(player, NO_KERNELS)
-        with lent(self._parts.players, current, arguments) as advanced, kernels.replaced():
+        runs = self._parts.runs.get(player, _FIRST)
+        lending = lent(self._parts.players, current, arguments, runs.strangers, alone=bool(runs.kernels))
+        with lending as advanced, runs.kernels.replaced():
             try:
                 found = function(**arguments, **extra)
             except RuntimeError as error:
@@ -486,6 +530,24 @@ def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
         for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
     )
     return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Takes tensors to a device, and floating-point ones to a dtype."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def __call__(self, leaf: Any) -> Any:
+        """A copy there; what is no tensor stays."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+    def batch(self, batch: Batch) -> Batch:
+        """All tensors of a batch."""
+        return map_leaves(self, batch)
 
 
 @dataclass(frozen=True, eq=False)

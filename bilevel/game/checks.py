@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from bilevel.autodiff import captured_leaves
 from bilevel.errors import SecondDerivativeError
 from bilevel.game.detached import refuse_detached
+from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
-from bilevel.game.processes import watched_modules
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
@@ -23,7 +24,7 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record"),
     )
 )
 
@@ -102,10 +103,11 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
             kinds.setdefault((leaf.dtype, leaf.device), where)
     if len(kinds) > 1:
+        halves = {torch.bfloat16, torch.float16}
         (first, at), (second, there) = list(kinds.items())[:2]
         raise ValueError(
-            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-            "game share one dtype and one device: use .to(device, dtype)."
+            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a game "
+            f"share one dtype and one device: use .to(device, dtype).{_HALF if halves & {first[0], second[0]} else ''}"
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
@@ -113,6 +115,12 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 raise ValueError(
                     f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
                 )
+
+
+_HALF = (
+    " To compute in half precision keep the variables in float32, and run the loss under torch.autocast(device_type, "
+    "dtype=torch.bfloat16)."
+)
 
 
 def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
@@ -125,12 +133,25 @@ def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables
             player.domain.settled(given).require(initial[name], f"Player {name!r}: init")
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What a player's loss runs.
+
+    Args:
+        kernels: What of it has one derivative only, where there is a form with two.
+        strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
+    """
+
+    kernels: FastKernels = field(default_factory=FastKernels)
+    strangers: tuple[tuple[nn.Module, str], ...] = ()
+
+
 Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, FastKernels]]:
-    """Evaluate each objective once and see from the graph what it depends on, and which fast kernels it uses."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, Runs]]:
+    """Evaluate each objective once and see from the graph what it depends on, and what it runs."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "Game: nothing can be differentiated inside torch.inference_mode(). Make the game outside it; where "
@@ -139,11 +160,9 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
-    kernels: dict[str, FastKernels] = {}
+    runs: dict[str, Runs] = {}
     for name in players:
-        in_loss, in_residual, found = _dependence(game, name, players, initial)
-        if found:
-            kernels[name] = found
+        in_loss, in_residual, runs[name] = _dependence(game, name, players, initial)
         # Whether a function of players uses all of them is not looked at: it is named after them alone.
         for other in players[name].option_players:
             paths = {path for path, _ in named_leaves(initial[other])}
@@ -169,7 +188,7 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         # vanishes where somebody rests says where that is.
         if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, kernels
+    return depends, runs
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -216,25 +235,31 @@ Paths = dict[str, set[str]]
 
 def _dependence(
     game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
-) -> tuple[Paths, Paths, FastKernels]:
-    """What a player's loss depends on, what its residual does, and which fast kernels the loss uses.
+) -> tuple[Paths, Paths, Runs]:
+    """What a player's loss depends on, what its residual does, and what they run.
 
     Refuses losses that nothing can be done with.
     """
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
-        spread: list[str] = []
+        seen = FirstCall()
+        called = [players[other].init for other in game.arguments(name)]
+        modules = [module for module in called if isinstance(module, nn.Module)]
         try:
-            with watched_modules(spread):
+            with seen.watched(players, own_module=bool(modules)):
                 loss = game.loss(name, trial, batch)
         except Exception as error:
-            _refuse_spread(name, spread)
+            _refuse_spread(name, seen)
+            told = told_of_recomputation(error)
+            if told:
+                raise ValueError(f"Player {name!r}: {told}") from error
             raise ValueError(
                 f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
                 f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
-    _refuse_spread(name, spread)
+    _refuse_spread(name, seen)
+    _refuse_written(name, "objective", trial, initial)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -254,25 +279,44 @@ def _dependence(
             f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
             ".real, or .abs().square()."
         )
-    called = [players[other].init for other in game.arguments(name)]
-    kernels = FastKernels.of([loss], [module for module in called if isinstance(module, nn.Module)])
+    kernels = FastKernels.of([loss], modules)
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
     own = players[name].residual is not None
-    rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
-    for what, function in players[name].constraints.items():
-        for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
-            rests.setdefault(other, set()).update(paths)
+    with seen.watched(players, own_module=bool(modules)):
+        rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
+        for what, function in players[name].constraints.items():
+            for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+                rests.setdefault(other, set()).update(paths)
+    _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests, kernels
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
 
 
-def _refuse_spread(name: str, spread: Sequence[str]) -> None:
-    if spread:
-        raise ValueError(f"Player {name!r}: a module that its objective calls is {spread[0]}")
+def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
+    """Refuse a function that writes into the variables that it is called with.
+
+    Its gradient would not know of it, and whoever holds the variables, an optimiser or the start of the next call,
+    would find others.
+    """
+    for other, variables in trial.items():
+        for (path, leaf), (_, was) in zip(named_leaves(variables), named_leaves(initial[other]), strict=True):
+            # By `.data` a tensor is written into without a new version; its values tell.
+            if leaf._version or not torch.equal(leaf.detach(), was):
+                raise ValueError(
+                    f"Player {name!r}: its {what} writes into the variables of {other!r}{path} (as clamp_(), copy_() "
+                    "or an assignment to entries under torch.no_grad() do), which no gradient sees. Write into a copy, "
+                    f"{other}.clone(), or make new tensors: {other}.clamp(...), torch.where(...). What keeps a player "
+                    "within bounds belongs to the player: a domain, a residual, or other coordinates."
+                )
+
+
+def _refuse_spread(name: str, seen: FirstCall) -> None:
+    if seen.spread:
+        raise ValueError(f"Player {name!r}: a module that its objective calls is {seen.spread[0]}")
 
 
 def _hint(error: Exception, player: Player) -> str:

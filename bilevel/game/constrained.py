@@ -160,6 +160,22 @@ class ConstrainedGradient(Residual):
             found = self._each(game, player, limits, y, others, 1.0)
         return found[: len(y)], found[len(y) :]
 
+    def outside(self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]) -> float:
+        """The distance of y from the domain, of one game."""
+        if self.domain is None:
+            return 0.0
+        given = {name: game.value(name, others) for name in self.domain.players}
+        return float(self.domain.settled(given).distance(game.structure(player).build(list(y))))
+
+    def term(
+        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
+    ) -> Tensor | float:
+        """The non-smooth term at y, of one game."""
+        if self.prox is None:
+            return 0.0
+        given = {name: game.value(name, others) for name in self.prox.players}
+        return self.prox.settled(given).value(game.structure(player).build(list(y)))
+
     def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
         """Raise `ValueError` where the players have made the set empty, or a weight negative."""
         if not self.option_players or game.count > 1:

@@ -61,8 +61,8 @@ def refuse_detached(name: str, residual: Callable[[Point], Sequence[Tensor]], st
         if sure and abs(narrow - claimed) > 0.05 * size:
             whose = f"its own variables, {name!r}" if movers == [name] else f"the variables of {movers}"
             raise ValueError(
-                f"Player {name!r}: autograd says that its residual moves by {claimed:.3g} along a direction of {whose}, "
-                f"and differences say {narrow:.3g}: a part of its derivative is lost, and every hypergradient would be "
-                "wrong. Use the arguments themselves, without .detach(), .data, torch.no_grad() or numbers made of "
+                f"Player {name!r}: along a direction of {whose}, its residual moves by {claimed:.3g} by autograd "
+                f"and by {narrow:.3g} by differences: a part of its derivative is lost, and every hypergradient would "
+                "be wrong. Use the arguments themselves, without .detach(), .data, torch.no_grad() or numbers made of "
                 "them."
             )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bilevel._returned import described
 from bilevel.autodiff import concrete, pullback, transforms_active
 from bilevel.constraints.functions import Constrained
 from bilevel.errors import NonFiniteError
@@ -113,10 +114,20 @@ class Follower:
 
         F is the gradient of the loss, unless the follower says otherwise.
         """
+        if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
+            self._refuse_leaves(y)
         given = self.others if others is None else others
         loss, slopes, self.buffers = self.rests(self.game, self.name, y, given, self.batch, self.buffers)
         self.gradient_count += 1
         return loss, slopes
+
+    def _refuse_leaves(self, y: object) -> None:
+        wanted = [list(shape) for shape in self.form.shapes]
+        came = [described(leaf) for leaf in y] if isinstance(y, (list, tuple)) else described(y)
+        raise ValueError(
+            f"The gradients of player {self.name!r} were asked for at {came}; expected a list of its leaves, of shapes "
+            f"{wanted}. form.split(vector) makes them of one vector, and leaves(variables) of its variables."
+        )
 
     def count(self, gradients: int) -> None:
         """So many more gradients were taken."""
@@ -152,6 +163,8 @@ class Follower:
 
     def field(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Loss and what a step goes along, F or the gradient whose step is projected; as `gradients` otherwise."""
+        if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
+            self._refuse_leaves(y)
         given = self.others if others is None else others
         rests = self.rests.field
         loss, slopes, self.buffers = rests(self.game, self.name, y, given, self.batch, self.buffers)
@@ -317,10 +330,14 @@ class Follower:
 
     def require_loss(self, asker: str) -> None:
         """Raise `TypeError` when F is no first derivative of its loss, for who goes by the loss."""
+        if self.rests.projects:
+            raise TypeError(
+                f"{asker} goes by the loss of player {self.name!r}, who has {self.rests.told}, which the loss does not "
+                "show. Use Implicit(bilevel.inner.ProjectedGradient()), or Unrolled, whose steps are projected."
+            )
         if not self.rests.differentiates_loss:
             raise TypeError(
-                f"{asker} goes by the loss of player {self.name!r}, who rests where a residual of its own vanishes"
-                f"{f', that of {self.rests.told}' if self.rests.projects else ''}. "
+                f"{asker} goes by the loss of player {self.name!r}, who rests where a residual of its own vanishes. "
                 "Use Implicit(ScipyRoot(), linear_solver=GMRES()) or Unrolled, which follow the residual."
             )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,20 +13,61 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bilevel.autodiff import transforms_active
+from bilevel.errors import BilevelError
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers
 from bilevel.tree import leaves
 
+# No state, and so no harm in a global: a module is lent to one thread at a time, and modules may share parts.
+_LENT = RLock()
+_PATIENCE = 600.0  # seconds; a backward pass on a GPU runs in a thread of its own, and may wait for its own caller
+
 
 @contextmanager
-def lent(players: Mapping[str, Player], buffers: Buffers, arguments: Mapping[str, Any]) -> Iterator[Buffers]:
-    """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards."""
-    advanced: Buffers = {}
-    taken: list[tuple[str, str, nn.Module, str, Tensor]] = []
-    lift: Callable[[Tensor], Tensor] = torch.clone
-    if transforms_active() and any(buffers.values()):
-        lift = _lifting(leaves(dict(arguments)))
+def lent(
+    players: Mapping[str, Player],
+    buffers: Buffers,
+    arguments: Mapping[str, Any],
+    strangers: Sequence[tuple[nn.Module, str]] = (),
+    *,
+    alone: bool = False,
+) -> Iterator[Buffers]:
+    """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards.
+
+    `strangers` are buffers of modules that no player owns, which advance too: they end as they were. What is lent is
+    one thread's at a time: the modules are the user's, and others may hold them too; with `alone` it is so in any case.
+    """
+    if not (alone or strangers) and not any(isinstance(player.init, nn.Module) for player in players.values()):
+        yield {name: {} for name in buffers}
+        return
+    if not _LENT.acquire(timeout=_PATIENCE):
+        raise BilevelError(
+            f"Another thread has been evaluating a loss that runs a module for {_PATIENCE:.0f} seconds, and losses "
+            "that run modules are evaluated one at a time. Play games in processes, not in threads."
+        )
     try:
+        with _lent(players, buffers, arguments, strangers) as advanced:
+            yield advanced
+    finally:
+        _LENT.release()
+
+
+@contextmanager
+def _lent(
+    players: Mapping[str, Player],
+    buffers: Buffers,
+    arguments: Mapping[str, Any],
+    strangers: Sequence[tuple[nn.Module, str]],
+) -> Iterator[Buffers]:
+    advanced: Buffers = {}
+    taken: list[tuple[str, str, nn.Module, str, Tensor | None]] = []
+    lift: Callable[[Tensor], Tensor] = torch.clone
+    if transforms_active() and (strangers or any(buffers.values())):
+        lift = _lifting(leaves(dict(arguments)))
+    kept = [(module, name, module._buffers[name]) for module, name in strangers]
+    try:
+        for module, name, tensor in kept:
+            module._buffers[name] = None if tensor is None else lift(tensor)
         for player, tensors in buffers.items():
             advanced[player] = {}
             for path, tensor in tensors.items():
@@ -42,6 +84,8 @@ def lent(players: Mapping[str, Player], buffers: Buffers, arguments: Mapping[str
         # Backwards, so that a module that two players share ends with what it began with.
         for _, _, owner, name, original in reversed(taken):
             owner._buffers[name] = original
+        for module, name, tensor in kept:
+            module._buffers[name] = tensor
 
 
 def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:

@@ -6,10 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from torch import distributed, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from bilevel.game.player import Player
@@ -39,7 +37,7 @@ def refuse_processes(players: Mapping[str, Player], initial: Mapping[str, Variab
     for name, player in players.items():
         if isinstance(player.init, nn.Module):
             for path, part in player.init.named_modules():
-                told = _told(part)
+                told = told_of_spread(part)
                 if told:
                     where = f"{path!r} in its module" if path else "its module"
                     raise ValueError(f"Player {name!r}: {where} is {told}")
@@ -59,26 +57,7 @@ def refuse_processes(players: Mapping[str, Player], initial: Mapping[str, Variab
             )
 
 
-@contextmanager
-def watched_modules(found: list[str]) -> Iterator[None]:
-    """Write into `found` what is told of modules spread over processes that are called while it is entered."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        yield
-        return
-
-    def note(module: nn.Module, _: Any) -> None:
-        told = _told(module)
-        if told:
-            found.append(told)
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _told(module: nn.Module) -> str:
+def told_of_spread(module: nn.Module) -> str:
     """What a module spread over processes is, and the way out; empty for any other."""
     if isinstance(module, DistributedDataParallel):
         return (
@@ -98,4 +77,4 @@ def _loaded(module: str, *names: str) -> tuple[type, ...]:
     return tuple(vars(sys.modules[module])[name] for name in names) if module in sys.modules else ()
 
 
-__all__ = ["refuse_processes", "separate_ranks", "watched_modules"]
+__all__ = ["refuse_processes", "separate_ranks", "told_of_spread"]

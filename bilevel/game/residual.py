@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel._returned import described
 from bilevel.autodiff import gradient
+from bilevel.constraints.coordinates import Coordinate
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch, Position
 from bilevel.second_order import FastKernels
@@ -107,6 +108,9 @@ class PlayedGame(Protocol):
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> Tensor:
         """A player's loss at everybody's variables."""
+
+    def coordinates(self, player: str) -> Sequence[Coordinate | None]:
+        """The range of each leaf of a player's variables that has one; [] where none has."""
 
     def structure(self, player: str) -> Structure:
         """How a player's variables are laid out."""
@@ -311,6 +315,16 @@ class Residual(ABC):
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """The lower and upper bounds of each entry, where the player minimises its loss within bounds alone."""
         return None
+
+    def outside(self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]) -> float:
+        """How far y is from the player's domain; 0 without one."""
+        return 0.0
+
+    def term(
+        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
+    ) -> Tensor | float:
+        """What its loss has besides its objective; 0 where there is nothing."""
+        return 0.0
 
     def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:  # noqa: B027
         """Raise `ValueError` where the other players have left nothing to choose from."""
@@ -597,8 +611,8 @@ class UserResidual(Residual):
         if strange or not values:
             inside = f" with {described(strange[0])} in it" if strange and strange[0] is not found else ""
             raise TypeError(
-                f"{told} {described(found)}{inside}; expected tensors in the form of its init, made of its arguments by "
-                "differentiable operations: no .item(), .numpy() or .tolist()."
+                f"{told} {described(found)}{inside}; expected tensors in the form of its init, made of its arguments "
+                "by differentiable operations: no .item(), .numpy() or .tolist()."
             )
         came = structure_of(found)
         if came.spec != form.spec or came.shapes != form.shapes:

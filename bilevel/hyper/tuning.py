@@ -106,13 +106,27 @@ class Tuning:
         """
         if set(values) != set(self.init):
             raise ValueError(f"Tuning: the values are of {sorted(values)}; expected {sorted(self.init)}.")
-        loss = self._training.at(values)
+        return _of_module(self._training.at(values))
 
-        def at(model: nn.Module, batch: Any) -> Tensor:
-            own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            return loss(CallableVariables(own, model, model.training), batch)
+    def valid_loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:
+        """The validation loss at fixed hyperparameters, likewise."""
+        loss = _Objective(self._valid_loss, self.follower, self.leader, self._plain, {})
+        return _of_module(loss.at(values))
 
-        return at
+    def valid_batches(self) -> Iterable[Any]:
+        """One pass over the validation data; a single None without any."""
+        data: Any = self._data[1]
+        if data is None:
+            return [None]
+        return data if isinstance(data, Iterable) else data()
+
+
+def _of_module(loss: Loss) -> Callable[[nn.Module, Any], Tensor]:
+    def at(model: nn.Module, batch: Any) -> Tensor:
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return loss(CallableVariables(own, model, model.training), batch)
+
+    return at
 
 
 def _entries(hyper: Hyper) -> dict[str, Any]:

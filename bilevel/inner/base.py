@@ -13,6 +13,7 @@ from bilevel.constraints import ConstraintSet
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
 from bilevel.game.residual import Residual
+from bilevel.inner.torch_optim import require_factory
 from bilevel.tree import Structure, Variables, leaf_names
 
 
@@ -130,6 +131,15 @@ class InnerSolver(ABC):
     def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
         """What a torch.optim optimiser remembers of each leaf, out of a memory; `[]` of any other method."""
         return []
+
+
+def require_solver(asker: str, optimizer: object) -> None:
+    """Raise `TypeError` for what is neither an inner solver nor makes a torch.optim optimiser."""
+    if isinstance(optimizer, type) and issubclass(optimizer, InnerSolver):
+        name = optimizer.__name__
+        raise TypeError(f"{asker} is the class {name} itself; expected one of it, {name}(...).")
+    if not isinstance(optimizer, InnerSolver):
+        require_factory(asker, optimizer)
 
 
 def minimised(

@@ -132,8 +132,10 @@ class ProxQP(ProgrammeSolver):
             ) from error
         assert about.hessian is not None
         at, n = about.at, len(about.y)
-        lowest, largest = (float(torch.linalg.eigvalsh(about.hessian)[i]) for i in (0, -1))
-        if lowest < -1e-8 * max(abs(largest), abs(lowest)):
+        largest = float(torch.linalg.matrix_norm(about.hessian))
+        shifted = about.hessian + 1e-8 * largest * torch.eye(n, dtype=about.slope.dtype)
+        if largest > 0.0 and int(torch.linalg.cholesky_ex(shifted).info):
+            lowest = float(torch.linalg.eigvalsh(about.hessian)[0])
             raise CurvatureError(
                 f"Player {name!r}: its loss is not convex (smallest eigenvalue {lowest:.3g}), and ProxQP solves convex "
                 'programmes. Use Scipy("SLSQP"), which finds a local optimum.'

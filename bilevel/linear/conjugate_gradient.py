@@ -14,10 +14,10 @@ from bilevel.linear.base import LinearSolver
 from bilevel.linear.iteration import Iteration
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import Shapes
-from bilevel.linear.preconditioner import Applied, Preconditioner, guarded, prepared
+from bilevel.linear.preconditioner import Applied, Preconditioner, begun, guarded, prepared
 from bilevel.linear.refinement import default_steps, refine
 from bilevel.linear.stopping import Stopping, Watch
-from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
+from bilevel.linear.system import Candidate, LinearSystem, Memory
 
 
 @final
@@ -106,11 +106,7 @@ class ConjugateGradient(LinearSolver):
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The preconditioner's memory before the first system."""
         given = self.preconditioner
-        if not isinstance(given, Preconditioner):
-            return {}
-        memory = given.init(like, shapes)
-        require_memory(memory, f"{type(given).__name__}.init: what it returned")
-        return memory
+        return begun(given, like, shapes) if isinstance(given, Preconditioner) else {}
 
     def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
         """As the preconditioner takes it."""

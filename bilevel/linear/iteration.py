@@ -111,12 +111,13 @@ class Iteration:
                 f"ConjugateGradient's preconditioner gave r'M^-1 r = {least:.3g} for a residual r; it has to be "
                 "symmetric positive definite. Leave it out, or damp it."
             )
-        if not math.isfinite(least) and on.some(moving) and math.isfinite(largest_entry(r)):
-            if not math.isfinite(largest_entry(z)):
-                raise NonFiniteError(
-                    "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it "
-                    "out, or look for a division by zero in it."
-                )
+        if math.isfinite(least) or not on.some(moving):
+            return
+        if math.isfinite(largest_entry(r)) and not math.isfinite(largest_entry(z)):
+            raise NonFiniteError(
+                "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it out, "
+                "or look for a division by zero in it."
+            )
 
     def _refuse_indefinite(self, relative: float, p: Tensor, e: Tensor | None) -> None:
         """Raise for a direction p with this p'Ap / p'p <= 0, unless rounding alone put it below 0.

@@ -68,6 +68,13 @@ class Preconditioner(ABC):
         return 0
 
 
+def begun(preconditioner: Preconditioner, like: Tensor, shapes: Shapes | None) -> Memory:
+    """What `preconditioner.init` returns, held to its contract."""
+    memory = preconditioner.init(like, shapes)
+    require_memory(memory, f"{type(preconditioner).__name__}.init: what it returned")
+    return memory
+
+
 def prepared(preconditioner: Preconditioner, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
     """What `preconditioner.prepare` returns, held to its contract."""
     name, lent = f"{type(preconditioner).__name__}.prepare", Lent()
@@ -81,7 +88,7 @@ def prepared(preconditioner: Preconditioner, operator: LinearOperator, memory: M
 
 
 def guarded(inverse: Applied, name: str) -> Applied:
-    """The map from r to M^-1 r, each of whose answers is checked: a tensor like r, with r and the last answer left alone.
+    """The map from r to M^-1 r, checked at each call: it gives a tensor like r, and leaves r and its last answer alone.
 
     Solvers keep r and the last answer, and write over vectors of their own.
     """
@@ -279,7 +286,7 @@ class Recycled(Preconditioner):
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Directions and products `[size, n]`, oldest first, how many are filled, and the base's."""
-        base = {} if self.base is None else self.base.init(like, shapes)
+        base = {} if self.base is None else begun(self.base, like, shapes)
         return no_pairs(like, self.size) | nested("base", base)
 
     def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:

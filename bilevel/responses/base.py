@@ -158,7 +158,8 @@ def require_answer(game: Game, name: str, answer: Variables, told: str) -> None:
     found = leaves(answer)
     if not found or not all(isinstance(leaf, Tensor) for leaf in found):
         raise TypeError(
-            f"{told} returned {described(answer)} as the variables of {name!r}; expected tensors in the form of its init."
+            f"{told} returned {described(answer)} as the variables of {name!r}; expected tensors in the form of its "
+            "init."
         )
     try:
         game.check(name, answer)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bilevel.autodiff import Pullback
 from bilevel.errors import BilevelWarning, NonConvergenceWarning, UnreliableResponseWarning
-from bilevel.game import Follower, Game
+from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.linear import LinearSolution
 from bilevel.tree import join, leaves
 
@@ -27,8 +24,8 @@ class Examination:
     By Newton's step the follower is A^-1 F from its optimum, which moves the leader's loss by v'A^-1 F = u'F, to first
     order: one dot product. It is held against what changes of the follower's variables as large as they are, |v| |y|,
     and what changes of the leader's as large as these are, |x| |(dF/dx)'u|, could move: both without units. The
-    curvature along u is u'A'u / u'u = u'v / u'u, which no minimum has below 0. It is held against |F| at the start of
-    the game over the way from there.
+    curvature along u is u'A'u / u'u = u'v / u'u, which no minimum has below 0. It is held against the mean one
+    on the way from the start of the game.
 
     Before there is a u, `at_once` puts the gradient's own step F / c in its place, c the curvature along F, which is
     shorter than Newton's.
@@ -38,10 +35,18 @@ class Examination:
     """
 
     def __init__(
-        self, game: Game, follower: Follower, state: Mapping[str, Any], y: Tensor, slope: Tensor, *, near: bool
+        self,
+        game: Game,
+        follower: Follower,
+        residual: HeldResidual,
+        y: Tensor,
+        slope: Tensor,
+        *,
+        reference: Size,
+        near: bool,
     ) -> None:
-        self.game, self.follower, self.y, self.slope = game, follower, y, slope
-        self.reference = torch.as_tensor(state["reference"])
+        self.game, self.follower, self.residual, self.y, self.slope = game, follower, residual, y, slope
+        self.reference = torch.as_tensor(reference)
         self.near = near
         """Whether to ask how far it is: not where it is known to have stopped short."""
         self.products = 0
@@ -122,6 +127,10 @@ class Examination:
                 u, left = v, torch.zeros_like(found.residual_norm)
                 with torch.no_grad():
                     value = inner(v, products(v, slice(1))[0])
+            # In units of its own: the squares of an adjoint of 1e20 overflow float32, and those of 1e-30 vanish.
+            unit = u.abs().amax()
+            unit = torch.where(unit > 0.0, unit, 1.0)
+            u, value, left = u / unit, value / unit / unit, left / unit
             square = inner(u, u)
             seen = square > 0.0
             square = torch.where(seen, square, 1.0)
@@ -129,8 +138,10 @@ class Examination:
             curvature = value / square
             bound = curvature.abs() + left
             flat = seen & self._nothing(bound, self.reference, self.y)
-            if bool(flat.any()):  # a size of y tells nothing of an optimum at 0
-                flat = flat & self._nothing(bound, self.reference, self._way())
+            if bool(flat.any()):
+                # The gradient at the start was another leader's, and a size of y tells nothing of an optimum at 0: what
+                # counts is the gradient's mean slope on the way from there for the leader as it is.
+                flat = flat & self._nothing(bound, self._size(self._start()), self._way())
             return self._told(follower.name, curvature, flat, seen & (curvature < -left) & ~flat)
         for member in self.game.members(follower.name):
             warning = self._member(member, found.solution, products)
@@ -156,21 +167,17 @@ class Examination:
         curvature = inner(own, product) / torch.where(seen, square, 1.0)
         flat = seen & self._nothing(curvature.abs(), self.reference, here * self.y)
         if bool(flat.any()):
-            # Players differ in their units: each one's gradient at the start is the measure of its own.
+            # The same, of its own gradient: players differ in their units.
             start = self._start()
             size = inner(here * start, here * start).sqrt()
             flat = flat & self._nothing(curvature.abs(), size, here * self._way())
         return self._told(member, curvature, flat, seen & (curvature < 0.0) & ~flat)
 
     def _start(self) -> Tensor:
-        """F at the start of the game, everybody at init."""
-        game, name = self.game, self.follower.name
-        others = {n: game.initial(n) for n in self.follower.inputs}
+        """F where the follower's variables were at the start of the game, everybody else where they are."""
         with torch.no_grad():
-            _, slopes, _ = self.follower.rests(
-                game, name, leaves(game.initial(name)), others, self.follower.batch, self.follower.buffers
-            )
-        return join(slopes).detach()
+            begun = join(leaves(self.game.initial(self.follower.name)))
+            return self.residual(begun, *[x.detach() for x in self.follower.xs])
 
     def _nothing(self, curvature: Tensor, slope: Tensor, way: Tensor) -> Tensor:
         """Whether a curvature is none beside the one that a gradient's norm would have lost along a way."""

@@ -24,10 +24,10 @@ from bilevel.game import Follower, Game, HeldResidual, Size
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised
+from bilevel.inner.base import minimised, require_solver
 from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
 from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
@@ -107,11 +107,7 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
-        if isinstance(self.optimizer, type) and issubclass(self.optimizer, InnerSolver):
-            name = self.optimizer.__name__
-            raise TypeError(f"Implicit: optimizer is the class {name} itself; expected one of it, {name}(...).")
-        if not isinstance(self.optimizer, InnerSolver):
-            require_factory("Implicit: optimizer", self.optimizer)
+        require_solver("Implicit: optimizer", self.optimizer)
         if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
             raise TypeError(
                 f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
@@ -182,7 +178,7 @@ class Implicit(Response):
             below = _Solve(self, game, follower, state, batch, looser)
             # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
             inputs = [*follower.xs, *below.given.tensors]
-            (y,) = below_transforms(below, inputs, "The plain solve is not differentiated: root does that.")
+            (y,) = below_transforms(below, inputs)  # root attaches its derivatives
             after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
@@ -338,7 +334,7 @@ class Implicit(Response):
             return rest, after, residual, products, None
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
-        examination = Examination(game, follower, state, flat, slope, near=near)
+        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products
         if told is not None:

@@ -19,10 +19,10 @@ from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
 from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised, require_minimum
+from bilevel.inner.base import minimised, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
-from bilevel.inner.torch_optim import OptimizerFactory, require_factory
+from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
@@ -103,8 +103,7 @@ class Nudged(Response):
                 "Nudged: optimizer is ClosedForm(...), which gives one optimum and cannot be nudged. Use "
                 "Implicit(ClosedForm(...)), or Nudged with an optimiser."
             )
-        if not isinstance(self.optimizer, InnerSolver):
-            require_factory("Nudged: optimizer", self.optimizer)
+        require_solver("Nudged: optimizer", self.optimizer)
 
     @property
     def promise(self) -> Promise:

@@ -36,9 +36,9 @@ class Followers:
             own = [member for member in game.members(name) if game.players[member].residual is not None]
             if own and name not in responses:
                 raise ValueError(
-                    f"solve: {own[0]!r} has a residual of its own and no response. Who leads follows the gradient of its "
-                    "loss, and nobody would look at the residual. Give it a response, such as "
-                    f"{name}=Implicit(ScipyRoot(), linear_solver=GMRES()), or leave out residual=."
+                    f"solve: {own[0]!r} has a residual of its own and no response. Who leads follows the gradient of "
+                    "its loss, and nobody would look at the residual. Give it a response, such as "
+                    f"{name}=Implicit(ScipyRoot()), or leave out residual=."
                 )
         self._game = game
         self.responses = {name: responses[name] for name in game.names if name in responses}

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from bilevel.game import Game
 from bilevel.solving.history import loss_key
+from bilevel.solving.loading import load_into
 from bilevel.solving.warning_log import RunWarning
 from bilevel.tree import Variables, named_leaves
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
 _SHOWN = 8
 
@@ -54,6 +56,10 @@ class End(ABC, Generic[Number]):
             f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
         )
         console.print(f"{work}{self.seconds:.1f} s", highlight=False)
+        if self.history:
+            norms = self.history[0]["gradient_norm"], self.history[-1]["gradient_norm"]
+            share = f", {norms[1] / norms[0]:.2g} of that at the start" if norms[0] > 0.0 else ""
+            console.print(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}", highlight=False)
         for line in told:
             console.print(line, highlight=False, markup=False)
         for warning in self.warnings:
@@ -89,6 +95,18 @@ class Solution(End[float]):
 
     errors: Mapping[str, float] = field(default_factory=dict)
     multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
+
+    def load_into(self, model: nn.Module, player: str) -> None:
+        """Write a player's variables and its module's buffers into `model`, a module of the form of its init.
+
+        Frozen parameters stay, tied ones are tied still, and parametrised ones get what they are made from. Not by
+        `model.load_state_dict`, which asks for what is no variable: frozen, tied and registered tensors.
+
+        Raises `ValueError` for a module of another form, and `TypeError` for a player that is no module.
+        """
+        if player not in self.variables:
+            raise ValueError(f"load_into: there is no player {player!r}; players are {list(self.variables)}.")
+        load_into(model, player, self.variables[player], self.buffers.get(player, {}))
 
     def __str__(self) -> str:
         """A table of the players, the work, and the warnings."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bilevel.autodiff import gradient, pullback
 from bilevel.constraints import Constrained
-from bilevel.game import Buffers, Game
+from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables
+from bilevel.tree import Variables, leaves
 
 Product = Callable[[Tensor], Tensor]
 
@@ -79,12 +79,23 @@ class LeaderFollowerLosses:
         return gradient(lambda y: self.loss(self.follower, x, y), y)[1][0] + 0.0 * y
 
     def programme(self, x: Tensor) -> Constrained | None:
-        """What the follower solves at x, where functions constrain it; else None."""
+        """What the follower solves at x, where functions, or a set of smooth ones, constrain it; else None."""
+        return self._follower(self.game.by_walls(self.follower), x).constraints
+
+    def projected(self, x: Tensor) -> Follower | None:
+        """The follower at x, where it has a domain or a term that is no smooth functions; else None."""
+        found = self._follower(self.game, x)
+        return found if found.rests.projects else None
+
+    def _follower(self, game: Game, x: Tensor) -> Follower:
         state = {"follower": self.follower, "data": None, "buffers": self.buffers.get(self.follower, {})}
-        others = {**self.others, self.leader: self.game.structure(self.leader).unflatten(x.detach())}
+        others = {**self.others, self.leader: game.structure(self.leader).unflatten(x.detach())}
         batch = self.batches.get(self.follower)
-        state |= self.game.follower(others, state, batch).first()
-        return self.game.follower(others, state, batch).constraints
+        first = game.follower(others, state, batch)
+        state |= first.first()
+        if first.rests.needs_scale:
+            state["scale"] = first.measured_scale(leaves(game.initial(self.follower)))
+        return game.follower(others, state, batch)
 
     def hessian(self, x: Tensor, y: Tensor) -> Product:
         """v -> H v, one graph for all products."""

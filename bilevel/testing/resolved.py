@@ -10,9 +10,11 @@ from torch import Tensor
 
 from bilevel.constraints.active_set import optimum, reached
 from bilevel.constraints.regularity import curvatures
+from bilevel.game import Follower, newton
+from bilevel.inner import ProjectedGradient
 from bilevel.testing.finite_differences import Slope, slope_at_zero
 from bilevel.testing.losses import LeaderFollowerLosses, Product
-from bilevel.tree import flatten
+from bilevel.tree import flatten, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +132,35 @@ def extreme_curvatures(product: Product, like: Tensor, *, steps: int = 30, seed:
     return float(values[0]), float(values[-1])
 
 
+def _projected_to_rest(follower: Follower, start: Tensor, target: float) -> Rest:
+    """Where accelerated projected gradient steps, and Newton's where they help, bring a follower to rest."""
+    y, memory, left = start, None, math.inf
+    for _ in range(30):
+        found, memory = ProjectedGradient().minimise(
+            follower, follower.form.split(y), memory, steps=200, threshold=target
+        )
+        y = join(found)
+        for _ in range(4):
+            better = newton.newton_step(follower, y)
+            if better is None:
+                break
+            y = better
+        with torch.no_grad():
+            size = float(follower.norm(follower.gradients(follower.form.split(y))[1]))
+        if size <= target or size > 0.9 * left:
+            left = min(size, left)
+            break
+        left = size
+    return Rest(y, left, 0, math.isfinite(left))
+
+
 class ResolvedFollower:
     """The follower re-solved at any x along a line, each solve started from what the earlier ones predict."""
 
     def __init__(self, held: LeaderFollowerLosses, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
         self.held, self.x = held, x
         eps = torch.finfo(x.dtype).eps
-        self.constrained = held.programme(x) is not None
+        self.constrained = held.programme(x) is not None or held.projected(x) is not None
         initial = flatten(held.game.initial(held.follower))
         first = [held.slope(x, y)[1] for y in (initial, start)]
         reference = max((float(s.norm()) for s in first if bool(torch.isfinite(s).all())), default=0.0)
@@ -153,7 +177,9 @@ class ResolvedFollower:
 
     def _rest(self, x: Tensor, start: Tensor, target: float, most: int) -> Rest:
         """Where it comes to rest from `start`; with constraints its |gradient| is that of the Lagrangian, scaled."""
-        programme = self.held.programme(x)
+        programme, follower = self.held.programme(x), self.held.projected(x)
+        if programme is None and follower is not None:
+            return _projected_to_rest(follower, start, target)
         if programme is None:
             return bring_to_rest(self.held, x, start, target=target, most=most)
         point = optimum(programme, start.detach().to("cpu", torch.float64))
@@ -163,7 +189,9 @@ class ResolvedFollower:
 
     def _curvature(self, seed: int) -> tuple[float, float]:
         """The extreme curvatures of the loss, or of the Lagrangian along the constraints that bind."""
-        programme = self.held.programme(self.x)
+        programme, follower = self.held.programme(self.x), self.held.projected(self.x)
+        if programme is None and follower is not None:
+            return newton.curvatures(follower, self.rest.y)
         if programme is None:
             return extreme_curvatures(self.held.hessian(self.x, self.rest.y), self.rest.y, seed=seed)
         return curvatures(optimum(programme, self.rest.y.detach().to("cpu", torch.float64)))

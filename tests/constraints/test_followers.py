@@ -178,6 +178,28 @@ def test_non_negative_least_squares():
     torch.testing.assert_close(slope, 0.2 * x + pulled, rtol=0.0, atol=1e-8)
 
 
+def test_a_toll_that_empties_a_road():
+    """Drivers on three roads with travel times a + b flow + toll: used roads are equally slow, the empty one slower."""
+    a, b = number([1.0, 1.5, 2.0]), number([2.0, 1.0, 1.0])
+    tolls = number([0.2, 0.1, 0.9])
+    game = bl.Game(
+        x=bl.Player(lambda x, y: -(x * y).sum(), tolls),
+        y=bl.Player(
+            lambda x, y: ((a + x) * y + 0.5 * b * y**2).sum(), torch.full((3,), 1 / 3, dtype=D), domain=Simplex()
+        ),
+    )
+    for response in (
+        bl.Implicit(ProjectedGradient(), steps=2000, tolerance=1e-12),
+        bl.Implicit(partial(SGD, lr=0.4), steps=2000, tolerance=1e-12),
+    ):
+        y, slope, _ = answered(game, response, tolls)
+        # Roads 1 and 2: 1.2 + 2 f = 1.6 + (1 - f), f = 7/15, 32/15 minutes; road 3 would take 2.9.
+        torch.testing.assert_close(y, number([7 / 15, 8 / 15, 0.0]), rtol=0.0, atol=1e-10)
+        # df1/dx1 = -1 / (b1 + b2) = -1/3, df2/dx1 = 1/3: the derivatives of -(x1 f1 + x2 f2).
+        wanted = number([-7 / 15 + (0.2 - 0.1) / 3, -8 / 15 - (0.2 - 0.1) / 3, 0.0])
+        torch.testing.assert_close(slope, wanted, rtol=0.0, atol=1e-9)
+
+
 # The lasso ---------------------------------------------------------------------------------------------------------
 
 DATA = torch.tensor([1.5, -0.8, 0.4, -0.1], dtype=D)

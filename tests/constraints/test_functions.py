@@ -485,7 +485,7 @@ def test_a_leader_with_constraints_is_refused():
 def test_certificates_refuse_by_name():
     game = game_with(inequality=lambda y: y - 1.0)
     for ask in (bl.certify, bl.exploitability):
-        with pytest.raises(ValueError, match="'y' has constraints"):
+        with pytest.raises(ValueError, match="'y' has functions as constraints"):
             ask(game, {"x": tensor(2.0, 1.0), "y": tensor(1.0, 1.0)})
 
 
