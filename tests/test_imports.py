@@ -29,6 +29,8 @@ MAY = {
     "networks": {"tree"},
     "constraints": GROUND,
     "game": GROUND | {"constraints"},
+    "hyper": GAME,
+    "tuning": SOLVE | {"hyper"},
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -94,6 +95,10 @@ def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
     return lambda buffer: buffer + zero.to(buffer)
 
 
+Forward = Callable[..., Any]
+"""What a submodule does in place of its `forward`: called as `function(submodule, *inputs)`."""
+
+
 class CallableVariables(dict[str, Tensor]):
     """A module's variables by name, as a loss receives them: a mapping that can be called as the module is.
 
@@ -103,14 +108,34 @@ class CallableVariables(dict[str, Tensor]):
     Buffers advance as the game says; the module's own are put back.
     """
 
-    def __init__(self, variables: Mapping[str, Tensor], module: nn.Module, training: bool) -> None:
+    def __init__(
+        self,
+        variables: Mapping[str, Tensor],
+        module: nn.Module,
+        training: bool,
+        forwards: Mapping[str, Forward] | None = None,
+    ) -> None:
         super().__init__(variables)
-        self._module, self._training = module, training
+        self._module, self._training, self._forwards = module, training, dict(forwards or {})
 
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
-        with _mode(self._module, self._training if training is None else training):
+        mode = self._training if training is None else training
+        with _mode(self._module, mode), _replaced(self._module, self._forwards):
             return torch.func.functional_call(self._module, dict(self), inputs, named)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, to look at: its own parameters are not those of the game."""
+        return self._module
+
+    def with_forwards(self, forwards: Mapping[str, Forward]) -> CallableVariables:
+        """The same variables; where the module is called, submodules of these names do what the functions say.
+
+        A function is called as `function(submodule, *inputs)`, in place of the submodule's `forward`; the module itself
+        is left as it is.
+        """
+        return CallableVariables(self, self._module, self._training, {**self._forwards, **forwards})
 
 
 # So that what walks over pytrees (torch.func, a penalty over all leaves) sees its tensors, as those of a dict.
@@ -141,3 +166,26 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for part, mode in before.items():
             part.training = mode
+
+
+@contextmanager
+def _replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
+    """Let submodules run other forwards, and put back what they had."""
+    taken: list[tuple[dict[str, Any], object]] = []
+    try:
+        for name, forward in forwards.items():
+            part = module.get_submodule(name)
+            own = vars(part)
+            taken.append((own, own.get("forward", _NONE)))
+            # Of the instance, before its class's: a submodule that is registered twice is met once.
+            own["forward"] = partial(forward, part)
+        yield
+    finally:
+        for own, before in reversed(taken):
+            if before is _NONE:
+                del own["forward"]
+            else:
+                own["forward"] = before
+
+
+_NONE = object()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel._returned import described
 from bilevel.autodiff import gradient
+from bilevel.constraints.coordinates import Coordinate
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch, Position
 from bilevel.second_order import FastKernels
@@ -107,6 +108,9 @@ class PlayedGame(Protocol):
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> Tensor:
         """A player's loss at everybody's variables."""
+
+    def coordinates(self, player: str) -> Sequence[Coordinate | None]:
+        """The range of each leaf of a player's variables that has one; [] where none has."""
 
     def structure(self, player: str) -> Structure:
         """How a player's variables are laid out."""

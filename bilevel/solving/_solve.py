@@ -15,7 +15,7 @@ from bilevel.many import Games
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
-from bilevel.solving.history import Record
+from bilevel.solving.history import Observe, Record
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
@@ -41,6 +41,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> Solutions: ...
 
@@ -61,6 +62,7 @@ def solve(
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> Solution: ...
 
@@ -80,6 +82,7 @@ def solve(
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
@@ -103,6 +106,7 @@ def solve(
         accept_changes: Go on although settings differ from the checkpoint's; the present ones hold.
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
+        record: From everybody's variables after a step to further numbers for the history, by name.
         **responses: Follower -> its response.
 
     Raises:
@@ -121,7 +125,7 @@ def solve(
         1.5
     """
     try:
-        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
+        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed, record)
         if steps < 1 or checkpoint_every < 1:
             raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
         path = None if checkpoint is None else Path(checkpoint)
@@ -141,9 +145,9 @@ def solve(
             ):
                 stopped = False
                 while run.now.step < steps and not stopped:
-                    record = run.step()
-                    show(record)
-                    stopped = _call(callbacks, run, record)
+                    told = run.step()
+                    show(told)
+                    stopped = _call(callbacks, run, told)
                     save_if_due()
         return run.solution()
     finally:

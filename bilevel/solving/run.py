@@ -24,7 +24,7 @@ from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
-from bilevel.solving.history import History, Record, loss_key, refuse_ambiguous, summary
+from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
 from bilevel.solving.progress_left import hardly_begun
@@ -82,9 +82,10 @@ class Run:
         dynamics: Dynamics,
         clip_norm: float | None,
         seed: int,
+        observe: Observe | None = None,
     ) -> None:
         require_rule(dynamics)
-        self.game, self.dynamics, self.seed = game, dynamics, seed
+        self.game, self.dynamics, self.seed, self._observe = game, dynamics, seed, observe
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
         game.require_separable(dynamics)
@@ -117,7 +118,10 @@ class Run:
     @property
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
-        leading, states = self.leaders.trees(self.leaders.points), self.now.states
+        return self._variables(self.now.states)
+
+    def _variables(self, states: States) -> dict[str, Variables]:
+        leading = self.leaders.trees(self.leaders.points)
         given = {n: states[n]["variables"] if n in states else leading[n] for n in self.game.names}
         return {name: map_leaves(lambda t: t.detach().clone(), tree) for name, tree in given.items()}
 
@@ -166,6 +170,9 @@ class Run:
             changes=now.changes,
         )
         record = self._record(after, losses, norms)
+        if self._observe is not None:
+            with random_kept(self.game.device):
+                record |= _observed(self._observe, self._variables(after.states), record)
         self.history.append(record)
         self.now = after
         self.whole = True
@@ -341,6 +348,22 @@ class Run:
         (leader,) = self.leaders.names
         noisy = any(player.data is not None for player in self.game.players.values())
         return None if noisy else hardly_begun(leader, self.history.records())
+
+
+def _observed(observe: Observe, variables: Mapping[str, Variables], record: Record) -> Record:
+    """Further numbers of a record, by `solve(record=)`."""
+    found = observe(variables)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"solve: record= returned a {type(found).__name__}; expected numbers by name.")
+    for name, number in found.items():
+        if not isinstance(name, str) or name in record:
+            what = "which the history holds already" if name in record else "which is no name"
+            raise ValueError(f"solve: record= returned a number {name!r}, {what}. Call it something else.")
+        if isinstance(number, bool) or not (
+            isinstance(number, int | float) or (isinstance(number, Tensor) and number.numel() == 1)
+        ):
+            raise TypeError(f"solve: record= returned {name!r} as a {type(number).__name__}; expected a number.")
+    return {name: float(number) for name, number in found.items()}
 
 
 def _touches(paths: list[str], part: str, name: str) -> bool:
