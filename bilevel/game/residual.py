@@ -41,11 +41,13 @@ class Rest:
         unknowns: All that F is a function of, `[n]`: the variables, and multipliers where there are constraints.
         kink: What makes the answer no smooth function of the others, in words; empty where it is one.
         other_side: The unknowns again `[n]`, as F's derivative at the other side of the kink sees them.
+        games: Those of many games that have a kink; None for one game.
     """
 
     unknowns: Tensor
     kink: str = ""
     other_side: Tensor | None = None
+    games: list[int] | None = None
 
 
 class PlayedGame(Protocol):

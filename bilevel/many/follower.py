@@ -127,7 +127,7 @@ class BatchedFollower(Follower):
         other = [end.unknowns if end.other_side is None else end.other_side for end in ends]
         story = f"in {len(bent)} of {len(ends)} games, in game {bent[0]} of {ends[bent[0]].kink}" if bent else ""
         stacked = [_stacked(form, rows) for rows in ([end.unknowns for end in ends], other)]
-        return Rest(stacked[0], story, stacked[1] if bent else None)
+        return Rest(stacked[0], story, stacked[1] if bent else None, bent)
 
     def games_of(self, kinks: Kinks) -> list[int] | None:
         """Those in which they are."""

@@ -63,10 +63,8 @@ def tell_of_kink(
                 return  # whoever asks does not see the kink
             here, there = ("; ".join(_shown(paths[i], t) for i, t in zip(moving, one, strict=True)) for one in sides)
             told = f"The gradient through it is {here} on the side that was taken, and {there} on the other."
-        warnings.warn(
-            KinkWarning(f"{kink_of(follower, rest)} {told} Move the leader off this point, or smooth the constraint."),
-            stacklevel=2,
-        )
+        text = f"{kink_of(follower, rest)} {told} Move the leader off this point, or smooth the constraint."
+        warnings.warn(KinkWarning(text, games=rest.games), stacklevel=2)
 
     attached.register_hook(tell)  # type: ignore[no-untyped-call]
 

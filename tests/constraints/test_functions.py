@@ -372,6 +372,45 @@ def test_a_kink_is_told_with_its_constraint_and_both_derivatives():
     assert tuple(slope.tolist()) == tuple(map(float, sides[0].split(", ")))
 
 
+def test_a_kink_in_one_of_many_games_is_told_of_that_one():
+    games = bl.Games(at_a_kink(), 3, init={"x": torch.tensor([[0.5, 0.3], [1.0, 0.3], [2.0, 0.3]], dtype=D)})
+    response = bl.Implicit(bl.Scipy("SLSQP"))
+    x = games.initial("x").requires_grad_()
+    y, _ = response(games, {"x": x}, response.init(games))
+    with pytest.warns(bl.errors.KinkWarning, match=r"in 1 of 3 games, in game 1 of inequality\[0\]") as told:
+        y.sum().backward()
+    assert [w.message.games for w in told] == [[1]]
+    close(x.grad[[0, 2]], torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=D))
+
+
+def test_constrained_followers_of_constrained_followers():
+    game = bl.Game(
+        a=bl.Player(lambda a, b, c: (b**2).sum() + (c**2).sum() + 0.0 * a.sum(), tensor(1.0, 2.0)),
+        b=bl.Player(
+            lambda a, b, c: ((b - a) ** 2).sum() + 0.5 * (c * b).sum(), torch.zeros(2, dtype=D),
+            inequality=lambda b: b - 1.3,
+        ),
+        c=bl.Player(
+            lambda b, c: ((c - b) ** 2).sum(), torch.zeros(2, dtype=D), inequality=lambda c: c.sum() - 1.0
+        ),
+    )  # fmt: skip
+    from bilevel.solving.followers import Followers
+
+    response = bl.Implicit(bl.Scipy("SLSQP"))
+    followers = Followers(game, {"b": response, "c": response})
+    states = followers.init(0)
+
+    def value(a):
+        return game.loss("a", followers.respond({"a": a}, states, {})[0])
+
+    a, h = tensor(1.0, 2.0).requires_grad_(), 1e-5
+    (slope,) = torch.autograd.grad(value(a), a)
+    with torch.no_grad():
+        differences = [(value(a + h * e) - value(a - h * e)) / (2.0 * h) for e in torch.eye(2, dtype=D)]
+    close(slope, torch.stack(differences), atol=1e-8)
+    close(slope[1], torch.tensor(0.0, dtype=D))  # b[1] is at 1.3
+
+
 def test_who_does_not_see_the_kink_is_not_warned():
     answer(at_a_kink(0.0))
     game, response = at_a_kink(), bl.Implicit(bl.Scipy("SLSQP"))
