@@ -20,8 +20,8 @@ from bilevel.hyper.declared import (
 )
 from bilevel.hyper.images import Mixed, affine, brightness, cutout, mixup
 from bilevel.hyper.layers import dropout_layers, with_dropout
-from bilevel.hyper.noise import alpha_dropout, dropout, gaussian_dropout, noise
 from bilevel.hyper.penalties import elastic_net, l1_penalty, penalty
+from bilevel.hyper.perturbations import alpha_dropout, dropout, gaussian_dropout, noise
 from bilevel.hyper.tuning import Tuning
 
 __all__ = [

@@ -161,7 +161,13 @@ class MixedCriterion(CriterionMode):
         bound = inspect.signature(func).bind(*args, **kwargs)
         second = inspect.signature(func).bind(*args, **kwargs)
         name = "target" if func is functional.cross_entropy else "labels"
-        second.arguments[name] = bound.arguments[name][self.order]
+        labels = bound.arguments[name]
+        if labels.shape[:1] != self.order.shape:
+            raise ValueError(
+                f"{self.who} mixed a batch of {len(self.order)} examples, and the loss's cross entropy has labels of "
+                f"shape {tuple(labels.shape)}; expected [{len(self.order)}] or [{len(self.order)}, ...]."
+            )
+        second.arguments[name] = labels[self.order]
         one, two = func(*bound.args, **bound.kwargs), func(*second.args, **second.kwargs)
         return (1.0 - self.share) * one + self.share * two
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bilevel.game.modules import CallableVariables
 from bilevel.game.player import kind
 from bilevel.hyper.checks import Strength
-from bilevel.hyper.noise import alpha_dropout, dropout, gaussian_dropout
+from bilevel.hyper.perturbations import alpha_dropout, dropout, gaussian_dropout
 
 _CHANNELS: Final[dict[type[nn.Module], int]] = {nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 _KINDS: Final[tuple[type[nn.Module], ...]] = (nn.Dropout, *_CHANNELS, nn.AlphaDropout)

@@ -117,6 +117,13 @@ def test_what_a_mode_cannot_do_is_refused():
             functional.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
+def test_labels_that_are_no_row_an_example_cannot_be_mixed():
+    logits, labels, _ = data()
+    refused = pytest.raises(ValueError, match=r"Mixup mixed a batch of 2 examples.*labels of shape \(6,\)")
+    with MixedCriterion("Mixup", torch.tensor([1, 0]), torch.tensor(0.3)), refused:
+        functional.cross_entropy(logits, labels)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -39,13 +39,16 @@ def test_the_mask_is_a_relaxed_bernoulli_one():
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-def test_its_mean_is_one_but_for_the_relaxation(p):
+def test_its_mean_and_variance_are_a_bernoulli_masks_but_for_the_relaxation(p):
     # The integral over u by the midpoint rule: no noise, and the mask is smooth on the scale of one cell.
     u = (torch.arange(200_000, dtype=D) + 0.5) / 200_000
     m = ((math.log((1 - p) / p) + (u / (1 - u)).log()) / 0.1).sigmoid()
     told = 1.0 - p - math.pi**2 / 6 * 0.1**2 * p * (1 - p) * (1 - 2 * p)
     # The next term of the expansion is of fourth order in the temperature, with a factor of 7 pi^4 / 360 = 1.9.
     assert m.mean().item() == pytest.approx(told, abs=2 * 0.1**4)
+    # Likewise its variance; its next term is of third order, with a factor of at most pi^2 / 6 / 8 = .21.
+    moved = (1.0 - p - told) * (1 - 2 * p)
+    assert m.var().item() == pytest.approx(p * (1 - p) * (1 - 0.1) + moved, abs=0.3 * 0.1**3)
 
 
 @pytest.mark.parametrize("draw", [dropout, gaussian_dropout, alpha_dropout, noise])

@@ -14,7 +14,7 @@ from bilevel.game.player import kind
 from bilevel.hyper.criterion import MixedCriterion
 from bilevel.hyper.declared.base import Declaration, Loss, check_range, started
 from bilevel.hyper.images import affine, brightness, cutout, mixup
-from bilevel.hyper.noise import noise
+from bilevel.hyper.perturbations import noise
 from bilevel.tree import Variables
 
 
