@@ -1,4 +1,7 @@
-"""The table of docs/tuning.md from one_run.json, and its figure: `python docs/figures/tuning.py` runs the page's program."""
+"""The table of docs/tuning.md from one_run.json, and its figure.
+
+`python docs/figures/tuning.py` runs the page's program and draws it.
+"""
 
 import json
 import re
