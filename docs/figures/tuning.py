@@ -1,0 +1,48 @@
+"""The table of docs/tuning.md from one_run.json, and its figure.
+
+`python docs/figures/tuning.py` runs the page's program and draws it.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1]
+ROWS = json.loads((DOCS / "tuning" / "one_run.json").read_text(encoding="utf-8"))["rows"]
+
+
+def one_run() -> list[list[str]]:
+    """Test losses of fresh trainings: at the start's values, then at what each setting found, a column a split."""
+    seeds = sorted({row["seed"] for row in ROWS})
+    names = list(dict.fromkeys(row["setting"] for row in ROWS))
+    found = {(row["setting"], row["seed"]): row for row in ROWS}
+    heads = ["", *(f"split {seed}" for seed in seeds), "mean", "the run itself", "gradients and products"]
+    start = [found[names[0], seed]["start"]["loss"] for seed in seeds]
+    table = [heads, ["nothing tuned", *_numbers(start), "", ""]]
+    for name in names:
+        mine = [found[name, seed] for seed in seeds if (name, seed) in found]
+        run = statistics.fmean(row["run"]["loss"] for row in mine)
+        work = f"{mine[0]['gradients']:,} + {mine[0]['products']:,}"
+        table.append([name, *_numbers([row["retrained"]["loss"] for row in mine]), f"{run:.3f}", work])
+    return table
+
+
+def _numbers(losses: list[float]) -> list[str]:
+    return [*(f"{loss:.3f}" for loss in losses), f"{statistics.fmean(losses):.3f}"]
+
+
+PARTS = {"one_run": one_run}
+
+
+def main() -> None:
+    """Run the page's program up to its figure, and draw it."""
+    page = (DOCS / "tuning.md").read_text(encoding="utf-8")
+    before, tuning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    names: dict[str, object] = {}
+    exec(before + tuning, names)
+    names["tuned"].plot(DOCS / "tuning" / "run.png")  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()
