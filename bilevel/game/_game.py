@@ -17,6 +17,7 @@ from bilevel.game.groups import Groups
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.game.starts import StartsAlone, formed
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Anticipated = Callable[[Mapping[str, Variables]], Variables]
@@ -43,6 +44,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
+    starts_alone: StartsAlone
 
 
 class Game:
@@ -85,8 +87,10 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
+            starts_alone={},
         )
-        self._parts = replace(self._parts, depends=check_objectives(self, self._parts.players))
+        depends, starts_alone = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -121,6 +125,20 @@ class Game:
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
+
+    def starts_alone(self, player: str) -> tuple[str, ...]:
+        """The leaders' variables, in words, that reach a player by its `start` and reach nobody's loss."""
+        return tuple(told for member in self.members(player) for told in self._parts.starts_alone[member])
+
+    def starting_point(
+        self, player: str, others: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> Variables | None:
+        """Where a player with `start=` begins to follow, differentiable in the others; None of all other players."""
+        start = None if player in self._parts.groups.members else self._parts.players[player].start
+        if start is None:
+            return None
+        found, _ = self.call(player, start, others, batch, buffers, {})
+        return formed(player, found, self._parts.structures[player])
 
     # What a stack of games answers otherwise ----------------------------------------------------------------------
 
@@ -193,6 +211,7 @@ class Game:
         for member in self.members(player):
             own = self._parts.players[member]
             named += [] if own.follows_loss else own.own_residual.players
+            named += [name for name in own.start_names if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
 
     def residual(self, player: str) -> Residual:
@@ -323,7 +342,9 @@ class Game:
     def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of a player's functions must be called with."""
         own = self._parts.players[player]
-        return own.names if function is own.objective else own.own_residual.names
+        if function is own.objective:
+            return own.names
+        return own.start_names if function is own.start else own.own_residual.names
 
     def _given(
         self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
@@ -378,6 +399,12 @@ class Game:
             )
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
+        starting = [member for member in members if parts.players[member].start is not None]
+        if starting:
+            raise ValueError(
+                f"{told}: {starting[0]!r} has a start=, and who settle among themselves start where they were. Leave "
+                "it out, or give each a response of its own."
+            )
         initial = {member: parts.initial[member] for member in together}
         return {
             "groups": Groups({**parts.groups.members, name: together}),

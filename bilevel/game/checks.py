@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import captured_leaves
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
+from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 
@@ -35,6 +36,7 @@ def check_names(players: Mapping[str, Player]) -> None:
         _check_parameters(name, "objective", player.names, players)
         if "batch" in player.names and player.data is None:
             raise ValueError(f"Player {name!r}: its objective takes `batch`, but the player has no data=.")
+        check_start_names(name, players)
         takes_batch = "batch" in player.names
         if player.residual is not None:
             parameters = player.own_residual.names
@@ -45,6 +47,7 @@ def check_names(players: Mapping[str, Player]) -> None:
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
             takes_batch = takes_batch or "batch" in parameters
+        takes_batch = takes_batch or "batch" in player.start_names
         if not takes_batch and player.data is not None:
             raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
 
@@ -92,8 +95,8 @@ Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends:
-    """Evaluate each objective once and see from the graph what it depends on."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, StartsAlone]:
+    """Evaluate each objective and each start once and see from the graph what it depends on."""
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
@@ -103,6 +106,12 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
         for found in (in_loss, in_residual):
             for other, paths in found.items():
                 reached[other] |= paths
+    alone: dict[str, tuple[str, ...]] = {}
+    for name in players:
+        found = start_dependence(game, name, players, initial)
+        alone[name] = tuple(f"{o}{path}" for o, paths in found.items() for path in sorted(paths - reached[o]))
+        for other, paths in found.items():
+            reached[other] |= paths
     for name, player in players.items():
         if player.optimizer_hyper:
             continue
@@ -110,7 +119,8 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
         if len(missing) == len(leaves(initial[name])):
             raise ValueError(
                 f"Player {name!r}: its variables reach no objective, so that every gradient for them would be "
-                "zero. Name it in an objective and use it there; if it tunes the inner optimiser, say "
+                "zero. Name it in an objective and use it there. If it is where a follower starts, say so of the "
+                f"follower, Player(..., start=lambda {name}: {name}); if it tunes the inner optimiser, say "
                 "Player(..., optimizer_hyper=True)."
             )
         if missing and name == next(iter(players)):
@@ -121,7 +131,7 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> Depends
         # A leader need not appear in its own loss: it may act through those who move after it.
         if name not in depends[name] and not any(name in depends[other] for other in later):
             raise ValueError(_chooses_nothing(name, players))
-    return depends
+    return depends, alone
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -132,11 +142,13 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
     order = list(players)
     earlier = order[: min(order.index(member) for member in members)]
     answers = frozenset().union(*(depends[member] for member in members))
+    answers |= {other for member in members for other in players[member].start_names}
     if not any(other in answers or players[other].optimizer_hyper for other in earlier):
         what = _what(players[members[0]])
         raise ValueError(
             f"Player {name!r}: its {what} does not depend on {' or '.join(map(repr, earlier))}, who moves "
-            f"before it; its response would have no derivative. Use that argument in the {what}, make the leader "
+            f"before it; its response would have no derivative. Use that argument in the {what}, give this player a "
+            f"start= where it starts at a function of the leader, start=lambda {earlier[0]}: ..., make the leader "
             "Player(..., optimizer_hyper=True) when it tunes the inner optimiser, or give this player no response, so "
             "that it leads too."
         )

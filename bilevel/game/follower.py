@@ -76,6 +76,17 @@ class Follower:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
 
+    def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
+        """The leaves that a call begins from, and whether it goes on with what the last call remembered.
+
+        With `start=` they are functions of the others' variables, attached to them, and nothing goes on.
+        """
+        start = self.game.starting_point(self.name, self.inputs, self.batch, self.buffers)
+        if start is not None:
+            return leaves(start), False
+        here = state["variables"] if warm else self.game.initial(self.name)
+        return [leaf.detach() for leaf in leaves(here)], warm
+
     def advance(self) -> None:
         """Move on to the next batch, unless one batch was given for the whole call."""
         if not self.fixed:

@@ -34,6 +34,9 @@ class Player:
             of its objective. A function of your own has parameters named after players, as the objective has, `batch`
             if it needs it, and `gradient`, which receives the objective's own gradient there; it returns a pytree in
             the form of `init`. `bl.extend.UserResidual(function, symmetric=True)` promises a symmetric dF/dy.
+        start: where this player, as a follower, begins in every call, as a function of those who move before it (and of
+            `batch`): `start=lambda meta: meta`. `Unrolled` differentiates it, so that an initialisation can lead.
+            Nothing is kept from call to call then, whatever `warm_start` says; `init` gives the form.
 
     A projected follower, who stays within \([0, 5]\), rests where \(F(y) = y - P(y - s\,\nabla_y f) = 0\):
 
@@ -55,6 +58,7 @@ class Player:
     data: Source | None = None
     optimizer_hyper: bool = field(default=False, kw_only=True)
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
+    start: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
@@ -64,6 +68,10 @@ class Player:
             check_data("Player: data", self.data)
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
+        if self.start is not None:
+            require_start(self.start)
+            if self.optimizer_hyper:
+                raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no start=.")
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -79,6 +87,11 @@ class Player:
     def names(self) -> tuple[str, ...]:
         """The parameters that the objective must be called with."""
         return required(self.objective)
+
+    @cached_property
+    def start_names(self) -> tuple[str, ...]:
+        """The parameters that `start` must be called with; none where there is no `start`."""
+        return () if self.start is None else required(self.start)
 
     @property
     def follows_loss(self) -> bool:
@@ -127,6 +140,16 @@ def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
                 f"Player: parameter {str(parameter)!r} of {what} cannot be named in a call. Name each parameter after "
                 "a player (and `batch`), as in `def loss(decay, weights, batch)`."
             )
+
+
+def require_start(start: object) -> None:
+    """Raise `TypeError` for a start that is no function whose parameters can be named."""
+    if not callable(start):
+        raise TypeError(
+            f"Player: start is {kind(start)}; expected a function of the players who move before this one, such as "
+            "start=lambda meta: meta. A fixed start is init=."
+        )
+    refuse_unnamed("the start", start)
 
 
 def check_data(told: str, data: object) -> None:

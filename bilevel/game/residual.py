@@ -74,6 +74,11 @@ class PlayedGame(Protocol):
     ) -> Tensor:
         """A player's loss at everybody's variables."""
 
+    def starting_point(
+        self, player: str, others: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> Variables | None:
+        """Where a player with `start=` begins to follow, differentiable in the others; None of all other players."""
+
     def structure(self, player: str) -> Structure:
         """How a player's variables are laid out."""
 

@@ -230,14 +230,15 @@ class Implicit(Response):
         self, game: Game, follower: Follower, state: State, looser: float
     ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
-        start = state["variables"] if self.warm_start else game.initial(follower.name)
-        memory = state["optimizer"] if self.warm_start else None
+        with torch.no_grad():
+            start, kept = follower.begins(state, warm=self.warm_start)
+        memory = state["optimizer"] if kept else None
         solver = follower.adapted_inner(self._solver)
         reference: Size = state["reference"]
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():
-            y, memory = solver.minimise(follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = solver.minimise(follower, start, memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
         residual = follower.held_residual()

@@ -31,7 +31,7 @@ def identity(
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
         "players": {
-            member: {"objective": describer.describe(player.objective), "residual": describer.describe(player.residual)}
+            member: {part: describer.describe(getattr(player, part)) for part in ("objective", "residual", "start")}
             for member, player in members
         },
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
