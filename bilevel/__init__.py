@@ -15,7 +15,7 @@ from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
-from bilevel.many import Games
+from bilevel.many import Games, Tasks
 from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
 
@@ -49,6 +49,7 @@ __all__ = [
     "ScipyRoot",
     "Segments",
     "Solution",
+    "Tasks",
     "Unrolled",
     "__version__",
     "certify",

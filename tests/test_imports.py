@@ -29,7 +29,7 @@ MAY = {
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},
-    "many": SOLVERS | {"dynamics"},
+    "many": RESPONSES | {"dynamics", "many"},
     "responses": RESPONSES,
     "dynamics": GROUND | {"linear"},
     "solving": SOLVE,

@@ -24,6 +24,7 @@ Anticipated = Callable[[Mapping[str, Variables]], Variables]
 """From the variables of those who move before a player to its own."""
 
 Derived = TypeVar("Derived", bound="Game")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,23 @@ class Game:
     def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
         """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
 
+    def response_of(self, player: str, response: Kind) -> Kind:
+        """A player's response as it answers here."""
+        return response
+
+    def position_of_answer(self, leader: str, states: Mapping[str, Any]) -> Position | None:
+        """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
+        return None
+
     def require_separable(self, dynamics: object) -> None:
         """Raise `TypeError` for a rule of play that would mix what must stay apart."""
 
     def described_norm(self, norm: Tensor) -> str:
         """A norm that is not finite, in words."""
         return f"norm {float(norm)}"
+
+    def require_shared(self, asker: str, players: Sequence[str]) -> None:
+        """Raise `TypeError` when this stands for many games, in each of which these players are others."""
 
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""

@@ -128,8 +128,9 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     order = list(players)
     for name in order[1:]:
         later = order[order.index(name) + 1 :]
-        # A leader need not appear in its own loss: it may act through those who move after it.
-        if name not in depends[name] and not any(name in depends[other] for other in later):
+        # A leader need not appear in its own loss: it may act through those who move after it, or their optimiser.
+        acts = players[name].optimizer_hyper or name in depends[name]
+        if not acts and not any(name in depends[other] or name in players[other].start_names for other in later):
             raise ValueError(_chooses_nothing(name, players))
     return depends, alone
 

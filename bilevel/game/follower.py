@@ -163,8 +163,11 @@ class Follower:
 
     def relative(self, slopes_norm: Size, state: Mapping[str, Any]) -> Size:
         """A norm of F in units of the one at the start of the game."""
-        reference: Size = state["reference"]
-        return slopes_norm / reference
+        return slopes_norm / self.unit(state)
+
+    def unit(self, state: Mapping[str, Any]) -> Size:
+        """What its stationarity is told in units of: the norm of F at the start of the game."""
+        return state["reference"]
 
     def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
         """How far a norm of F is above a threshold, in words, and in which games; None where it is not."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel._root import Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
-from bilevel.game import Follower, Game, HeldResidual, Size
+from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.optimizer import leaf_memory, torch_optimizer
@@ -234,7 +234,7 @@ class Implicit(Response):
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
         solver = follower.adapted_inner(self._solver)
-        reference: Size = state["reference"]
+        reference = follower.unit(state)
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():

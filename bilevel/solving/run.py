@@ -189,7 +189,8 @@ class Run:
             if name in states:
                 batch, _ = self.game.draw(name, states[name]["data"])
             else:
-                batch = self._last_batch(name)
+                place = self.game.position_of_answer(name, states)
+                batch = self._last_batch(name) if place is None else self.game.draw(name, place)[0]
             detached, current = map_leaves(lambda t: t.detach(), dict(variables)), with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):

@@ -131,8 +131,8 @@ class Unrolled(Response):
         settings = torch_optimizer("Unrolled", self.optimizer)
         start = at_start(game, state)
         start.refuse_mixing("Unrolled", settings.factory)
-        if settings.option_players(dict.fromkeys(game.names)):
-            game.require_one("Unrolled with options that are functions of players")
+        named = settings.option_players(dict.fromkeys(game.names))
+        game.require_shared("Unrolled with options that are functions of players", named)
         self.differentiation.require(game)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
         return state | {"optimizer": None, "schedule": None}
