@@ -523,3 +523,12 @@ def test_rates_are_as_many_as_tensors_and_steps():
     optimizer.step()
     with pytest.raises(ValueError, match=r"step 2 has no rate.*warm_start=False"):
         optimizer.step()
+
+
+def test_new_tasks_are_answered_with_learned_rates_too():
+    game, response = meta_sgd()
+    solution = bl.solve(game, task=response, steps=2)
+    found = game.adapted(solution.variables, batch_of(3, seed=9), task=response)
+    with torch.no_grad():
+        response.init(game.together(batch_of()))
+    assert bool(torch.isfinite(found.losses["meta"]).all())

@@ -20,7 +20,7 @@ def meta_command(
         typer.Option(help="Examples of a sine curve; repeat it for several. 5, 10 and 20 when left out."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Meta-iterations.")] = 6000,
-    tasks: Annotated[int, typer.Option(help="Tasks in a batch.")] = 10,
+    tasks: Annotated[int, typer.Option(help="Tasks in a batch.")] = 25,
     held_out: Annotated[int, typer.Option(help="New tasks that a run is judged on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the network, the tasks and all else.")] = 0,
     data: Annotated[

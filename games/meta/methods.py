@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import bilevel as bl
 from bilevel.inner import EntrywiseSGD
@@ -17,7 +18,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Method = tuple[bl.Tasks, bl.Response]
 """The game, and how its tasks answer."""
 
-OUTER = partial(torch.optim.Adam, lr=1e-3)
+OUTER = partial(torch.optim.Adam, lr=3e-3)
+
+
+def falling(steps: int) -> Callable[[torch.optim.Optimizer], CosineAnnealingLR]:
+    """The leader's rate falls to zero over the run."""
+    return partial(CosineAnnealingLR, T_max=steps)
 
 
 def maml(net: nn.Module, loss: Loss, data: Any, *, rate: float, steps: int) -> Method:

@@ -15,12 +15,13 @@ import bilevel as bl
 from games.experiments.data import DigitSource
 from games.experiments.experiment import Result
 from games.meta import few_shot, sinusoids
-from games.meta.methods import OUTER, Method, maml, maml_by_hand, meta_sgd
+from games.meta.methods import OUTER, Method, falling, maml, maml_by_hand, meta_sgd
 
 RATE, RATES = 0.01, (0.005, 0.1)
 """The inner learning rate of MAML, and where those of Meta-SGD begin, as in the paper."""
-SINUSOID = {"MAML": "bl.Tasks", "Meta-SGD": "bl.Tasks with a rate for each weight", "MAML by hand": "plain torch"}
-DIGITS = {"from scratch": "no training", "MAML": "bl.Tasks", "Meta-SGD": "bl.Tasks with a rate for each weight"}
+BY_HAND = "MAML by hand"
+SINUSOID = ("MAML", "Meta-SGD", BY_HAND)
+DIGITS = ("from scratch", "MAML", "Meta-SGD")
 _POINTS = 100  # of a curve
 
 
@@ -32,11 +33,11 @@ def sinusoid(
     data = sinusoids.Sinusoids(shots, shots, tasks)
     trial = sinusoids.drawn(held_out, shots, 100, torch.Generator().manual_seed(10_000 + seed))
     began = time.perf_counter()
-    if method == "MAML by hand":
+    if method == BY_HAND:
         found, losses = _by_hand(net, data, trial, steps=steps, seed=seed)
     else:
         game, response = _method(method, net, mse_loss, data, seed, RATE, RATES, 1)
-        solution = bl.solve(game, task=response, optimizer=OUTER, steps=steps, seed=seed)
+        solution = bl.solve(game, task=response, optimizer=OUTER, scheduler=falling(steps), steps=steps, seed=seed)
         losses = [record["meta"] for record in solution.history]
         found = game.adapted(solution.variables, trial, task=response).losses["meta"]
     seconds = time.perf_counter() - began
@@ -51,6 +52,7 @@ def _by_hand(
     place = game.start_of_tasks(seed)
     meta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
     optimizer = OUTER(list(meta.values()))
+    scheduler = falling(steps)(optimizer)
     losses = []
     for _ in range(steps):
         batch, place = game.draw_tasks(place)
@@ -58,6 +60,7 @@ def _by_hand(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        scheduler.step()
         losses.append(loss.item())
     return maml_by_hand(net, mse_loss, trial, meta, rate=RATE, steps=1).detach(), losses
 
@@ -72,7 +75,7 @@ def digits(source: DigitSource, *, method: str, steps: int, tasks: int, held_out
     game, response = _method(method, net, cross_entropy, data, seed, 0.1, (0.05, 0.15), 5)
     variables, losses = {name: game.initial(name) for name in game.names}, []
     if method != "from scratch":
-        solution = bl.solve(game, task=response, optimizer=OUTER, steps=steps, seed=seed)
+        solution = bl.solve(game, task=response, optimizer=OUTER, scheduler=falling(steps), steps=steps, seed=seed)
         variables, losses = dict(solution.variables), [record["meta"] for record in solution.history]
     adapted = game.adapted(variables, trial, task=response)
     images, labels = trial["query"]
