@@ -35,6 +35,7 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
             player.init,
             data=None if player.data is None else [batches[name]],
             optimizer_hyper=player.optimizer_hyper,
+            start=player.start,
         )
         for name, player in game.players.items()
     }

@@ -249,3 +249,13 @@ def test_joined_players_have_no_start():
     )
     with pytest.raises(ValueError, match=r"'y' has a start="):
         game.joined(both=("y", "z"))
+
+
+def test_the_check_knows_what_it_cannot_see():
+    with pytest.raises(ValueError, match="reaches 'y' by its start= and no loss.*gradcheck"):
+        bl.testing.check_hypergradient(quadratic(), bl.Unrolled(partial(SGD, lr=0.1), steps=3))
+    game = quadratic(follow=lambda x, y: follow(y) + 0.25 * ((y - x) ** 2).sum(), start=lambda x: x)
+    response = bl.Implicit(
+        partial(SGD, lr=0.3), steps=400, tolerance=1e-12, linear_solver=bl.ConjugateGradient(rtol=1e-12)
+    )
+    assert bl.testing.check_hypergradient(game, response)
