@@ -3,26 +3,29 @@
 A solution concept is what each player assumes about the others while it differentiates. A `Game` holds the players,
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays. The names that
 most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `bilevel.networks`, `bilevel.responses`,
-`bilevel.dynamics`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
+`bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import dynamics, errors, extend, inner, linear, networks, responses, testing
+from bilevel import constraints, dynamics, errors, extend, hyper, inner, linear, networks, responses, testing, tuning
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
+from bilevel.constraints import Box, Interval, Log, Positive, Simplex, Unit
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
+from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games, Tasks
 from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
+from bilevel.tuning import retrain, tune
 
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (linear, inner, networks, responses, dynamics, errors, extend):
+    for room in (constraints, linear, inner, networks, responses, dynamics, hyper, errors, extend):
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -32,6 +35,7 @@ __all__ = [
     "GMRES",
     "BilevelError",
     "BilevelWarning",
+    "Box",
     "ClosedForm",
     "ConjugateGradient",
     "ForwardMode",
@@ -39,31 +43,42 @@ __all__ = [
     "Games",
     "Hypernetwork",
     "Implicit",
+    "Interval",
+    "Log",
     "Neumann",
     "Nudged",
     "Nystrom",
     "Player",
+    "Positive",
     "Response",
     "ReverseMode",
     "Scipy",
     "ScipyRoot",
     "Segments",
+    "Simplex",
     "Solution",
     "Tasks",
+    "Unit",
     "Unrolled",
     "__version__",
     "certify",
     "certify_nash",
     "compare",
+    "constraints",
     "dynamics",
     "errors",
     "exploitability",
     "extend",
+    "hyper",
     "inner",
     "linear",
     "networks",
+    "penalty",
     "responses",
+    "retrain",
     "root",
     "solve",
     "testing",
+    "tune",
+    "tuning",
 ]

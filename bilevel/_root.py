@@ -10,21 +10,30 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import (
+    NewLeafTracker,
     Pullback,
     captured_leaves,
     concrete,
     nearest,
     pullback,
+    pushforward,
+    row_by_row,
     tracked_at_any_level,
     transforms_active,
 )
 from bilevel.errors import CapturedTensorError, NonFiniteError
-from bilevel.linear import GMRES, LinearOperator, LinearSolver, Memory
+from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
+from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import Shapes
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
 FlatResidual = Callable[..., Tensor]
+
+Examine = Callable[[LinearSolution, Tensor, list[Tensor], tuple[Tensor, ...], Pullback], int]
+"""Looks at a backward solve: what it found, its right-hand side, the inputs that asked, (dF/dx)^T u, and products.
+
+It returns how many products it took."""
 
 
 @dataclass
@@ -68,7 +77,8 @@ def root(
 
     Returns y with the same values. Backward solves $(\partial F / \partial y)^\top u = v$ and returns
     $-(\partial F / \partial x)^\top u$. That solve is itself a `root`, so that derivatives of any order are right, and
-    `torch.func.grad`, `jacrev` and `vmap` compose. There is no forward mode.
+    `torch.func.grad`, `jacrev`, `jvp`, `jacfwd`, `hessian` and `vmap` compose; forward mode solves with
+    $\partial F / \partial y$ itself, and takes two backward passes a product.
 
     An error of y moves the derivative to first order, and an unconverged solve warns.
 
@@ -131,9 +141,10 @@ def refuse_captures(residual: FlatResidual, y: Tensor, xs: list[Tensor]) -> None
         captured: Tensor | None = value if tracked_at_any_level(value) else None
     else:
         passed = [tensor.detach().clone().requires_grad_() for tensor in (y, *xs)]
-        with torch.enable_grad():
+        # Leaves that F makes itself, for a gradient penalty say, are nobody's.
+        with torch.enable_grad(), NewLeafTracker() as born:
             value = residual(*passed)
-        captured = next(iter(captured_leaves([value], passed)), None)
+        captured = next(iter(captured_leaves([value], [*passed, *born.leaves])), None)
     if captured is not None:
         shape = "" if captured is value else f" of shape {tuple(captured.shape)}"
         raise CapturedTensorError(
@@ -152,14 +163,16 @@ def attach(
     shapes: Shapes | None = None,
     receipt: Receipt | None = None,
     products: Pullback | None = None,
+    examine: Examine | None = None,
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
 
     `shapes` are those of the leaves that y is made of.
     `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
     backward then takes its products from that graph instead of building it again, and lets it go.
+    `examine` is called once, by the first backward outside torch.func, with what its solve found.
     """
-    system = _System(residual, linear_solver, symmetric, shapes, receipt, products)
+    system = _System(residual, linear_solver, symmetric, shapes, receipt, products, examine)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
@@ -180,6 +193,7 @@ class _System:
     shapes: Shapes | None
     receipt: Receipt | None
     products: Pullback | None = None
+    examine: Examine | None = None
 
 
 class _Root(torch.autograd.Function):
@@ -194,14 +208,24 @@ class _Root(torch.autograd.Function):
         ctx.system, _, *xs = inputs
         # The output, not the input: it depends on x, and so the second derivative sees y move.
         ctx.save_for_backward(output, *xs)
+        ctx.save_for_forward(output, *xs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        y, *xs = ctx.saved_tensors
+        moves = [torch.zeros_like(x) if t is None else t for x, t in zip(xs, tangents[2:], strict=True)]
+        return _tangent(ctx.system, y, xs, moves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = grads
+        by_rows = row_by_row(lambda row: _Root.backward(ctx, row), cotangent)
+        if by_rows is not None:
+            return by_rows  # type: ignore[no-any-return]
         y, *xs = ctx.saved_tensors
         system: _System = ctx.system
         # Taken once: whoever keeps the loss after backward keeps no graph with it. A second backward builds its own.
-        ctx.system = replace(system, products=None)
+        ctx.system = replace(system, products=None, examine=None)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
 
         def partial(y: Tensor, *some: Tensor) -> Tensor:
@@ -213,22 +237,29 @@ class _Root(torch.autograd.Function):
         given = [xs[index] for index in wanted]
         again = torch.is_grad_enabled() or transforms_active()
         if again:
-            adjoint, _ = _solve(system, pullback(lambda y: partial(y, *given), y)[1], cotangent)
-            adjoint = _attach_adjoint(system, adjoint, cotangent, y, xs)
-            _, products = pullback(lambda *some: partial(y, *some), *given)
-            derivatives = products(adjoint)
+            in_y = pullback(lambda y: partial(y, *given), y)[1]
+            found, _ = _solve(system, in_y, cotangent)
+            adjoint = _attach_adjoint(system, found.solution, cotangent, y, xs)
+            _, in_x = pullback(lambda *some: partial(y, *some), *given)
+            derivatives = in_x(adjoint)
+            products = in_y
         else:
             # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
             ready = system.products if all(x.requires_grad == (i in wanted) for i, x in enumerate(xs)) else None
             products = ready or pullback(partial, y, *given)[1]
-            _, derivatives = _solve(system, products, cotangent)
+            found, derivatives = _solve(system, products, cotangent)
+        if system.examine is not None and not transforms_active():
+            with torch.no_grad():
+                taken = system.examine(found, cotangent, given, derivatives, products)
+            if system.receipt is not None:
+                system.receipt.products = system.receipt.products + taken
         result: list[Tensor | None] = [None] * len(xs)
         for index, derivative in zip(wanted, derivatives, strict=True):
             result[index] = -derivative
         return (None, None, *result)
 
 
-def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolution, tuple[Tensor, ...]]:
     """u `[n]` with (dF/dy)^T u = rhs, and (dF/dx)^T u for each further primal of `products`."""
 
     def both(v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -251,10 +282,10 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
     receipt = None if transforms_active() else system.receipt
     with torch.no_grad():
         start = receipt.adjoint if receipt is not None and receipt.adjoint.numel() else None
-        memory = receipt.memory or None if receipt is not None else None
+        memory = None if receipt is None else receipt.memory
         found = system.solver.solve(operator, rhs if receipt is None else rhs.detach(), start, memory=memory)
         if receipt is not None:
-            size = torch.linalg.vector_norm(rhs)
+            size = norm(rhs)
             some = concrete(size) > 0
             # As long as the follower: taken over and not copied. To start from 0 costs a product and gives nothing.
             receipt.adjoint = found.solution if some else found.solution[:0]
@@ -262,11 +293,33 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[Tensor, tu
             receipt.products = receipt.products + found.products
             receipt.error = torch.full_like(receipt.error, found.error)
             receipt.memory = found.memory
-    if concrete(torch.linalg.vector_norm(found.solution)) == float("inf"):
+    if largest_entry(found.solution) == float("inf"):  # a norm's squares overflow where the adjoint does not
         raise NonFiniteError("The adjoint of the implicit derivative is infinite: the follower's Jacobian is singular.")
     if not single:
-        return found.solution, ()  # to be differentiated themselves
-    return found.solution, mixed_alone(found.solution) if found.mixed is None else found.mixed
+        return found, ()  # to be differentiated themselves
+    return found, mixed_alone(found.solution) if found.mixed is None else found.mixed
+
+
+def _tangent(system: _System, y: Tensor, xs: list[Tensor], moves: list[Tensor]) -> Tensor:
+    """How y moves when xs do: the root d of G(d; y, x, dx) = dF/dy d + dF/dx dx, differentiable in y, x and dx."""
+
+    def residual(d: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        xs, moves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        return pushforward(system.residual, y, *xs, like=y)([d, *moves])
+
+    with torch.no_grad():
+        rhs = -residual(torch.zeros_like(y), y, *xs, *moves)
+        along = pushforward(lambda y: system.residual(y, *xs), y, like=y)
+        operator = LinearOperator(lambda v: along([v]), system.symmetric, shapes=system.shapes)
+        d = system.solver.solve(operator, rhs).solution
+    return attach(
+        residual,
+        d,
+        [y, *xs, *moves],
+        linear_solver=system.solver,
+        symmetric=system.symmetric,
+        shapes=system.shapes,
+    )
 
 
 def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tensor, xs: list[Tensor]) -> Tensor:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+class StopRun(Exception):  # noqa: N818 - no error: a callback of `solve` asks for it
+    """Raised by a callback, it ends `solve` after the step: the solution is returned, and a checkpoint written."""
+
+
 class BilevelError(RuntimeError):
     """Base of every error that bilevel raises while running."""
 
@@ -28,12 +32,12 @@ class SingularSystemError(BilevelError):
     """A linear system has no unique solution."""
 
 
+class SecondDerivativeError(BilevelError):
+    """A second derivative was needed of what has none: an operation in a loss, or the answer of `Nudged`."""
+
+
 class CapturedTensorError(BilevelError):
     """A function captured a tensor that requires grad; its derivative would be lost in silence."""
-
-
-class FirstDerivativeError(BilevelError):
-    """A second derivative was asked of what gives first derivatives alone."""
 
 
 class DataError(BilevelError):
@@ -50,6 +54,26 @@ class CheckpointError(BilevelError):
 
 class NonFiniteError(BilevelError):
     """A loss, a gradient or a solution became NaN or infinite while running."""
+
+
+class ConstraintError(BilevelError):
+    """A constrained player's optimum has no derivative, or is none; the message names the constraint."""
+
+
+class InfeasibleError(ConstraintError):
+    """An answer breaks its player's constraints; the message says which, and by how much."""
+
+
+class UnboundedError(ConstraintError):
+    """A player's loss falls without bound within its constraints."""
+
+
+class DependentConstraintsError(ConstraintError):
+    """The gradients of the constraints that bind are linearly dependent: the multipliers are not unique."""
+
+
+class CurvatureError(ConstraintError):
+    """The Lagrangian has no positive curvature along the constraints that bind: no strict minimum."""
 
 
 class BilevelWarning(UserWarning):
@@ -72,3 +96,7 @@ class NonConvergenceWarning(BilevelWarning):
 
 class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
+
+
+class KinkWarning(UnreliableResponseWarning):
+    """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""

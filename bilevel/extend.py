@@ -8,6 +8,7 @@ Everything here is public and stays. CONTRIBUTING has worked examples.
 from bilevel.autodiff import concrete, gradient, pullback, transforms_active
 from bilevel.dynamics import Dynamics, Field
 from bilevel.game import Follower, Residual, UserResidual
+from bilevel.game.processes import separate_ranks
 from bilevel.inner import DifferentiableOptimizer, InnerSolver, Problem
 from bilevel.linear import (
     Candidate,
@@ -78,6 +79,7 @@ __all__ = [
     "map_leaves",
     "norm",
     "pullback",
+    "separate_ranks",
     "structure_of",
     "transforms_active",
 ]

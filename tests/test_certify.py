@@ -105,6 +105,90 @@ def test_the_traps():
     assert bl.certify_nash(second, origin).standing is REFUTED
 
 
+ONE = torch.ones((), dtype=D)
+LINEAR = {
+    "x y": (bl.Player(lambda x, y: x * y, ONE), bl.Player(lambda x, y: -x * y, ONE)),
+    "y alone, x alone": (bl.Player(lambda y: y * y - y, ONE), bl.Player(lambda x: x * x, ONE)),
+    "a bowl and a line": (bl.Player(lambda x, y: (x + y) ** 2, ONE), bl.Player(lambda x, y: x * y, ONE)),
+}
+
+
+@pytest.mark.parametrize("players", LINEAR.values(), ids=LINEAR)
+def test_losses_without_curvature_have_derivatives_of_zero(players):
+    """Where a loss is flat and linear in its player's own variables no move gains: 0 is Nash in all three."""
+    game = bl.Game(x=players[0], y=players[1])
+    point = {"x": 0.0 * ONE, "y": 0.0 * ONE}
+    found = bl.certify_nash(game, point)
+    assert found.standing is CERTIFIED, str(found)
+    assert found.by_name["y: second order"].value == 0.0 and "linear" in found.by_name["y: second order"].remark
+    assert set(bl.exploitability(game, point).gains.values()) == {0.0}
+    off = bl.certify_nash(game, {"x": ONE, "y": 2.0 * ONE})
+    # By hand: the gradients at (1, 2) are (2, -1), (0, 0) and (6, 1).
+    assert off.standing is (CERTIFIED if game.arguments("x") == ("y",) else REFUTED)
+
+
+def test_a_linear_loss_is_no_strict_minimum_for_a_leader_to_differentiate():
+    game = bl.Game(x=bl.Player(lambda x, y: (x - 1) ** 2 + y, ONE), y=bl.Player(lambda x, y: x * y, ONE))
+    found = bl.certify(game, {"x": 0.0 * ONE, "y": 0.0 * ONE})
+    assert found.by_name["follower's first order"].standing is CERTIFIED
+    assert found.by_name["follower's second order"].standing is INCONCLUSIVE and not found
+    leads = bl.Game(x=bl.Player(lambda y: y, ONE), y=bl.Player(lambda x, y: (y - x) ** 2, ONE))
+    found = bl.certify(leads, {"x": ONE, "y": ONE})
+    # The leader's total derivative is 1 everywhere, its second derivative 0.
+    assert found.by_name["leader's first order"].standing is REFUTED
+    assert found.by_name["leader's second order"].value == pytest.approx(0.0, abs=1e-12)
+
+
+def firms():
+    """Three firms with a logit demand, two of whom answer together; by hand 2.0386, and 1.7174 and 1.4251 in answer."""
+    worth, cost = torch.tensor([3.0, 2.5, 2.0], dtype=D), torch.tensor([1.0, 1.0, 0.8], dtype=D)
+
+    def loss(i):
+        def profit(p1, p2, p3):
+            p = torch.stack([p1, p2, p3])
+            logits = torch.cat([torch.zeros(1, dtype=D), (worth - p) / 0.5])
+            return -(p[i] - cost[i]) * torch.softmax(logits, 0)[i + 1]
+
+        return profit
+
+    players = {f"p{i + 1}": bl.Player(loss(i), 2.0 * ONE) for i in range(3)}
+    return bl.Game(**players).joined(rest=("p2", "p3"))
+
+
+def test_players_who_answer_together_are_held_each_to_its_own_curvature():
+    """By hand: y_i - c_i = .5 / (1 - share_i) in answer, to twelve digits by Newton's method; central differences."""
+    game = firms()
+
+    def answer(p1):
+        y = torch.tensor([1.7, 1.4], dtype=D)
+        for _ in range(60):  # each firm's first-order condition, whose map contracts by less than a half
+            logits = torch.cat(
+                [torch.zeros(1, dtype=D), (torch.tensor([3.0, 2.5, 2.0], dtype=D) - torch.stack([p1, *y])) / 0.5]
+            )
+            shares = torch.softmax(logits, 0)[2:]
+            y = torch.tensor([1.0, 0.8], dtype=D) + 0.5 / (1.0 - shares)
+        return {"p1": p1, "rest": {"p2": y[0], "p3": y[1]}}
+
+    at = 2.0 * ONE
+    found = bl.certify(game, answer(at))
+    step = 1e-5
+    losses = [float(game.loss("p1", answer(at + h))) for h in (step, -step)]
+    slope = (losses[0] - losses[1]) / (2 * step)
+    # Differences err by h^2 and by rounding over h, 1e-10 and 1e-11; the certificate bounds its own error.
+    assert abs(float(found.hypergradient) - slope) <= 1e-9 + found.error_bound
+    assert found.error_bound < 1e-9 and found.by_name["hypergradient's error"].standing is CERTIFIED
+    assert all(found.by_name[f"{name}: second order"].standing is CERTIFIED for name in ("p2", "p3"))
+    best = bl.certify(game, answer(torch.tensor(2.0385651, dtype=D)))
+    assert best.standing is CERTIFIED, str(best)
+    nash = bl.certify_nash(game, answer(torch.tensor(2.0385651, dtype=D)))
+    assert nash.by_name["p3: first order"].standing is CERTIFIED  # together they are, and the leader is not
+    assert nash.by_name["p1: first order"].standing is REFUTED
+    dead = answer(at)
+    dead["rest"]["p3"] = 115.0 * ONE  # where its demand has died out, and every derivative is below 1e-90
+    wrong = bl.certify(game, dead)
+    assert wrong.by_name["p3: second order"].standing is REFUTED and not wrong
+
+
 def test_a_saddle_is_nash():
     value = lambda x, y: 0.5 * x**2 + x * y - 0.5 * y**2
     game = bl.Game(

@@ -92,7 +92,11 @@ REFUSED = {
         ValueError,
         r"init\['typo'\] reaches no objective",
     ),
-    "follower ignores itself": (lambda: game(follower=lambda x, y: x.sum()), ValueError, "'y'.*its own variables"),
+    "follower ignores itself": (
+        lambda: bl.Implicit(torch.optim.SGD).init(game(follower=lambda x, y: x.sum())),
+        ValueError,
+        "'y'.*its own variables",
+    ),
     "star": (lambda: game(follower=lambda *players: 0), TypeError, "cannot be named"),
     "reserved": (lambda: bl.Game(steps=bl.Player(lambda steps: steps.sum(), ZERO)), ValueError, "'steps' cannot name"),
     "no players": (bl.Game, ValueError, "no players"),
@@ -115,6 +119,43 @@ def test_a_module_that_is_not_called_functionally_is_found():
         )
 
 
+def writes(how):
+    def loss(x, y):
+        with torch.no_grad():
+            how(x, y)
+        return ((y - x) ** 2).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("how", "who"),
+    [
+        (lambda x, y: y.clamp_(0.0, 1.0), "y"),  # changes nothing at the start
+        (lambda x, y: y.data.add_(1.0), "y"),  # leaves the tensor's version as it was
+        (lambda x, y: x[:1].zero_(), "x"),
+    ],
+)
+def test_a_loss_that_writes_into_variables_is_refused_by_name(how, who):
+    inside = torch.full((3,), 0.5)
+    with pytest.raises(ValueError, match=f"Player 'y': its objective writes into the variables of '{who}'.*clone"):
+        game(follower=writes(how), x=inside, y=inside)
+    game(follower=writes(lambda x, y: how(x.clone(), y.clone())), x=inside, y=inside)
+
+
+def test_a_residual_that_writes_into_variables_is_refused_by_name():
+    def residual(x, y):
+        with torch.no_grad():
+            y["a"].clamp_(min=0.0)
+        return {"a": y["a"] - x}
+
+    with pytest.raises(ValueError, match=r"Player 'y': its residual writes into the variables of 'y'\['a'\]"):
+        bl.Game(
+            x=bl.Player(lambda x, y: (y["a"] - 1.0).sum() * x.sum(), torch.ones(3)),
+            y=bl.Player(lambda x, y: ((y["a"] - x) ** 2).sum(), {"a": torch.ones(3)}, residual=residual),
+        )
+
+
 def two_leaders():
     """Each leader is told of the follower alone, who is moved by both: y* = x1 + 2 x2."""
     return bl.Game(
@@ -130,6 +171,19 @@ def test_several_leaders_need_not_depend_on_each_other_or_on_themselves():
     # x2 brings y to 2; x1 settles where 2 (y - 1) + 2 x1 = 0.
     assert found.variables["y"].item() == pytest.approx(2.0, abs=1e-5)
     assert found.variables["x1"].item() == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_a_player_whose_own_loss_it_cannot_move_is_legal_and_has_a_gradient_of_zero():
+    """y's loss is x's to move. Alone it has nothing to gain; under LOLA it moves x, which moves its loss."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    x, y = bl.Player(lambda x, y: (x - y) ** 2, 0.5 * one), bl.Player(lambda x: x**2, one)
+    descend = partial(torch.optim.SGD, lr=0.1)
+    for game in (bl.Game(x=x, y=y), bl.Game(y=y, x=x)):
+        found = bl.solve(game, optimizer=descend, steps=60)
+        assert found.variables["y"] == 1.0 and found.variables["x"].item() == pytest.approx(1.0, abs=1e-5)
+        # LOLA's loss to first order is x^2 - a 2x 2(x - y), whose slope in y is 4 a x = 1/5 at x = 1/2 and a = 1/10.
+        found = bl.solve(game, optimizer=descend, steps=1, dynamics=bl.dynamics.LOLA(0.1))
+        assert found.variables["y"].item() == pytest.approx(1.0 - 0.1 * 0.2, abs=1e-12)
 
 
 def test_who_cannot_follow_is_refused_when_it_is_asked_to():

@@ -397,6 +397,14 @@ def test_a_game_that_stops_short_is_named():
         bl.solve(with_curvature(curvature), y=y, steps=1)
 
 
+def test_a_game_whose_solve_is_worse_than_none_is_named():
+    curvature = torch.tensor([[1.0, 1.0], [1.0, 1.0], [9.0, 9.0]], dtype=D)
+    y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=bl.linear.Identity(scale=0.5))
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"0 in 1 of 3 games, the worst being game 2.*3.5 \|b\|"):
+        found = bl.solve(with_curvature(curvature), y=y, steps=1)
+    assert [len(alone.warnings) for alone in found] == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("solver", "error"),
     [(CG, bl.errors.IndefiniteSystemError), (bl.linear.Dense(), bl.errors.SingularSystemError)],

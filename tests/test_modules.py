@@ -1,6 +1,7 @@
 """A module that is a player can be called, as torch would call it."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import bilevel as bl
 
@@ -201,3 +203,159 @@ def test_a_module_of_two_players_is_left_as_it_was():
     bl.solve(played, two=bl.Unrolled(partial(SGD, lr=0.05), steps=2), optimizer=partial(SGD, lr=0.05), steps=2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# A module that others hold too ----------------------------------------------------------------------------------
+
+
+def test_threads_that_share_a_module_have_the_numbers_of_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    made = game(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    starts = [torch.tensor(start, dtype=D) for start in (-4.0, -3.0, -2.0, -1.0)]
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=30)
+
+    def played(start):
+        decay = start.clone().requires_grad_()
+        weights, state = response(made, {"decay": decay}, response.init(made))
+        value = made.loss("decay", {"decay": decay, "weights": weights}, data(1), {"weights": state["buffers"]})
+        return value.detach(), torch.autograd.grad(value, decay)[0], state["buffers"]["1.running_mean"]
+
+    wanted = [played(start) for start in starts]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(starts)) as pool:
+            found = list(pool.map(played, starts))
+        # The same arithmetic on the same numbers, but for how many threads a sum is split over.
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class Features(nn.Module):
+    """Counts its calls in a buffer that is replaced, and normalises."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5).double()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs):
+        self.calls = self.calls + 1
+        return self.norm(inputs)
+
+
+def test_a_module_that_no_player_owns_keeps_its_buffers():
+    features, inputs = Features(), data()[0]
+    before = {name: value.clone() for name, value in features.state_dict().items()}
+    own = dict(features.named_buffers())
+
+    def follow(x, y):
+        return (features(inputs) @ y - x).square().mean() + y.square().sum()
+
+    def lead(x, y):
+        return (features(inputs) @ y).square().mean() + (x - 1.0).square()
+
+    made = bl.Game(x=bl.Player(lead, torch.tensor(0.5, dtype=D)), y=bl.Player(follow, torch.zeros(5, dtype=D)))
+    step = partial(SGD, lr=0.1)
+    bl.solve(made, y=bl.Unrolled(step, steps=3), optimizer=step, steps=3, progress=False)
+    many = bl.Games(made, 2)
+    bl.solve(many, y=bl.Unrolled(step, steps=2), optimizer=step, steps=2, progress=False)
+    for name, value in features.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(value is own[name] for name, value in features.named_buffers())
+
+
+class Recomputing(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.inner, self.reentrant = nn.Linear(5, 2).double(), reentrant
+
+    def forward(self, inputs):
+        if self.reentrant is None:
+            return self.inner(inputs)
+        return checkpoint(self.inner, inputs, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_that_is_computed_again_in_backward_is_refused(reentrant):
+    # In backward the module's own parameters would stand in for the player's variables.
+    with pytest.raises(ValueError, match="Player 'decay': it runs the module of a player under torch.utils.checkpoint"):
+        game(Recomputing(reentrant))
+    model = Recomputing(None)  # switched off, with the way out to save memory
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=4, differentiation=bl.Segments())
+    made = game(model)
+    response(made, {"decay": made.initial("decay").requires_grad_()}, response.init(made))
+    # Where no module of a player's is run, what is computed again is what was computed.
+    fit = lambda w: checkpoint(lambda w: (data()[0] @ w).square().mean(), w, use_reentrant=False)
+    bl.Game(w=bl.Player(fit, torch.ones(5, dtype=D)))
+
+
+# Back into the user's module -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A frozen layer, a tied pair, a parametrised layer, statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(5, 5).double().requires_grad_(False)
+        self.first, self.second = nn.Linear(5, 5, bias=False).double(), nn.Linear(5, 5, bias=False).double()
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(5).double()
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(5, 2).double())
+
+    def forward(self, inputs):
+        return self.last(self.norm(self.second(torch.tanh(self.first(self.frozen(inputs))))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_solution_goes_back_into_a_module(compiled):
+    torch.manual_seed(0)
+    model = Tied()
+    init = torch.compile(model, backend="eager") if compiled else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bl.BilevelWarning)
+        solution = bl.solve(game(init), weights=bl.Unrolled(partial(SGD, lr=0.1), steps=3), steps=3)
+    before = model.frozen.weight.clone()
+    solution.load_into(model, "weights")
+    inputs = data(1)[0]
+    model.eval()
+    found = model(inputs)
+    state = {name.removeprefix("_orig_mod."): value for name, value in solution.variables["weights"].items()}
+    buffers = {name.removeprefix("_orig_mod."): value for name, value in solution.buffers["weights"].items()}
+    torch.testing.assert_close(found, functional_call(model, {**state, **buffers}, (inputs,)))
+    assert model.second.weight is model.first.weight
+    assert torch.equal(model.frozen.weight, before)
+    assert torch.equal(model.norm.running_mean, buffers["norm.running_mean"])
+    assert not torch.equal(model.norm.running_mean, torch.zeros(5, dtype=D))
+    with pytest.raises(ValueError, match="the module has none of that name"):
+        solution.load_into(nn.Linear(5, 2), "weights")
+    with pytest.raises(ValueError, match="players are"):
+        solution.load_into(model, "nobody")
+    with pytest.raises(TypeError, match="is no module"):
+        solution.load_into(model, "decay")
+
+
+def test_a_game_in_another_precision():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+    single = [(inputs.float(), labels) for inputs, labels in (data(1), data(0))]
+    made = bl.Game(decay=bl.Player(valid, torch.tensor(-3.0), single[:1]), weights=bl.Player(train, model, single[1:]))
+    double = made.to(dtype=D)
+    wanted = game(model.double())
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=3)
+
+    def slope(game):
+        decay = game.initial("decay").requires_grad_()
+        weights, _ = response(game, {"decay": decay}, response.init(game))
+        batch, _ = game.draw("decay", game.start("decay"))
+        return torch.autograd.grad(game.loss("decay", {"decay": decay, "weights": weights}, batch), decay)[0]
+
+    assert {leaf.dtype for leaf in bl.tree.leaves([double.initial(n) for n in double.names])} == {D}
+    assert double.draw("weights", double.start("weights"))[0][1].dtype == torch.int64
+    # The inputs were rounded to float32, which moves the slope by some 1e-7 of it.
+    torch.testing.assert_close(slope(double), slope(wanted), rtol=1e-5, atol=1e-8)
+    assert slope(made.to("cpu")).dtype == torch.float32
+    with pytest.raises(TypeError, match="Game.to"):
+        bl.Games(made, 2).to(dtype=D)

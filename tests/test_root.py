@@ -121,3 +121,20 @@ def test_conjugate_gradient_asks_for_the_promise():
 def test_a_residual_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shapes \[\(2,\)\]; expected those of the solution, \[\(3,\)\]"):
         bl.root(lambda y, x: x, B, torch.zeros(2, dtype=D))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
+@pytest.mark.parametrize(
+    "solver", [bl.ConjugateGradient(), bl.GMRES(), bl.linear.Dense()], ids=["cg", "gmres", "dense"]
+)
+def test_a_losss_units_do_not_matter_in_float32(scale, solver):
+    # The adjoint is in units of 1 / scale: below 1e-19 the squares in its norm overflow float32, and it does not.
+    curvature = torch.tensor([1.0, 2.0, 4.0])
+    lead = lambda x, y: y.square().sum() + 0.0 * x.sum()
+    follow = lambda x, y: scale * (0.5 * curvature * y * y - x * y).sum()
+    game = bl.Game(x=bl.Player(lead, torch.ones(3)), y=bl.Player(follow, torch.zeros(3)))
+    response = bl.Implicit(bl.ClosedForm(lambda x: x / curvature), linear_solver=solver)
+    x = game.initial("x").requires_grad_()
+    y, _ = response(game, {"x": x}, response.init(game))
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(found, 2.0 / curvature**2, rtol=1e-5, atol=0.0)

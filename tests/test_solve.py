@@ -232,3 +232,53 @@ def test_clipping_bounds_the_step():
     before, lr, norm = 1.0, 0.5, 0.01
     end = bl.solve(cournot(), optimizer=partial(SGD, lr=lr), clip_norm=norm, steps=1).variables["leader"].item()
     assert abs(end - before) == pytest.approx(lr * norm)
+
+
+def test_a_callback_ends_the_run_and_it_goes_on_from_there(tmp_path):
+    path, calls = tmp_path / "run.pt", []
+
+    def stop(step, record, variables):
+        calls.append(step)
+        if step == 3:
+            raise bl.errors.StopRun
+
+    def run(**options):
+        torch.manual_seed(0)
+        return bl.solve(noisy_game(), optimizer=partial(ADAM, lr=0.1), **RESPONSES["unrolled"], **options)
+
+    whole = run(steps=6)
+    stopped = run(steps=6, checkpoint=path, callbacks=[stop, lambda *_: calls.append("after")])
+    assert calls == [1, "after", 2, "after", 3, "after"]  # whoever else listens hears of the last step too
+    assert [record["step"] for record in stopped.history] == [1, 2, 3]
+    resumed = run(steps=6, checkpoint=path)
+    for name in whole.variables:
+        assert torch.equal(resumed.variables[name], whole.variables[name])
+
+
+def far_leader(start):
+    """Right is x = 0; y follows exactly, and the loss is x^2."""
+    return bl.Game(
+        x=bl.Player(lambda x, y: x * y, torch.tensor(start, dtype=torch.float64)),
+        y=bl.Player(lambda x, y: (y - x) ** 2, torch.tensor(0.0, dtype=torch.float64)),
+    )
+
+
+def test_a_leader_who_has_hardly_begun_is_told_with_its_gradient():
+    """Adam's default step of .01 takes 1 of the 20,000 that there are; the gradient is 2 x."""
+    response = bl.Implicit(bl.ClosedForm(lambda x: x))
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' was far from an optimum: after 100 .* 39998, 100%"):
+        found = bl.solve(far_leader(2e4), y=response)
+    assert "norm of the leaders' gradient in the last step: 39998, 1 of that at the start" in str(found)
+    assert any("was far from an optimum" in text for text in found.warnings)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-9, 0.5, 3.0])
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_a_leader_who_arrives_is_not(start, rate):
+    found = bl.solve(
+        far_leader(start),
+        y=bl.Implicit(bl.ClosedForm(lambda x: x)),
+        optimizer=partial(torch.optim.SGD, lr=rate),
+        steps=100,
+    )
+    assert not found.warnings

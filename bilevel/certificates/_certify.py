@@ -9,8 +9,9 @@ import torch
 
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
+from bilevel.certificates.constrained import within_constraints, within_set
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
-from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
+from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.responses import Response
@@ -37,7 +38,8 @@ def certify(
 
     The follower is stationary and its Hessian positive definite; the hypergradient's error is within `tolerance`, and
     so is the corrected hypergradient; the leader's total second derivative is positive definite. Each condition is
-    certified, refuted or inconclusive.
+    certified, refuted or inconclusive. Of followers who answer together, `game.joined(...)`, each one's own Hessian is
+    held positive definite, and the linear solves are by GMRES.
 
     Costs six linear solves by conjugate gradients, twice `lanczos_steps` products with the follower's Hessian, and as
     many with the leader's, of two solves each. Source: Pedregosa 2016 (arXiv 1602.02355); Fiez et al. 2020
@@ -70,7 +72,7 @@ def certify(
     """
     game.require_one("certify")
     check_settings(tolerance, lanczos_steps)
-    game.require_minima("certify")
+    game.require_minima("certify", joined=True)
     first = game.names[0] if leader is None else leader
     last = game.names[-1] if follower is None else follower
     for name in (first, last):
@@ -102,8 +104,14 @@ def certify(
     rounding = 100.0 * torch.finfo(held.y.dtype).eps * curvature.largest * float(held.y.norm())
     findings = [small("follower's first order", slope, held.reference, rounding, tolerance)]
     here = attempt(lambda: held.implicit(held.y)) if curvature.smallest > 0.0 else None
-    findings.append(definite("follower's second order", curvature, f"of {last}'s own Hessian", lowest=held.lowest))
-    if here is None or min(curvature.smallest, held.lowest) <= 0.0:
+    if held.held.symmetric:
+        findings.append(definite("follower's second order", curvature, f"of {last}'s own Hessian", lowest=held.lowest))
+        lowest = min(curvature.smallest, held.lowest)
+    else:
+        own = held.members(lanczos_steps)
+        findings += [definite(f"{name}: second order", found, "of its own Hessian") for name, found in own.items()]
+        lowest = min(found.smallest for found in own.values())
+    if here is None or lowest <= 0.0:
         reason = "the follower is at no strict minimum: there is no response to differentiate"
         findings.append(Finding("hypergradient's error", INCONCLUSIVE, math.nan, f"<= {tolerance:g}", reason))
         return Certificate(
@@ -148,8 +156,11 @@ def certify_nash(
     """Whether a point is a differential Nash equilibrium: nobody gains to second order by moving alone.
 
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
-    positive definite. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move:
-    the point may be no Nash equilibrium globally.
+    positive definite. For a player with a domain, or functions as constraints: it keeps them, its Lagrangian's gradient
+    is below that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those
+    that bind. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
+    may be no Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear game, has
+    no curvature and needs none: where its gradient vanishes no move gains, and none loses.
 
     Costs two gradients and up to `lanczos_steps` Hessian-vector products a player. Source: Ratliff et al. 2016
     (arXiv 1411.2168).
@@ -176,21 +187,34 @@ def certify_nash(
     """
     game.require_one("certify_nash")
     check_settings(tolerance, lanczos_steps)
-    game.require_minima("certify")
+    game.require_minima("certify_nash", constrained=True, joined=True)
     variables, buffers, given = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     start = {name: game.initial(name) for name in game.names}
-    findings, products = [], 0
+    findings: list[Finding] = []
+    gradients = products = 0
     for name in game.names:
-        batch = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
-        norm, spectrum = own_gradient(game, name, variables, batch, buffers)
-        reference, _ = own_gradient(game, name, start, batch, game.buffers())
-        found = spectrum(lanczos_steps, seed)
-        size = float(flatten(variables[name]).norm())
-        rounding = 100.0 * torch.finfo(flatten(variables[name]).dtype).eps * found.largest * size
-        findings.append(small(f"{name}: first order", norm, reference, rounding, tolerance))
-        findings.append(definite(f"{name}: second order", found, "of its own Hessian"))
-        products += found.products
-    return Certificate("differential Nash", tuple(findings), gradients=2 * len(game.names), products=products)
+        drawn = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
+        joint = game.members(name) != (name,)
+        for member in game.members(name):
+            batch = drawn[member] if joint and drawn is not None else drawn
+            here, there = ({**at, member: at[name][member]} if joint else at for at in (variables, start))
+            own = own_gradient(game, member, here, batch, buffers)
+            reference = own_gradient(game, member, there, batch, game.buffers()).norm
+            gradients += 2
+            by_walls = game.by_walls(member)
+            if game.players[member].constraints or by_walls is not game:
+                findings += within_constraints(by_walls, member, here, batch, buffers, reference, tolerance)
+                continue
+            if game.residual(member).projects:
+                findings += within_set(game, member, here, batch, buffers, reference, tolerance)
+                continue
+            found, y = own.spectrum(lanczos_steps, seed), flatten(here[member])
+            rounding = 100.0 * torch.finfo(y.dtype).eps * found.largest * float(y.norm())
+            findings.append(small(f"{member}: first order", own.norm, reference, rounding, tolerance))
+            second = f"{member}: second order"
+            findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
+            products += found.products
+    return Certificate("differential Nash", tuple(findings), gradients=gradients, products=products)
 
 
 def _corrected(held: LeaderFollowerPoint, here: Taken, steps: int) -> tuple[Taken | None, float, str]:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from bilevel._root import attach
-from bilevel.autodiff import Pullback, gradient, pullback
+from bilevel.autodiff import Pullback, gradient, gradients_of, pullback
 from bilevel.errors import NonConvergenceWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
-from bilevel.linear import Candidate, ConjugateGradient, LinearOperator, LinearSolver, LinearSystem
+from bilevel.linear import GMRES, Candidate, ConjugateGradient, LinearOperator, LinearSolver, LinearSystem
 from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.responses.base import State, fresh_state
+from bilevel.second_order import differentiated_twice
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 SMALL = 100
@@ -137,7 +138,13 @@ class LeaderFollowerPoint:
         return every
 
     def _hessian(self, y: Tensor, products: Pullback) -> LinearOperator:
-        """f_yy at y from the pullback of grad_y f; remembers its lowest Rayleigh quotient at the point itself."""
+        """f_yy at y from the pullback of grad_y f; remembers its lowest Rayleigh quotient at the point itself.
+
+        Of players who answer together it is the transposed Jacobian of their stacked gradients, which says nothing of
+        a minimum.
+        """
+        if not self.held.symmetric:
+            return LinearOperator(lambda v: self._counted(products(v)[0]))
 
         def matvec(v: Tensor) -> Tensor:
             product = products(v)[0]
@@ -150,19 +157,61 @@ class LeaderFollowerPoint:
 
         return LinearOperator(matvec, symmetric=True)
 
+    def _turned(self, y: Tensor, products: Pullback) -> LinearOperator:
+        """dF/dy at y itself: f_yy again, or of players who answer together by differentiating the pullback."""
+        if self.held.symmetric:
+            return self._hessian(y, products)
+        return LinearOperator(lambda v: self._counted(_along(lambda w: products(w)[:1], y, [v])))
+
+    def _counted(self, product: Tensor) -> Tensor:
+        self.products += 1
+        return product
+
+    @property
+    def _solver(self) -> LinearSolver:
+        return ConjugateGradient(rtol=self.rtol) if self.held.symmetric else GMRES(rtol=self.rtol)
+
     def _solve(self, operator: LinearOperator, rhs: Tensor) -> tuple[Tensor, float]:
         with _unwarned():
-            found = ConjugateGradient(rtol=self.rtol).solve(operator, rhs)
+            found = self._solver.solve(operator, rhs)
         return found.solution, float(found.residual_norm)
 
     # What is asked of them -------------------------------------------------------------------------------------------
 
     def spectrum(self, y: Tensor, steps: int) -> Spectrum:
-        """Of the follower's Hessian at y `[m]`."""
+        """Of the follower's Hessian at y `[m]`; of players who answer together, singular values of dF/dy."""
         with torch.no_grad():
             _, products = pullback(self.slope, y, *self.own)
+            if not self.held.symmetric:
+                return self._singular(y, products)
             operator = self._hessian(y, products)
             return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=self.seed)
+
+    def _singular(self, y: Tensor, products: Pullback) -> Spectrum:
+        """The extreme singular values: all are taken of a small system; of a large one they are estimated."""
+        n = y.numel()
+        operator = self._hessian(y, products)
+        if n > SMALL:
+            drawn = self.draw(y)
+            largest = float(operator.matvec(drawn).norm() / drawn.norm())
+            smallest = float(drawn.norm()) / float(self._solve(operator, drawn)[0].norm())
+            return Spectrum(smallest, largest, 0.0, math.inf, False, 1.0, 0.0, 1)
+        rows = torch.stack([operator.matvec(row) for row in torch.eye(n, dtype=y.dtype, device=y.device)])
+        values = torch.linalg.svdvals(rows)
+        smallest, largest = float(values[-1]), float(values[0])
+        rounding = 10.0 * n**0.5 * torch.finfo(y.dtype).eps * largest
+        return Spectrum(smallest, largest, smallest - rounding, largest + rounding, True, 0.0, rounding, n)
+
+    def members(self, steps: int) -> dict[str, Spectrum]:
+        """Of each one's own Hessian, among players who answer together, all else held."""
+        name, found = self.follower, {}
+        together = self.held.form.unflatten(self.y)
+        for member in self.game.members(name):
+            batch = None if self.held.batch is None else self.held.batch[member]
+            variables = {**self.others, name: together, member: together[member]}
+            found[member] = own_gradient(self.game, member, variables, batch, self.buffers).spectrum(steps, self.seed)
+            self.products += found[member].products
+        return found
 
     def implicit(self, y: Tensor) -> Taken:
         """The implicit hypergradient at y `[m]`; costs a linear solve."""
@@ -183,7 +232,7 @@ class LeaderFollowerPoint:
         """-H^-1 grad_y f at y `[m]`; costs a linear solve."""
         with torch.no_grad():
             slope, products = pullback(self.slope, y, *self.own)
-            step, _ = self._solve(self._hessian(y, products), slope.detach())
+            step, _ = self._solve(self._turned(y, products), slope.detach())
         return -step
 
     def sensitivity(self, taken: Taken) -> float:
@@ -231,7 +280,7 @@ class LeaderFollowerPoint:
             _, products = pullback(self.slope, at, *self.own)
             mixed = _along(lambda v: products(v)[1:], at, directions)
         with torch.no_grad():
-            wanted, _ = self._solve(self._hessian(at, products), -mixed)
+            wanted, _ = self._solve(self._turned(at, products), -mixed)
         return moved, wanted
 
     def total_spectrum(self, y: Tensor, steps: int) -> Spectrum:
@@ -239,17 +288,16 @@ class LeaderFollowerPoint:
 
         It differentiates the implicit hypergradient, whose linear solve is itself an implicit function.
         """
-        with torch.enable_grad(), _unwarned():
+        with torch.enable_grad(), _unwarned(), differentiated_twice():
             mine = [x.detach().clone().requires_grad_() for x in self.own]
-            solver = _Counted(inner=ConjugateGradient(rtol=self.rtol), rtol=self.rtol, count=self._count)
-            optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=True)
+            solver = _Counted(inner=self._solver, rtol=self.rtol, count=self._count)
+            optimum = attach(self.slope, y, mine, linear_solver=solver, symmetric=self.held.symmetric)
             loss = self.leader_loss(optimum, *mine)
-            total = flatten(list(torch.autograd.grad(loss, mine, create_graph=True, materialize_grads=True)))
+            total = flatten(list(gradients_of(loss, mine, create_graph=True)))
 
             def product(v: Tensor) -> Tensor:
                 self.products += 1
-                rows = torch.autograd.grad(total, mine, v, retain_graph=True, materialize_grads=True)
-                return flatten(list(rows))
+                return flatten(list(gradients_of(total, mine, v, retain_graph=True)))
 
             start = flatten(mine).detach()
             operator = LinearOperator(product, symmetric=True)
@@ -273,10 +321,26 @@ class _Counted(LinearSolver):
         return found
 
 
+@dataclass(frozen=True)
+class OwnGradient:
+    """A player's own gradient, all else held.
+
+    Args:
+        norm: Its norm.
+        spectrum: Of its own Hessian, for so many steps and a seed.
+        linear: Whether its loss is seen, from the graph, to be linear in its own variables: its gradient does not
+            depend on them.
+    """
+
+    norm: float
+    spectrum: Callable[[int, int], Spectrum]
+    linear: bool
+
+
 def own_gradient(
     game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-) -> tuple[float, Callable[[int, int], Spectrum]]:
-    """A player's own gradient's norm, all else held; and the spectrum of its own Hessian, for `steps` and a seed."""
+) -> OwnGradient:
+    """A player's own gradient at a point."""
     form, random = game.structure(name), random_state(game.device)
 
     def slope(y: Tensor) -> Tensor:
@@ -293,7 +357,7 @@ def own_gradient(
             operator = LinearOperator(lambda v: products(v)[0], symmetric=True)
             return extreme_eigenvalues(operator, y, steps=_steps(steps, y), seed=seed)
 
-    return float(value.detach().norm()), spectrum
+    return OwnGradient(float(value.detach().norm()), spectrum, linear=not value.requires_grad)
 
 
 def _steps(steps: int, like: Tensor) -> int:

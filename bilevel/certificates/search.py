@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -16,6 +16,7 @@ from bilevel.errors import BilevelWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.inner import InnerSolver
+from bilevel.inner.base import minimised
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.tree import Structure, Variables, flatten, join
@@ -47,13 +48,34 @@ class AloneProblem:
         self.game, self.name, self.batch = game, name, batch
         self.form: Structure = game.structure(name)
         self.others = {other: v for other, v in variables.items() if other != name}
-        self.minimises = True
+        self.rests = game.residual(name)
+        self.constraints = None
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
         self._random = random_state(game.device)
 
+    def value(self, y: Tensor) -> float:
+        """All of what it minimises at a flat y, its non-smooth term included."""
+        parts = self.form.split(y)
+        return float(self.gradients(parts)[0]) + float(self.rests.term(self.game, self.name, parts, self.others))
+
+    def within(self, y: Tensor) -> Tensor:
+        """The nearest point of its domain, flat."""
+        if not self.rests.any_step:
+            return y
+        return join(self.settled(self.form.split(y)))
+
+    def most_gained(self, y: Tensor, mu: float) -> float:
+        """How much a loss of strong convexity mu can still fall from a flat y: its lower bound, minimised."""
+        parts = self.form.split(y)
+        _, slopes = self.gradients(parts)
+        ends = self.settled([a - b / mu for a, b in zip(parts, slopes, strict=True)], 1.0 / mu)
+        way, slope = join(ends) - y, join(slopes)
+        terms = [float(self.rests.term(self.game, self.name, at, self.others)) for at in (parts, ends)]
+        return max(0.0, terms[0] - terms[1] - float(slope @ way) - 0.5 * mu * float(way @ way))
+
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradient of each leaf."""
+        """The objective and its gradient in each leaf."""
         self.count += 1
         with random_kept(self.game.device, start=self._random), torch.no_grad():
             loss, slopes = gradient(
@@ -64,6 +86,28 @@ class AloneProblem:
             )
         return loss, list(slopes)
 
+    @property
+    def minimises(self) -> bool:
+        """Whether it has no constraints."""
+        return self.rests.minimises
+
+    @property
+    def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Those of its domain, where it is nothing but bounds."""
+        return self.rests.bounds(self.game, self.name, self.others)
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """As `gradients`."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """What vanishes where it rests."""
+        return self.rests.at_rest(self.game, self.name, y, slopes, self.others)
+
+    def settled(self, z: Sequence[Tensor], step: float | Tensor = 1.0) -> list[Tensor]:
+        """z projected onto its domain."""
+        return self.rests.settled(self.game, self.name, z, self.others, step)
+
     def advance(self) -> None:
         """Nothing: the batch is held."""
 
@@ -72,25 +116,24 @@ def best_move(
     problem: AloneProblem, solver: InnerSolver, here: Tensor, starts: list[Tensor], steps: int, mu: float | None
 ) -> BestMove:
     """The lowest loss that the searches from `here` and from `starts` end at; `mu` is the loss's strong convexity."""
-    value, slopes = problem.gradients(problem.form.split(here))
-    loss, slope = float(value), float(join(slopes).norm())
-    best, lowest, steepness, ends = here, loss, slope, []
+    loss = problem.value(here)
+    best, lowest, ends = here, loss, []
     reach = _FAR * (1.0 + float(here.norm()))
     for start in [here, *starts]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SciPy's, of steps that leave the loss's domain: the end is judged here
-            found, _ = solver.minimise(problem, problem.form.split(start.clone()), None, steps=steps, threshold=0.0)
+            y = problem.form.split(start.clone())
+            found, _ = minimised(solver, problem, y, None, steps=steps, threshold=0.0)
         end = join(found).detach()
-        at, slopes = problem.gradients(problem.form.split(end))
-        reached = float(at)
+        reached = problem.value(end)
         if math.isnan(reached) or not bool(torch.isfinite(end).all()):
             continue
         ran_off = reached == -math.inf or (float(end.norm()) > reach and reached < loss - 1e3 * (1.0 + abs(loss)))
         ends.append(-math.inf if ran_off else reached)
         if ends[-1] < lowest:
-            best, lowest, steepness = end, ends[-1], float(join(slopes).norm())
+            best, lowest = end, ends[-1]
     gain = loss - lowest
-    upper = math.inf if mu is None or not math.isfinite(gain) else gain + steepness**2 / (2.0 * mu)
+    upper = math.inf if mu is None or not math.isfinite(gain) else gain + problem.most_gained(best, mu)
     slack = 0.01 * gain + 1e3 * torch.finfo(here.dtype).eps * (1.0 + abs(loss))
     agreeing = sum(end <= lowest + slack for end in ends) if math.isfinite(gain) else ends.count(-math.inf)
     return BestMove(best, loss, gain, upper, agreeing, 1 + len(starts), problem.count)

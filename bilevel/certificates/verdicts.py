@@ -41,6 +41,12 @@ def definite(name: str, found: Spectrum, what: str, *, lowest: float = math.inf,
     return Finding(name, standing, smallest, "> 0", f"smallest eigenvalue {what}; {how}; largest {found.largest:.3g}")
 
 
+def linear(name: str) -> Finding:
+    """The verdict on the curvature of a loss that is linear in its player's own variables: it is flat everywhere."""
+    how = "linear in its own variables: where its gradient vanishes, every move of its own leaves its loss as it is"
+    return Finding(name, CERTIFIED, 0.0, ">= 0", how)
+
+
 def bounded(bound: float, estimate: float, scale: float, tolerance: float, note: str) -> Finding:
     """A verdict on a hypergradient's error by its bound and its estimate."""
     if bound <= tolerance * scale:

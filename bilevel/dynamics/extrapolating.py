@@ -64,6 +64,11 @@ class Optimistic(Dynamics):
     (arXiv 1711.00141).
     """
 
+    @property
+    def rests_with_bounds(self) -> bool:
+        """Yes."""
+        return True
+
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """Twice the field less the one before; in the first step the field."""
         now = field.here()
@@ -100,6 +105,11 @@ class NegativeMomentum(Dynamics):
 
     @property
     def alternates(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def rests_with_bounds(self) -> bool:
         """Yes."""
         return True
 

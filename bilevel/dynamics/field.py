@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel._returned import described, require_leaves
 from bilevel.tree import join
 
 Leaves = dict[str, list[Tensor]]
@@ -51,7 +52,8 @@ class Field:
         return tuple(self.point)
 
     def at(self, point: Mapping[str, list[Tensor]]) -> Leaves:
-        """The movers' part of xi at a point; one gradient of each."""
+        """The movers' part of xi at a point, everybody's leaves; one gradient of each."""
+        self._require_point("at", point)
         tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in point.items()}
         return self._evaluate(tracked, self.movers, False)
 
@@ -78,6 +80,7 @@ class Field:
         """
         if self._losses is None:
             raise ValueError("This Field was built without losses=, which the rule needs.")
+        self._require_point("losses", point)
         return self._losses(point)
 
     def tracked(self) -> Leaves:
@@ -90,9 +93,30 @@ class Field:
 
     def split(self, vector: Tensor) -> Leaves:
         """The leaves that make up a vector `[n]`."""
-        sizes = [leaf.numel() for name in self.names for leaf in self.point[name]]
-        parts = iter(torch.split(vector, sizes))
-        return {name: [next(parts).reshape(leaf.shape) for leaf in self.point[name]] for name in self.names}
+        return _split("Field.split", vector, self.point)
+
+    def _require_point(self, method: str, point: Mapping[str, Sequence[Tensor]]) -> None:
+        if set(point) != set(self.names):
+            raise ValueError(
+                f"Field.{method} was given a point of players {list(point)}; expected everybody's leaves, "
+                f"{list(self.names)}."
+            )
+        for name, here in self.point.items():
+            require_leaves(point[name], here, f"Field.{method}: the point of player {name!r}")
+
+
+def _split(method: str, vector: Tensor, like: Mapping[str, list[Tensor]], names: Sequence[str] | None = None) -> Leaves:
+    """The leaves of these players that make up a vector."""
+    names = tuple(like) if names is None else names
+    sizes = [leaf.numel() for name in names for leaf in like[name]]
+    first = like[names[0]][0]
+    if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),) or vector.dtype != first.dtype:
+        raise ValueError(
+            f"{method} was given {described(vector)}; expected one vector [{sum(sizes)}] of {first.dtype}, the leaves "
+            f"of {list(names)} one after the other, as Field.stack makes it."
+        )
+    parts = iter(torch.split(vector, sizes))
+    return {name: [next(parts).reshape(leaf.shape) for leaf in like[name]] for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,22 +203,16 @@ class Jacobian:
         return join([part for name in names for part in parts[name]])
 
     def _spread(self, names: Sequence[str], vector: Tensor) -> Tensor:
-        sizes = [leaf.numel() for name in names for leaf in self.leaves[name]]
-        parts = iter(torch.split(vector, sizes))
-        whole = []
-        for name in self.names:
-            whole += [
-                next(parts) if name in names else torch.zeros_like(leaf).reshape(-1) for leaf in self.leaves[name]
-            ]
-        return join(whole)
+        given = _split("Jacobian", vector, self.leaves, [name for name in self.names if name in names])
+        return join(
+            [part for name in self.names for part in given.get(name) or map(torch.zeros_like, self.leaves[name])]
+        )
 
     def _flat(self, leaves: Mapping[str, list[Tensor]]) -> Tensor:
         return join([leaf for name in self.names for leaf in leaves[name]])
 
     def _split(self, vector: Tensor) -> Leaves:
-        sizes = [leaf.numel() for name in self.names for leaf in self.leaves[name]]
-        parts = iter(torch.split(vector, sizes))
-        return {name: [next(parts).reshape(leaf.shape) for leaf in self.leaves[name]] for name in self.names}
+        return _split("Jacobian", vector, self.leaves)
 
     def _pull(self, vector: Tensor, *, create_graph: bool = False) -> Tensor:
         parts = self._split(vector)

@@ -23,6 +23,11 @@ class Simultaneous(Dynamics):
     Costs one gradient of each player a step.
     """
 
+    @property
+    def rests_with_bounds(self) -> bool:
+        """Yes."""
+        return True
+
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The field itself."""
         return field.here(), state
@@ -40,6 +45,11 @@ class Alternating(Dynamics):
 
     @property
     def alternates(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def rests_with_bounds(self) -> bool:
         """Yes."""
         return True
 
@@ -73,6 +83,11 @@ class TwoTimescale(Dynamics):
         for name, ratio in self.ratios.items():
             if not 0.0 < ratio < float("inf"):
                 raise ValueError(f"TwoTimescale: the ratio of {name!r} is {ratio}; expected a positive finite number.")
+
+    @property
+    def rests_with_bounds(self) -> bool:
+        """Yes."""
+        return True
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """Each player's share of the field, scaled."""

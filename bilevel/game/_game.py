@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.game.checks import RESERVED, Depends, check_follower, check_names, check_objectives, check_variables
+from bilevel.autodiff import norm
+from bilevel.constraints import ConstraintSet, Coordinate
+from bilevel.constraints.walls import has_walls
+from bilevel.errors import BilevelError
+from bilevel.game.checks import (
+    RESERVED,
+    Depends,
+    Runs,
+    check_domains,
+    check_follower,
+    check_names,
+    check_objectives,
+    check_variables,
+)
+from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
+from bilevel.game.processes import refuse_processes
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.game.starts import StartsAlone, formed
+from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Anticipated = Callable[[Mapping[str, Variables]], Variables]
@@ -26,13 +43,17 @@ Anticipated = Callable[[Mapping[str, Variables]], Variables]
 Derived = TypeVar("Derived", bound="Game")
 Kind = TypeVar("Kind")
 
+_FIRST = Runs()
+"""What is known of a loss before its first call."""
+
 
 @dataclass(frozen=True)
 class Parts:
     """What a game is made of; a game derived from another differs in some of them.
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
-    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones.
+    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
+    `rests` are residuals in place of the players' own.
     """
 
     players: Mapping[str, Player]
@@ -46,6 +67,8 @@ class Parts:
     anticipated: Mapping[str, Anticipated]
     depends: Depends
     starts_alone: StartsAlone
+    runs: Mapping[str, Runs]
+    rests: Mapping[str, Residual] = field(default_factory=dict)
 
 
 class Game:
@@ -69,11 +92,17 @@ class Game:
 
     def __init__(self, **players: Player) -> None:
         check_names(players)
-        initial = {name: player.variables() for name, player in players.items()}
+        like = _first_tensor(players)
+        initial = {name: player.variables(like) for name, player in players.items()}
+        refuse_processes(players, initial)
         check_variables(initial)
+        check_domains(players, initial)
         self._parts = Parts(
             # The copy is the only one: whoever lets go of the tensors that he passed holds them no longer.
-            players={n: p if isinstance(p.init, nn.Module) else replace(p, init=None) for n, p in players.items()},
+            players={
+                n: p if isinstance(p.init, nn.Module) or any(p.coordinates) else replace(p, init=None)
+                for n, p in players.items()
+            },
             order=tuple(players),
             # Read once: inspecting a signature costs as much as a small network's gradient.
             arguments={n: tuple(a for a in p.names if a != "batch") for n, p in players.items()},
@@ -89,15 +118,40 @@ class Game:
             anticipated={},
             depends={},
             starts_alone={},
+            runs={},
         )
-        depends, starts_alone = check_objectives(self, self._parts.players)
-        self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone)
+        depends, starts_alone, runs = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
         game = copy.copy(self)
         game._parts = replace(self._parts, **changed)
         return game
+
+    def to(self: Derived, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Derived:
+        """The same game elsewhere, or in another precision: variables, buffers, and the tensors of its batches.
+
+        What losses capture is yours to move, as are the frozen parameters of a player's module. Everything is checked
+        again.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.to(dtype=torch.float64).initial("y").dtype
+        torch.float64
+        """
+        self.require_one("Game.to")
+        move, parts = Move(None if device is None else torch.device(device), dtype), self._parts
+        game = self.derived(
+            initial={name: map_leaves(move, value) for name, value in parts.initial.items()},
+            buffers=map_leaves(move, parts.buffers),
+            streams={name: stream.mapped(move.batch) for name, stream in parts.streams.items()},
+            depends={},
+            starts_alone={},
+            runs={},
+        )
+        check_domains(parts.players, game._parts.initial)
+        depends, starts_alone, runs = check_objectives(game, parts.players)
+        return game.derived(depends=depends, starts_alone=starts_alone, runs=runs)
 
     # What is in the game -------------------------------------------------------------------------------------------
 
@@ -123,6 +177,14 @@ class Game:
         """The players whose variables are functions of those who move before them."""
         return frozenset(self._parts.anticipated)
 
+    def kernels(self, player: str) -> FastKernels:
+        """What a player's loss uses that has one derivative only, where there is a form with two; a joint player's all.
+
+        Where two derivatives are taken, that form is run.
+        """
+        found = [astuple(self._parts.runs[member].kernels) for member in self.members(player)]
+        return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
+
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
@@ -141,12 +203,21 @@ class Game:
         found, _ = self.call(player, start, others, batch, buffers, {})
         return formed(player, found, self._parts.structures[player])
 
+    def reaches(self, player: str, moving: Iterable[str]) -> bool:
+        """Whether what a player minimises was seen to depend on its own variables or on those of who is `moving`."""
+        seen = frozenset().union(*(self._parts.depends[member] for member in self.members(player)))
+        return any(member in seen for name in (player, *moving) for member in self.members(name))
+
     # What a stack of games answers otherwise ----------------------------------------------------------------------
 
     @property
     def count(self) -> int:
         """How many games this stands for."""
         return 1
+
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)`; of many games in each by itself."""
+        return function(*trees)
 
     @property
     def record_keys(self) -> tuple[str, ...]:
@@ -177,25 +248,55 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(self, asker: str) -> None:
-        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own."""
+    def require_minima(
+        self, asker: str, *, joined: bool = False, constrained: bool = False, functions: bool = True
+    ) -> None:
+        """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
+
+        With `joined`, players who answer together may each rest at a minimum of its own loss. `constrained`: whether
+        who asks knows minima within constraints; `functions`: functions among them.
+        """
         for name in self.names:
             members = self.members(name)
-            if members != (name,):
+            if members != (name,) and not joined:
                 raise ValueError(
                     f"{asker}: {name!r} is {list(members)} together, who have no single Hessian. Give the game before "
                     "joined(), or hold the answer against finite differences."
                 )
-            if not self.residual(name).minimises:
-                raise ValueError(
-                    f"{asker}: {name!r} rests where a residual of its own vanishes, which need not be a minimum of its "
-                    "loss. Hold the answer against finite differences of re-solved followers."
-                )
+            for member in members:
+                kept, rests = bool(self._parts.players[member].constraints), self.residual(member)
+                if (kept or rests.projects) and constrained and (functions or not kept):
+                    continue
+                if kept or rests.projects:
+                    raise ValueError(
+                        f"{asker}: {member!r} has {'functions as constraints' if kept else rests.told}, and rests "
+                        "where its loss's own gradient need not vanish. testing.check_hypergradient and certify_nash "
+                        "know constraints."
+                    )
+                if not rests.minimises:
+                    raise ValueError(
+                        f"{asker}: {member!r} rests where a residual of its own vanishes, which need not be a minimum "
+                        "of its loss. Hold the answer against finite differences of re-solved followers."
+                    )
+
+    def by_walls(self: Derived, player: str) -> Derived:
+        """The same game, in which a player's domain is smooth functions with multipliers, where it can be said so."""
+        rests = self.residual(player)
+        if not isinstance(rests, ConstrainedGradient) or rests.prox is not None or rests.domain is None:
+            return self
+        if not has_walls(rests.domain):
+            return self
+        return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
 
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
-        return leaves(self._parts.initial[self.names[0]])[0].device  # type: ignore[no-any-return]
+        return self.like.device
+
+    @property
+    def like(self) -> Tensor:
+        """One of the initial variables, whose dtype and device are everybody's; it is not to be written to."""
+        return leaves(self._parts.initial[self.names[0]])[0]  # type: ignore[no-any-return]
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of `loss`, which `evaluate` gave: of many games the sum, else itself."""
@@ -203,7 +304,14 @@ class Game:
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
-        return torch.linalg.vector_norm(join(tensors))  # type: ignore[no-any-return]
+        return norm(join(tensors))
+
+    def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
+        """The norm of the leaves of those whom a follower answers to: 0-d, or one a game.
+
+        `summed` says that the leaves are a sum over games where these players are one for all.
+        """
+        return self.norms(list(tensors))
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -222,16 +330,28 @@ class Game:
         named = [name for member in self.members(player) for name in self._parts.arguments[member]]
         for member in self.members(player):
             own = self._parts.players[member]
-            named += [] if own.follows_loss else own.own_residual.players
+            named += own.option_players if own.residual is None else own.own_residual.players
             named += [name for name in own.start_names if name != "batch"]
+            for function in own.constraints.values():
+                named += [name for name in own.parameters(function) if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
         members = self.members(player)
+        if player in self._parts.rests:
+            return self._parts.rests[player]
         if members == (player,):
             return self._parts.players[player].rests
-        return MembersGradients(all(self._parts.players[member].follows_loss for member in members))
+        return MembersGradients({member: self._parts.players[member].rests for member in members})
+
+    def within(self: Derived, player: str, domain: ConstraintSet) -> Derived:
+        """The same game, in which a player without constraints stays in a set, as its inner solver does."""
+        return self.derived(rests={**self._parts.rests, player: ConstrainedGradient(domain, None, solvers=True)})
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self.structure(player)
 
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
@@ -303,9 +423,25 @@ class Game:
                 arguments[name] = CallableVariables(given, module, training=name == player)
         groups = self._parts.groups
         current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        with lent(self._parts.players, current, arguments) as advanced:
-            found = function(**arguments, **extra)
+        runs = self._parts.runs.get(player, _FIRST)
+        lending = lent(self._parts.players, current, arguments, runs.strangers, alone=bool(runs.kernels))
+        with lending as advanced, runs.kernels.replaced():
+            try:
+                found = function(**arguments, **extra)
+            except RuntimeError as error:
+                told = told_of_loss(error)
+                if told:
+                    raise BilevelError(f"Player {player!r}: {told}") from error
+                raise
         return found, groups.joined(advanced, self.names)
+
+    def coordinates(self, player: str) -> list[Coordinate | None]:
+        """The range of each leaf of a player's variables that has one; [] where none has."""
+        return [found for member in self.members(player) for found in self._ranges(member)]
+
+    def _ranges(self, member: str) -> list[Coordinate | None]:
+        found = self._parts.players[member].coordinates
+        return found if any(found) else [None] * len(self.structure(member).shapes)
 
     def joined(self: Derived, **groups: Sequence[str]) -> Derived:
         """The same game, in which players who move together make up one joint player.
@@ -353,24 +489,22 @@ class Game:
 
     def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of a player's functions must be called with."""
-        own = self._parts.players[player]
-        if function is own.objective:
-            return own.names
-        return own.start_names if function is own.start else own.own_residual.names
+        return self._parts.players[player].parameters(function)
 
     def _given(
         self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
     ) -> dict[str, Variables]:
         """The players' variables that a function is called with."""
         named = [name for name in self._named(player, function) if name in self._parts.players]
-        return {name: self._value(name, variables) for name in named}
+        return {name: self.value(name, variables) for name in named}
 
-    def _value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+    def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
+        """A player's variables among those given, or what it answers to them."""
         if name in variables:
             return variables[name]
         owner = self._parts.groups.owner(name)
         if owner != name:
-            return self._value(owner, variables)[name]
+            return self.value(owner, variables)[name]
         if name not in self._parts.anticipated:
             raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
         return self._parts.anticipated[name](variables)
@@ -378,7 +512,7 @@ class Game:
     def _evaluate_group(
         self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
     ) -> tuple[Tensor, Buffers]:
-        own, current = self._value(group, variables), dict(buffers or {})
+        own, current = self.value(group, variables), dict(buffers or {})
         losses = []
         for member in self.members(group):
             tree = {m: v if m == member else map_leaves(Tensor.detach, v) for m, v in own.items()}
@@ -409,6 +543,12 @@ class Game:
             raise ValueError(
                 f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
             )
+        constrained = [member for member in members if parts.players[member].constraints]
+        if constrained:
+            raise ValueError(
+                f"{told}: {constrained[0]!r} has constraints, and players who answer together cannot have any yet. "
+                "Give each of them a response of its own, or write a projection as residual=."
+            )
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
         starting = [member for member in members if parts.players[member].start is not None]
@@ -426,6 +566,34 @@ class Game:
         }
 
 
+def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
+    """A tensor that somebody starts from: what starts at a plain number takes its dtype."""
+    found = (
+        leaf.start if isinstance(leaf, Coordinate) else leaf
+        for player in players.values()
+        for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
+    )
+    return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Takes tensors to a device, and floating-point ones to a dtype."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def __call__(self, leaf: Any) -> Any:
+        """A copy there; what is no tensor stays."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+    def batch(self, batch: Batch) -> Batch:
+        """All tensors of a batch."""
+        return map_leaves(self, batch)
+
+
 @dataclass(frozen=True, eq=False)
 class _Players(Mapping[str, Player]):
     """Players of a game; what one starts from is copied when that one is asked for, which may be 10 million numbers."""
@@ -435,7 +603,8 @@ class _Players(Mapping[str, Player]):
 
     def __getitem__(self, name: str) -> Player:
         player = self.players[name]
-        return player if isinstance(player.init, nn.Module) else replace(player, init=detached(self.initial[name]))
+        kept = isinstance(player.init, nn.Module) or any(player.coordinates)
+        return player if kept else replace(player, init=detached(self.initial[name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.players)

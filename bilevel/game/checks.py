@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
+from bilevel.errors import SecondDerivativeError
+from bilevel.game.detached import refuse_detached
+from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.randomness import random_kept
+from bilevel.second_order import FastKernels, explanation
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 
 # Words that a call of an objective or of solve() already uses; a player of that name could never be addressed.
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record"),
     )
 )
 
@@ -46,8 +53,22 @@ def check_names(players: Mapping[str, Player]) -> None:
                     "that name. Rename the player."
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
+            if "batch" in parameters and player.data is None:
+                raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
         takes_batch = takes_batch or "batch" in player.start_names
+        for what, function in player.constraints.items():
+            _check_parameters(name, what, player.parameters(function), players)
+            if "batch" in player.parameters(function) and player.data is None:
+                raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
+            takes_batch = takes_batch or "batch" in player.parameters(function)
+        _check_parameters(name, "domain or prox", player.option_players, players)
+        if name in player.option_players or "batch" in player.option_players:
+            raise ValueError(
+                f"Player {name!r}: its domain or prox depends on "
+                f"{'its own variables' if name in player.option_players else 'batch'}; expected numbers, or functions "
+                "of other players."
+            )
         if not takes_batch and player.data is not None:
             raise ValueError(f"Player {name!r}: it has data, but its objective takes no `batch`.")
 
@@ -71,17 +92,25 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
         for path, leaf in pairs:
             where = f"Player {name!r}: init{path}"
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, as in torch.tensor({leaf!r}).")
+                number = isinstance(leaf, int | float)
+                told = f"as in torch.tensor({float(leaf)})" if number else "as torch.as_tensor makes one"
+                raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, {told}.")
+            if leaf.is_complex():
+                raise TypeError(
+                    f"{where} is complex ({leaf.dtype}); expected real variables. Pass torch.view_as_real(init), and "
+                    "take torch.view_as_complex(...) of it in the losses."
+                )
             if not leaf.is_floating_point():
                 raise TypeError(f"{where} has dtype {leaf.dtype}; expected a floating dtype: use init.float().")
             if leaf.numel() == 0:
                 raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
             kinds.setdefault((leaf.dtype, leaf.device), where)
     if len(kinds) > 1:
+        halves = {torch.bfloat16, torch.float16}
         (first, at), (second, there) = list(kinds.items())[:2]
         raise ValueError(
-            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a "
-            "game share one dtype and one device: use .to(dtype, device)."
+            f"{there} is {second[0]} on {second[1]}, but {at} is {first[0]} on {first[1]}. All variables of a game "
+            f"share one dtype and one device: use .to(device, dtype).{_HALF if halves & {first[0], second[0]} else ''}"
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
@@ -91,20 +120,59 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
 
 
+_HALF = (
+    " To compute in half precision keep the variables in float32, and run the loss under torch.autocast(device_type, "
+    "dtype=torch.bfloat16)."
+)
+
+
+def check_domains(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Refuse domains and terms that do not fit the variables, domains without points, and starts outside them."""
+    for name, player in players.items():
+        given = {other: initial[other] for other in player.option_players}
+        if player.prox is not None:
+            player.prox.settled(given).check(initial[name], f"Player {name!r}: init")
+        if player.domain is not None:
+            player.domain.settled(given).require(initial[name], f"Player {name!r}: init")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a player's loss runs.
+
+    Args:
+        kernels: What of it has one derivative only, where there is a form with two.
+        strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
+    """
+
+    kernels: FastKernels = field(default_factory=FastKernels)
+    strangers: tuple[tuple[nn.Module, str], ...] = ()
+
+
 Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, StartsAlone]:
-    """Evaluate each objective and each start once and see from the graph what it depends on."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, StartsAlone, dict[str, Runs]]:
+    """Evaluate each objective and each start once and see from the graph what it depends on, and what it runs."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Game: nothing can be differentiated inside torch.inference_mode(). Make the game outside it; where "
+            "numbers are wanted alone, torch.no_grad() serves."
+        )
     initial = {name: game.initial(name) for name in players}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
+    runs: dict[str, Runs] = {}
     for name in players:
-        in_loss, in_residual = _dependence(game, name, players, initial)
+        in_loss, in_residual, runs[name] = _dependence(game, name, players, initial)
+        # Whether a function of players uses all of them is not looked at: it is named after them alone.
+        for other in players[name].option_players:
+            paths = {path for path, _ in named_leaves(initial[other])}
+            in_residual = {**in_residual, other: in_residual.get(other, set()) | paths}
         depends[name] = frozenset(in_residual)
-        for found in (in_loss, in_residual):
-            for other, paths in found.items():
+        for part in (in_loss, in_residual):
+            for other, paths in part.items():
                 reached[other] |= paths
     alone: dict[str, tuple[str, ...]] = {}
     for name in players:
@@ -119,20 +187,17 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         if len(missing) == len(leaves(initial[name])):
             raise ValueError(
                 f"Player {name!r}: its variables reach no objective, so that every gradient for them would be "
-                "zero. Name it in an objective and use it there. If it is where a follower starts, say so of the "
-                f"follower, Player(..., start=lambda {name}: {name}); if it tunes the inner optimiser, say "
-                "Player(..., optimizer_hyper=True)."
+                f"zero. Name it in an objective and use it there. {_START.format(name=name)} If it tunes the inner "
+                "optimiser, say Player(..., optimizer_hyper=True)."
             )
         if missing and name == next(iter(players)):
             raise ValueError(f"Player {name!r}: init{missing[0]} reaches no objective; its gradient would be zero.")
-    order = list(players)
-    for name in order[1:]:
-        later = order[order.index(name) + 1 :]
-        # A leader need not appear in its own loss: it may act through those who move after it, or their optimiser.
-        acts = players[name].optimizer_hyper or name in depends[name]
-        if not acts and not any(name in depends[other] or name in players[other].start_names for other in later):
+    for name, player in players.items():
+        # A loss may leave its player's variables out: a leader may act through others, or have nothing to gain. What
+        # vanishes where somebody rests says where that is.
+        if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, alone
+    return depends, alone, runs
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -148,15 +213,23 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
         what = _what(players[members[0]])
         raise ValueError(
             f"Player {name!r}: its {what} does not depend on {' or '.join(map(repr, earlier))}, who moves "
-            f"before it; its response would have no derivative. Use that argument in the {what}, give this player a "
-            f"start= where it starts at a function of the leader, start=lambda {earlier[0]}: ..., make the leader "
-            "Player(..., optimizer_hyper=True) when it tunes the inner optimiser, or give this player no response, so "
-            "that it leads too."
+            f"before it; its response would have no derivative. Use that argument in the {what}. "
+            f"{_START.format(name=earlier[0])} If the leader tunes the inner optimiser, make it Player(..., "
+            "optimizer_hyper=True); or give this player no response, so that it leads too."
         )
 
 
+# An initialisation reaches a follower by where its steps begin, which no loss sees: as in MAML.
+_START = (
+    "If {name!r} is where the follower's steps begin, as in MAML, say so of the follower: Player(..., "
+    "start=lambda {name}: {name})."
+)
+
+
 def _what(player: Player) -> str:
-    return "objective" if player.follows_loss else "residual"
+    if player.constraints:
+        return f"objective, with its {' and '.join(player.constraints)},"
+    return "objective" if player.residual is None else "residual"
 
 
 def _chooses_nothing(name: str, players: Mapping[str, Player]) -> str:
@@ -172,18 +245,31 @@ Paths = dict[str, set[str]]
 
 def _dependence(
     game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
-) -> tuple[Paths, Paths]:
-    """What a player's loss depends on, and what its residual does; refuses losses that nothing can be done with."""
+) -> tuple[Paths, Paths, Runs]:
+    """What a player's loss depends on, what its residual does, and what they run.
+
+    Refuses losses that nothing can be done with.
+    """
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
+        seen = FirstCall()
+        called = [players[other].init for other in game.arguments(name)]
+        modules = [module for module in called if isinstance(module, nn.Module)]
         try:
-            loss = game.loss(name, trial, batch)
+            with seen.watched(players, own_module=bool(modules)):
+                loss = game.loss(name, trial, batch)
         except Exception as error:
+            _refuse_spread(name, seen)
+            told = told_of_recomputation(error)
+            if told:
+                raise ValueError(f"Player {name!r}: {told}") from error
             raise ValueError(
                 f"Player {name!r}: its objective raised {type(error).__name__} on its first batch "
-                f"({kind(batch)}): {error}. Data is an iterable of batches: a single one is data=[batch]."
+                f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
+    _refuse_spread(name, seen)
+    _refuse_written(name, "objective", trial, initial)
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -198,23 +284,91 @@ def _dependence(
             "graph). Use the arguments themselves, without .detach(), .item() or integer operations; a player that is "
             "a module is called itself: weights(inputs)."
         )
+    if loss.is_complex():
+        raise TypeError(
+            f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
+            ".real, or .abs().square()."
+        )
+    kernels = FastKernels.of([loss], modules)
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    rests = found if players[name].follows_loss else _residual_dependence(game, name, trial, batch)
+    own = players[name].residual is not None
+    with seen.watched(players, own_module=bool(modules)):
+        rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
+        for what, function in players[name].constraints.items():
+            for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+                rests.setdefault(other, set()).update(paths)
+    _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
+
+
+def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
+    """Refuse a function that writes into the variables that it is called with.
+
+    Its gradient would not know of it, and whoever holds the variables, an optimiser or the start of the next call,
+    would find others.
+    """
+    for other, variables in trial.items():
+        for (path, leaf), (_, was) in zip(named_leaves(variables), named_leaves(initial[other]), strict=True):
+            # By `.data` a tensor is written into without a new version; its values tell.
+            if leaf._version or not torch.equal(leaf.detach(), was):
+                raise ValueError(
+                    f"Player {name!r}: its {what} writes into the variables of {other!r}{path} (as clamp_(), copy_() "
+                    "or an assignment to entries under torch.no_grad() do), which no gradient sees. Write into a copy, "
+                    f"{other}.clone(), or make new tensors: {other}.clamp(...), torch.where(...). What keeps a player "
+                    "within bounds belongs to the player: a domain, a residual, or other coordinates."
+                )
+
+
+def _refuse_spread(name: str, seen: FirstCall) -> None:
+    if seen.spread:
+        raise ValueError(f"Player {name!r}: a module that its objective calls is {seen.spread[0]}")
+
+
+def _hint(error: Exception, player: Player) -> str:
+    """The way out of what an objective raised, where it is known."""
+    text = str(error)
+    if "Inference tensors" in text:
+        return " Make it under torch.no_grad() in place of torch.inference_mode(), or .clone() it outside that mode."
+    if isinstance(error, TypeError) and re.search(
+        r"must be (float|int|bool|Number|number)\b.*, not (Tensor|Param)", text
+    ):
+        return (
+            ". That operation takes a plain number, and no derivative goes through one. Write it with operations on "
+            "tensors; dropout with a rate p that is to be tuned, for instance, as a relaxed mask: "
+            "inputs * torch.sigmoid((torch.logit(torch.rand_like(inputs)) - torch.logit(p)) / 0.1) / (1 - p)."
+        )
+    data = player.data
+    if isinstance(data, list | tuple) and data and all(isinstance(part, Tensor) for part in data):
+        return (
+            f". Its data is a {type(data).__name__} of tensors, of which each is a batch by itself; if they are one "
+            "batch together, pass data=[batch]."
+        )
+    return "" if text.endswith(".") else "."
 
 
 def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]) -> Paths:
     owners = [(other, path, leaf) for other, v in trial.items() for path, leaf in named_leaves(v)]
-    grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
+    try:
+        grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
+    except RuntimeError as error:
+        told = explanation(error)
+        if not told:
+            raise
+        raise SecondDerivativeError(f"Player {name!r}: its {what} takes a gradient itself: {told}") from error
     found: Paths = {}
     for (other, path, _), grad in zip(owners, grads, strict=True):
         if grad is None:
             continue
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"Player {name!r}: the gradient of its {what} in the variables of {other!r}{path} is sparse, as that "
+                "of an embedding with sparse=True. Use sparse=False: sparse gradients have no second derivative."
+            )
         if not bool(torch.isfinite(grad).all()):
             raise ValueError(
                 f"Player {name!r}: its {what} at init is finite, but its gradient in the variables of {other!r}{path} "
@@ -227,9 +381,13 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
 
 def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variables], batch: object) -> Paths:
     """The same of a residual of the player's own; refuses one that is not finite or not of the form of its init."""
-    others = {other: v for other, v in trial.items() if other != name}
-    with random_kept(game.device), torch.enable_grad():
-        _, found, _ = game.residual(name)(game, name, leaves(trial[name]), others, batch, game.buffers())
+
+    def residual(point: Mapping[str, Variables]) -> list[Tensor]:
+        others = {other: v for other, v in point.items() if other != name}
+        with random_kept(game.device), torch.enable_grad():
+            return game.residual(name)(game, name, leaves(point[name]), others, batch, game.buffers())[1]
+
+    found = _first_call(name, lambda: residual(trial), batch)
     for (path, leaf), value in zip(named_leaves(trial[name]), found, strict=True):
         if value.dtype != leaf.dtype or not bool(torch.isfinite(value).all()):
             raise ValueError(
@@ -243,7 +401,73 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
             f"Player {name!r}: its residual is not differentiable in any player's variables. Use the arguments "
             "themselves, without .detach() or .item()."
         )
-    return _reached(name, "residual", total, trial)
+    reached = _reached(name, "residual", total, trial)
+    refuse_detached(name, residual, trial)
+    return reached
+
+
+def _first_call(name: str, residual: Callable[[], list[Tensor]], batch: object) -> list[Tensor]:
+    """What a residual of the player's own gives at init; what it raises, in words."""
+    try:
+        return residual()
+    except Exception as error:
+        if str(error).startswith(f"Player {name!r}: its residual"):
+            raise
+        hint = ""
+        if "in-place" in str(error):
+            hint = " Others hold its arguments: make new tensors, y - z and not y.sub_(z)."
+        elif "numpy()" in str(error):
+            hint = " It must be differentiable: torch's operations on the arguments themselves."
+        raise ValueError(
+            f"Player {name!r}: its residual raised {type(error).__name__} on its first batch ({kind(batch)}): "
+            f"{error}{hint}"
+        ) from error
+
+
+def _constraint_dependence(
+    game: PlayedGame,
+    players: Mapping[str, Player],
+    name: str,
+    what: str,
+    function: Callable[..., Any],
+    trial: Mapping[str, Variables],
+    batch: object,
+) -> Paths:
+    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+    told = f"Player {name!r}: its {what}"
+    with random_kept(game.device), torch.enable_grad():
+        try:
+            value, _ = game.call(name, function, trial, batch, game.buffers(), {})
+        except Exception as error:
+            raise ValueError(
+                f"{told} raised {type(error).__name__} at init, on its first batch ({kind(batch)}): {error}"
+            ) from error
+    pairs = named_leaves(value)
+    if not pairs:
+        raise TypeError(f"{told} returned {kind(value)} without a tensor; expected one, or a pytree of them.")
+    dtype = leaves(trial[name])[0].dtype
+    found: Paths = {}
+    for path, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{told} returned {kind(leaf)}{f' at {path}' if path else ''}; expected a tensor.")
+        if leaf.numel() == 0 or leaf.dtype != dtype or leaf.device != game.device:
+            raise ValueError(
+                f"{told}{path} is a tensor of shape {tuple(leaf.shape)} of {leaf.dtype} on {leaf.device}; expected at "
+                f"least one entry of {dtype} on {game.device}, as its variables are."
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise ValueError(f"{told}{path} at init holds NaN or infinity; expected finite numbers. Start elsewhere.")
+        reached = _reached(name, what, leaf.sum(), trial) if leaf.requires_grad else {}
+        if name not in reached:
+            on = f"on {' and '.join(map(repr, reached))} alone" if reached else "on nobody's variables"
+            raise ValueError(
+                f"{told}{path} depends {on}; a constraint of {name!r} is one of its own variables. Use the argument "
+                f"`{name}` itself, without .detach(), or give the constraint to whom it binds."
+            )
+        for other, paths in reached.items():
+            found.setdefault(other, set()).update(paths)
+    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), players, trial)
+    return found
 
 
 def _refuse_own_parameters(

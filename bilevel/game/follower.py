@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, transforms_active
+from bilevel._returned import described
+from bilevel.autodiff import concrete, pullback, transforms_active
+from bilevel.constraints.functions import Constrained
 from bilevel.errors import NonFiniteError
+from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers, PlayedGame
+from bilevel.game.residual import Buffers, Kinks, PlayedGame, Rest
 from bilevel.randomness import random_kept, random_state
-from bilevel.tree import Structure, Variables, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
 
 Size = Any
 """A float; of many games a tensor `[count]` with one for each."""
@@ -46,15 +50,21 @@ class Follower:
             raise ValueError(
                 f"The response of player {self.name!r} needs the variables of {missing}; given are {sorted(others)}."
             )
-        self.rests = game.residual(self.name)
+        self.rests = game.residual(self.name).scaled(state.get("scale", 1.0))
         """F: what vanishes where it rests."""
         self.inputs = dict(others)
         self.xs: list[Tensor] = leaves(self.inputs)
         """The leaves of the others' variables."""
         self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
+        """The layout of y, its variables."""
+        self.multipliers: dict[str, Variables] = dict(state.get("multipliers") or {})
+        """The last ones, of a follower with constraints, by what these are called."""
+        self.unknowns: Structure = self.form if not self.multipliers else self._with_multipliers()
+        """The layout of what F is a function of: y, and the multipliers after it."""
         self.position = state["data"]
         self.buffers: Buffers = {self.name: state["buffers"]} if state["buffers"] else {}
+        self.rests.require_valid(game, self.name, self.others)
         self.gradient_count = 0
         self.fixed = batch is not None
         self.batch = batch
@@ -72,6 +82,11 @@ class Follower:
         return self.rests.symmetric
 
     @property
+    def definite(self) -> bool:
+        """Whether a symmetric dF/dy is positive definite at a strict minimum, as conjugate gradients need."""
+        return self.rests.definite
+
+    @property
     def minimises(self) -> bool:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
@@ -86,6 +101,11 @@ class Follower:
             return leaves(start), False
         here = state["variables"] if warm else self.game.initial(self.name)
         return [leaf.detach() for leaf in leaves(here)], warm
+
+    @property
+    def constraints(self) -> Constrained | None:
+        """Its programme, where functions constrain it; None where they do not."""
+        return self.rests.programme(self)
 
     def advance(self) -> None:
         """Move on to the next batch, unless one batch was given for the whole call."""
@@ -105,10 +125,77 @@ class Follower:
 
         F is the gradient of the loss, unless the follower says otherwise.
         """
+        if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
+            self._refuse_leaves(y)
         given = self.others if others is None else others
         loss, slopes, self.buffers = self.rests(self.game, self.name, y, given, self.batch, self.buffers)
         self.gradient_count += 1
         return loss, slopes
+
+    def _refuse_leaves(self, y: object) -> None:
+        wanted = [list(shape) for shape in self.form.shapes]
+        came = [described(leaf) for leaf in y] if isinstance(y, (list, tuple)) else described(y)
+        raise ValueError(
+            f"The gradients of player {self.name!r} were asked for at {came}; expected a list of its leaves, of shapes "
+            f"{wanted}. form.split(vector) makes them of one vector, and leaves(variables) of its variables."
+        )
+
+    def count(self, gradients: int) -> None:
+        """So many more gradients were taken."""
+        self.gradient_count += gradients
+
+    # What F is a function of --------------------------------------------------------------------------------------
+
+    def first(self) -> dict[str, Any]:
+        """What a fresh state holds of the unknowns besides the variables."""
+        return self.rests.first(self)
+
+    def brought_to_rest(self, y: Sequence[Tensor]) -> Rest:
+        """All unknowns where an inner solver ended at the leaves y."""
+        return self.rests.brought_to_rest(self, y)
+
+    def as_unknowns(self, state: Mapping[str, Any]) -> Tensor:
+        """A state's variables and multipliers as one vector."""
+        return flatten((state["variables"], self.multipliers))
+
+    def answer(self, unknowns: Tensor) -> Variables:
+        """The variables in a vector of all unknowns."""
+        return self.form.unflatten(unknowns[: self.form.size])
+
+    def kept(self, unknowns: Tensor) -> dict[str, Any]:
+        """What a state keeps of a vector of all unknowns."""
+        if not self.multipliers:
+            return {"variables": self.answer(unknowns)}
+        variables, multipliers = self.unknowns.unflatten(unknowns)
+        return {"variables": variables, "multipliers": multipliers}
+
+    def _with_multipliers(self) -> Structure:
+        return structure_of((self.form.unflatten(torch.empty(self.form.size, device="meta")), self.multipliers))
+
+    def field(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Loss and what a step goes along, F or the gradient whose step is projected; as `gradients` otherwise."""
+        if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
+            self._refuse_leaves(y)
+        given = self.others if others is None else others
+        rests = self.rests.field
+        loss, slopes, self.buffers = rests(self.game, self.name, y, given, self.batch, self.buffers)
+        self.gradient_count += 1
+        return loss, slopes
+
+    def at_rest(
+        self, y: Sequence[Tensor], slopes: Sequence[Tensor], others: Mapping[str, Variables] | None = None
+    ) -> list[Tensor]:
+        """F, from what a step goes along."""
+        return self.rests.at_rest(self.game, self.name, y, slopes, self.others if others is None else others)
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step that led to z ends: z projected, where the follower has a domain or a proximal map."""
+        return self.rests.settled(self.game, self.name, z, self.others, step)
+
+    @property
+    def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The bounds of each entry, where it minimises its loss within bounds alone."""
+        return self.rests.bounds(self.game, self.name, self.others)
 
     def next_state(
         self,
@@ -142,6 +229,35 @@ class Follower:
             "stationarity": self.relative(self.norm(residual), state),
         }
 
+    def measured_scale(self, y: Sequence[Tensor], products: int = 12) -> Any:
+        """1 / L for the largest curvature L at y, by power iteration: a float, or of many games a tensor `[count]`.
+
+        It underestimates L by little: what depends on it needs its size and not its digits.
+        """
+        game, field = self.game, self.rests.field
+        generator = torch.Generator().manual_seed(0)
+
+        def slope(flat: Tensor) -> Tensor:
+            with random_kept(game.device):
+                return field.flat(game, self.name, flat, self.others, self.batch, self.buffers)[1]
+
+        with torch.no_grad():
+            flat = join([leaf.detach() for leaf in y])
+            value, pulled = pullback(slope, flat)
+            steep, length = self.norm(self.form.split(value.detach())), self.norm(list(y))
+            v = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
+            norms = game.norms(self.form.split(v)) * float(value.requires_grad)  # a linear loss has no curvature
+            for _ in range(products if value.requires_grad else 0):
+                unit = [leaf / spread(torch.where(norms > 0.0, norms, 1.0), leaf) for leaf in self.form.split(v)]
+                v = pulled(join(unit))[0]
+                norms = game.norms(self.form.split(v))
+        # A loss without curvature: a step of the size of y itself, or of 1.
+        flatter = torch.as_tensor(steep).to(norms) / torch.as_tensor(length).to(norms).clamp(min=1.0)
+        curvature = torch.where(norms > 1e-6 * flatter, norms, flatter)
+        usable = torch.isfinite(curvature) & (curvature > 0.0)
+        found = 1.0 / torch.where(usable, curvature, 1.0)
+        return found if found.ndim else float(found)
+
     def held_residual(self) -> HeldResidual:
         """F(y, *xs), for ever on the present batch, buffers and random numbers."""
         return HeldResidual(self)
@@ -155,6 +271,10 @@ class Follower:
     def norm(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
+
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""
+        return torch.dot(first, second)
 
     def reference(self, slopes: Sequence[Tensor]) -> Size:
         """What stationarity is told in units of: the norm of F at the start, or 1 where that is 0."""
@@ -181,6 +301,11 @@ class Follower:
         """The linear solver for systems with dF/dy."""
         return solver
 
+    @property
+    def size(self) -> int:
+        """How many unknowns F has; of many games, in one."""
+        return self.unknowns.size
+
     def refuse_mixing(self, asker: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         """Raise `TypeError` for an optimiser that would mix what must stay apart."""
         self.game.refuse_mixing(asker, self.name, optimizer)
@@ -193,10 +318,37 @@ class Follower:
         """In which games the loss at y is not finite, in words; nothing where there is one game."""
         return ""
 
+    def told_kinks(self, kinks: Kinks) -> str:
+        """Where a constraint is about to begin or to cease to hold, in words."""
+        named = [
+            f"{self._entry(path, place)} at its {wall} (taken {'to be held' if held else 'to be free'})"
+            for path, wall, place, held in kinks
+        ]
+        more = f", and {len(named) - 3} more" if len(named) > 3 else ""
+        return (
+            f"{self.name!r} is at a kink, or too near to tell: {', '.join(named[:3])}{more}. It has two one-sided "
+            "derivatives there, one with the constraint held, its multiplier being about 0, and one without it; the "
+            "derivative is that of the side named. Nearby a more exact inner solve tells; a leader that comes to rest "
+            "here may have its optimum at the kink, where neither derivative vanishes."
+        )
+
+    def games_of(self, kinks: Kinks) -> list[int] | None:
+        """In which of many games they are; None where there is one."""
+        return None
+
+    def _entry(self, path: str, place: list[int]) -> str:
+        """An entry as a user would write it."""
+        return f"{self.name}{path}{place or ''}"
+
     # Its checks --------------------------------------------------------------------------------------------------
 
     def require_loss(self, asker: str) -> None:
         """Raise `TypeError` when F is no first derivative of its loss, for who goes by the loss."""
+        if self.rests.projects:
+            raise TypeError(
+                f"{asker} goes by the loss of player {self.name!r}, who has {self.rests.told}, which the loss does not "
+                "show. Use Implicit(bilevel.inner.ProjectedGradient()), or Unrolled, whose steps are projected."
+            )
         if not self.rests.differentiates_loss:
             raise TypeError(
                 f"{asker} goes by the loss of player {self.name!r}, who rests where a residual of its own vanishes. "
@@ -232,6 +384,15 @@ class HeldResidual:
         self._random = random_state(follower.game.device)
         self.loss = math.nan
 
+    def kinks(self, y: Tensor, *xs: Tensor) -> Kinks:
+        """Where F has no derivative at y `[n]`, as far as is known."""
+        follower = self._follower
+        if not follower.rests.projects:
+            return []
+        others, leaves_ = follower.input_form.build([x.detach() for x in xs]), follower.form.split(y.detach())
+        with random_kept(follower.game.device, start=self._random):
+            return follower.rests.kinks(follower.game, follower.name, leaves_, others, self._batch, self._buffers)
+
     def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
         """F there."""
         follower = self._follower
@@ -254,6 +415,12 @@ class HeldLoss:
     def __init__(self, follower: Follower) -> None:
         self._follower, self._batch, self._buffers = follower, follower.batch, follower.buffers
         self._random = random_state(follower.game.device)
+
+    def on(self, batch: Batch) -> HeldLoss:
+        """The same on another batch."""
+        other = copy(self)
+        other._batch = batch
+        return other
 
     def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
         """The loss there."""

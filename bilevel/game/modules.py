@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,20 +13,61 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bilevel.autodiff import transforms_active
+from bilevel.errors import BilevelError
 from bilevel.game.player import Player
 from bilevel.game.residual import Buffers
 from bilevel.tree import leaves
 
+# No state, and so no harm in a global: a module is lent to one thread at a time, and modules may share parts.
+_LENT = RLock()
+_PATIENCE = 600.0  # seconds; a backward pass on a GPU runs in a thread of its own, and may wait for its own caller
+
 
 @contextmanager
-def lent(players: Mapping[str, Player], buffers: Buffers, arguments: Mapping[str, Any]) -> Iterator[Buffers]:
-    """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards."""
-    advanced: Buffers = {}
-    taken: list[tuple[str, str, nn.Module, str, Tensor]] = []
-    lift: Callable[[Tensor], Tensor] = torch.clone
-    if transforms_active() and any(buffers.values()):
-        lift = _lifting(leaves(dict(arguments)))
+def lent(
+    players: Mapping[str, Player],
+    buffers: Buffers,
+    arguments: Mapping[str, Any],
+    strangers: Sequence[tuple[nn.Module, str]] = (),
+    *,
+    alone: bool = False,
+) -> Iterator[Buffers]:
+    """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards.
+
+    `strangers` are buffers of modules that no player owns, which advance too: they end as they were. What is lent is
+    one thread's at a time: the modules are the user's, and others may hold them too; with `alone` it is so in any case.
+    """
+    if not (alone or strangers) and not any(isinstance(player.init, nn.Module) for player in players.values()):
+        yield {name: {} for name in buffers}
+        return
+    if not _LENT.acquire(timeout=_PATIENCE):
+        raise BilevelError(
+            f"Another thread has been evaluating a loss that runs a module for {_PATIENCE:.0f} seconds, and losses "
+            "that run modules are evaluated one at a time. Play games in processes, not in threads."
+        )
     try:
+        with _lent(players, buffers, arguments, strangers) as advanced:
+            yield advanced
+    finally:
+        _LENT.release()
+
+
+@contextmanager
+def _lent(
+    players: Mapping[str, Player],
+    buffers: Buffers,
+    arguments: Mapping[str, Any],
+    strangers: Sequence[tuple[nn.Module, str]],
+) -> Iterator[Buffers]:
+    advanced: Buffers = {}
+    taken: list[tuple[str, str, nn.Module, str, Tensor | None]] = []
+    lift: Callable[[Tensor], Tensor] = torch.clone
+    if transforms_active() and (strangers or any(buffers.values())):
+        lift = _lifting(leaves(dict(arguments)))
+    kept = [(module, name, module._buffers[name]) for module, name in strangers]
+    try:
+        for module, name, tensor in kept:
+            module._buffers[name] = None if tensor is None else lift(tensor)
         for player, tensors in buffers.items():
             advanced[player] = {}
             for path, tensor in tensors.items():
@@ -41,6 +84,8 @@ def lent(players: Mapping[str, Player], buffers: Buffers, arguments: Mapping[str
         # Backwards, so that a module that two players share ends with what it began with.
         for _, _, owner, name, original in reversed(taken):
             owner._buffers[name] = original
+        for module, name, tensor in kept:
+            module._buffers[name] = tensor
 
 
 def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
@@ -48,6 +93,10 @@ def _lifting(tensors: list[Any]) -> Callable[[Tensor], Tensor]:
     numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]  # a batch may hold other things
     zero = sum((torch.zeros_like(t).sum() for t in numbers), torch.zeros(()))
     return lambda buffer: buffer + zero.to(buffer)
+
+
+Forward = Callable[..., Any]
+"""What a submodule does in place of its `forward`: called as `function(submodule, *inputs)`."""
 
 
 class CallableVariables(dict[str, Tensor]):
@@ -59,14 +108,34 @@ class CallableVariables(dict[str, Tensor]):
     Buffers advance as the game says; the module's own are put back.
     """
 
-    def __init__(self, variables: Mapping[str, Tensor], module: nn.Module, training: bool) -> None:
+    def __init__(
+        self,
+        variables: Mapping[str, Tensor],
+        module: nn.Module,
+        training: bool,
+        forwards: Mapping[str, Forward] | None = None,
+    ) -> None:
         super().__init__(variables)
-        self._module, self._training = module, training
+        self._module, self._training, self._forwards = module, training, dict(forwards or {})
 
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
-        with _mode(self._module, self._training if training is None else training):
+        mode = self._training if training is None else training
+        with _mode(self._module, mode), _replaced(self._module, self._forwards):
             return torch.func.functional_call(self._module, dict(self), inputs, named)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, to look at: its own parameters are not those of the game."""
+        return self._module
+
+    def with_forwards(self, forwards: Mapping[str, Forward]) -> CallableVariables:
+        """The same variables; where the module is called, submodules of these names do what the functions say.
+
+        A function is called as `function(submodule, *inputs)`, in place of the submodule's `forward`; the module itself
+        is left as it is.
+        """
+        return CallableVariables(self, self._module, self._training, {**self._forwards, **forwards})
 
 
 # So that what walks over pytrees (torch.func, a penalty over all leaves) sees its tensors, as those of a dict.
@@ -97,3 +166,26 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for part, mode in before.items():
             part.training = mode
+
+
+@contextmanager
+def _replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
+    """Let submodules run other forwards, and put back what they had."""
+    taken: list[tuple[dict[str, Any], object]] = []
+    try:
+        for name, forward in forwards.items():
+            part = module.get_submodule(name)
+            own = vars(part)
+            taken.append((own, own.get("forward", _NONE)))
+            # Of the instance, before its class's: a submodule that is registered twice is met once.
+            own["forward"] = partial(forward, part)
+        yield
+    finally:
+        for own, before in reversed(taken):
+            if before is _NONE:
+                del own["forward"]
+            else:
+                own["forward"] = before
+
+
+_NONE = object()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bilevel.constraints import Box, ConstraintSet, Coordinate, Penalty
+from bilevel.constraints.functions import EQUALITY, INEQUALITY
+from bilevel.constraints.walls import has_walls
+from bilevel.game.constrained import ConstrainedGradient
+from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
-from bilevel.game.residual import OwnGradient, Residual, UserResidual, required
-from bilevel.tree import Variables, detached
+from bilevel.game.residual import OwnGradient, Residual, UserResidual, required, signature
+from bilevel.tree import Variables, detached, leaves, map_leaves
 
 
 @dataclass(frozen=True, kw_only=False)
@@ -22,10 +28,12 @@ class Player:
     Args:
         objective: called with keyword arguments named after the players that it depends on, and with `batch` when the
             player has data; returns a scalar loss, to minimise.
-        init: a tensor, a pytree of tensors, or an `nn.Module`: then the variables are the module's parameters that
-            require grad, as a mapping by name that a loss can call, `weights(images)`: in training mode in the player's
-            own loss, in evaluation mode in the others', or as `weights(images, training=True)` says. Its buffers
-            (BatchNorm's statistics, say) travel along as state that advances. The module itself is never changed.
+        init: a tensor, a pytree of tensors, or an `nn.Module`. In the place of a tensor `bl.Log(1e-6, 1e-1)`,
+            `bl.Unit()`, `bl.Interval(low, high)` or `bl.Positive()` keeps it in a range. Of a module the variables
+            are the parameters that require grad, as a mapping by name that a loss can call, `weights(images)`: in
+            training mode in the player's own loss, in evaluation mode in the others', or as `weights(images,
+            training=True)` says. Its buffers (BatchNorm's statistics, say) travel along as state that advances. The
+            module itself is never changed.
         data: any iterable of batches that can be iterated more than once, or a function without arguments that makes
             one for each pass; it is re-iterated for ever. Each batch is read once for all who ask for it.
         optimizer_hyper: declares that the variables are hyperparameters of the *inner optimiser*, a learning rate say:
@@ -34,11 +42,17 @@ class Player:
             of its objective. A function of your own has parameters named after players, as the objective has, `batch`
             if it needs it, and `gradient`, which receives the objective's own gradient there; it returns a pytree in
             the form of `init`. `bl.extend.UserResidual(function, symmetric=True)` promises a symmetric dF/dy.
+        domain: A set that the player stays in, as leader or follower: `bl.Box(0.0, 5.0)`, `bl.Simplex()`, any of
+            `bl.constraints`. `init` lies in it. Of a module's parameters it can be bounds alone.
+        prox: A non-smooth term of the loss, `bl.constraints.L1(0.1)`, for a follower. The objective leaves it out.
+        inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
+            a pytree of tensors.
+        equality: the same for entries that are to be 0.
         start: where this player, as a follower, begins in every call, as a function of those who move before it (and of
             `batch`): `start=lambda meta: meta`. `Unrolled` differentiates it, so that an initialisation can lead.
             Nothing is kept from call to call then, whatever `warm_start` says; `init` gives the form.
 
-    A projected follower, who stays within \([0, 5]\), rests where \(F(y) = y - P(y - s\,\nabla_y f) = 0\):
+    A follower who stays within \([0, 5]\) rests where \(F(y) = (y - P(y - s\,\nabla_y f)) / s = 0\):
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -48,8 +62,8 @@ class Player:
         >>> def loss(x, y): return ((y - x) ** 2).sum()
         >>> Player(loss, init=torch.zeros(3)).names
         ('x', 'y')
-        >>> def projected(y, gradient): return y - (y - 0.5 * gradient).clamp(0.0, 5.0)
-        >>> Player(loss, init=torch.zeros(3), residual=projected).follows_loss
+        >>> from bilevel.constraints import Box
+        >>> Player(loss, init=torch.zeros(3), domain=Box(0.0, 5.0)).rests.symmetric
         False
     """
 
@@ -58,6 +72,10 @@ class Player:
     data: Source | None = None
     optimizer_hyper: bool = field(default=False, kw_only=True)
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
+    domain: ConstraintSet | None = field(default=None, kw_only=True)
+    prox: Penalty | None = field(default=None, kw_only=True)
+    inequality: Callable[..., Variables] | None = field(default=None, kw_only=True)
+    equality: Callable[..., Variables] | None = field(default=None, kw_only=True)
     start: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -68,6 +86,8 @@ class Player:
             check_data("Player: data", self.data)
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
+        self._check_constraints()
+        self._check_functions()
         if self.start is not None:
             require_start(self.start)
             if self.optimizer_hyper:
@@ -83,6 +103,38 @@ class Player:
         if self.optimizer_hyper:
             raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no residual.")
 
+    def _check_constraints(self) -> None:
+        if not (self.domain is None or isinstance(self.domain, ConstraintSet)):
+            raise TypeError(
+                f"Player: domain is {kind(self.domain)}; expected a set such as bilevel.Box(0.0, 1.0), "
+                "bilevel.Simplex() or bilevel.constraints.Ball(1.0)."
+            )
+        if not (self.prox is None or isinstance(self.prox, Penalty)):
+            raise TypeError(f"Player: prox is {kind(self.prox)}; expected a term such as bilevel.constraints.L1(0.1).")
+        if self.residual is not None and (self.domain is not None or self.prox is not None):
+            raise ValueError(
+                "Player: both residual= and domain= or prox= are given; a residual of your own says itself where the "
+                "player rests. Put the projection into it, or leave it out."
+            )
+        if self.prox is not None and self.optimizer_hyper:
+            raise ValueError("Player: a hyperparameter of the inner optimiser leads; prox= is for followers.")
+        if self.domain is not None and any(self.coordinates):
+            raise ValueError(
+                f"Player: init has the range {next(filter(None, self.coordinates))!r}, and domain={self.domain!r} is "
+                "given besides. Say where the player stays once: a tensor as init, or no domain."
+            )
+        if self.prox is not None and self.domain is not None and not (self.prox.entrywise and self.domain.entrywise):
+            raise ValueError(
+                f"Player: prox={self.prox!r} and domain={self.domain!r}: the two together have a proximal map where "
+                "both act on each entry by itself, as L1 and Box do. Put the one into the objective, or give a "
+                "residual= of your own."
+            )
+        if isinstance(self.init, nn.Module) and self.domain is not None and not self.domain.entrywise:
+            raise ValueError(
+                f"Player: init is a module and domain={self.domain!r}, which would take all of its parameters for one "
+                "point. Give bounds, bilevel.Box(low, high), or a pytree of tensors as init."
+            )
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The parameters that the objective must be called with."""
@@ -94,9 +146,26 @@ class Player:
         return () if self.start is None else required(self.start)
 
     @property
+    def constraints(self) -> dict[str, Callable[..., Variables]]:
+        """The functions that constrain it, by what they are called."""
+        both = {INEQUALITY: self.inequality, EQUALITY: self.equality}
+        return {what: function for what, function in both.items() if function is not None}
+
+    @cached_property
+    def _parameters(self) -> dict[int, tuple[str, ...]]:
+        functions = [self.objective, *self.constraints.values()]
+        functions += [] if self.residual is None else [self.own_residual.function]
+        functions += [] if self.start is None else [self.start]
+        return {id(function): required(function) for function in functions}
+
+    def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
+        """The parameters that one of its functions must be called with."""
+        return self._parameters[id(function)]
+
+    @property
     def follows_loss(self) -> bool:
-        """Whether it rests where its loss's own gradient vanishes, and by no residual of the user's."""
-        return self.residual is None
+        """Whether it rests where its loss's own gradient vanishes: no residual of the user's, and no constraints."""
+        return self.residual is None and not self.constraints
 
     @cached_property
     def own_residual(self) -> UserResidual:
@@ -105,22 +174,86 @@ class Player:
             raise ValueError("Player: it has no residual of its own.")
         return self.residual if isinstance(self.residual, UserResidual) else UserResidual(self.residual)
 
-    @property
+    @cached_property
     def rests(self) -> Residual:
         """What vanishes where it rests."""
-        return OwnGradient() if self.residual is None else self.own_residual
+        domain = self._range if self.domain is None else self.domain
+        if self.constraints:
+            return KKT(self.inequality, self.equality, domain)
+        if self.residual is not None:
+            return self.own_residual
+        if domain is None and self.prox is None:
+            return OwnGradient()
+        return ConstrainedGradient(domain, self.prox)
 
-    def variables(self) -> Variables:
-        """A fresh copy of the initial variables."""
+    @cached_property
+    def coordinates(self) -> list[Coordinate | None]:
+        """The range of each leaf of its variables that has one."""
+        return [] if isinstance(self.init, nn.Module) else _ranges(self.init)
+
+    @property
+    def _range(self) -> ConstraintSet | None:
+        """The box of its ranges."""
+        if not any(self.coordinates):
+            return None
+        infinite = (-math.inf, math.inf)
+        low, high = (
+            map_leaves(lambda leaf, end=end: (leaf.range if isinstance(leaf, Coordinate) else infinite)[end], self.init)
+            for end in (0, 1)
+        )
+        return Box(low, high)
+
+    @property
+    def option_players(self) -> tuple[str, ...]:
+        """The players that the options of its domain and its prox are functions of."""
+        parts = [part for part in (self.domain, self.prox) if part is not None]
+        return tuple(dict.fromkeys(name for part in parts for name in part.players))
+
+    def _check_functions(self) -> None:
+        for what in (INEQUALITY, EQUALITY):
+            function = self.inequality if what == INEQUALITY else self.equality
+            if function is None:
+                continue
+            if not callable(function):
+                wanted = "<= 0" if what == INEQUALITY else "= 0"
+                raise TypeError(
+                    f"Player: {what} is {kind(function)}; expected a function whose every entry is to be {wanted}."
+                )
+            refuse_unnamed(f"the {what}", function)
+        if self.constraints and self.residual is not None:
+            raise ValueError(
+                "Player: it has a residual of its own, and constraints as well; a residual says all of where the "
+                "player rests. Give the loss with inequality= and equality=, or put the constraints into the residual."
+            )
+        if self.constraints and self.prox is not None:
+            raise ValueError(
+                f"Player: prox={self.prox!r} beside {' and '.join(self.constraints)}: these need a smooth loss. "
+                "Split |y| into two non-negative parts, y = p - q, and put p + q into the objective."
+            )
+        if self.constraints and self.domain is not None and not has_walls(self.domain):
+            raise ValueError(
+                f"Player: domain={self.domain!r} beside {' and '.join(self.constraints)}: it is no set of smooth "
+                "functions. Bounds, Simplex, Halfspace, Affine, Ball(p=2) and products of them are; or say it as one "
+                "of the functions."
+            )
+        if self.constraints and self.optimizer_hyper:
+            raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no constraints.")
+
+    def variables(self, like: Tensor | None = None) -> Variables:
+        """A fresh copy of the initial variables; ranges that start at a plain number take the dtype of `like`."""
         if isinstance(self.init, nn.Module):
             return {name: p.detach().clone() for name, p in self.init.named_parameters() if p.requires_grad}
-        return detached(self.init)
+        return map_leaves(lambda leaf: leaf.tensor(like) if isinstance(leaf, Coordinate) else leaf, detached(self.init))
 
     def buffers(self) -> dict[str, Tensor]:
         """A fresh copy of the module's buffers; empty when `init` is no module."""
         if isinstance(self.init, nn.Module):
             return {name: b.detach().clone() for name, b in self.init.named_buffers()}
         return {}
+
+
+def _ranges(init: Variables) -> list[Coordinate | None]:
+    return [leaf if isinstance(leaf, Coordinate) else None for leaf in leaves(init)]
 
 
 def _refuse_uninitialised(module: nn.Module) -> None:
@@ -134,7 +267,7 @@ def _refuse_uninitialised(module: nn.Module) -> None:
 
 def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
     """Raise `TypeError` for a parameter that cannot be named in a call."""
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(
                 f"Player: parameter {str(parameter)!r} of {what} cannot be named in a call. Name each parameter after "

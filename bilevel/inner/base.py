@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
 
 from torch import Tensor
 
+from bilevel._returned import Lent, both, require_leaves
+from bilevel.constraints import ConstraintSet
+from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
-from bilevel.tree import Structure, Variables
+from bilevel.game.residual import Residual
+from bilevel.inner.torch_optim import require_factory
+from bilevel.tree import Structure, Variables, leaf_names
 
 
 class Problem(Protocol):
@@ -33,11 +38,32 @@ class Problem(Protocol):
         """Whether y settles at a minimum of f; else f is to be ignored."""
 
     @property
+    def constraints(self) -> Constrained | None:
+        """The programme that y is to solve, where functions constrain it; None where they do not."""
+
+    @property
+    def rests(self) -> Residual:
+        """What vanishes where y settles, and what it is projected onto."""
+
+    @property
+    def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The bounds of each entry, where y settles at a minimum of f within bounds alone; else None."""
+
+    @property
     def others(self) -> Mapping[str, Variables]:
         """The other players' variables, detached."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and what a step goes along: the residual, or where steps are projected the gradient of f."""
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The residual, from what `field` gave at y."""
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step of this length that led to z ends: projected, where the player has a domain or a term."""
 
     def advance(self) -> None:
         """Move on to the next batch."""
@@ -45,6 +71,12 @@ class Problem(Protocol):
 
 def require_minimum(problem: Problem, what: str) -> None:
     """Raise `TypeError` for a solver that goes by the loss, where a minimum of it is not what is looked for."""
+    if problem.rests.projects:
+        raise TypeError(
+            f"{what} minimises a loss without constraints, and {problem.name!r} has {problem.rests.told}. Use "
+            "bilevel.inner.ProjectedGradient(), or SGD, whose steps are projected; for bounds alone "
+            "bilevel.Scipy('L-BFGS-B') as well."
+        )
     if not problem.minimises:
         raise TypeError(
             f"{what} minimises one loss, and {problem.name!r} is several players with a loss each, or has a residual "
@@ -57,19 +89,75 @@ class InnerSolver(ABC):
     """Finds a follower's optimum; nothing of it is differentiated.
 
     A callable from parameters to a torch.optim optimiser is an inner solver wherever one is expected. Subclass this for
-    any other method, as a frozen dataclass that holds its settings.
+    any other method, as a frozen dataclass that holds its settings. Who calls it (`minimised`) refuses an answer that
+    has not the form of y, and a solver that wrote into what it was lent.
     """
+
+    @property
+    def takes_constraints(self) -> bool:
+        """Whether it sees `problem.constraints`; a solver that does not is refused for a constrained follower."""
+        return False
+
+    @final
+    def refuse(self, problem: Problem, asker: str) -> None:
+        """Raise `TypeError` for a constrained follower whose constraints this solver would not see."""
+        if problem.constraints is not None and not self.takes_constraints:
+            raise TypeError(
+                f"{asker}: {self!r} does not see the constraints of player {problem.name!r}, and would leave them. Use "
+                'Scipy("SLSQP"), Scipy("trust-constr"), or ClosedForm(...) with the constrained optimum.'
+            )
+
+    def domain(self, form: Structure) -> ConstraintSet | None:
+        """The set that it keeps the follower in by options of its own, where the follower has none itself."""
+        return None
 
     @abstractmethod
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of y where the method ends, and what to remember for the next call.
+        """The leaves of y where the method ends, and what to remember for the next call: a tuple of two.
+
+        The leaves are tensors like those of `y`. The memory is opaque to everybody else.
 
         Args:
             problem: Loss and gradients at any y, and the batches.
             y: The leaves to start from; they are not written to.
-            memory: None, or what an earlier call returned: tensors, numbers, lists and dicts of them.
+            memory: None in a first call, or what the last call returned: tensors, numbers, strings, None, and lists,
+                tuples and dicts of them, which a checkpoint can hold. Its tensors are not written to.
             steps: The most steps to take.
             threshold: Stop sooner once |gradient| is at most this.
         """
+
+    def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
+        """What a torch.optim optimiser remembers of each leaf, out of a memory; `[]` of any other method."""
+        return []
+
+
+def require_solver(asker: str, optimizer: object) -> None:
+    """Raise `TypeError` for what is neither an inner solver nor makes a torch.optim optimiser."""
+    if isinstance(optimizer, type) and issubclass(optimizer, InnerSolver):
+        name = optimizer.__name__
+        raise TypeError(f"{asker} is the class {name} itself; expected one of it, {name}(...).")
+    if not isinstance(optimizer, InnerSolver):
+        require_factory(asker, optimizer)
+
+
+def minimised(
+    solver: InnerSolver, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: Any
+) -> tuple[list[Tensor], Any]:
+    """What `solver.minimise` returns, held to its contract.
+
+    Raises:
+        TypeError, ValueError: For an answer that is no tuple of leaves like y's and a memory, and for a solver that
+            wrote into `y`, into its memory or into the other players' variables.
+    """
+    name, lent = f"{type(solver).__name__}.minimise", Lent()
+    given, kept = lent.out("the leaves y to start from", y), lent.out("the memory that it was given", memory)
+    for player, variables in problem.others.items():
+        lent.out(f"the variables of player {player!r}", variables)
+    found = solver.minimise(problem, given, kept, steps=steps, threshold=threshold)
+    lent.require_untouched(name)
+    ends, after = both(found, name, "the leaves of y where it ended, and what to remember, or None")
+    told = f"{name}: its answer for player {problem.name!r}"
+    require_leaves(ends, y, told, lambda: leaf_names(problem.form.build(y), problem.name))
+    return list(ends), after

@@ -35,6 +35,11 @@ class ClosedForm(InnerSolver):
 
     function: Callable[..., Variables]
 
+    @property
+    def takes_constraints(self) -> bool:
+        """Whatever the function heeds; its answer is checked."""
+        return True
+
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:

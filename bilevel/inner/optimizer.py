@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.errors import NonFiniteError
 from bilevel.game.residual import required
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
-from bilevel.inner.refusals import refuse_hooks
+from bilevel.inner.refusals import refuse_hooks, refuse_unprojected
 from bilevel.inner.schedule import Changes, listed, tabulated
 from bilevel.inner.torch_optim import (
     Memory,
@@ -195,10 +195,11 @@ class TorchOptimizer(InnerSolver):
         if searches:
             require_minimum(problem, "LBFGS")
             self._refuse_searching()
+        refuse_unprojected("TorchOptimizer", problem.name, problem.rests, optimizer)
 
         @torch.no_grad()  # LBFGS calls it with grad enabled, which would build a graph of the gradient in vain
         def closure() -> float:
-            loss, slopes = problem.gradients(parameters)
+            loss, slopes = problem.field(parameters)
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             return float(loss)
@@ -213,7 +214,8 @@ class TorchOptimizer(InnerSolver):
                 loss += closure()
                 slopes = [a + p.grad for a, p in zip(slopes, parameters, strict=True) if p.grad is not None]
             slopes = self.mean(slopes)
-            norm = float(_norm(slopes))
+            with torch.no_grad():
+                norm = float(_norm(problem.at_rest(parameters, slopes)))
             require_finite(problem.name, loss, norm, step, steps)
             if norm <= threshold:
                 break
@@ -222,11 +224,20 @@ class TorchOptimizer(InnerSolver):
                     parameter.grad = slope
             schedule.before()
             optimizer.step(closure if searches else None)
+            if problem.rests.projects:
+                with torch.no_grad():
+                    ends = problem.settled([p.detach() for p in parameters], optimizer.param_groups[0]["lr"])
+                    for parameter, end in zip(parameters, ends, strict=True):
+                        parameter.copy_(end)
             schedule.after()
         remembered = remember(optimizer, parameters)
         place = schedule.memory()
         after = remembered if place is None else {"leaves": remembered, "schedule": place}
         return [p.detach() for p in parameters], after
+
+    def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
+        """Of each leaf, as `torch.optim` has it."""
+        return leaf_memory(memory) or []
 
     def _refuse_searching(self) -> None:
         """LBFGS evaluates the loss along a line: what is clipped, or the mean over batches, is not its gradient."""
@@ -287,8 +298,15 @@ def torch_optimizer(asker: str, optimizer: OptimizerFactory | TorchOptimizer) ->
 
 
 def leaf_memory(memory: Any) -> Memory | None:
-    """What the optimiser remembers of each leaf, out of what `minimise` gave."""
+    """What the optimiser remembers of each leaf, out of what `TorchOptimizer.minimise` gave."""
     return memory["leaves"] if isinstance(memory, dict) else memory  # type: ignore[no-any-return]
+
+
+def of_optimizer(memory: Any) -> bool:
+    """Whether this has the form of what `TorchOptimizer.minimise` gives, and not of another solver's memory."""
+    if isinstance(memory, dict):
+        return memory.keys() == {"leaves", "schedule"} and of_optimizer(memory["leaves"])
+    return isinstance(memory, list) and all(isinstance(slot, dict) for slot in memory)
 
 
 def require_finite(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import optim
 from torch.optim import optimizer as torch_optimizer
 
+from bilevel.game.residual import Residual
 from bilevel.inner.own import DifferentiableOptimizer
 from bilevel.inner.seeds import SEEDS
 
@@ -46,6 +47,30 @@ def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:
         f"Unrolled cannot differentiate through {kind.__name__}: {why}. Use one of {can}; write its step as a "
         f"function, class {kind.__name__}(bilevel.inner.DifferentiableOptimizer); or use Implicit, which takes any "
         "optimiser."
+    )
+
+
+def refuse_unprojected(asker: str, player: str, rests: Residual, optimizer: optim.Optimizer) -> None:
+    """Raise `TypeError` for an optimiser whose steps, projected, would rest elsewhere than the player does.
+
+    A step y - D grad, projected, rests where P(y - D grad) = y. For bounds that is the optimum with any positive
+    diagonal D, for other sets with a multiple of the identity alone; for a non-smooth term D is its map's step as well.
+    """
+    if not rests.projects or rests.entrywise:
+        return
+    plain = type(optimizer) is optim.SGD
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    momentum = any(float(group.get("momentum", 0.0)) != 0.0 for group in optimizer.param_groups)
+    if plain and len(rates) == 1 and (rests.any_step or not momentum):
+        return
+    what = f"SGD with learning rates {sorted(rates)}" if plain and len(rates) > 1 else type(optimizer).__name__
+    why = (
+        "whose steps have no one length" if not plain or len(rates) > 1 else "whose momentum changes its steps' length"
+    )
+    raise TypeError(
+        f"{asker}: the optimiser of player {player!r} is {what}, {why}; followed by a projection, with {rests.told}, "
+        "it would rest elsewhere than at the optimum. Use torch.optim.SGD with one learning rate"
+        f"{'' if rests.any_step else ' and without momentum'}, or Implicit(bilevel.inner.ProjectedGradient())."
     )
 
 

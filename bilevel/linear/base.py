@@ -13,11 +13,12 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from bilevel._returned import Lent, described, require_like
 from bilevel.autodiff import concrete
 from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
-from bilevel.linear.system import Candidate, LinearSystem, Memory
+from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class LinearSolution:
             infinite where the solve was over before it had looked often enough.
         memory: What to give the next solve of a system like this one; empty where none was given to this one.
         mixed: What `LinearOperator.matvec_and_mixed` gave at u; None where it was not taken there.
+        beats_zero: Whether u is a better answer than 0, a 0-d tensor of bool: its residual is below |b|, or else, A
+            being symmetric, it is nearer to the solution in the A-norm.
     """
 
     solution: Tensor
@@ -45,6 +48,7 @@ class LinearSolution:
     error: float = math.nan
     memory: Memory = field(default_factory=dict)
     mixed: tuple[Tensor, ...] | None = None
+    beats_zero: Tensor = field(default_factory=lambda: torch.tensor(True))
 
 
 class SolvesLinearSystems(Protocol):
@@ -83,11 +87,12 @@ class LinearSolver(ABC):
 
     A method of your own is a frozen dataclass with `iterate(system)`: the base checks what comes in, answers b = 0, and
     judges what comes out. A small residual is not a small error: |u - u*| <= |residual| / (smallest singular value of
-    A + damping I).
+    A + damping I). An answer that is no better than u = 0, which has the residual |b|, always warns; a longer residual
+    alone does not prove that where A is symmetric, and there it is judged by the A-norm of its error as well.
 
     Args:
         rtol: Relative to |b|. None asks for no accuracy: the answer is what the method's definition makes it, its
-            residual is reported, and nothing warns.
+            residual is reported, and it warns only where 0 were a better answer.
         atol: The least that is asked for.
         damping: Added to the diagonal of A.
         strict: Raise `ConvergenceError` when it stops short of its tolerance, instead of a `NonConvergenceWarning`.
@@ -144,7 +149,10 @@ class LinearSolver(ABC):
         return False
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
-        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it has none."""
+        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it starts empty.
+
+        What `iterate` returns as `Candidate.memory` is kept from system to system in any case.
+        """
         return {}
 
     def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
@@ -174,14 +182,14 @@ class LinearSolver(ABC):
             operator: A.
             rhs: `[n]`. Where it is 0, so is the solution, at no product.
             initial: where to start, `[n]`, for methods that start somewhere.
-            memory: what earlier solves learned: `init(rhs)` at first, then the last solution's `memory`. It is not
-                written to. None: nothing is kept.
+            memory: what earlier solves learned: `init(rhs)` or {} at first, then the last solution's `memory`. It is
+                not written to. None: nothing is kept.
 
         Raises:
             ValueError: for vectors or a layout that cannot be of one system.
             NonFiniteError: for NaN or infinity in them or in products.
             NotSymmetricError: where `needs_symmetry` and the operator does not promise it.
-            ConvergenceError: when `strict`, for a residual above the tolerance.
+            ConvergenceError: when `strict`, for a residual above the tolerance, or a solution that is worse than 0.
         """
         if self.needs_symmetry:
             self._require_symmetric(operator)
@@ -194,15 +202,33 @@ class LinearSolver(ABC):
         system = LinearSystem.of(operator, self.damping, rhs, size, self._tolerance(size))
         if concrete(size) == 0.0:
             return self._judged(system, Candidate(torch.zeros_like(rhs), rhs, size), memory)
-        known = self.init(rhs, operator.shapes) if memory is None else dict(memory)
+        # What has an empty memory begins it, as what is given none does.
+        known = dict(memory) if memory else self.init(rhs, operator.shapes)
+        require_memory(known, f"{type(self).__name__}.init: what it returned")
         system = replace(system, initial=initial, memory=known, keeps=memory is not None)
+        return self._judged(system, self._iterated(system), memory)
+
+    def _iterated(self, system: LinearSystem) -> Candidate:
+        """What `iterate` returns, held to its contract; measured here where it was not."""
+        name, lent = f"{type(self).__name__}.iterate", Lent()
+        lent.out("system.rhs", system.rhs)
+        lent.out("system.initial", system.initial)
+        lent.out("system.memory", system.memory)
         found = self.iterate(system)
         if not isinstance(found, Candidate):
             raise TypeError(
-                f"{type(self).__name__}.iterate returned a {type(found).__name__}; expected what system.measure(u) "
-                "returns, u with its true residual."
+                f"{name} returned {described(found)}; expected what system.measure(u) returns, u with its true "
+                "residual."
             )
-        return self._judged(system, found, memory)
+        lent.require_untouched(name)
+        require_like(found.solution, system.rhs, f"{name}: the solution that it returned")
+        if found.memory is not None:
+            require_memory(found.memory, f"{name}: the memory that it returned")
+        if not found.true:
+            measured = system.measure(found.solution)
+            given = {n: getattr(found, n) for n in ("memory", "error", "enough", "shortfall")}
+            return replace(measured, **given)
+        return found
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
@@ -260,8 +286,13 @@ class LinearSolver(ABC):
                 "with A are not finite, or the system is so close to singular that its solution overflows: add damping."
             )
         within = self.rtol is not None and concrete(found.residual_norm - system.tolerance) <= 0.0
-        if not (within or found.enough):
-            self._complain(self._missed(system, worst) if self.rtol is not None else found.shortfall)
+        beats_zero = self._beats_zero(system, found)
+        missed = "" if within or found.enough else found.shortfall
+        if self.rtol is not None and not (within or found.enough):
+            missed = self._missed(system, worst)
+        if not missed and concrete(~beats_zero) > 0.0:
+            missed = self._worse_than_zero(system, found)
+        self._complain(missed)
         learned = {} if memory is None else dict(memory) if found.memory is None else found.memory
         return LinearSolution(
             found.solution.contiguous(),  # a start that is the answer may be a 0 that takes no memory
@@ -271,6 +302,30 @@ class LinearSolver(ABC):
             found.error,
             learned,
             found.mixed,
+            beats_zero,
+        )
+
+    def _beats_zero(self, system: LinearSystem, found: Candidate) -> Tensor:
+        """Whether a candidate is worth more than the answer 0, a 0-d tensor of bool."""
+        size, left = system.rhs_norm, found.residual_norm
+        # |b| less a few roundings: a method that gains nothing ends on either side of it.
+        good = (left < (1.0 - 10.0 * torch.finfo(size.dtype).eps) * size) | (left <= self.atol) | (size == 0.0)
+        if self.rtol is not None and self.rtol >= 1.0:  # 0 is as good as was asked for
+            good = good | (left <= size)
+        if not system.symmetric or found.enough or concrete(~good) <= 0.0:
+            return good | found.enough
+        # The energy u'Au / 2 - b'u, which is 0 at 0, is half the squared A-norm of the error up to a constant. With
+        # r = b - Au it is -u'(b + r) / 2. Conjugate gradients lower it at every step, while their |r| may grow.
+        u, b, r = found.solution, system.rhs, found.residual
+        return good | ((torch.dot(u, b - r) > 0.0) & (torch.dot(u, b + r) > 0.0))
+
+    def _worse_than_zero(self, system: LinearSystem, found: Candidate) -> str:
+        size = system.rhs_norm
+        ratio = concrete(found.residual_norm / torch.where(size > 0.0, size, 1.0))
+        return (
+            f"{type(self).__name__} answered after {system.products} products with a residual of {ratio:.3g} |b|. The "
+            f"answer 0 has a residual of |b|, so this one is no better than none, and a hypergradient made of it can "
+            f"be {ratio:.2g} times too large. Give it {self.remedy}, more damping, or use another solver."
         )
 
     def _missed(self, system: LinearSystem, residual: float) -> str:

@@ -14,7 +14,7 @@ from bilevel.linear.base import LinearSolver
 from bilevel.linear.iteration import Iteration
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import Shapes
-from bilevel.linear.preconditioner import Applied, Preconditioner
+from bilevel.linear.preconditioner import Applied, Preconditioner, begun, guarded, prepared
 from bilevel.linear.refinement import default_steps, refine
 from bilevel.linear.stopping import Stopping, Watch
 from bilevel.linear.system import Candidate, LinearSystem, Memory
@@ -43,7 +43,7 @@ class ConjugateGradient(LinearSolver):
             solver's memory; or a map from `r: [n]` to a new `M^-1 r: [n]`, M symmetric positive definite.
         stopping: `HypergradientTolerance(1e-3)` ends the solve, as converged, once what u is needed for has settled,
             whatever the residual.
-        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        rtol: Relative tolerance of the residual; None asks for no accuracy; worse than 0 still warns.
         atol: Absolute tolerance of the residual.
         damping: Added to the diagonal of A.
         strict: Raise where it would warn.
@@ -105,7 +105,8 @@ class ConjugateGradient(LinearSolver):
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The preconditioner's memory before the first system."""
-        return self.preconditioner.init(like, shapes) if isinstance(self.preconditioner, Preconditioner) else {}
+        given = self.preconditioner
+        return begun(given, like, shapes) if isinstance(given, Preconditioner) else {}
 
     def inform(self, memory: Memory, optimizer: Sequence[Mapping[str, Any]]) -> Memory:
         """As the preconditioner takes it."""
@@ -120,9 +121,9 @@ class ConjugateGradient(LinearSolver):
         if isinstance(given, Preconditioner):
             pairs = given.pairs if system.keeps else 0
             inverse: Applied | None
-            inverse, memory = given.prepare(system.operator, memory)  # its own products are part of the price
+            inverse, memory = prepared(given, system.operator, memory)  # its own products are part of the price
         else:
-            inverse = given
+            inverse = None if given is None else guarded(given, "preconditioner=")
         run = Iteration(system.matvec, inverse=inverse, pairs=pairs, watch=watch, start=system.initial)
 
         def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:

@@ -37,7 +37,7 @@ class GMRES(LinearSolver):
     Args:
         restart: Steps before it starts anew: the number of vectors that are kept.
         max_steps: Over all restarts; None is min(max(2n, 20), 1000).
-        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        rtol: Relative tolerance of the residual; None asks for no accuracy; worse than 0 still warns.
         atol: Absolute tolerance of the residual.
         damping: Added to the diagonal of A.
         strict: Raise where it would warn.

@@ -15,9 +15,9 @@ from bilevel.linear.system import Candidate, LinearSystem
 class Identity(LinearSolver):
     """Takes scale * I for the inverse, u = scale * b, and reports how wrong that is.
 
-    Costs one product, for the residual; give `rtol` to be warned by it. `damping` enters the residual only, and it
-    takes no initial. With scale the follower's learning rate this is one-step unrolling. It keeps the sign of the
-    hypergradient only where A is close to a multiple of I.
+    Costs one product, for the residual, and warns where 0 were a better answer; give `rtol` to be warned earlier.
+    `damping` enters the residual only, and it takes no initial. With scale the follower's learning rate this is
+    one-step unrolling. It keeps the sign of the hypergradient only where A is close to a multiple of I.
     Source: Luketina et al., arXiv 1511.06727 (T1-T2); Neumann with no terms in Lorraine et al., arXiv 1911.02590.
 
     Args:

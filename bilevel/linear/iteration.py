@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete
-from bilevel.errors import IndefiniteSystemError, NotSymmetricError
+from bilevel.autodiff import concrete, transforms_active
+from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError
 from bilevel.linear.arithmetic import Arithmetic, Flag, Scalar, arithmetic
-from bilevel.linear.norms import asymmetry_tolerance
+from bilevel.linear.lanczos import extreme_eigenvalues
+from bilevel.linear.norms import asymmetry_tolerance, largest_entry
+from bilevel.linear.operator import LinearOperator
 from bilevel.linear.stopping import Watch
 
 
@@ -57,7 +59,7 @@ class Iteration:
         r = residual / scale
         z = self._preconditioned(r)
         p, rho = z, on.dot(r, z)
-        self._require_definite(on, moving, rho)
+        self._require_definite(on, moving, rho, r, z)
         e: Tensor | None = None
         before: _Before | None = None
         steps = 0
@@ -68,7 +70,7 @@ class Iteration:
             curvature = on.dot(p, product)
             if first and on.lowest(moving, curvature) <= 0.0:
                 length = on.norm(p)
-                raise _indefinite(on.lowest(moving, curvature / length / length))  # its square may underflow
+                self._refuse_indefinite(on.lowest(moving, curvature / length / length), p, e)  # p'p may underflow
             if before is not None:
                 before.compare(on, moving, p, product, curvature)
                 before = None
@@ -91,7 +93,7 @@ class Iteration:
                 break
             # Without a preconditioner rho is |r|^2, of an r that was scaled to unit size.
             moving = moving & ((on.root(rho) if self.inverse is None else on.norm(r)) > goal)
-            self._require_definite(on, moving, rho)
+            self._require_definite(on, moving, rho, r, z)
         if e is None:
             return torch.zeros_like(r), steps
         return on.scaled(e, scale), steps
@@ -99,12 +101,41 @@ class Iteration:
     def _preconditioned(self, residual: Tensor) -> Tensor:
         return residual if self.inverse is None else self.inverse(residual)
 
-    def _require_definite(self, on: Arithmetic, moving: Flag, rho: Scalar) -> None:
-        """Of the preconditioner, by r'M^-1 r."""
-        if self.inverse is not None and on.lowest(moving, rho) <= 0.0:
+    def _require_definite(self, on: Arithmetic, moving: Flag, rho: Scalar, r: Tensor, z: Tensor) -> None:
+        """Of the preconditioner, by rho = r'M^-1 r with z = M^-1 r."""
+        if self.inverse is None:
+            return
+        least = on.lowest(moving, rho)
+        if least <= 0.0:
             raise IndefiniteSystemError(
-                f"ConjugateGradient's preconditioner gave r'M^-1 r = {on.lowest(moving, rho):.3g} for a residual r; it "
-                "has to be symmetric positive definite. Leave it out, or damp it."
+                f"ConjugateGradient's preconditioner gave r'M^-1 r = {least:.3g} for a residual r; it has to be "
+                "symmetric positive definite. Leave it out, or damp it."
+            )
+        if math.isfinite(least) or not on.some(moving):
+            return
+        if math.isfinite(largest_entry(r)) and not math.isfinite(largest_entry(z)):
+            raise NonFiniteError(
+                "ConjugateGradient's preconditioner gave NaN or infinite entries for a finite residual. Leave it out, "
+                "or look for a division by zero in it."
+            )
+
+    def _refuse_indefinite(self, relative: float, p: Tensor, e: Tensor | None) -> None:
+        """Raise for a direction p with this p'Ap / p'p <= 0, unless rounding alone put it below 0.
+
+        What rounding may have done is told from A's largest eigenvalue, for 30 products at most. Where A is flat along
+        p, the search ends with what it has; its residual tells how much that is.
+        """
+        if transforms_active():  # one number for all systems at once
+            raise _indefinite(relative, relative)
+        spectrum = extreme_eigenvalues(LinearOperator(self.matvec, symmetric=True), p)
+        lowest = min(relative, spectrum.smallest)
+        if lowest < -spectrum.rounding:
+            raise _indefinite(relative, lowest)
+        if e is None:
+            raise IndefiniteSystemError(
+                f"ConjugateGradient met a direction p with curvature p'Ap / p'p = {relative:.3g}; that is 0 up to "
+                f"rounding ({spectrum.rounding:.1g}), and p is its whole right-hand side. The follower's optimum is "
+                "not unique: add damping=0.001 or more, or a small penalty on its variables. GMRES() would not help."
             )
 
     def _settled(self, scale: Scalar, e: Tensor) -> bool:
@@ -158,10 +189,10 @@ class _Before:
             )
 
 
-def _indefinite(relative: float) -> IndefiniteSystemError:
-    """Of a direction p with this p'Ap / p'p."""
+def _indefinite(relative: float, lowest: float) -> IndefiniteSystemError:
+    """Of a direction p with this p'Ap / p'p, where A has an eigenvalue at or below `lowest`."""
     return IndefiniteSystemError(
         f"ConjugateGradient met a direction p with curvature p'Ap / p'p = {relative:.3g}; it needs a positive "
         "definite system. The follower is not at a strict minimum: solve its problem further, or add "
-        f"damping={max(-2.0 * relative, 1e-3):.1g} or more, or use GMRES(), which needs no definiteness."
+        f"damping={max(-2.0 * lowest, 1e-3):.1g} or more, or use GMRES(), which needs no definiteness."
     )

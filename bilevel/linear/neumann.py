@@ -43,7 +43,7 @@ class Neumann(LinearSolver):
         every: So many systems in a row share the eigenvalue, where the caller keeps the solver's memory, as `Implicit`
             does. It is found anew before that if a residual grows: Hessians move little in a leader's step.
         seed: Where power iterations begin.
-        rtol: Relative tolerance of the residual; None asks for no accuracy and warns of nothing.
+        rtol: Relative tolerance of the residual; None asks for no accuracy; worse than 0 still warns.
         atol: Absolute tolerance of the residual.
         damping: Added to the diagonal of A.
         strict: Raise where it would warn.
@@ -136,7 +136,7 @@ class Neumann(LinearSolver):
                 adding = adding & self._adding(left, system.tolerance)
                 if not concrete(adding):
                     break
-        return replace(found or Candidate(solution, residual, left), memory=memory)
+        return replace(found or system.with_residual(solution, residual, left), memory=memory)
 
     def _adding(self, size: Tensor, tolerance: Tensor) -> Tensor:
         return torch.ones_like(size, dtype=torch.bool) if self.rtol is None else size > tolerance

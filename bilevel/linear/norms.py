@@ -7,22 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import concrete, transforms_active
-
-
-def norm(vector: Tensor) -> Tensor:
-    """|vector| of `[n]`, a 0-d tensor that is 0 only for the zero vector: squares of 1e-23 underflow in float32."""
-    if not transforms_active():
-        plain: Tensor = torch.linalg.vector_norm(vector)
-        # Far from where squares underflow or overflow: a sixth of what the careful way below costs.
-        limits = torch.finfo(vector.dtype)
-        if limits.tiny**0.5 / limits.eps < float(plain.detach()) < limits.max**0.5:
-            return plain
-    # The squares of a float32 gradient of 1e-23 underflow, and a residual of 0 would be a lie.
-    largest = vector.abs().amax()
-    scale = torch.where(largest > 0.0, largest, 1.0)
-    size: Tensor = scale * torch.linalg.vector_norm(vector / scale)
-    return size
+from bilevel.autodiff import concrete, norm, transforms_active
 
 
 def largest_entry(vector: Tensor) -> float:
@@ -42,3 +27,6 @@ def asymmetry_tolerance(dtype: torch.dtype) -> float:
     scale from below, and c eps / sqrt(eps) the effect of rounding: 1.5e-7 in float64, 3.5e-3 in float32.
     """
     return 10.0 * math.sqrt(torch.finfo(dtype).eps)
+
+
+__all__ = ["asymmetry_tolerance", "largest_entry", "norm"]

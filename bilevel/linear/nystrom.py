@@ -38,7 +38,7 @@ class Nystrom(LinearSolver):
     Args:
         rank: Products to spend.
         damping: Above 0: N alone is singular.
-        rtol: None; give one to be warned.
+        rtol: None; give one to be warned of more than an answer that is worse than 0.
         seed: Of the sketch.
         atol: Absolute tolerance of the residual.
         strict: Raise where it would warn.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._returned import Lent, both, described, require_like, version
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import eigenpairs
 from bilevel.linear.operator import LinearOperator, Shapes
-from bilevel.linear.system import Memory, nested, part_of
+from bilevel.linear.system import Memory, nested, part_of, require_memory
 
 Applied = Callable[[Tensor], Tensor]
 """r `[n]` to M^-1 r `[n]`, M symmetric positive definite."""
@@ -28,18 +30,23 @@ class Preconditioner(ABC):
     hand without a memory, or within a `torch.func` transform, starts with an empty one each time.
 
     A memory comes in and a memory goes out. The one that came in is never written to: what did not change is shared.
+    Who uses a preconditioner (`prepared`) refuses what breaks this, and a map whose answers are no new `[n]` tensors.
     """
 
     @abstractmethod
     def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
-        """M^-1 for this system, and the memory after it.
+        """M^-1 for this system, and the memory after it, which is kept for the next one: a tuple of two.
 
-        The operator is that of the solver, damping included. It counts its products, and `operator.shapes` is the
-        layout of the unknowns, where that is known.
+        M^-1 maps r `[n]` to a *new* tensor `[n]` of its dtype, linearly; it writes neither to r nor to what it returned
+        before. The operator is that of the solver, damping included. It counts its products, and `operator.shapes` is
+        the layout of the unknowns, where that is known.
         """
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
-        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it has none."""
+        """The memory before the first system, for `like: [n]` unknowns laid out as `shapes`; {} if it starts empty.
+
+        What `prepare` returns is kept in any case.
+        """
         return {}
 
     def learn(self, memory: Memory, directions: list[Tensor], products: list[Tensor]) -> Memory:
@@ -59,6 +66,48 @@ class Preconditioner(ABC):
     def pairs(self) -> int:
         """How many pairs (p, A p) it wants to `learn` from a solve."""
         return 0
+
+
+def begun(preconditioner: Preconditioner, like: Tensor, shapes: Shapes | None) -> Memory:
+    """What `preconditioner.init` returns, held to its contract."""
+    memory = preconditioner.init(like, shapes)
+    require_memory(memory, f"{type(preconditioner).__name__}.init: what it returned")
+    return memory
+
+
+def prepared(preconditioner: Preconditioner, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
+    """What `preconditioner.prepare` returns, held to its contract."""
+    name, lent = f"{type(preconditioner).__name__}.prepare", Lent()
+    found = preconditioner.prepare(operator, lent.out("the memory that it was given", memory))
+    inverse, after = both(found, name, "the map from r to M^-1 r, and the memory after it")
+    if not callable(inverse):
+        raise TypeError(f"{name} returned {described(inverse)} as the map from r to M^-1 r; expected a function.")
+    lent.require_untouched(name)
+    require_memory(after, f"{name}: the memory that it returned")
+    return guarded(inverse, type(preconditioner).__name__), after
+
+
+def guarded(inverse: Applied, name: str) -> Applied:
+    """The map from r to M^-1 r, checked at each call: it gives a tensor like r, and leaves r and its last answer alone.
+
+    Solvers keep r and the last answer, and write over vectors of their own.
+    """
+    last: weakref.ref[Tensor] | None = None
+    told = f"The map from r to M^-1 r of {name}"
+
+    def apply(r: Tensor) -> Tensor:
+        nonlocal last
+        before = None if last is None else last()
+        writes, writes_before = version(r), 0 if before is None else version(before)
+        z = inverse(r)
+        require_like(z, r, f"{told}: what it returned")
+        if version(r) != writes or (before is not None and version(before) != writes_before):
+            what = "r itself" if version(r) != writes else "what it had returned before"
+            raise ValueError(f"{told} wrote into {what}; expected a new tensor each time, r / m and not r.div_(m).")
+        last = weakref.ref(z)
+        return z
+
+    return apply
 
 
 @final
@@ -237,14 +286,14 @@ class Recycled(Preconditioner):
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Directions and products `[size, n]`, oldest first, how many are filled, and the base's."""
-        base = {} if self.base is None else self.base.init(like, shapes)
+        base = {} if self.base is None else begun(self.base, like, shapes)
         return no_pairs(like, self.size) | nested("base", base)
 
     def prepare(self, operator: LinearOperator, memory: Memory) -> tuple[Applied, Memory]:
         """The two-loop recursion."""
         base = None
         if self.base is not None:
-            base, theirs = self.base.prepare(operator, part_of(memory, "base"))
+            base, theirs = prepared(self.base, operator, part_of(memory, "base"))
             memory = memory | nested("base", theirs)
         return two_loops(memory, base) or base or (lambda r: r), memory
 

@@ -47,7 +47,7 @@ def refine(
         accepted = accepted | ~torch.isfinite(left)
         helped = concrete((before > target) & (left < stalled * before))
         if transforms_active():
-            best = Candidate(
+            best = system.with_residual(
                 torch.where(accepted, found.solution, best.solution),
                 torch.where(accepted, found.residual, best.residual),
                 torch.where(accepted, left, before),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bilevel._returned import described, require_like, version
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import LinearOperator, Shapes
 
@@ -29,6 +30,8 @@ class Candidate:
         error: The estimated relative error of what u is needed for; NaN where nobody estimates it.
         enough: Whether the method has what it was asked for besides a residual, so that the residual does not matter.
         shortfall: What it was asked for besides a residual and missed, in a sentence to warn with.
+        measured: Of which vector the residual was measured; set by `LinearSystem`, which measures a candidate anew
+            that says otherwise.
     """
 
     solution: Tensor
@@ -39,6 +42,15 @@ class Candidate:
     error: float = math.nan
     enough: bool = False
     shortfall: str = ""
+    measured: tuple[Tensor, int, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def true(self) -> bool:
+        """Whether its residual is the one that was measured, of this very solution, not written to since."""
+        if self.measured is None:
+            return False
+        solution, writes, size = self.measured
+        return self.solution is solution and version(solution) == writes and self.residual_norm is size
 
 
 class _Tally:
@@ -47,19 +59,30 @@ class _Tally:
     def __init__(self) -> None:
         self.count = 0
 
-    def counting(self, operator: LinearOperator) -> LinearOperator:
-        """The same operator, each of whose products is counted."""
+    def counting(self, operator: LinearOperator, like: Tensor) -> LinearOperator:
+        """The same operator, each of whose products is counted, of vectors such as `like: [n]`."""
         matvec, both, interest = operator.matvec, operator.matvec_and_mixed, operator.interest
+        shape, dtype = like.shape, like.dtype
+        asked = "A product with A was asked for, of a vector that"
 
         def counted(v: Tensor) -> Tensor:
+            if v.shape != shape or v.dtype != dtype:
+                require_like(v, like, asked)
             self.count += 1
-            return matvec(v)
+            product = matvec(v)
+            if product.shape != shape or product.dtype != dtype:
+                require_like(product, like, "A product with A, by LinearOperator.matvec,")
+            return product
 
         def counted_both(v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            if v.shape != shape or v.dtype != dtype:
+                require_like(v, like, asked)
             self.count += 1
             return both(v)  # type: ignore[misc]
 
         def counted_interest(u: Tensor) -> Tensor:
+            if u.shape != shape or u.dtype != dtype:
+                require_like(u, like, asked)
             self.count += 1
             return interest(u)  # type: ignore[misc]
 
@@ -106,7 +129,7 @@ class LinearSystem:
     def of(operator: LinearOperator, damping: float, rhs: Tensor, rhs_norm: Tensor, tolerance: Tensor) -> LinearSystem:
         """The system from 0, with nothing remembered."""
         tally = _Tally()
-        undamped = tally.counting(operator)
+        undamped = tally.counting(operator, rhs)
         return LinearSystem(
             operator=undamped.damped(damping),
             undamped=undamped,
@@ -142,9 +165,9 @@ class LinearSystem:
     def start(self) -> Candidate:
         """`initial`, at a product unless its image is known, or 0, at none and in no memory: do not write over it."""
         if self.initial is None:
-            return Candidate(self.rhs.new_zeros(()).expand_as(self.rhs), self.rhs, self.rhs_norm)
+            return self.with_residual(self.rhs.new_zeros(()).expand_as(self.rhs), self.rhs, self.rhs_norm)
         residual = self.rhs - (self.matvec(self.initial) if self.image is None else self.image)
-        return Candidate(self.initial, residual, norm(residual))
+        return self.with_residual(self.initial, residual, norm(residual))
 
     def residual(self, u: Tensor, *, out: Tensor | None = None) -> Tensor:
         """rhs - (A + damping I) u `[n]` of a u on the way, at one product; written into `out: [n]`."""
@@ -155,7 +178,19 @@ class LinearSystem:
         both = self.operator.matvec_and_mixed
         product, mixed = (self.matvec(u), None) if both is None else both(u)
         residual = self.rhs - product
-        return Candidate(u, residual, norm(residual), mixed)
+        return self.with_residual(u, residual, norm(residual), mixed)
+
+    def with_residual(
+        self, u: Tensor, residual: Tensor, size: Tensor, mixed: tuple[Tensor, ...] | None = None
+    ) -> Candidate:
+        """A u whose residual `residual(u)` gave already, of norm `size`: a candidate at no further product."""
+        return Candidate(u, residual, size, mixed, measured=(u, version(u), size))
+
+
+def require_memory(memory: object, who: str) -> None:
+    """Raise `TypeError` for what is no memory: a dict by name."""
+    if not isinstance(memory, dict) or not all(isinstance(name, str) for name in memory):
+        raise TypeError(f"{who} is {described(memory)}; expected a memory: a dict of tensors by name, or {{}}.")
 
 
 def nested(prefix: str, memory: Mapping[str, Tensor]) -> Memory:

@@ -8,15 +8,16 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from bilevel.errors import BilevelError
 from bilevel.game import Batch, Follower, Size
-from bilevel.game.residual import PlayedGame
+from bilevel.game.residual import Kinks, PlayedGame, Rest
 from bilevel.inner import InnerSolver
 from bilevel.inner.torch_optim import player_parameters
 from bilevel.linear import LinearSolver
 from bilevel.many.inner import BatchedInnerSolver, entrywise
 from bilevel.many.linear import BatchedLinearSolver
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, leaf_names, leaves, map_leaves
+from bilevel.tree import Structure, Variables, join, leaf_names, leaves, map_leaves
 
 Solver = TypeVar("Solver")
 
@@ -57,6 +58,8 @@ class BatchedFollower(Follower):
     ) -> None:
         super().__init__(games, others, state, batch)
         self.games = games
+        self.scale = state.get("scale")
+        """The step s of a constrained follower's residual in each game, `[count]`; None without one."""
 
     @property
     def batch_dims(self) -> Any:
@@ -79,12 +82,24 @@ class BatchedFollower(Follower):
         own = {name: value for name, value in self.others.items() if self.games.dim_of(name) is not None}
         buffers, chosen = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), own))
         others = {name: chosen.get(name, value) for name, value in self.others.items()}
-        state = {"follower": self.name, "data": self.position, "buffers": buffers}
+        multipliers = map_leaves(lambda leaf: leaf[index], self.multipliers)
+        state = {"follower": self.name, "data": self.position, "buffers": buffers, "multipliers": multipliers}
+        if self.scale is not None:
+            state["scale"] = float(self.scale[index])
         return Follower(self.games.game(index), others, state, self.games.batch_of(self.name, self.batch, index))
+
+    @property
+    def size(self) -> int:
+        """The unknowns of one game."""
+        return self.unknowns.size // self.games.count
 
     def norm(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F in each game, `[count]`."""
         return self.games.norms(slopes).detach()
+
+    def inner(self, first: Tensor, second: Tensor) -> Tensor:
+        """The dot product in each game, `[count]`."""
+        return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for leaf in self.form.split(first * second)]).sum(0)
 
     def reference(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F at the start of each game `[count]`, or 1 where that is 0."""
@@ -109,11 +124,36 @@ class BatchedFollower(Follower):
 
     def adapted_linear(self, solver: Solver) -> Solver:
         """One that gives each game its own scalars and its own end."""
-        widths = tuple(leaf[0].numel() for leaf in leaves(self.games.initial(self.name)))
+        widths = tuple(shape[1:].numel() for shape in self.unknowns.shapes)
         found = BatchedLinearSolver(
             solver=cast(LinearSolver, solver), count=self.games.count, widths=widths, noun=self.games.noun
         )
         return cast(Solver, found)
+
+    def brought_to_rest(self, y: Sequence[Tensor]) -> Rest:
+        """The unknowns of each game, found one by one where there are more than the variables."""
+        if not self.multipliers:
+            return super().brought_to_rest(y)
+        ends: list[Rest] = []
+        for index in range(self.games.count):
+            single = self.single(index)
+            try:
+                ends.append(single.brought_to_rest([leaf[index] for leaf in y]))
+            except BilevelError as error:
+                raise type(error)(f"Game {index}: {error}") from error
+            form = single.unknowns
+        bent = [index for index, end in enumerate(ends) if end.kink]
+        other = [end.unknowns if end.other_side is None else end.other_side for end in ends]
+        story = f"in {len(bent)} of {len(ends)} games, in game {bent[0]} of {ends[bent[0]].kink}" if bent else ""
+        stacked = [_stacked(form, rows) for rows in ([end.unknowns for end in ends], other)]
+        return Rest(stacked[0], story, stacked[1] if bent else None)
+
+    def games_of(self, kinks: Kinks) -> list[int] | None:
+        """Those in which they are."""
+        return sorted({place[0] for _, _, place, _ in kinks})
+
+    def _entry(self, path: str, place: list[int]) -> str:
+        return f"{self.name}{path}{place[1:] or ''} of game {place[0]}"
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""
@@ -123,6 +163,11 @@ class BatchedFollower(Follower):
         """In which games the loss at y is not finite, in words."""
         with torch.no_grad(), random_kept(self.games.device):
             return among(self.loss(self.form.build(y), self.others), self.games.noun)
+
+
+def _stacked(form: Structure, rows: Sequence[Tensor]) -> Tensor:
+    """Many games' vectors `[n]` as one, leaf after leaf with a leading dimension."""
+    return join([torch.stack(parts) for parts in zip(*(form.split(row) for row in rows), strict=True)])
 
 
 def among(values: Tensor, noun: str = "game") -> str:

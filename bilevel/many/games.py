@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel.game import Game
+from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.passes import Source
 from bilevel.game.player import check_data
 from bilevel.many.dynamics import refuse_mixing_dynamics
 from bilevel.many.stack import Stack, rows_of
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, detached, map_leaves, named_leaves, structure_of
+from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
 
 @final
@@ -84,6 +85,7 @@ class Games(Stack):
             buffers=map_leaves(self._repeated, game._parts.buffers),
             streams=self._streamed(dict(data or {})),
         )
+        self._require_within(initial)
         for name in game.players:
             self._try(name)
 
@@ -173,6 +175,22 @@ class Games(Stack):
                     raise ValueError(f"{where} holds NaN or infinity in game {wrong[0]}, and {len(wrong)} in all.")
             found[name] = detached(variables)
         return found | {group: {m: found[m] for m in members} for group, members in self._parts.groups.members.items()}
+
+    def _require_within(self, initial: Mapping[str, Variables]) -> None:
+        """Refuse starts outside a player's domain."""
+        for name, player in self._one.players.items():
+            rests = player.rests
+            if not isinstance(rests, ConstrainedGradient) or rests.domain is None:
+                continue
+            domain, given = rests.domain, {other: initial[other] for other in player.option_players}
+            found = self.each(lambda y, given: domain.settled(given).distance(y), initial[name], given)  # noqa: B023
+            size = torch.finfo(found.dtype).eps * self.norms(leaves(initial[name])).clamp(min=1.0)
+            wrong = (~(found <= 100.0 * size)).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(
+                    f"Games: player {name!r}: init lies {float(found[wrong[0]]):.3g} outside its domain {domain!r} in "
+                    f"game {wrong[0]}, and outside in {len(wrong)} in all."
+                )
 
     def _streamed(self, data: Mapping[str, Source]) -> dict[str, Stream]:
         for name in (*data, *self._dims):

@@ -10,9 +10,11 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, Problem
+from bilevel.inner.base import InnerSolver, Problem, minimised
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import TorchOptimizer
+from bilevel.inner.projected import ProjectedGradient, Rows, descend
+from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import Memory, OptimizerFactory, build, recall, remember
 from bilevel.tree import Variables, leaf_names, leaves
 
@@ -32,11 +34,11 @@ class ManyProblems(Problem, Protocol):
 class BatchedInnerSolver(InnerSolver):
     """`solver` for each of many games: at once where it can, else one after the other.
 
-    At once go `torch.optim` optimisers that move each entry by itself (SGD, Adam, ...; it is tried out on two small
-    games) and closed forms that `torch.func.vmap` can run. A game whose gradient is below its threshold stands still,
-    its memory and its count of steps too, while others go on. LBFGS, SciPy, optimisers that are not of torch or whose
-    rate depends on the count of steps in ways of its own (NAdam, RAdam, Adamax, ASGD) take the games in turn, each on
-    the present batch.
+    At once go `ProjectedGradient`, `torch.optim` optimisers that move each entry by itself (SGD, Adam, ...; it is
+    tried out on two small games) and closed forms that `torch.func.vmap` can run. A game whose gradient is below
+    its threshold stands still, its memory and its count of steps too, while others go on. LBFGS, SciPy, optimisers
+    that are not of torch or whose rate depends on the count of steps in ways of its own (NAdam, RAdam, Adamax,
+    ASGD) take the games in turn, each on the present batch.
     """
 
     solver: InnerSolver
@@ -49,13 +51,17 @@ class BatchedInnerSolver(InnerSolver):
             found = _answered(self.solver, problem, y)
             if found is not None:
                 return found, None
+        if isinstance(self.solver, ProjectedGradient):
+            rows = Rows(problem, problem.field, problem.at_rest, problem.settled)
+            return descend(rows, y, memory, steps, torch.as_tensor(threshold), self.solver.accelerate)
         if isinstance(self.solver, TorchOptimizer) and self.solver.plain:
             names = leaf_names(problem.form.build(y), problem.name)
             if _at_once(self.solver.factory, y, names):
                 return _stepped(self.solver, names, problem, y, memory, steps, threshold)
         singles = [problem.single(index) for index in range(len(y[0]))]
         ends = [
-            self.solver.minimise(
+            minimised(
+                self.solver,
                 single,
                 [leaf[index] for leaf in y],
                 None if memory is None else memory[index],
@@ -137,14 +143,16 @@ def _stepped(
 ) -> tuple[list[Tensor], Memory]:
     parameters = [leaf.detach().clone() for leaf in y]
     optimizer = solver.build(parameters, names)
+    refuse_unprojected("TorchOptimizer", problem.name, problem.rests, optimizer)
     recall(optimizer, parameters, memory)
     counts = _Counts(optimizer, parameters)
     moving: Tensor | None = None
     for step in range(steps):
         if step:
             problem.advance()
-        _, slopes = problem.gradients(parameters)
-        beyond = ~(problem.norm(slopes) <= threshold)  # so that NaN goes on, to be found at the end
+        _, slopes = problem.field(parameters)
+        left = problem.at_rest(parameters, slopes)
+        beyond = ~(problem.norm(left) <= threshold)  # so that NaN goes on, to be found at the end
         moving = beyond if moving is None else moving & beyond
         if not bool(moving.any()):
             break
@@ -155,6 +163,10 @@ def _stepped(
         else:
             before = [(p.clone(), {k: _copy(v) for k, v in optimizer.state.get(p, {}).items()}) for p in parameters]
         optimizer.step()
+        if problem.rests.projects:
+            ends = problem.settled([p.detach() for p in parameters], optimizer.param_groups[0]["lr"])
+            for parameter, end in zip(parameters, ends, strict=True):
+                parameter.copy_(end)
         counts.add(moving)
         for parameter, (old, remembered) in zip(parameters, before or (), strict=before is not None):
             parameter.copy_(_where(moving, parameter, old))

@@ -60,7 +60,7 @@ class BatchedLinearSolver:
         """u `[count n]` with A u = rhs."""
         rows, start = self._rows(rhs), None if initial is None else self._rows(initial)
         try:
-            found, norms, wanted, products = self._all(operator, rows, start)
+            found, norms, wanted, beats_zero, products = self._all(operator, rows, start)
         except BilevelError as error:
             raise type(error)(
                 f"{self.noun.capitalize()} {self._first_wrong(operator, rows, type(error))}: {error}"
@@ -78,14 +78,24 @@ class BatchedLinearSolver:
                 "rtol."
             )
             warnings.warn(NonConvergenceWarning(told, games=missed.nonzero().flatten().tolist()), stacklevel=2)
+        elif not bool(beats_zero.all()):
+            worst = int(torch.where(beats_zero, -1.0, relative).argmax())
+            told = (
+                f"{type(self.solver).__name__} answered after {products} products no better than by 0 in "
+                f"{int((~beats_zero).sum())} of {self.count} games, the worst being game {worst} with a residual of "
+                f"{float(relative[worst]):.3g} |b|; the answer 0 has |b|. Give it {self.solver.remedy}, more damping, "
+                "or use another solver."
+            )
+            useless = (~beats_zero).nonzero().flatten().tolist()
+            warnings.warn(NonConvergenceWarning(told, games=useless), stacklevel=2)
         whole = torch.linalg.vector_norm(norms)
         learned = {} if memory is None else {"residuals": relative}
         return LinearSolution(self._flat(found), whole, products, not bool(missed.any()), memory=learned)
 
     def _all(
         self, operator: LinearOperator, rows: Tensor, start: Tensor | None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Solutions `[count, n]`, residual norms and the tolerances that they were held against `[count]`, products.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Solutions `[count, n]`, residual norms, tolerances and whether they beat 0 `[count]`, and the products.
 
         Where `mask: [count]` is False, the block is the identity.
         """
@@ -96,7 +106,7 @@ class BatchedLinearSolver:
             result = self._rows(operator.matvec(self._flat(vectors)))
             return result if mask is None else torch.where(mask[:, None], result, vectors)
 
-        def one(rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        def one(rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             nonlocal taken
             single = LinearOperator(
                 lambda v: _Product.apply(v, rhs, product),  # type: ignore[no-untyped-call]
@@ -105,13 +115,13 @@ class BatchedLinearSolver:
             )
             found = self.solver.solve(single, rhs, start)
             taken = found.products
-            return found.solution, found.residual_norm, self.solver.tolerance(rhs)
+            return found.solution, found.residual_norm, self.solver.tolerance(rhs), found.beats_zero
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NonConvergenceWarning)  # told by the caller, with the game's number
             dims = (0, None if start is None else 0)
-            solutions, norms, wanted = torch.func.vmap(one, in_dims=dims)(rows, start)
-        return solutions, norms, wanted, taken
+            solutions, norms, wanted, beats_zero = torch.func.vmap(one, in_dims=dims)(rows, start)
+        return solutions, norms, wanted, beats_zero, taken
 
     def _first_wrong(self, operator: LinearOperator, rows: Tensor, kind: type[BilevelError]) -> int:
         """The first block that raises by itself, by halving: log2(count) solves, in case of an error only."""

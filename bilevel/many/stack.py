@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.many.follower import BatchedFollower, among, refuse_mixing
-from bilevel.tree import Variables, leaves, map_leaves
+from bilevel.tree import Structure, Variables, leaves, map_leaves
 
 
 class Stack(Game):
@@ -118,6 +118,15 @@ class Stack(Game):
             else tree
             for name, tree in after.items()
         }
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self._one.structure(player)
+
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)` in each game by one vmap; a tensor without dimensions is the same in all."""
+        dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
+        return torch.func.vmap(function, in_dims=dims)(*trees)
 
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of all games at once, whose solvers keep them apart."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -15,7 +15,7 @@ from bilevel.many.follower import BatchedFollower
 from bilevel.many.stack import Stack
 from bilevel.many.task_data import QUERY, SUPPORT
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, map_leaves, structure_of
+from bilevel.tree import Variables, join, map_leaves, structure_of
 
 
 @final
@@ -85,6 +85,11 @@ class TaskBatch(Stack):
     def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
         """The follower of all tasks at once, whose solvers keep them apart."""
         return TaskFollower(self, others, state, batch)
+
+    def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
+        """The leaders' norm, the same for each task `[tasks]`; of a sum over the tasks, the mean one's."""
+        norm: Tensor = torch.linalg.vector_norm(join(list(tensors)))
+        return (norm / self.count if summed else norm).expand(self.count)
 
     def require_separable(self, dynamics: object) -> None:
         """Refuse to be solved: one batch is no stream of batches."""

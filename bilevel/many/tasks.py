@@ -19,7 +19,7 @@ from bilevel.many.task_batch import TaskBatch
 from bilevel.many.task_data import QUERY, SUPPORT, TaskForm, count_of
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
-from bilevel.tree import Variables, detached, leaves
+from bilevel.tree import Variables, detached, leaves, map_leaves
 
 Kind = TypeVar("Kind")
 
@@ -81,6 +81,12 @@ class Tasks(Game):
                 raise TypeError(f"Tasks: {name!r} is {kind(player)}; expected a Player(objective, init=...).")
             if player.data is not None:
                 raise ValueError(f"Tasks: player {name!r} has data=; expected none: each task brings its own.")
+        for name, player in players.items():
+            if player.constraints or player.option_players:
+                raise TypeError(
+                    f"Tasks: player {name!r} has functions that constrain it, or a domain or prox that depends on "
+                    "others; expected a domain of numbers. Write a projection as residual=."
+                )
         check_data("Tasks: data", data)
         *leaders, follower = players
         if clients is not None and clients < 1:
@@ -168,6 +174,12 @@ class Tasks(Game):
         stack = TaskBatch(self._one, self._last, count, {SUPPORT: batch, QUERY: batch})
         losses, after = stack.evaluate(player, variables, batch, buffers)
         return losses.mean(), after
+
+    def check(self, player: str, variables: Variables) -> None:
+        """Refuse variables of another form; the follower's are `[tasks, ...]`."""
+        if player == self._last:
+            variables = map_leaves(lambda leaf: leaf[0] if leaf.ndim else leaf, variables)
+        super().check(player, variables)
 
     def _count(self, variables: Mapping[str, Variables], batch: Batch) -> int:
         trees = [variables[self._last]] if self._last in variables else [batch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._returned import Lent, both, described
 from bilevel._root import refuse_captures
+from bilevel.autodiff import transforms_active
+from bilevel.errors import BilevelWarning
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
-from bilevel.tree import Variables, flatten, leaf_names, leaves
+from bilevel.second_order import differentiated_twice, require_custom_second, require_second
+from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -111,6 +116,79 @@ class Response(ABC):
         """
 
 
+def answered(
+    response: Response, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
+) -> tuple[Variables, State]:
+    """What a response returns, held to its contract; `solve` and the checks call responses by this.
+
+    Raises:
+        TypeError, ValueError: For what is no tuple of variables in the form of the follower's init and a state with all
+            that the last one held; for variables without a derivative in others that require grad; and for a response
+            that wrote into its state or into the others' variables.
+    """
+    name = str(state["follower"])
+    told = f"The response of player {name!r}, {type(response).__name__},"
+    lent = Lent()
+    if not transforms_active():
+        for other, variables in others.items():
+            lent.out(f"the variables of player {other!r}", variables)
+        if not response.in_place:
+            for key, entry in state.items():
+                lent.out(f"state[{key!r}]", entry)
+    answer, after = both(response(game, others, state, batch), told, "the variables in answer, and the next state")
+    lent.require_untouched(told)
+    require_answer(game, name, answer, told)
+    if not isinstance(after, dict):
+        raise TypeError(f"{told} returned {described(after)} as the next state; expected follower.next_state(...).")
+    lost = [key for key in state if key not in after]
+    if lost:
+        raise ValueError(
+            f"{told} returned a next state without {lost}, which the last one held; expected "
+            "follower.next_state(...), or {**state, ...}."
+        )
+    if "variables" in after:
+        require_answer(game, name, after["variables"], f"{told} in its next state")
+    if torch.is_grad_enabled() and not transforms_active():
+        _require_derivative(game, name, others, answer, told)
+    return answer, after
+
+
+def require_answer(game: Game, name: str, answer: Variables, told: str) -> None:
+    """Raise where variables of a follower have not the form of its init, or not the game's dtype and device."""
+    found = leaves(answer)
+    if not found or not all(isinstance(leaf, Tensor) for leaf in found):
+        raise TypeError(
+            f"{told} returned {described(answer)} as the variables of {name!r}; expected tensors in the form of its "
+            "init."
+        )
+    try:
+        game.check(name, answer)
+    except ValueError as error:
+        raise ValueError(f"{told} returned other variables than the game has. {error}") from error
+    like = game.like
+    for leaf in found:
+        if leaf.dtype != like.dtype or leaf.device != like.device:
+            raise ValueError(
+                f"{told} returned {described(leaf)} on {leaf.device} among the variables of {name!r}; all variables of "
+                f"this game are of {like.dtype} on {like.device}."
+            )
+
+
+def _require_derivative(game: Game, name: str, others: Mapping[str, Variables], answer: Variables, told: str) -> None:
+    """Raise `ValueError` for an answer without a graph, where a player who moves wants to know how it moves."""
+    if any(leaf.requires_grad for leaf in leaves(answer)):
+        return
+    named = game.arguments(name)
+    moving = [o for o, v in others.items() if o in named and any(leaf.requires_grad for leaf in leaves(v))]
+    asking = [other for other in moving if name in game.arguments(other)]
+    if asking:
+        raise ValueError(
+            f"{told} returned variables that do not depend on those of {asking}, who require grad: they were detached, "
+            f"and the gradient of {asking[0]!r} would lack all that comes through {name!r}. Compute the answer from "
+            "`others` on a graph; who is to stand still needs no response."
+        )
+
+
 def _adopted(saved: Any, start: Any) -> Any:
     """`saved` where it has the form of `start`, and of dicts what has; else `start`."""
     if isinstance(start, dict) and isinstance(saved, dict):
@@ -124,14 +202,23 @@ def _adopted(saved: Any, start: Any) -> Any:
     return saved if type(saved) is type(start) else start
 
 
-def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False, from_start: bool = False) -> State:
+def fresh_state(
+    game: Game,
+    follower: str | None,
+    seed: int,
+    *,
+    many: bool = False,
+    constrained: bool = False,
+    from_start: bool = False,
+) -> State:
     """What every response's state holds before its first call.
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`; who
-    does not say so is refused there. `from_start`: whether its derivative sees where the follower starts; who does not
-    say so is refused where a leader acts by the follower's `start=` and no loss.
+    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`;
+    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds;
+    `from_start`: whether its derivative sees where the follower starts (`start=`). Who does not say so is refused
+    there.
     """
     name = game.names[-1] if follower is None else follower
     if name not in game.names:
@@ -163,10 +250,20 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
         "reference": 1.0,
     }
     start = at_start(game, state)
+    if not constrained and start.constraints is not None:
+        raise TypeError(
+            f"The response of player {name!r}, unlike Implicit, would not see the functions that constrain the player. "
+            'Use Implicit(Scipy("SLSQP")), which rests where the constraints and their multipliers say; or write a '
+            "projection as residual=, which Unrolled follows."
+        )
+    if start.rests.needs_scale:
+        state |= {"scale": start.measured_scale(leaves(state["variables"]))}
+        start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
         begins, _ = start.begins(state, warm=False)
         state["variables"] = start.form.build([leaf.clone() for leaf in begins])
         _, slopes = start.gradients(begins)
+        state |= start.first()
     # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
     return state | {"reference": start.reference(slopes)}
 
@@ -183,7 +280,41 @@ def refuse_captured(start: Follower, state: State) -> None:
     `start` is the follower of the fresh `state`. Only Unrolled would give such a tensor a gradient; everybody else's
     answer does not see it.
     """
-    refuse_captures(start.held_residual(), flatten(state["variables"]), start.xs)
+    refuse_captures(start.held_residual(), start.as_unknowns(state), start.xs)
+
+
+def require_second_derivative(start: Follower, state: State) -> None:
+    """Raise `SecondDerivativeError` when the follower's gradient cannot be differentiated, as a response needs it.
+
+    `start` is the follower of the fresh `state`. Warns once where a kernel without a second derivative is replaced.
+    Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
+    """
+    if transforms_active():  # there nothing is on a graph that could be looked at
+        return
+    game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
+    others = start.input_form.build([_tracked(x) for x in start.xs])
+    custom: list[str] = []
+    with random_kept(game.device), torch.enable_grad(), differentiated_twice():
+        for member in game.members(name):
+            if game.residual(member).differentiates_loss:
+                batch = start.batch if member == name or start.batch is None else start.batch[member]
+                loss = game.total(game.evaluate(member, {**others, name: y}, batch, start.buffers)[0])
+                custom += require_custom_second(member, loss)
+        _, slopes, _ = start.rests(game, name, leaves(y), others, start.batch, start.buffers)
+    require_second(name, slopes, custom)
+    kernels = game.kernels(start.name)
+    if kernels:
+        warnings.warn(
+            BilevelWarning(
+                f"Player {start.name!r}: where its loss is differentiated twice, {kernels.told()}. The numbers are the "
+                "same, and PyTorch has no second derivative of the faster form; time and memory are more."
+            ),
+            stacklevel=3,
+        )
+
+
+def _tracked(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_()
 
 
 def refuse_optimizer_hyper(

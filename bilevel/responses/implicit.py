@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._root import Receipt, attach, receipt_of
+from bilevel._root import Examine, Receipt, attach, receipt_of
 from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import (
+    BilevelWarning,
+    ConvergenceError,
+    IndefiniteSystemError,
+    KinkWarning,
+    NonConvergenceWarning,
+    NotSymmetricError,
+)
 from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch
+from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.optimizer import leaf_memory, torch_optimizer
+from bilevel.inner.base import minimised, require_solver
+from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
-from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory, require_factory
-from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
+from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
     Response,
@@ -28,10 +37,17 @@ from bilevel.responses.base import (
     fresh_state,
     refuse_captured,
     refuse_optimizer_hyper,
+    require_second_derivative,
 )
+from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
+from bilevel.responses.kinks import kink_of, tell_of_kink
 from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
-from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
+from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
+
+_DENSE = 500
+"""So many unknowns or fewer have their system written down, where conjugate gradients cannot solve it."""
 
 
 @final
@@ -45,7 +61,8 @@ class Implicit(Response):
 
     The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
     batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
-    residual leave.
+    residual leave. It warns where the answer is far from the optimum although it meets `tolerance`, which a far start
+    makes large, and where the backward solve shows that the follower is at no minimum, or where its loss is flat.
 
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
@@ -55,7 +72,9 @@ class Implicit(Response):
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
         tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
-        linear_solver: For the system with the Hessian; `GMRES()` where the follower's residual is not symmetric.
+        linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
+            residual has no symmetric Jacobian: one with a domain, or several players who answer together. For a
+            follower with multipliers, whose system is indefinite, `Dense()` up to 500 unknowns and `GMRES()` beyond.
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
@@ -64,19 +83,21 @@ class Implicit(Response):
         ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
             says by how much.
         NotSymmetricError: If the linear solver needs a symmetric Jacobian and the follower has none.
+        ConstraintError: If a follower's constraints contradict each other, are dependent where they bind, or leave it
+            no strict minimum; a `KinkWarning` where they are about to bind or to let go.
 
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (arXiv 1911.02590).
 
     Examples:
         >>> from functools import partial
-        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).linear_solver.rtol
-        1e-06
+        >>> Implicit(partial(torch.optim.Adam, lr=1e-3), steps=100).tolerance
+        0.001
     """
 
     optimizer: OptimizerFactory | InnerSolver
     steps: int = 100
     tolerance: float | None = 1e-3
-    linear_solver: LinearSolver = field(default_factory=ConjugateGradient)
+    linear_solver: LinearSolver | None = None
     warm_start: bool = True
     strict: bool = False
     inexactness: Inexactness | None = None
@@ -86,9 +107,8 @@ class Implicit(Response):
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Implicit: tolerance={self.tolerance}; expected a number >= 0, or None.")
-        if not isinstance(self.optimizer, InnerSolver):
-            require_factory("Implicit: optimizer", self.optimizer)
-        if not isinstance(self.linear_solver, LinearSolver):
+        require_solver("Implicit: optimizer", self.optimizer)
+        if not (self.linear_solver is None or isinstance(self.linear_solver, LinearSolver)):
             raise TypeError(
                 f"Implicit: linear_solver is {self.linear_solver!r}; expected one such as ConjugateGradient()."
             )
@@ -99,19 +119,29 @@ class Implicit(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
-        state = fresh_state(game, follower, seed, many=True)
+        game = self._bounded(game, game.names[-1] if follower is None else follower)
+        state = fresh_state(game, follower, seed, many=True, constrained=True)
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        require_second_derivative(start, state)
         refuse_captured(start, state)
-        if not start.symmetric and self.linear_solver.needs_symmetry:
+        inner.refuse(start, "Implicit")
+        linear = self._linear(start)
+        if not start.symmetric and linear.needs_symmetry:
             raise NotSymmetricError(
                 f"Implicit: the residual of {start.name!r} has no symmetric Jacobian, since it is no single loss's "
-                f"gradient, and {type(self.linear_solver).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
+                f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
-        solver, flat, shapes = start.adapted_linear(self.linear_solver), flatten(state["variables"]), start.form.shapes
+        if not start.definite and start.symmetric and linear.needs_symmetry:
+            raise IndefiniteSystemError(
+                f"Implicit: the system of {start.name!r} has multipliers, and with them is indefinite; "
+                f"{type(linear).__name__} needs a positive definite one. Leave linear_solver= out, or use "
+                "linear.Dense() for a few hundred unknowns, or GMRES()."
+            )
+        solver, flat, shapes = start.adapted_linear(linear), start.as_unknowns(state), start.unknowns.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
             y = state["variables"]
@@ -128,8 +158,10 @@ class Implicit(Response):
         if not isinstance(self._solver, TorchOptimizer):
             return super().adopt(saved, start)
         y, before = start["variables"], saved.get("optimizer")
+        if not of_optimizer(before):  # nothing, or what an inner solver of another kind remembers
+            return super().adopt(saved, start)
         kept: Any = kept_memory(self._solver.factory, leaves(y), leaf_memory(before), leaf_names(y, start["follower"]))
-        if isinstance(before, dict):
+        if isinstance(before, dict) and "schedule" in before:
             kept = {"leaves": kept, "schedule": place_alone(before["schedule"])}
         return super().adopt(saved, start) | {"optimizer": kept}
 
@@ -137,25 +169,30 @@ class Implicit(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
+        game = self._bounded(game, state["follower"])
         follower = game.follower(others, state, batch)
-        solver = follower.adapted_linear(self.linear_solver)
+        linear = self._linear(follower)
+        solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)
         if transforms_active():
             below = _Solve(self, game, follower, state, batch, looser)
-            (y,) = below_transforms(below, follower.xs, "The plain solve is not differentiated: root does that.")
-            after, receipt, products = state, None, None
+            # A task's batch is an input as the leader's variables are: under vmap both may have a row for each task.
+            inputs = [*follower.xs, *below.given.tensors]
+            (y,) = below_transforms(below, inputs)  # root attaches its derivatives
+            after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
             residual = follower.held_residual()
         else:
-            y, after, residual, products = self._solve(game, follower, state, looser)
-            before, kept = state["linear"], leaf_memory(after["optimizer"])
+            rest, after, residual, products, examine = self._solve(game, follower, state, looser)
+            y = rest.unknowns
+            before, kept = state["linear"], self._solver.remembered(after["optimizer"])
             after["products"] += int(before["products"])
             receipt = Receipt(
                 before["adjoint"],
                 torch.full_like(before["residual"], torch.nan),
                 torch.zeros_like(before["products"]),
                 torch.full_like(before["error"], torch.nan),
-                solver.inform(before["memory"], kept if isinstance(kept, list) else []),
+                solver.inform(before["memory"], kept),
             )
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
@@ -163,13 +200,16 @@ class Implicit(Response):
             residual,
             y,
             follower.xs,
-            linear_solver=follower.adapted_linear(self.linear_solver.loosened(looser)),
+            linear_solver=follower.adapted_linear(linear.loosened(looser)),
             symmetric=follower.symmetric,
-            shapes=follower.form.shapes,
+            shapes=follower.unknowns.shapes,
             receipt=receipt,
             products=products,
+            examine=examine,
         )
-        return follower.form.unflatten(attached), after
+        if rest is not None and rest.other_side is not None and attached.requires_grad:
+            tell_of_kink(attached, rest, follower, residual, linear)
+        return follower.answer(attached), after
 
     @property
     def promise(self) -> Promise:
@@ -188,7 +228,8 @@ class Implicit(Response):
     @property
     def behaviour(self) -> Behaviour:
         """It warns unless `tolerance` is None."""
-        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=self.linear_solver.rtol or 0.0)
+        rtol = (self.linear_solver or ConjugateGradient()).rtol or 0.0
+        return Behaviour(warm=self.warm_start, warns=self.tolerance is not None, rtol=rtol)
 
     @property
     def inner_optimizer(self) -> OptimizerFactory | None:
@@ -226,10 +267,29 @@ class Implicit(Response):
             self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Implicit", self.optimizer)
         )
 
+    def _linear(self, follower: Follower) -> LinearSolver:
+        if self.linear_solver is not None:
+            return self.linear_solver
+        if follower.symmetric:
+            if follower.definite:
+                return ConjugateGradient()
+            return Dense() if follower.size <= _DENSE else GMRES(restart=100)
+        return GMRES()
+
+    def _bounded(self, game: Game, name: str) -> Game:
+        """The game in which the bounds that the inner solver keeps are the follower's: there its optimum is."""
+        if name not in game.names or not game.residual(name).minimises:
+            return game
+        domain = self._solver.domain(game.form_of_one(name))
+        return game if domain is None else game.within(name, domain)
+
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Tensor, State, HeldResidual, Pullback | None]:
-        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it."""
+    ) -> tuple[Rest, State, HeldResidual, Pullback | None, Examine | None]:
+        """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it.
+
+        Last comes what will judge it by the backward solve, where there will be one.
+        """
         with torch.no_grad():
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
@@ -238,16 +298,16 @@ class Implicit(Response):
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():
-            y, memory = solver.minimise(follower, start, memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(solver, follower, start, memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
-        residual = follower.held_residual()
-        flat = join(y) if len(y) > 1 else y[0].detach().clone().reshape(-1)  # never the inner solver's own memory
+            rest = follower.brought_to_rest(y)
+        residual, flat = follower.held_residual(), rest.unknowns
         tracked = [x.requires_grad and torch.is_grad_enabled() for x in follower.xs]
         slope, products = self._judged(residual, flat, follower.xs, tracked)
         follower.gradient_count += 1
         follower.require_finite(y, advice, residual.loss)
-        norm = follower.norm(follower.form.split(slope))
+        norm = follower.norm(follower.unknowns.split(slope))
         relative = follower.relative(norm, state)
         missed = None if self.tolerance is None else follower.shortfall(norm, threshold, relative)
         if missed is not None:
@@ -258,11 +318,11 @@ class Implicit(Response):
                 "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
                 "tolerance_change), or accept it by tolerance=."
             )
-            if self.strict:
-                raise ConvergenceError(message)
-            warnings.warn(NonConvergenceWarning(message, games=games), stacklevel=3)
+            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
+        if any(tracked):
+            self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
-            "variables": follower.form.unflatten(flat),
+            **follower.kept(flat),
             "optimizer": memory,
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
@@ -271,7 +331,33 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        return flat, after, residual, products
+        if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
+            return rest, after, residual, products, None
+        # A tolerance that was loosened on purpose is far from the optimum on purpose.
+        near = self.tolerance is not None and missed is None and looser <= 1.0
+        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
+        told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
+        after["products"] += examination.products
+        if told is not None:
+            self._tell(told, stacklevel=4)
+
+        def examine(*solved: Any) -> int:
+            before = examination.products
+            for warning in examination(*solved):
+                self._tell(warning, stacklevel=2)
+            return examination.products - before
+
+        return rest, after, residual, products, examine
+
+    def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
+        if kinks:
+            warnings.warn(KinkWarning(follower.told_kinks(kinks), games=follower.games_of(kinks)), stacklevel=4)
+
+    def _tell(self, warning: BilevelWarning, stacklevel: int) -> None:
+        """Warn; raise when `strict`."""
+        if self.strict:
+            raise ConvergenceError(str(warning))
+        warnings.warn(warning, stacklevel=stacklevel)
 
     def _looser(self, follower: Follower, state: State) -> float:
         """How many times looser than asked for this call's tolerances are."""
@@ -329,14 +415,19 @@ class _Solve:
         self, response: Implicit, game: Game, follower: Follower, state: State, batch: Batch, looser: float
     ) -> None:
         self.response, self.game, self.state, self.batch, self.looser = response, game, state, batch, looser
-        self.form = follower.input_form
+        self.form, self.count = follower.input_form, len(follower.xs)
         self.last: Batch = batch
+        self.given = BatchTensors(batch)
 
-    def __call__(self, *xs: Tensor) -> tuple[Tensor]:
-        follower = self.game.follower(self.form.build(xs), self.state, self.batch)
-        y, *_ = self.response._solve(self.game, follower, self.state, self.looser)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
+        batch = self.given.put(inputs[self.count :])
+        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
+        rest, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
-        return (y,)
+        if rest.kink:
+            told = "Take the derivative outside torch.func to be told both."
+            warnings.warn(KinkWarning(f"{kink_of(follower, rest)} {told}"), stacklevel=2)
+        return (rest.unknowns,)
 
     def held(self, follower: Follower) -> Batch:
         """The batch that the solve ended on."""

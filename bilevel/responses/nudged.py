@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -16,12 +17,14 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteErr
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
+from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import require_minimum
+from bilevel.inner.base import minimised, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
-from bilevel.inner.torch_optim import OptimizerFactory, require_factory
+from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
@@ -68,7 +71,7 @@ class Nudged(Response):
     Raises:
         ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning` says by how
             much.
-        FirstDerivativeError: When its derivative is differentiated.
+        SecondDerivativeError: When its derivative is differentiated.
         TypeError: For a follower that minimises no loss, and for `ClosedForm`, which cannot be nudged.
 
     Source: the two-sided estimate of Scellier & Bengio 2017 (arXiv 1602.05179) and Laborieux et al. 2021 (arXiv
@@ -100,8 +103,7 @@ class Nudged(Response):
                 "Nudged: optimizer is ClosedForm(...), which gives one optimum and cannot be nudged. Use "
                 "Implicit(ClosedForm(...)), or Nudged with an optimiser."
             )
-        if not isinstance(self.optimizer, InnerSolver):
-            require_factory("Nudged: optimizer", self.optimizer)
+        require_solver("Nudged: optimizer", self.optimizer)
 
     @property
     def promise(self) -> Promise:
@@ -139,6 +141,11 @@ class Nudged(Response):
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
         start = at_start(game, state)
+        if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
+            raise TypeError(
+                f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
+                "differences. Use Implicit, which differentiates the constraints that bind."
+            )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
         nothing = flatten(state["variables"])[:0].clone()
@@ -150,18 +157,19 @@ class Nudged(Response):
         """The follower's optimum, differentiable once in `others`, and the state to continue from."""
         follower = game.follower(others, state, batch)
         if transforms_active():
-            held: list[Batch] = [follower.batch]
+            given, count, held = BatchTensors(batch), len(follower.xs), [follower.batch]
 
-            def below(*xs: Tensor) -> tuple[Tensor]:
-                plain = game.follower(follower.input_form.build(xs), state, batch)
+            def below(*inputs: Tensor) -> tuple[Tensor]:
+                others = follower.input_form.build(inputs[:count])
+                plain = game.follower(others, state, given.put(inputs[count:]))
                 y, _ = self._settle(game, plain, state)
                 held[0] = plain.batch
                 return (join(y),)
 
-            (y,) = below_transforms(below, follower.xs, _SECOND)
-            follower.batch = held[0]
+            (y,) = below_transforms(below, [*follower.xs, *given.tensors], _SECOND)
+            follower.batch = held[0] if batch is None else batch
             settled = _Settled(self, follower, state, state["optimizer"])
-            return follower.form.unflatten(_Nudge.apply(settled, y.detach(), *follower.xs)), state  # type: ignore[no-untyped-call]
+            return follower.form.unflatten(settled.attach(y.detach(), follower.xs)), state
         found, memory = self._settle(game, follower, state)
         settled = _Settled(self, follower, state, memory)
         flat = join(found).clone()
@@ -171,7 +179,7 @@ class Nudged(Response):
         follower.require_finite(found, _ADVICE, float(loss))
         self._judge(follower, state, slopes)
         after = follower.next_state(state, found, follower.form.split(slopes)) | {"optimizer": memory}
-        return follower.form.unflatten(_Nudge.apply(settled, flat, *follower.xs)), after  # type: ignore[no-untyped-call]
+        return follower.form.unflatten(settled.attach(flat, follower.xs)), after
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the displacement that the nudges found, the next nudge, and the gradients that they took."""
@@ -198,7 +206,7 @@ class Nudged(Response):
         memory = state["optimizer"] if kept else None
         threshold = (self.tolerance or 0.0) * state["reference"]
         with torch.no_grad():
-            y, memory = self._solver.minimise(follower, start, memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(self._solver, follower, start, memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
         return y, memory
 
@@ -270,6 +278,17 @@ class _Settled:
         self.displacement: Tensor | None = None
         self.shares = _Shares()
         self.gradients = 0
+        self.given = BatchTensors(follower.batch)
+
+    def attach(self, y: Tensor, xs: Sequence[Tensor]) -> Tensor:
+        """y `[n]`, which knows how it moves with xs."""
+        return _Nudge.apply(self, len(xs), y, *xs, *self.given.tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+    def on(self, tensors: Sequence[Tensor]) -> _Settled:
+        """The same on a batch of other tensors."""
+        other = copy(self)
+        other.loss = self.loss.on(self.given.put(tensors))
+        return other
 
     def slope(self, y: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Loss and gradient in y `[n]`, the others standing still."""
@@ -308,8 +327,13 @@ class _Settled:
             start = self._start(tilted, y, sign * force, force)
             left_at = (response.tolerance or 0.0) * force
             try:
-                found, _ = response._solver.minimise(
-                    tilted, self.form.split(start), self.memory, steps=response.steps, threshold=left_at
+                found, _ = minimised(
+                    response._solver,
+                    tilted,
+                    self.form.split(start),
+                    self.memory,
+                    steps=response.steps,
+                    threshold=left_at,
                 )
                 self._follower.require_finite(found, _ADVICE)
             except NonFiniteError as error:
@@ -414,6 +438,21 @@ class _Tilted:
         self.others: Mapping[str, Variables] = settled.others
 
     form: Structure
+    constraints = None
+    bounds = None
+    rests: Residual = OwnGradient()
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same as `gradients`: nothing is projected."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient."""
+        return list(slopes)
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step ends."""
+        return list(z)
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of the tilted loss."""
@@ -431,26 +470,28 @@ class _Nudge(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(settled: _Settled, y: Tensor, *xs: Tensor) -> Tensor:
+    def forward(settled: _Settled, count: int, y: Tensor, *inputs: Tensor) -> Tensor:
         return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.settled, y, *xs = inputs
-        ctx.save_for_backward(y, *xs)
+        ctx.settled, ctx.count, y, *given = inputs
+        ctx.save_for_backward(y, *given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = grads
-        y, *xs = ctx.saved_tensors
-        settled: _Settled = ctx.settled
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        settled, count = ctx.settled, ctx.count
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
+        plain = not transforms_active()
 
-        def below(cotangent: Tensor, y: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-            return settled.nudged(cotangent, y, [x.detach() for x in xs], wanted)
+        def below(cotangent: Tensor, y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            xs = [x.detach() for x in given[:count]]
+            there: _Settled = settled if plain else settled.on(given[count:])
+            return there.nudged(cotangent, y, xs, wanted)
 
-        found = below_transforms(below, [cotangent, y, *xs], _SECOND)
-        result: list[Tensor | None] = [None] * len(xs)
+        found = below_transforms(below, [cotangent, *ctx.saved_tensors], _SECOND)
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for index, derivative in zip(wanted, found, strict=True):
-            result[index] = derivative
-        return (None, None, *result)
+            result[3 + index] = derivative
+        return tuple(result)

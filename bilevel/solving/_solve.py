@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, overload
 
 from bilevel.dynamics import Dynamics, Simultaneous
-from bilevel.errors import CheckpointError
+from bilevel.errors import CheckpointError, StopRun
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
-from bilevel.solving.history import Record
+from bilevel.solving.history import Observe, Record
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
@@ -41,6 +41,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> Solutions: ...
 
@@ -61,6 +62,7 @@ def solve(
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> Solution: ...
 
@@ -80,6 +82,7 @@ def solve(
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
+    record: Observe | None = None,
     **responses: Response,
 ) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
@@ -95,13 +98,15 @@ def solve(
         scheduler: From that optimiser to a torch learning-rate scheduler.
         clip_norm: Largest norm of a leader's gradient; None: as it is.
         dynamics: How several leaders follow their field; default: `Simultaneous()`.
-        callbacks: Called as `callback(step, record, variables)` after each step.
+        callbacks: Called as `callback(step, record, variables)` after each step; one that raises `bl.errors.StopRun`
+            ends the run there.
         checkpoint: A file to write, also when interrupted.
         checkpoint_every: So many steps.
         resume: Go on from the checkpoint, bit for bit.
         accept_changes: Go on although settings differ from the checkpoint's; the present ones hold.
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
+        record: From everybody's variables after a step to further numbers for the history, by name.
         **responses: Follower -> its response.
 
     Raises:
@@ -120,7 +125,7 @@ def solve(
         1.5
     """
     try:
-        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed)
+        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed, record)
         if steps < 1 or checkpoint_every < 1:
             raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
         path = None if checkpoint is None else Path(checkpoint)
@@ -138,10 +143,11 @@ def solve(
                 progress_bar(progress, run.now.step, steps) as show,
                 _saving(run, path, checkpoint_every) as save_if_due,
             ):
-                while run.now.step < steps:
-                    record = run.step()
-                    show(record)
-                    _call(callbacks, run, record)
+                stopped = False
+                while run.now.step < steps and not stopped:
+                    told = run.step()
+                    show(told)
+                    stopped = _call(callbacks, run, told)
                     save_if_due()
         return run.solution()
     finally:
@@ -183,8 +189,14 @@ def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], No
         save()
 
 
-def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> None:
+def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:
+    """Whether one of them wants the run to end; the others are called all the same."""
+    stopped = False
     # Random numbers that a callback draws are its own: a run that is stopped in one goes on as if it had ended.
     for callback in callbacks:
         with random_kept(run.game.device):
-            callback(run.now.step, record, run.variables)
+            try:
+                callback(run.now.step, record, run.variables)
+            except StopRun:
+                stopped = True
+    return stopped

@@ -13,6 +13,7 @@ from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_state, set_random_state
+from bilevel.second_order import differentiated_twice
 from bilevel.solving.followers import Answers
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import Variables
@@ -59,7 +60,7 @@ class StepEvaluator:
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
         """The wanted leaders' own gradients at a point."""
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice(differentiable):
             losses, slopes = self._play(point, wanted), {}
             for name in wanted:
                 grads = torch.autograd.grad(
@@ -70,14 +71,24 @@ class StepEvaluator:
                     allow_unused=True,
                     materialize_grads=False,
                 )
-                slopes[name] = _required(name, point[name], grads)
+                slopes[name] = self._required(name, point[name], grads)
                 self.gradients += 1
         return slopes
+
+    def _required(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients, zeros where one is missing; all may be where the loss names neither it nor a follower."""
+        followers = [other for other in self.game.names if other not in self.leaders.names]
+        if all(grad is None for grad in grads) and self.game.reaches(name, followers):
+            raise NonFiniteError(
+                f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "
+                "variables. Its loss must use them, or a follower's variables that respond to them."
+            )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
 
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
         self.gradients += len(self.leaders.names)
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice():
             return self._play(point, self.leaders.names)
 
     def _play(self, point: Point, wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -97,12 +108,3 @@ class StepEvaluator:
                 {name: value.detach() for name, value in values.items()}, variables, states, advanced
             )
         return losses
-
-
-def _required(name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    if all(grad is None for grad in grads):
-        raise NonFiniteError(
-            f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "
-            "variables. Its loss must use them, or a follower's variables that respond to them."
-        )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bilevel._returned import require_instance
 from bilevel.game import Buffers, Game
 from bilevel.responses import Response, State
+from bilevel.responses.base import answered
 from bilevel.responses.promise import Report
 from bilevel.tree import Variables
 
@@ -30,13 +32,21 @@ class Followers:
                 )
         if game.names[0] in responses:
             raise ValueError(f"solve: {game.names[0]!r} moves first and leads; it can have no response.")
+        for name in game.names:
+            own = [member for member in game.members(name) if game.players[member].residual is not None]
+            if own and name not in responses:
+                raise ValueError(
+                    f"solve: {own[0]!r} has a residual of its own and no response. Who leads follows the gradient of "
+                    "its loss, and nobody would look at the residual. Give it a response, such as "
+                    f"{name}=Implicit(ScipyRoot()), or leave out residual=."
+                )
         self._game = game
         chosen = {name: responses[name] for name in game.names if name in responses}
         self.responses = {name: game.response_of(name, response) for name, response in chosen.items()}
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
                 f"solve: {self.in_place} write into their states at every call, and with several followers the others "
-                "call them too. Use in_place=False."
+                "call them too. Use Hypernetwork(memory=Memory(in_place=False))."
             )
 
     @property
@@ -48,7 +58,9 @@ class Followers:
         """The states before the first call, the last player's first."""
         states: dict[str, State] = {}
         for name, response in reversed(list(self.responses.items())):
-            states[name] = response.init(self.views(states)[name], follower=name, seed=seed)
+            state = response.init(self.views(states)[name], follower=name, seed=seed)
+            require_instance(state, dict, f"{type(response).__name__}.init: the state of {name!r}", "fresh_state(...)")
+            states[name] = state
         return states
 
     def respond(self, point: Mapping[str, Variables], states: States, buffers: Buffers) -> Answers:
@@ -57,7 +69,7 @@ class Followers:
         views = self.views(states)
         for name, response in self.responses.items():
             given = {n: v for n, v in variables.items() if n != name}
-            variables[name], after[name] = response(views[name], given, states[name])
+            variables[name], after[name] = answered(response, views[name], given, states[name])
         return variables, after, with_followers(buffers, after)
 
     def after_backward(self, states: States, variables: Mapping[str, Variables]) -> dict[str, State]:
@@ -84,7 +96,7 @@ class Followers:
                 ) -> Variables:
                     earlier = self._game.names[: self._game.names.index(name)]
                     given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
-                    return response(inner, given, states[name])[0]
+                    return answered(response, inner, given, states[name])[0]
 
                 view = view.anticipate(**{name: answer})
         return views

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.tree import Variables
+
 Record = dict[str, float]
 """What is told of one step: a loss for each player, each follower's stationarity, the run's own counts and times."""
+
+Observe = Callable[[Mapping[str, Variables]], Mapping[str, float]]
+"""From everybody's variables to further numbers of a record."""
 
 RUN_KEYS = ("step", "gradient_norm", "gradients", "products", "seconds", "work")
 """A record's own keys; no player's loss stands under one of them."""

@@ -31,7 +31,10 @@ def identity(
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
         "players": {
-            member: {part: describer.describe(getattr(player, part)) for part in ("objective", "residual", "start")}
+            member: {
+                **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
+                **{what: describer.describe(function) for what, function in player.constraints.items()},
+            }
             for member, player in members
         },
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
@@ -75,6 +78,7 @@ def in_words(changes: list[Change]) -> str:
 
 
 _TOLD = 5
+_OPTIONS = ("objective", "residual", "start", "domain", "prox", "coordinates")
 
 
 def _form(game: Game, name: str) -> dict[str, Description]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError
-from bilevel.game import Game
+from bilevel.game import Game, Residual
+from bilevel.game.constrained import spread
+from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
     SchedulerFactory,
@@ -43,37 +45,95 @@ class Leaders:
         default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
         chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
         self.factories, self.scheduler = {name: chosen[name] for name in names}, scheduler
-        self.points = {name: [t.requires_grad_() for t in leaves(game.initial(name))] for name in names}
+        self._ranges = {name: game.coordinates(name) for name in names}
+        self._domains = {name: self._domain(name) for name in names}
+        self.points = {name: [t.requires_grad_() for t in self._coordinates(name)] for name in names}
         self.optimizers = {}
         for name in names:
             game.refuse_mixing("solve", name, self.factories[name])
             self.optimizers[name] = build(self.factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
+            if self._domains[name] is not None:
+                refuse_unprojected("solve", name, game.residual(name), self.optimizers[name])
         self.schedulers = (
             {} if scheduler is None else {n: build_scheduler(scheduler, o, None) for n, o in self.optimizers.items()}
         )
 
     def trees(self, point: Mapping[str, Sequence[Tensor]]) -> dict[str, Variables]:
-        """Leaves in the form of each leader's variables."""
-        return {name: self.game.structure(name).build(point[name]) for name in self.names}
+        """Each leader's variables: `point` itself, and natural values of what has a range."""
+        return {name: self.game.structure(name).build(self._natural(name, point[name])) for name in self.names}
+
+    def _natural(self, name: str, point: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(point, self._ranges[name], strict=True)
+        return [leaf if found is None else found.natural(leaf) for leaf, found in pairs]
+
+    def _coordinates(self, name: str) -> list[Tensor]:
+        """Where a leader's optimiser starts."""
+        pairs = zip(leaves(self.game.initial(name)), self._ranges[name], strict=True)
+        return [leaf if found is None else found.inverse(leaf) for leaf, found in pairs]
+
+    def _domain(self, name: str) -> Residual | None:
+        """What a leader's steps are projected by; None where nothing is."""
+        rests = self.game.residual(name)
+        if not rests.projects or any(self._ranges[name]):  # a coordinate keeps its range by itself
+            return None
+        for member in self.game.members(name):
+            player = self.game.players[member]
+            if player.prox is not None or player.option_players:
+                what = "prox=" if player.prox is not None else f"a domain that depends on {list(player.option_players)}"
+                raise TypeError(
+                    f"solve: player {name!r} leads and has {what}; a leader's domain is a set that stands still. Put "
+                    "the term into its objective, or give the player a response."
+                )
+        return rests
+
+    @property
+    def projects(self) -> list[str]:
+        """Those whose steps are projected onto a domain."""
+        return [name for name in self.names if self._domains[name] is not None]
+
+    def _slope(self, name: str, direction: Sequence[Tensor], norm: Tensor) -> Tensor:
+        """|projected gradient|: how fast a leader with a domain moves along its negative direction, of many games each.
+
+        (x - P(x - s d)) / s for an s that is small and above rounding: from a bound outwards it does not move.
+        """
+        rests, x = self._domains[name], [leaf.detach() for leaf in self.points[name]]
+        if rests is None:
+            return norm
+        length = torch.finfo(x[0].dtype).eps ** 0.5 * (1.0 + self.game.norms(x))
+        s = length / torch.where(norm > 0.0, norm, 1.0)
+        ahead = [leaf - spread(s, leaf) * slope for leaf, slope in zip(x, direction, strict=True)]
+        ends = rests.settled(self.game, name, ahead, {}, 1.0)
+        moved: Tensor = self.game.norms([leaf - end for leaf, end in zip(x, ends, strict=True)]) / s
+        return moved
 
     def apply(self, name: str, direction: Sequence[Tensor], step: int) -> Tensor:
-        """Step one leader along a direction, in the run's `step`; its norm, of many games one each."""
+        """Step one leader along a direction, in the run's `step`, and back into its domain; the direction's norm.
+
+        Of many games one each; of a leader with a domain that of the projected direction, 0 at its optimum.
+        """
         norm = self.game.norms(direction)
         if not bool(torch.isfinite(norm).all()):
             raise NonFiniteError(
                 f"Player {name!r}: its gradient at step {step} has {self.game.described_norm(norm)}. Lower the "
                 "learning rates; its variables are still those of the step before."
             )
+        moving = self._slope(name, direction, norm)
         for parameter, slope in zip(self.points[name], direction, strict=True):
             parameter.grad = slope
             if self.clip_norm is not None:
                 scale = torch.where(norm <= self.clip_norm, 1.0, self.clip_norm / norm)
                 parameter.grad = slope * scale.reshape(-1, *[1] * (slope.ndim - 1)) if scale.ndim else slope * scale
         self.optimizers[name].step()
+        rests = self._domains[name]
+        if rests is not None:
+            with torch.no_grad():
+                ends = rests.settled(self.game, name, [leaf.detach() for leaf in self.points[name]], {}, 1.0)
+                for leaf, end in zip(self.points[name], ends, strict=True):
+                    leaf.copy_(end)
         if name in self.schedulers:
             self.schedulers[name].step()
-        return norm
+        return moving
 
     def state(self) -> dict[str, Any]:
         """All of it, as tensors and numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel.dynamics import Dynamics, Field
+from bilevel.dynamics.base import directed, require_rule
 from bilevel.errors import CheckpointError, NonConvergenceWarning
 from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
@@ -23,9 +24,10 @@ from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
-from bilevel.solving.history import History, Record, loss_key, refuse_ambiguous, summary
+from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
+from bilevel.solving.progress_left import hardly_begun
 from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
 from bilevel.tree import Variables, map_leaves
@@ -80,14 +82,24 @@ class Run:
         dynamics: Dynamics,
         clip_norm: float | None,
         seed: int,
+        observe: Observe | None = None,
     ) -> None:
-        self.game, self.dynamics, self.seed = game, dynamics, seed
+        require_rule(dynamics)
+        self.game, self.dynamics, self.seed, self._observe = game, dynamics, seed, observe
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
         game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
         self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
+        if self.leaders.projects and not dynamics.rests_with_bounds:
+            raise TypeError(
+                f"solve: {dynamics!r} looks ahead or corrects the gradient, and at a bound of "
+                f"{self.leaders.projects[0]!r} it would rest elsewhere than at an equilibrium. Use Simultaneous(), "
+                "Alternating(), TwoTimescale(), Optimistic() or NegativeMomentum(), or a coordinate, "
+                "init=bilevel.Interval(low, high)."
+            )
         members = [member for name in game.names for member in game.members(name)]
+        self._refuse_constrained(leading)
         refuse_ambiguous(members, responses, game.record_keys)
         start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
@@ -99,14 +111,17 @@ class Run:
         in_place = self.followers.in_place
         told = (
             f"solve: {self.dynamics!r} evaluates the players more than once a step, and each time {in_place} would "
-            "move on the states that they write into. Use in_place=False."
+            "move on the states that they write into. Use Hypernetwork(memory=Memory(in_place=False))."
         )
         self._only_once = told if in_place else ""
 
     @property
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
-        leading, states = self.leaders.trees(self.leaders.points), self.now.states
+        return self._variables(self.now.states)
+
+    def _variables(self, states: States) -> dict[str, Variables]:
+        leading = self.leaders.trees(self.leaders.points)
         given = {n: states[n]["variables"] if n in states else leading[n] for n in self.game.names}
         return {name: map_leaves(lambda t: t.detach().clone(), tree) for name, tree in given.items()}
 
@@ -132,7 +147,7 @@ class Run:
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
                 field = Field(played.slopes, self.leaders.points, movers, played.losses)
-                directions, memory = self.dynamics.directions(field, memory)
+                directions, memory = directed(self.dynamics, field, memory)
             warned = logged(warned, new, now.step + 1)
             products += field.products
             looked = time.perf_counter()
@@ -155,10 +170,24 @@ class Run:
             changes=now.changes,
         )
         record = self._record(after, losses, norms)
+        if self._observe is not None:
+            with random_kept(self.game.device):
+                record |= _observed(self._observe, self._variables(after.states), record)
         self.history.append(record)
         self.now = after
         self.whole = True
         return record
+
+    def _refuse_constrained(self, leading: Sequence[str]) -> None:
+        """Refuse leaders with constraints, which their optimisers would not see."""
+        for name in leading:
+            for member in self.game.members(name):
+                for what in self.game.players[member].constraints:
+                    raise ValueError(
+                        f"solve: {member!r} leads, and its optimiser does not see its {what}=. Give it a response, "
+                        'Implicit(Scipy("SLSQP")), if it follows; a leader takes a penalty in its loss, or variables '
+                        "that cannot leave their range, such as a logarithm's."
+                    )
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
         """Everybody's loss where the players are, the followers' on the batch that comes next."""
@@ -290,6 +319,8 @@ class Run:
         told = [RunWarning(text) for text in now.changes]
         told += as_run_warnings(logged(now.warned, new, now.step + 1, counted=False), now.step)
         told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
+        if far := self._hardly_begun():
+            told.append(far)
         for warning in told:
             if warning.category is not None:
                 warnings.warn(warning.text, warning.category, stacklevel=3)
@@ -308,7 +339,32 @@ class Run:
             seconds=now.seconds,
             states=states,
             buffers=buffers,
+            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
         )
+
+    def _hardly_begun(self) -> RunWarning | None:
+        """A single leader who is as far from an end as at the start; of several, a loss need not fall."""
+        if len(self.leaders.names) != 1 or self.game.record_keys != ("",):
+            return None
+        (leader,) = self.leaders.names
+        noisy = any(player.data is not None for player in self.game.players.values())
+        return None if noisy else hardly_begun(leader, self.history.records())
+
+
+def _observed(observe: Observe, variables: Mapping[str, Variables], record: Record) -> Record:
+    """Further numbers of a record, by `solve(record=)`."""
+    found = observe(variables)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"solve: record= returned a {type(found).__name__}; expected numbers by name.")
+    for name, number in found.items():
+        if not isinstance(name, str) or name in record:
+            what = "which the history holds already" if name in record else "which is no name"
+            raise ValueError(f"solve: record= returned a number {name!r}, {what}. Call it something else.")
+        if isinstance(number, bool) or not (
+            isinstance(number, int | float) or (isinstance(number, Tensor) and number.numel() == 1)
+        ):
+            raise TypeError(f"solve: record= returned {name!r} as a {type(number).__name__}; expected a number.")
+    return {name: float(number) for name, number in found.items()}
 
 
 def _touches(paths: list[str], part: str, name: str) -> bool:

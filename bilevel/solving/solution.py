@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from bilevel.game import Game
 from bilevel.solving.history import loss_key
+from bilevel.solving.loading import load_into
 from bilevel.solving.warning_log import RunWarning
-from bilevel.tree import Variables
+from bilevel.tree import Variables, named_leaves
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
+
+_SHOWN = 8
 
 Number = TypeVar("Number")
 """A float, or of many games a tensor `[count]`."""
@@ -41,8 +45,8 @@ class End(ABC, Generic[Number]):
     def __str__(self) -> str:
         """A table of the players, the work, and the warnings."""
 
-    def _printed(self, table: Table, each: str = "") -> str:
-        """A table with the work under it, of what `each` was, and the warnings."""
+    def _printed(self, table: Table, each: str = "", told: Sequence[str] = ()) -> str:
+        """A table with the work under it, of what `each` was, what else is told, and the warnings."""
         from rich.console import Console  # noqa: PLC0415 - only where something is printed
 
         text = io.StringIO()
@@ -52,6 +56,12 @@ class End(ABC, Generic[Number]):
             f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
         )
         console.print(f"{work}{self.seconds:.1f} s", highlight=False)
+        if self.history:
+            norms = self.history[0]["gradient_norm"], self.history[-1]["gradient_norm"]
+            share = f", {norms[1] / norms[0]:.2g} of that at the start" if norms[0] > 0.0 else ""
+            console.print(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}", highlight=False)
+        for line in told:
+            console.print(line, highlight=False, markup=False)
         for warning in self.warnings:
             console.print(f"Warning: {warning}", highlight=False, markup=False)
         return text.getvalue().rstrip()
@@ -79,9 +89,24 @@ class Solution(End[float]):
         buffers: Player -> its module's buffers.
         errors: Follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it, where it
             did.
+        multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers, in the form of what the
+            constraint returns: the loss's fall for each unit by which it is loosened.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
+    multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
+
+    def load_into(self, model: nn.Module, player: str) -> None:
+        """Write a player's variables and its module's buffers into `model`, a module of the form of its init.
+
+        Frozen parameters stay, tied ones are tied still, and parametrised ones get what they are made from. Not by
+        `model.load_state_dict`, which asks for what is no variable: frozen, tied and registered tensors.
+
+        Raises `ValueError` for a module of another form, and `TypeError` for a player that is no module.
+        """
+        if player not in self.variables:
+            raise ValueError(f"load_into: there is no player {player!r}; players are {list(self.variables)}.")
+        load_into(model, player, self.variables[player], self.buffers.get(player, {}))
 
     def __str__(self) -> str:
         """A table of the players, the work, and the warnings."""
@@ -101,7 +126,18 @@ class Solution(End[float]):
                 f"{self.residuals[name]:.2e}" if name in self.residuals else "",
                 *([f"{self.errors[name]:.0e}" if name in self.errors else ""] * bool(self.errors)),
             )
-        return self._printed(table)
+        return self._printed(table, told=list(self._told_multipliers()))
+
+    def _told_multipliers(self) -> Iterator[str]:
+        for name, kinds in self.multipliers.items():
+            for what, tree in kinds.items():
+                for path, leaf in named_leaves(tree):
+                    values = leaf.reshape(-1)
+                    binding = int((values != 0.0).sum())
+                    shown = ", ".join(f"{value:.4g}" for value in values[:_SHOWN].tolist())
+                    more = ", ..." if len(values) > _SHOWN else ""
+                    count = f" ({binding} of {len(values)} bind)" if what == "inequality" else ""
+                    yield f"Multipliers of {name}'s {what}{path}{count}: {shown}{more}"
 
 
 @singledispatch

@@ -13,7 +13,7 @@ from bilevel.many import Games, Tasks
 from bilevel.solving.history import loss_key
 from bilevel.solving.solution import End, Solution, ended
 from bilevel.solving.warning_log import RunWarning
-from bilevel.tree import map_leaves
+from bilevel.tree import Variables, map_leaves
 
 
 @final
@@ -34,9 +34,11 @@ class Solutions(End[Tensor]):
         states: Follower -> its response's state.
         buffers: Player -> its module's buffers `[count, ...]`.
         warned: For each warning the games that it has spoken of in any step; None for all.
+        multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers `[count, ...]`.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)
+    multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -73,6 +75,7 @@ class Solutions(End[Tensor]):
             warnings=tuple(text for text, own in zip(self.warnings, mine, strict=True) if own),
             states={},
             buffers=buffers,
+            multipliers=map_leaves(lambda leaf: leaf[index].clone(), dict(self.multipliers)),
         )
 
     def __str__(self) -> str:

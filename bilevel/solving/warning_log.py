@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.errors import BilevelWarning, NonConvergenceWarning, UnreliableResponseWarning
+from bilevel.errors import BilevelWarning, KinkWarning, NonConvergenceWarning, UnreliableResponseWarning
 
-_CATEGORIES = {kind.__name__: kind for kind in (NonConvergenceWarning, UnreliableResponseWarning)}
+_CATEGORIES = {kind.__name__: kind for kind in (KinkWarning, NonConvergenceWarning, UnreliableResponseWarning)}
 
 Log = Mapping[str, Mapping[str, Any]]
 """Plain data, for a checkpoint: one entry for each solver that warns, whatever numbers its message gives."""
@@ -50,7 +50,7 @@ def logged(log: Log, new: Sequence[BilevelWarning], step: int, *, counted: bool 
     after = dict(log)
     for warning in new:
         kind, text = type(warning).__name__, str(warning)
-        key = f"{kind} {text.split(maxsplit=1)[0]}"
+        key = " ".join((kind, *text.split(maxsplit=2)[:2]))
         before = after.get(key, {"count": 0, "games": []})
         spoken_of = None
         if warning.games is not None and before["games"] is not None:

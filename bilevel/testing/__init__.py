@@ -15,17 +15,21 @@ from bilevel.testing.changes import (
     Stretch,
 )
 from bilevel.testing.check import LawReport, check_hypergradient_function, check_response
+from bilevel.testing.constrained import BoxQuadratic, ConstrainedGame, Lasso, NonNegativeLeastSquares, WaterFilling
 from bilevel.testing.duopolies import Bertrand, Cournot
 from bilevel.testing.evidence import Verdict
 from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Form, Nested, Scalar, Vector
 from bilevel.testing.hypergradient import HypergradientCheck, check_hypergradient
 from bilevel.testing.known import KnownGame
+from bilevel.testing.linear_systems import check_linear_solver, check_preconditioner
 from bilevel.testing.players import KnownPlayers, QuadraticPlayers, bertrand_players, cournot_players, saddle
 from bilevel.testing.regressions import Logistic, Ridge
 
 __all__ = [
     "Bertrand",
+    "BoxQuadratic",
+    "ConstrainedGame",
     "Cournot",
     "Exponential",
     "Form",
@@ -33,6 +37,7 @@ __all__ = [
     "KnownGame",
     "KnownPlayers",
     "LaidOut",
+    "Lasso",
     "LawReport",
     "LeaderMix",
     "LeaderTermInFollower",
@@ -41,6 +46,7 @@ __all__ = [
     "Moved",
     "NegatedFollower",
     "Nested",
+    "NonNegativeLeastSquares",
     "Quadratic",
     "QuadraticPlayers",
     "Reflection",
@@ -53,9 +59,12 @@ __all__ = [
     "Stretch",
     "Vector",
     "Verdict",
+    "WaterFilling",
     "bertrand_players",
     "check_hypergradient",
     "check_hypergradient_function",
+    "check_linear_solver",
+    "check_preconditioner",
     "check_response",
     "cournot_players",
     "saddle",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.responses import Response, State
+from bilevel.responses.base import require_answer
 from bilevel.testing.finite_differences import Slope, slope_at_zero
 from bilevel.testing.losses import LeaderFollowerLosses
 from bilevel.testing.resolved import ResolvedFollower
@@ -92,7 +93,9 @@ def claimed(held: LeaderFollowerLosses, response: Response, x: Tensor, state: St
 
 def _answer(held: LeaderFollowerLosses, response: Response, x: Tensor, state: State) -> tuple[Variables, State]:
     others = {**held.others, held.leader: held.game.structure(held.leader).unflatten(x)}
-    return response(held.game, others, state, held.batches.get(held.follower))
+    answer, after = response(held.game, others, state, held.batches.get(held.follower))
+    require_answer(held.game, held.follower, answer, f"check_hypergradient: {type(response).__name__}")
+    return answer, after
 
 
 @dataclass(frozen=True, eq=False)

@@ -183,6 +183,16 @@ def at_fault(evidence: Evidence) -> list[str]:
         return []
     held, x, y = claim.held, claim.x, claim.y
     distance = float((y - follower.rest.y).norm()) / (float(follower.rest.y.norm()) or 1.0)
+    if follower.constrained:
+        if distance <= evidence.rtol:
+            return [
+                f"The answer is good enough (it is {distance:.1g} of |y| from the optimum re-solved within the "
+                "constraints); its derivative is at fault. Constraints that bind move the answer, and hold it: a "
+                "derivative of the loss alone does not see them."
+            ]
+        return [
+            f"The answer is at fault: it is {distance:.1g} of |y| from the optimum re-solved within the constraints."
+        ]
     left = float(held.slope(x, y)[1].norm()) / (follower.reference or 1.0)
     where = f"its answer is {distance:.1g} of |y| from the re-solved optimum, its |gradient| {left:.1g} of the start's"
     told = []

@@ -120,9 +120,9 @@ def check_hypergradient(
     \text{true: } \tfrac{d}{dx}\, g(x, \operatorname{argmin}_y f(x, y))
     $$
 
-    The follower is solved anew at $x \pm h d$ for directions $d$: the claimed gradient's own, and random ones at right
-    angles. The answer is right, wrong beyond doubt, or cannot be told; its `findings` say why, and the way out. A right
-    answer at one point and batch is no proof for others.
+    The follower is solved anew, within its constraints, at $x \pm h d$ for directions $d$: the claimed gradient's own,
+    and random ones at right angles. The answer is right, wrong beyond doubt, or cannot be told; its `findings` say why,
+    and the way out. A right answer at one point and batch is no proof for others.
 
     Costs about six re-solved followers a direction.
 
@@ -188,7 +188,7 @@ def _named(game: Game, leader: str | None, follower: str | None) -> tuple[str, s
     if not isinstance(game, Game):
         raise TypeError(f"check_hypergradient: game is a {type(game).__name__}; expected a bilevel.Game.")
     names = list(game.names)
-    game.require_minima("check_hypergradient")
+    game.require_minima("check_hypergradient", constrained=True)
     if game.anticipated:
         raise ValueError(
             f"check_hypergradient: {sorted(game.anticipated)} of this game answer by functions of their own; expected "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
+from bilevel.constraints import ConstraintSet, Penalty
 from bilevel.game import Game, Player
 from bilevel.testing.forms import Form, Vector
 
@@ -68,6 +69,16 @@ class KnownGame(ABC):
     def quadratic(self) -> bool:
         """Whether the follower's loss is quadratic in both players' variables together."""
         return False
+
+    @property
+    def domain(self) -> ConstraintSet | None:
+        """The set that the follower stays in; None where it may be anywhere."""
+        return None
+
+    @property
+    def prox(self) -> Penalty | None:
+        """The term that the follower's loss has besides; None without one."""
+        return None
 
     @property
     def leader_form(self) -> Form:
@@ -162,7 +173,7 @@ class KnownGame(ABC):
         x0, y0 = self.x0.to(self.dtype), self.y0.to(self.dtype)
         return Game(
             x=Player(leader, self.leader_form.build(x0)),
-            y=Player(follower, self.follower_form.build(y0)),
+            y=Player(follower, self.follower_form.build(y0), domain=self.domain, prox=self.prox),
         )
 
 

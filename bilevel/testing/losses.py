@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient, pullback
-from bilevel.game import Buffers, Game, Player
+from bilevel.constraints import Constrained
+from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables
+from bilevel.tree import Variables, leaves
 
 Product = Callable[[Tensor], Tensor]
 
@@ -30,12 +31,12 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
         return loss
 
     players = {
-        name: Player(
-            held(player.objective),
-            player.init,
+        name: replace(
+            player,
+            objective=held(player.objective),
             data=None if player.data is None else [batches[name]],
-            optimizer_hyper=player.optimizer_hyper,
-            start=player.start,
+            inequality=None if player.inequality is None else held(player.inequality),
+            equality=None if player.equality is None else held(player.equality),
         )
         for name, player in game.players.items()
     }
@@ -76,6 +77,25 @@ class LeaderFollowerLosses:
         """The follower's gradient `[m]`, differentiable in both."""
         # A loss that is linear in y has a gradient without y; its curvature is 0, not an error.
         return gradient(lambda y: self.loss(self.follower, x, y), y)[1][0] + 0.0 * y
+
+    def programme(self, x: Tensor) -> Constrained | None:
+        """What the follower solves at x, where functions, or a set of smooth ones, constrain it; else None."""
+        return self._follower(self.game.by_walls(self.follower), x).constraints
+
+    def projected(self, x: Tensor) -> Follower | None:
+        """The follower at x, where it has a domain or a term that is no smooth functions; else None."""
+        found = self._follower(self.game, x)
+        return found if found.rests.projects else None
+
+    def _follower(self, game: Game, x: Tensor) -> Follower:
+        state = {"follower": self.follower, "data": None, "buffers": self.buffers.get(self.follower, {})}
+        others = {**self.others, self.leader: game.structure(self.leader).unflatten(x.detach())}
+        batch = self.batches.get(self.follower)
+        first = game.follower(others, state, batch)
+        state |= first.first()
+        if first.rests.needs_scale:
+            state["scale"] = first.measured_scale(leaves(game.initial(self.follower)))
+        return game.follower(others, state, batch)
 
     def hessian(self, x: Tensor, y: Tensor) -> Product:
         """v -> H v, one graph for all products."""

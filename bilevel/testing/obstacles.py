@@ -66,6 +66,12 @@ def _not_a_minimum(evidence: Evidence, follower: ResolvedFollower) -> list[str]:
         return [f"The loss of player {name!r} or its gradient is not finite at the response's answer."]
     away = float(rest.y.norm()) / (float(evidence.claim.y.norm()) + 1.0)
     if not follower.at_rest:
+        if follower.constrained:
+            return [
+                "The follower does not come to rest within its constraints: Newton's method on its KKT system, from "
+                "the response's answer, finds no optimum. Its constraints may contradict each other, or its loss fall "
+                "for ever."
+            ]
         how = f"The follower does not come to rest: its |gradient| stays {follower.stationarity:.1g} of the start's"
         if _kinked(evidence, follower):
             return [

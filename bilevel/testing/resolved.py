@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.constraints.active_set import optimum, reached
+from bilevel.constraints.regularity import curvatures
+from bilevel.game import Follower, newton
+from bilevel.inner import ProjectedGradient
 from bilevel.testing.finite_differences import Slope, slope_at_zero
 from bilevel.testing.losses import LeaderFollowerLosses, Product
-from bilevel.tree import flatten
+from bilevel.tree import flatten, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,17 +132,40 @@ def extreme_curvatures(product: Product, like: Tensor, *, steps: int = 30, seed:
     return float(values[0]), float(values[-1])
 
 
+def _projected_to_rest(follower: Follower, start: Tensor, target: float) -> Rest:
+    """Where accelerated projected gradient steps, and Newton's where they help, bring a follower to rest."""
+    y, memory, left = start, None, math.inf
+    for _ in range(30):
+        found, memory = ProjectedGradient().minimise(
+            follower, follower.form.split(y), memory, steps=200, threshold=target
+        )
+        y = join(found)
+        for _ in range(4):
+            better = newton.newton_step(follower, y)
+            if better is None:
+                break
+            y = better
+        with torch.no_grad():
+            size = float(follower.norm(follower.gradients(follower.form.split(y))[1]))
+        if size <= target or size > 0.9 * left:
+            left = min(size, left)
+            break
+        left = size
+    return Rest(y, left, 0, math.isfinite(left))
+
+
 class ResolvedFollower:
     """The follower re-solved at any x along a line, each solve started from what the earlier ones predict."""
 
     def __init__(self, held: LeaderFollowerLosses, x: Tensor, start: Tensor, *, rtol: float, seed: int) -> None:
         self.held, self.x = held, x
         eps = torch.finfo(x.dtype).eps
+        self.constrained = held.programme(x) is not None or held.projected(x) is not None
         initial = flatten(held.game.initial(held.follower))
         first = [held.slope(x, y)[1] for y in (initial, start)]
         reference = max((float(s.norm()) for s in first if bool(torch.isfinite(s).all())), default=0.0)
-        self.rest = bring_to_rest(held, x, start, target=30 * eps * reference, most=300)
-        self.curvature = extreme_curvatures(held.hessian(x, self.rest.y), self.rest.y, seed=seed)
+        self.rest = self._rest(x, start, 30 * eps * reference, 300)
+        self.curvature = self._curvature(seed)
         # Started at its optimum it has no gradient to measure by; rounding's own scale is curvature times size.
         largest = max(map(abs, self.curvature)) if all(map(math.isfinite, self.curvature)) else 0.0
         self.reference = max(reference, largest * float(self.rest.y.norm()) * eps**0.5)
@@ -147,6 +174,27 @@ class ResolvedFollower:
         self.value = held.value(x, self.rest.y)
         self.noise, self.wander = self._noise(seed) if self.at_rest else (math.inf, 0.0)
         self.jumped = False
+
+    def _rest(self, x: Tensor, start: Tensor, target: float, most: int) -> Rest:
+        """Where it comes to rest from `start`; with constraints its |gradient| is that of the Lagrangian, scaled."""
+        programme, follower = self.held.programme(x), self.held.projected(x)
+        if programme is None and follower is not None:
+            return _projected_to_rest(follower, start, target)
+        if programme is None:
+            return bring_to_rest(self.held, x, start, target=target, most=most)
+        point = optimum(programme, start.detach().to("cpu", torch.float64))
+        if not reached(point, programme.epsilon):
+            return Rest(point.y.to(start), math.inf, 0, bool(torch.isfinite(point.y).all()))
+        return Rest(point.y.to(start), 0.0, 0)
+
+    def _curvature(self, seed: int) -> tuple[float, float]:
+        """The extreme curvatures of the loss, or of the Lagrangian along the constraints that bind."""
+        programme, follower = self.held.programme(self.x), self.held.projected(self.x)
+        if programme is None and follower is not None:
+            return newton.curvatures(follower, self.rest.y)
+        if programme is None:
+            return extreme_curvatures(self.held.hessian(self.x, self.rest.y), self.rest.y, seed=seed)
+        return curvatures(optimum(programme, self.rest.y.detach().to("cpu", torch.float64)))
 
     @property
     def stationarity(self) -> float:
@@ -182,7 +230,7 @@ class ResolvedFollower:
         values, apart = [self.value], 0.0
         for _ in range(2):
             away = torch.randn(y.numel(), generator=generator, dtype=torch.float64).to(y)
-            other = bring_to_rest(self.held, self.x, y + 1e-2 * size * away / away.norm(), target=self.target, most=40)
+            other = self._rest(self.x, y + 1e-2 * size * away / away.norm(), self.target, 40)
             values.append(self.held.value(self.x, other.y))
             apart = max(apart, float((other.y - y).norm()) / size)
         rounding = 4 * torch.finfo(y.dtype).eps * max(map(abs, values))
@@ -200,7 +248,7 @@ class ResolvedFollower:
                 # The nearest on this side, or on the other one mirrored.
                 nearest = min(known, key=lambda k: (k * s < 0, abs(math.log(abs(k / s)))))
                 start = here + (s / nearest) * (known[nearest] - here)
-            found = bring_to_rest(self.held, x, start, target=self.target, most=40)
+            found = self._rest(x, start, self.target, 40)
             if not found.finite or found.gradient_norm > max(self.accepted, 3 * self.rest.gradient_norm):
                 return math.nan
             known[s] = found.y

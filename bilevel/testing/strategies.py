@@ -11,6 +11,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from bilevel.testing.changes import LaidOut, Reflection, Single, Stretch
+from bilevel.testing.constrained import BoxQuadratic, ConstrainedGame, Lasso, NonNegativeLeastSquares, WaterFilling
 from bilevel.testing.duopolies import Bertrand, Cournot
 from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Nested, Scalar
@@ -124,6 +125,27 @@ def bertrands() -> st.SearchStrategy[KnownGame]:
     quarter = st.integers(0, 16).map(lambda k: k / 16)
     beta = st.integers(5, 8).map(lambda k: k / 16)
     return st.builds(lambda a, b, g, c: Bertrand(1.0 + a, b, g / 4, c), quarter, beta, quarter, quarter)
+
+
+def constrained(leaders: int = 3, followers: int = 3) -> st.SearchStrategy[ConstrainedGame]:
+    """A game of any family whose follower a set holds, or that has a term without a derivative."""
+
+    @st.composite
+    def draw_one(draw: st.DrawFn) -> ConstrainedGame:
+        n, m = draw(st.integers(1, leaders)), draw(st.integers(2, followers))
+        target = draw(numbers(m, -2.0, 2.0))
+        kind = draw(st.integers(0, 3))
+        if kind == 0:
+            curvatures = draw(numbers(m, 0.25, 1.0))
+            return BoxQuadratic(curvatures, draw(matrices(m, n)), draw(numbers(n, 0.25, 1.0)), target, draw(numbers(m)))
+        if kind == 1:
+            return NonNegativeLeastSquares(draw(matrices(n, m)), draw(numbers(n, 0.25, 1.0)), target)
+        if kind == 2:
+            return WaterFilling(draw(matrices(m, n)), draw(numbers(n)), target)
+        # No multiple of 1/16 is at the kink.
+        return Lasso(draw(numbers(m)), draw(st.sampled_from([(-0.71,), (-1.83,), (-3.1,)])), target)
+
+    return draw_one()
 
 
 def leader_follower() -> st.SearchStrategy[KnownGame]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,30 @@ def from_nashpy(game: Any) -> FiniteGame:
 
 def to_pygambit(game: FiniteGame) -> Any:
     """A strategic `pygambit.Game`; payoffs become decimal fractions, exact to a double's 17 digits."""
-    try:
-        import pygambit
-    except ImportError as error:
-        raise MissingExtraError(f"this needs pygambit ({error}). pip install 'bilevel[games]'") from error
-    return pygambit.Game.from_dict({n: t.numpy() for n, t in zip(game.names, game.payoffs, strict=True)})
+    return _pygambit().Game.from_dict({n: t.numpy() for n, t in zip(game.names, game.payoffs, strict=True)})
+
+
+def to_rational_pygambit(game: FiniteGame) -> Any:
+    """As `to_pygambit`, in each player's own units: payoffs less the smallest, over a power of ten near their range.
+
+    Gambit's solvers lose equilibria at payoffs of 1e9. All of it is done in decimal fractions, so that nothing is
+    rounded and ties stay ties. Beside an offset of a million ranges and more doubles are no decimals any more, and
+    differences are taken as doubles have them.
+    """
+    pygambit = _pygambit()
+    tables = {}
+    for name, table in zip(game.names, game.payoffs, strict=True):
+        doubles = table.numpy()
+        if abs(doubles).max() > 1e6 * np.ptp(doubles):
+            doubles = doubles - doubles.min()
+        exact = np.vectorize(lambda value: Fraction(repr(float(value))), otypes=[object])(doubles)
+        least, width = exact.min(), exact.max() - exact.min()
+        unit = Fraction(10) ** math.floor(math.log10(width)) if width else Fraction(1)
+        tables[name] = np.vectorize(
+            lambda value, least=least, unit=unit: pygambit.Rational(*((value - least) / unit).as_integer_ratio()),
+            otypes=[object],
+        )(exact)
+    return pygambit.Game.from_dict(tables)
 
 
 def from_pygambit(game: Any) -> FiniteGame:
@@ -66,6 +87,14 @@ def from_open_spiel(game: Any) -> FiniteGame:
             "pyspiel.extensive_to_tensor_game(game)."
         )
     return FiniteGame.of(*(np.array(game.player_utilities(i)) for i in range(game.num_players())))
+
+
+def _pygambit() -> Any:
+    try:
+        import pygambit
+    except ImportError as error:
+        raise MissingExtraError(f"this needs pygambit ({error}). pip install 'bilevel[games]'") from error
+    return pygambit
 
 
 def _pyspiel() -> Any:

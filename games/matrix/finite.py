@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -101,8 +102,26 @@ class FiniteGame:
         if len(self.payoffs) != 2:
             return False
         total = self.payoffs[0] + self.payoffs[1]
-        scale = max(float(table.abs().max()) for table in self.payoffs)
-        return float(total.max() - total.min()) <= 1e-12 * max(scale, 1e-300)
+        # Beside the payoffs' own rounding, and not beside a number that was added to all of them.
+        rounding = 4.0 * torch.finfo(torch.float64).eps * max(float(table.abs().max()) for table in self.payoffs)
+        return float(total.max() - total.min()) <= max(1e-12 * float(self.ranges.max()), rounding)
+
+    @property
+    def ranges(self) -> Tensor:
+        """Each player's largest payoff less its smallest `[N]`: the unit that what it gains is read in."""
+        return torch.stack([table.max() - table.min() for table in self.payoffs])
+
+    def normalised(self) -> FiniteGame:
+        """The same game in units of each player's own: its smallest payoff is 0, its range between 1 and 2.
+
+        A player's payoffs plus a number, times a positive one, leave best responses and equilibria as they are; this
+        factor is a power of two, so that nothing is rounded but what is subtracted.
+        """
+        tables = []
+        for table, width in zip(self.payoffs, self.ranges.tolist(), strict=True):
+            _, exponent = math.frexp(width)
+            tables.append((table - table.min()) * 2.0 ** (1 - exponent) if width > 0.0 else torch.zeros_like(table))
+        return FiniteGame(tuple(tables), self.names)
 
     def uniform(self) -> list[Tensor]:
         """Everybody plays every action alike."""
@@ -131,9 +150,11 @@ class FiniteGame:
         """What each player would gain `[N]`, >= 0, by its best action against the others' strategies; exact."""
         self.check(profile)
         exact = [strategy.detach().to(torch.float64) for strategy in profile]
+        # A number added to all payoffs of a player is nothing to it, and would hide what it gains in rounding.
+        shifted = FiniteGame(tuple(table - table.min() for table in self.payoffs), self.names)
         found = []
         for i, strategy in enumerate(exact):
-            pays = self.deviations(exact, i)
+            pays = shifted.deviations(exact, i)
             # As a mean of differences >= 0, so that no rounding of a difference of means can be negative.
             found.append(((pays.max() - pays) * strategy).sum())
         return torch.stack(found)
@@ -183,17 +204,21 @@ class FiniteGame:
         return self._game(loss, start)
 
     def over_simplex(self, init: Sequence[Tensor] | None = None) -> bl.Game:
-        """Everybody chooses probabilities `[n_i]` themselves (at first uniform): the multilinear extension of the game.
+        """Everybody chooses probabilities `[n_i]` themselves (at first uniform); losses are minus the expected payoffs.
 
-        Nothing here keeps a gradient step inside the simplex; `games.matrix.learning` has the rules that stay there.
-        Derivatives and certificates at a given profile are what it is for.
+        Off the simplex a loss goes on as a constant: a player's gradient there is that along the simplex, minus its
+        deviations less their mean, and vanishes where all its actions pay alike. So `certify_nash` certifies an
+        equilibrium in which everybody plays every action; at one on the border a gradient points outwards, and
+        `regrets` tells what it is worth. Nothing keeps a gradient step inside the simplex; `games.matrix.learning` has
+        the rules that stay there.
         """
         start = self.uniform() if init is None else list(init)
         self.check(start)
 
         def loss(chosen: Mapping[str, Tensor], i: int) -> Tensor:
             profile = [chosen[name] for name in self.names]
-            return -(self.deviations(profile, i).to(profile[i]) @ profile[i])
+            pays = self.deviations(profile, i).to(profile[i])
+            return pays.mean() * (profile[i].sum() - 1.0) - pays @ profile[i]
 
         return self._game(loss, start)
 

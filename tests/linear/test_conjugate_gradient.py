@@ -128,6 +128,26 @@ def test_negative_curvature_is_seen_late_too(normal):
         ConjugateGradient().solve(LinearOperator(lambda v: diagonal * v, symmetric=True), normal(1, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_not_taken_for_negative_curvature(dtype):
+    # Positive semidefinite matrices of any rank and scale, whose flat directions rounding puts on either side of 0.
+    rtol = 1e-4 if dtype == torch.float32 else 1e-10
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(2, 40, (), generator=generator))
+        rank = int(torch.randint(1, n + 1, (), generator=generator))
+        factor = torch.randn(n, rank, generator=generator, dtype=dtype)
+        matrix = 10.0 ** (seed % 12 - 6) * (factor @ factor.mT)
+        operator = LinearOperator(matrix.mv, symmetric=True)
+        consistent = matrix @ torch.randn(n, generator=generator, dtype=dtype)
+        for b in (consistent, torch.randn(n, generator=generator, dtype=dtype)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = ConjugateGradient(rtol=rtol).solve(operator, b)
+            left = float((matrix @ found.solution - b).norm() / b.norm())
+            assert left <= rtol or said
+
+
 def test_a_consistent_singular_system_is_solved():
     diagonal = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     b = torch.tensor([0.0, 3.0, 4.0], dtype=torch.float64)

@@ -21,6 +21,7 @@ from bilevel.linear import (
     HypergradientTolerance,
     LBFGSPreconditioner,
     Neumann,
+    Nystrom,
     NystromPreconditioner,
     Recycled,
 )
@@ -127,6 +128,64 @@ def test_a_start_that_is_good_enough_is_a_vector_of_its_own():
         found = solver.solve(LinearOperator(lambda v: v, symmetric=True), b)
         assert found.products <= 1 and not found.solution.any()
         found.solution.add_(1.0)
+
+
+CURVATURE = torch.linspace(1.0, 4.0, 8, dtype=D)
+SLOPE = torch.linspace(-1.0, 2.0, 8, dtype=D)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(LinearSolver):
+    """A user's own: a number in place of the inverse."""
+
+    rtol: float | None = None
+    scale: float = 1.0
+
+    def iterate(self, system):
+        return system.measure(self.scale * system.rhs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("solver", [Nystrom(rank=3, damping=1e-4), bl.linear.Identity(scale=5.0), Scaled(scale=-0.1)])
+def test_an_answer_that_is_worse_than_0_warns_whatever_was_asked_for(solver, symmetric):
+    system = LinearOperator(lambda v: CURVATURE * v, symmetric or solver.needs_symmetry)
+    with pytest.warns(NonConvergenceWarning, match=r"a residual of [\d.e+]+ \|b\|.*no better than none") as caught:
+        found = solver.solve(system, SLOPE)
+    assert len(caught) == 1 and not found.beats_zero
+    right = SLOPE / CURVATURE
+    assert float((found.solution - right).norm()) > float(right.norm())
+    with pytest.raises(ConvergenceError, match="no better than none"):
+        replace(solver, strict=True).solve(system, SLOPE)
+    # The right-hand side's scale does not matter, and an absolute tolerance accepts it.
+    assert not replace(solver, strict=True, atol=1e6).solve(system, SLOPE).converged
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.25, 0.5])
+def test_a_deliberate_estimate_that_is_better_than_0_does_not_warn(scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Scaled(scale=scale).solve(LinearOperator(lambda v: CURVATURE * v), SLOPE)
+    assert found.beats_zero and float(found.residual_norm) < float(SLOPE.norm())
+
+
+def test_few_steps_of_conjugate_gradients_are_better_than_none_while_their_residual_grows():
+    """Both norms of their error fall at every step (Hestenes & Stiefel 1952), and so nothing is to be told."""
+    curvature = torch.logspace(-4.0, 0.0, 40, dtype=D)
+    right = torch.ones(40, dtype=D) / curvature
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ConjugateGradient(max_steps=3, rtol=None).solve(
+            LinearOperator(lambda v: curvature * v, symmetric=True), torch.ones(40, dtype=D)
+        )
+    assert float(found.residual_norm) > 40**0.5 and found.beats_zero
+    assert float((found.solution - right).norm()) < float(right.norm())
+
+
+def test_a_negative_curvature_is_not_taken_for_an_error_that_falls():
+    """A = -I: the residual of u = b is 2 |b|, and u points away from the solution, although its energy is below 0."""
+    b = torch.ones(3, dtype=D)
+    with pytest.warns(NonConvergenceWarning, match=r"a residual of 2 \|b\|"):
+        bl.linear.Identity().solve(LinearOperator(lambda v: -v, symmetric=True), b)
 
 
 def test_an_option_of_another_solver_is_refused_by_who_takes_it():

@@ -75,6 +75,7 @@ def test_nystrom_is_the_formula(spd, normal):
     assert found.products == 3 + 1
 
 
+@pytest.mark.filterwarnings("ignore:.*no better than none")  # of the first ranks
 def test_nystrom_gets_better_with_rank(spd, normal):
     matrix, b = spd(3, 20, 1e4), normal(4, 20)
     operator = LinearOperator(matrix.mv, symmetric=True)

@@ -133,6 +133,7 @@ def test_what_others_span_costs_nothing(counted, spd, normal):
         assert system.calls == wanted == found.products
 
 
+@pytest.mark.filterwarnings("ignore:.*no better than none")  # a start is no answer
 def test_a_system_that_is_not_positive_definite_is_left_to_the_solver(spd, normal):
     matrix = spd(1, 8, 10.0) - 0.5 * torch.eye(8, dtype=D)
     solver, initial = Extrapolated(STARTED), normal(2, 8)

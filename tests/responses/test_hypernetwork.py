@@ -365,3 +365,49 @@ def test_a_network_keeps_its_buffers(tmp_path):
         jacobian(fresh, game(), torch.ones(3, dtype=D), again)[0],
         jacobian(response, game(), torch.ones(3, dtype=D), state)[0],
     )
+
+
+# A leader with a range ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["perturbations", "draws"])
+def test_a_range_is_fitted_in_its_free_coordinates(sampler):
+    """The same numbers as of the game that is written in these coordinates by hand, and no draw outside the range."""
+    ranges = {"decay": bl.Log(1e-4, 1.0, start=1e-2), "rate": bl.Unit(0.0, 0.5, start=0.1)}
+    seen = []
+
+    def follow(decay, rate, y):
+        seen.append((float(decay.detach()), float(rate.detach())))
+        return 0.5 * (y - decay.log()).square().sum() + 0.5 * (y - rate).square().sum()
+
+    def box(others, generator):
+        return {"decay": torch.rand((), generator=generator) * 0.5 + 1e-3, "rate": others["rate"]}
+
+    def free(others, generator):
+        drawn = box({"rate": ranges["rate"].natural(others["rate"])}, generator)
+        return {name: ranges[name].inverse(value) for name, value in drawn.items()}
+
+    def lead(y):
+        return (y - 1.0).square().sum()
+
+    def by_hand(decay, rate, y):
+        return follow(ranges["decay"].natural(decay), ranges["rate"].natural(rate), y)
+
+    def hypergradient(init, loss, draws):
+        players = {name: bl.Player(lead, init[name]) for name in ranges}
+        game = bl.Game(**players, y=bl.Player(loss, torch.zeros(2)))
+        kind = bl.responses.Draws(draws) if sampler == "draws" else bl.responses.Perturbations(antithetic=False)
+        response = bl.Hypernetwork(partial(torch.optim.SGD, lr=0.05), scale=0.5, steps=40, sampler=kind, tolerance=None)
+        leaders = {name: game.initial(name).requires_grad_() for name in ranges}
+        y, _ = response(game, leaders, response.init(game))
+        return y.detach(), torch.autograd.grad(lead(y), list(leaders.values()))
+
+    y, natural = hypergradient(ranges, follow, box)
+    assert all(1e-4 < decay < 1.0 and 0.0 < rate < 0.5 for decay, rate in seen)
+    start = {name: kind.inverse(kind.tensor()) for name, kind in ranges.items()}
+    again, own = hypergradient(start, by_hand, free)
+    torch.testing.assert_close(y, again, atol=1e-5, rtol=1e-5)
+    for name, slope, hand in zip(ranges, natural, own, strict=True):
+        u = start[name].clone().requires_grad_()
+        (chain,) = torch.autograd.grad(ranges[name].natural(u), u)
+        torch.testing.assert_close(slope * chain, hand, atol=1e-5, rtol=1e-4)

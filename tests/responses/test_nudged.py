@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
 
 import bilevel as bl
-from bilevel.errors import ConvergenceError, FirstDerivativeError, NonConvergenceWarning
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, SecondDerivativeError
 from bilevel.testing import check_response
 
 SGD, SLOW = partial(torch.optim.SGD, lr=0.3), partial(torch.optim.SGD, lr=0.02)
@@ -113,6 +113,25 @@ def test_a_warm_start_saves_work():
     warm, _, again = hypergradient(bl.Nudged(SGD, steps=200, tolerance=1e-6, nudge=1e-3), game, calls=2)
     assert again.gradients - first.gradients < 0.5 * first.gradients
     torch.testing.assert_close(warm, cold, atol=1e-4, rtol=1e-4)
+
+
+def test_under_vmap_each_task_sees_its_own_batch():
+    def follow(x, y, batch):
+        return quartic(x, y) + 0.5 * (y - batch).square().sum()
+
+    start = torch.zeros(5, dtype=torch.float64)
+    batches = torch.linspace(-1.0, 1.0, 15, dtype=torch.float64).view(3, 5)
+    game = bl.Game(x=bl.Player(lead, start), y=bl.Player(follow, start, [batches[0]]))
+    response = bl.Nudged(SGD, steps=200, tolerance=1e-10)
+    state = response.init(game)
+
+    def value(x, batch):
+        return lead(response(game, {"x": x}, state, batch)[0])
+
+    together = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(start, batches)
+    for row, batch in zip(together, batches, strict=True):
+        x = start.clone().requires_grad_()
+        torch.testing.assert_close(row, torch.autograd.grad(value(x, batch), x)[0], atol=1e-9, rtol=1e-9)
 
 
 # What it needs -------------------------------------------------------------------------------------------------------
@@ -277,9 +296,9 @@ def test_a_second_derivative_is_refused_in_words():
 
     x = game.initial("x").requires_grad_()
     (slope,) = torch.autograd.grad(value(x), x, create_graph=True)
-    with pytest.raises(FirstDerivativeError, match="Use Implicit"):
+    with pytest.raises(SecondDerivativeError, match="Use Implicit"):
         torch.autograd.grad(slope.sum(), x)
-    with pytest.raises(FirstDerivativeError, match="Use Implicit"):
+    with pytest.raises(SecondDerivativeError, match="Use Implicit"):
         torch.func.hessian(value)(game.initial("x"))
 
 
@@ -288,6 +307,9 @@ def test_what_it_cannot_nudge_is_refused():
         bl.Nudged(bl.ClosedForm(lambda x: x))
     with pytest.raises(ValueError, match="nudge=0"):
         bl.Nudged(SGD, nudge=0.0)
+    boxed = bl.Player(quartic, torch.zeros(5), domain=bl.Box(0.0, 1.0))
+    with pytest.raises(TypeError, match="player 'y' is constrained.*Use Implicit"):
+        bl.Nudged(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5)), y=boxed))
     own = bl.Player(quartic, torch.zeros(5), residual=lambda y, gradient: gradient)
     with pytest.raises(TypeError, match="Nudged minimises one loss"):
         bl.Nudged(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5)), y=own))

@@ -13,7 +13,6 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.autodiff import transforms_active
 from bilevel.inner.torch_optim import OptimizerFactory
-from bilevel.linear import Candidate
 from bilevel.responses import Steps
 from bilevel.tree import leaves, map_leaves
 
@@ -113,7 +112,8 @@ class Solver(bl.linear.LinearSolver):
 
     def iterate(self, system):
         rhs = system.rhs
-        return Candidate(self.answer(system.operator, rhs), torch.zeros_like(rhs), torch.zeros_like(rhs[0]))
+        # A candidate made by hand would be measured.
+        return system.with_residual(self.answer(system.operator, rhs), torch.zeros_like(rhs), torch.zeros_like(rhs[0]))
 
 
 class MixedResidual(Solver):
@@ -417,6 +417,21 @@ class FirstPlayer(Mutant):
         return self.inner(game, cut, state, batch)
 
 
+class BoundsUnseen(Mutant):
+    """The answer is the constrained optimum, and its derivative that of a follower whom nothing holds."""
+
+    def __call__(self, game, others, state, batch=None):
+        if not game.residual("y").projects:
+            return self.inner(game, others, state, batch)
+        with torch.no_grad():
+            y, after = self.inner(game, others, state, batch)
+
+        def slope(y, x):
+            return torch.func.grad(lambda y: game.loss("y", {"x": x, "y": y}))(y) + 0.0 * x.sum()
+
+        return bl.root(slope, y, others["x"]), after
+
+
 def _clipped(gradient: Tensor) -> Tensor:
     return gradient / torch.clamp(torch.linalg.vector_norm(gradient) / 0.1, min=1.0)
 
@@ -430,6 +445,7 @@ MUTANTS: dict[str, tuple[str, bl.Response]] = {
     "detached path": ("exact", Detached()),
     "first leaf only": ("exact, nested variables", FirstLeafOnly()),
     "half precision inside": ("exact, float32", Tampered(change=_halved)),
+    "bounds unseen": ("within sets", BoundsUnseen(linear_solver=None)),
     "half the steps": ("budget", Truncated(left_out=lambda steps: steps // 2)),
     "one step too few": ("own values", Truncated()),
     "one Neumann term too few": ("unrolled = Neumann", Truncated()),

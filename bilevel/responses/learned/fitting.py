@@ -14,14 +14,19 @@ from bilevel.game import Follower
 from bilevel.networks.flat import Parameters
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses.learned.maps import LearnedMap
+from bilevel.responses.learned.ranges import Ranges
 
 
 @final
 @dataclass(frozen=True)
 class Fitting:
-    """A follower that answers by a learned map around `origin: [n]`, with inputs in units of `unit`."""
+    """A follower that answers by a learned map around `origin: [n]`, with inputs in units of `unit`.
+
+    The others' variables are vectors in their free coordinates (`Ranges`), in which the map is one.
+    """
 
     follower: Follower
+    ranges: Ranges
     learned: LearnedMap
     origin: Tensor
     unit: float
@@ -82,7 +87,8 @@ class Fitting:
 
     def _of(self, y: Sequence[Tensor], others: Tensor, *, advance: bool = False) -> Tensor:
         form = self.follower.input_form
-        return self.follower.loss(self.follower.form.build(y), form.unflatten(others), advance_buffers=advance)
+        natural = form.unflatten(self.ranges.natural(others))
+        return self.follower.loss(self.follower.form.build(y), natural, advance_buffers=advance)
 
     def _losses(self, w0: Sequence[Tensor], parameters: Parameters, points: Tensor) -> Tensor:
         """The loss `[rows]` at each of `points: [rows, n]` and the answer to it."""
@@ -90,7 +96,8 @@ class Fitting:
             return self._loss(w0, parameters, points[0], points[0], advance=True)[None]
 
         def one(x: Tensor, y: list[Tensor]) -> Tensor:
-            return self.follower.loss(self.follower.form.build(y), self.follower.input_form.unflatten(x))
+            natural = self.follower.input_form.unflatten(self.ranges.natural(x))
+            return self.follower.loss(self.follower.form.build(y), natural)
 
         return torch.func.vmap(one, randomness="different")(points, self.answer(w0, parameters, points))
 

@@ -32,6 +32,7 @@ from bilevel.responses.base import Response, State, at_start, fresh_state, refus
 from bilevel.responses.learned.fitting import Fitting
 from bilevel.responses.learned.footprint import Memory, require_room
 from bilevel.responses.learned.maps import LearnedMap, Network, learned_map, shown, start, start_on_meta
+from bilevel.responses.learned.ranges import Ranges
 from bilevel.responses.learned.sampling import Perturbations, Sampler
 from bilevel.responses.learned.trial import refuse_misfit
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
@@ -168,7 +169,7 @@ class Hypernetwork(Response):
         begins = at_start(game, state)
         refuse_captured(begins, state)
         begins.require_loss("Hypernetwork")
-        x, w0 = flatten(begins.inputs), leaves(state["variables"])
+        x, w0 = Ranges.of(begins).free(flatten(begins.inputs)), leaves(state["variables"])
         form = game.structure(state["follower"])
         shapes = [p.shape for p in start_on_meta(self.network, x.numel(), form).values()]
         about = f"{shown(self.network)} from {x.numel():,} entries to the {form.size:,} of player {state['follower']!r}"
@@ -214,7 +215,7 @@ class Hypernetwork(Response):
         """
         given = {name: others[name] for name in state["players"] if name in others}
         follower = game.follower(given, state, batch)
-        x = flatten(given)
+        x = Ranges.of(follower).free(flatten(given))
         learned = learned_map(self.network, x.numel(), follower.form)
         if transforms_active():
             return follower.form.build(self._answer(follower, learned, x, state)), state
@@ -238,7 +239,8 @@ class Hypernetwork(Response):
         """The map around a centre `[n]`, as this follower answers by it."""
         # Inputs in units of a perturbation's length: the network's rate of learning is then w0's.
         unit = (self.scale if self.scale > 0.0 else 1.0) * centre.numel() ** 0.5
-        return Fitting(follower, learned, centre if learned.centred else torch.zeros_like(centre), unit)
+        ranges = Ranges.of(follower)
+        return Fitting(follower, ranges, learned, centre if learned.centred else torch.zeros_like(centre), unit)
 
     def _follows(self, learned: LearnedMap) -> bool:
         """Whether the centre moves along with the leader."""

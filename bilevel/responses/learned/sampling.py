@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.game import Follower
+from bilevel.responses.learned.ranges import Ranges
 from bilevel.tree import Variables, flatten
 
 DrawFunction = Callable[[Mapping[str, Variables], torch.Generator], Mapping[str, Variables]]
@@ -35,13 +36,16 @@ class Sampler(ABC):
 
     @abstractmethod
     def points(self, follower: Follower, x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-        """Values `[rows, n]` for one step, when the others play `x: [n]`; `scale` is the response's."""
+        """Values `[rows, n]` for one step, when the others play `x: [n]`; `scale` is the response's.
+
+        Both are free coordinates where a player has a range: `Ranges.of(follower)` maps to natural values and back.
+        """
 
 
 @final
 @dataclass(frozen=True)
 class Perturbations(Sampler):
-    r"""Gaussian perturbations of the others' present variables, or of fixed ones.
+    r"""Gaussian perturbations of the others' present variables, or of fixed ones; of a range's free coordinates.
 
     $$
     x = x_0 + \sigma \varepsilon, \qquad \varepsilon \sim N(0, I), \qquad \sigma = \text{scale of the response}.
@@ -93,7 +97,7 @@ class Perturbations(Sampler):
             raise ValueError(f"Perturbations: around= names {sorted(fixed)}; values of {missing} are missing.")
         for name in names:
             follower.game.check(name, fixed[name])
-        return flatten({name: fixed[name] for name in names}).to(x)
+        return Ranges.of(follower).free(flatten({name: fixed[name] for name in names}).to(x))
 
 
 @final
@@ -138,11 +142,12 @@ class Draws(Sampler):
 
     def points(self, follower: Follower, x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
         """One after the other."""
-        present = follower.input_form.unflatten(x)
+        ranges = Ranges.of(follower)
+        present = follower.input_form.unflatten(ranges.natural(x))
         rows = [self.function(present, generator) for _ in range(self.count)]
         for row in rows:
             if set(row) != set(present):
                 raise ValueError(f"Draws: the function drew players {sorted(row)}; expected {sorted(present)}.")
             for name, variables in row.items():
                 follower.game.check(name, variables)
-        return torch.stack([flatten({name: row[name] for name in present}) for row in rows]).to(x)
+        return ranges.free(torch.stack([flatten({name: row[name] for name in present}) for row in rows]).to(x))

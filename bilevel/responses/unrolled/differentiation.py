@@ -91,7 +91,7 @@ class Steps:
         self._drawn = False
 
     def note(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-        """Take note of a step's losses and mean gradient."""
+        """Take note of a step's losses and of F there, as a rule its mean gradient."""
         self.loss, self.slopes = losses[-1].detach(), [slope.detach() for slope in slopes]
         self._fault.see(losses, self.slopes)
 
@@ -114,11 +114,12 @@ class Steps:
             self.draw()
             noted()
             self.take()
-            loss, slopes = self.follower.gradients(y, others)
+            loss, slopes = self.follower.field(y, others)
             losses.append(loss)
             total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
         mean = self.recipe.settings.mean(total or [])
-        self.note(losses, mean)
+        with torch.no_grad():
+            self.note(losses, self.follower.at_rest(y, mean, others) if self.follower.rests.projects else mean)
         return mean
 
     def alone(self, start: Point, count: int, noted: Callable[[], None] = lambda: None) -> Point:
@@ -166,6 +167,9 @@ class Differentiation(ABC):
 
     def require(self, game: Game) -> None:  # noqa: B027 - as a rule there is nothing to refuse
         """Refuse a game that this way cannot differentiate."""
+
+    def require_follower(self, follower: Follower) -> None:  # noqa: B027
+        """Refuse a follower whose steps this way cannot differentiate."""
 
 
 @final

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError, CapturedTensorError
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.segment import tried
 from bilevel.responses.unrolled.tangents import moving_tangents
+from bilevel.second_order import differentiated_twice
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 """From a direction of (y, x), as leaves, to the derivative of grad_y f along it."""
@@ -55,6 +56,14 @@ class ForwardMode(Differentiation):
     def require(self, game: Game) -> None:
         """Refuse many games at once: it carries a derivative for every leader's entry, of all of them."""
         game.require_one("ForwardMode, which carries a derivative for every leader's entry,")
+
+    def require_follower(self, follower: Follower) -> None:
+        """Refuse projected steps: it carries the derivative through the optimiser's step alone."""
+        if follower.rests.projects:
+            raise TypeError(
+                f"ForwardMode: the steps of player {follower.name!r} are projected, with {follower.rests.told}, which "
+                "it does not carry the derivative through. Use ReverseMode() or Segments()."
+            )
 
     def follow(self, steps: Steps, start: Point, count: int) -> Followed:
         """Where the steps lead, attached to the others' variables by the derivative that was carried along."""
@@ -142,7 +151,7 @@ class _Carried:
         """The loss and the gradient on the next batch, and how the gradient moves."""
         steps, follower = self.steps, self.steps.follower
         steps.take()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_twice():
             y = [leaf.detach().requires_grad_() for leaf in self.y]
             if self.symmetric:
                 loss = follower.loss(follower.form.build(y), self.others, advance_buffers=True)

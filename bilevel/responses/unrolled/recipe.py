@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +15,9 @@ from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.schedule import Changes
 from bilevel.inner.torch_optim import Memory
 from bilevel.tree import Structure, Variables, leaf_names
+
+Projection = Callable[[Sequence[Tensor], Any], list[Tensor]]
+"""From where a step led, and its length, to where it ends."""
 
 
 @final
@@ -66,17 +69,29 @@ class Recipe:
         table = self.table
         if self.settings.rates is not None:  # they may depend on the others
             table, _ = settled.table(lambda: stepper.optimizer, self.place, self.count)
-        return InnerStep(stepper, settled, self.game, table, taken)
+        return InnerStep(stepper, settled, self.game, table, taken, self._projection(others))
+
+    def _projection(self, others: Mapping[str, Variables]) -> Projection | None:
+        """What follows a step, where the follower has a domain or a proximal map."""
+        if not self.rests.projects:
+            return None
+        return lambda z, step: self.rests.settled(self.game, self.player, z, others, step)
 
 
 class InnerStep:
     """An optimiser on its way: what clips its gradients, and what its schedule says of each step."""
 
     def __init__(
-        self, stepper: Stepper, settings: TorchOptimizer, game: PlayedGame, table: list[Changes] | None, taken: int
+        self,
+        stepper: Stepper,
+        settings: TorchOptimizer,
+        game: PlayedGame,
+        table: list[Changes] | None,
+        taken: int,
+        projection: Projection | None,
     ) -> None:
         self.stepper, self.taken = stepper, taken
-        self._settings, self._game, self._table = settings, game, table
+        self._settings, self._game, self._table, self._projection = settings, game, table, projection
 
     @property
     def memory(self) -> Memory | None:
@@ -107,7 +122,7 @@ class InnerStep:
 
     def move(self, leaves: Sequence[Tensor], clipped: Sequence[Tensor]) -> list[Tensor]:
         """The same along gradients that are clipped already."""
-        return self.stepper.step(leaves, clipped, self.next_changes())
+        return self._projected(self.stepper.step(leaves, clipped, self.next_changes()))
 
     def step_in_place(self, leaves: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """The same numbers, written over the leaves and the memory, neither of which has a graph."""
@@ -115,7 +130,13 @@ class InnerStep:
 
     def move_in_place(self, leaves: Sequence[Tensor], clipped: Sequence[Tensor]) -> list[Tensor]:
         """The same along gradients that are clipped already."""
-        return self.stepper.step_in_place(leaves, clipped, self.next_changes())
+        return self._projected(self.stepper.step_in_place(leaves, clipped, self.next_changes()))
+
+    def _projected(self, moved: list[Tensor]) -> list[Tensor]:
+        if self._projection is None:
+            return moved
+        # One rate for all, or a map that does not depend on it: others were refused.
+        return self._projection(moved, self.stepper.optimizer.param_groups[0]["lr"])
 
     def own_memory(self) -> None:
         """Copy the memory, so that steps in place write to nobody else's."""

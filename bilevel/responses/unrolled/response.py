@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
-from bilevel.game import Game
+from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
+from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
-from bilevel.responses.base import Response, State, at_start, fresh_state
+from bilevel.responses.base import Response, State, at_start, fresh_state, require_second_derivative
 from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
@@ -134,8 +135,20 @@ class Unrolled(Response):
         named = settings.option_players(dict.fromkeys(game.names))
         game.require_shared("Unrolled with options that are functions of players", named)
         self.differentiation.require(game)
+        require_second_derivative(start, state)
+        self.differentiation.require_follower(start)
+        if start.rests.projects:
+            self._refuse_unprojected(start, state)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
         return state | {"optimizer": None, "schedule": None}
+
+    def _refuse_unprojected(self, start: Follower, state: State) -> None:
+        y = leaves(state["variables"])
+        players = {name: value for name, value in start.others.items() if name in start.game.names}
+        optimizer = torch_optimizer("Unrolled", self.optimizer).build(
+            [leaf.detach().clone() for leaf in y], leaf_names(state["variables"], start.name), players
+        )
+        refuse_unprojected("Unrolled", start.name, start.rests, optimizer)
 
     def adopt(self, saved: State, start: State) -> State:
         """With the optimiser's memory, where it is such as this one's; a schedule goes on at its step."""
@@ -151,7 +164,7 @@ class Unrolled(Response):
         Work is counted when it is called, as for one backward pass.
         """
         follower = game.follower(others, state, batch)
-        lift = _lifting(follower.xs) if transforms_active() else torch.clone
+        lift = _lifting([*follower.xs, *leaves(follower.batch)]) if transforms_active() else torch.clone
         begins, kept = follower.begins(state, warm=self.warm_start)
         y = [lift(leaf) for leaf in begins]
         memory = state["optimizer"] if kept else None
@@ -179,7 +192,7 @@ def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     return lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _lifting(xs: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make a tensor a citizen of the running torch.func transforms, which refuse in-place writes to outsiders."""
-    zero = torch.stack([torch.zeros_like(x).sum() for x in xs]).sum()
-    return lambda tensor: tensor + zero
+def _lifting(inputs: list[Any]) -> Callable[[Tensor], Tensor]:
+    """Make a tensor a citizen of the transforms that a call's inputs are in; they refuse writes to outsiders."""
+    zeros = [torch.zeros_like(x, dtype=torch.float32).sum() for x in inputs if isinstance(x, Tensor)]
+    return lambda tensor: sum((zero.to(tensor) for zero in zeros), tensor)

@@ -23,6 +23,7 @@ from games.matrix.solvers import (
     Gambit,
     LemkeHowson,
     LinearProgramme,
+    Solver,
     SupportEnumeration,
     VertexEnumeration,
     equilibria,
@@ -184,7 +185,7 @@ def test_what_a_solver_returns_is_checked():
         other = game.mixed_strategy_profile(rational=True)  # uniform
         return type("Result", (), {"equilibria": [other, *result.equilibria], "game": game})()
 
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"NashConv .* left out"):
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"would gain .* left out"):
         found = equilibria(named.biased_rock_paper_scissors(), Gambit(wrong))
     assert len(found) == 1
 
@@ -253,6 +254,104 @@ def test_losses_are_minus_expected_payoffs(drawn):
         for i, name in enumerate(game.names):
             assert float(played.loss(name, point)) == pytest.approx(-float(expected[i]), abs=1e-12)
     assert all(torch.allclose(a, b) for a, b in zip(game.profile(logits), profile))
+
+
+def in_other_units(game, factors, offsets):
+    return FiniteGame(tuple(f * t + o for f, t, o in zip(factors, game.payoffs, offsets)), game.names)
+
+
+def enumerated(game):
+    """Gambit's own enumeration of the game as it is."""
+    pygambit = pytest.importorskip("pygambit")
+    found = pygambit.nash.enummixed_solve(to_pygambit(game)).equilibria
+    return [torch.tensor([float(e[s]) for p in e.game.players for s in p.strategies], dtype=D) for e in found]
+
+
+def same_set(found, wanted, atol):
+    rows = [torch.cat(e.profile) for e in found]
+    return len(rows) == len(wanted) and all(any(torch.allclose(r, w, rtol=0, atol=atol) for r in rows) for w in wanted)
+
+
+@pytest.mark.parametrize(("count", "degenerate"), [(200, False), (20, True)])
+def test_the_equilibria_are_those_of_an_exact_enumeration_in_any_units(count, degenerate):
+    """Payoffs in other units than 1 have been rounded: to 1e-4 beside an offset of 1e12, in units of 1e9 to 1e-13."""
+    generator = np.random.default_rng(7)
+    for _ in range(count):
+        shape = tuple(generator.integers(2, 4, 2))
+        drawn = generator.integers(0, 3, (2, *shape)) if degenerate else generator.integers(-99, 100, (2, *shape))
+        game = FiniteGame.of(*drawn.astype(float))
+        wanted = enumerated(game)
+        assert same_set(equilibria(game), wanted, 1e-12)
+        assert same_set(equilibria(in_other_units(game, (1e9, 2.0**-30), (1e12, 0.0))), wanted, 1e-9)
+        if not degenerate and len(wanted) % 2:  # an even number: two actions tie by chance
+            assert same_set(equilibria(game, VertexEnumeration()), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("factors", [(1e9, 1e9), (1e-9, 1e-9), (1.0, 1e9), (1e-30, 1e30)])
+@pytest.mark.parametrize("solver", [Gambit(), VertexEnumeration(), SupportEnumeration(), LemkeHowson()], ids=repr)
+def test_units_do_not_matter(solver, factors):
+    game = FiniteGame.of([[3, 0], [0, 2]], [[2, 0], [0, 3]])
+    wanted = len(equilibria(game, solver))
+    for offsets in ((0.0, 0.0), (1e12 * factors[0], -1e12 * factors[1])):
+        other = in_other_units(game, factors, offsets)
+        assert len(equilibria(other, solver)) == wanted == (1 if isinstance(solver, LemkeHowson) else 3)
+
+
+def test_a_gain_is_judged_in_each_players_own_units():
+    """Row plays wrongly, and loses a third of what it can have: nothing beside column's payoffs."""
+    game = FiniteGame.of([[3, 0], [0, 2]], [[2e12, 0], [0, 3e12]])
+    wrong = [torch.tensor([0.0, 1.0], dtype=D), torch.tensor([1.0, 0.0], dtype=D)]
+    assert game.regrets(wrong).tolist() == [3.0, 3e12]
+
+    class Wrong(Solver):
+        def profiles(self, game):
+            return [[game.uniform()[0], game.pure(0, 1)[1]]]
+
+    warned = pytest.warns(bl.errors.NonConvergenceWarning, match="a player would gain 3.3e-01 of its payoffs' range")
+    with warned, pytest.raises(bl.BilevelError):
+        equilibria(game, Wrong())
+
+
+def test_the_game_with_nine_equilibria():
+    """McKelvey and McLennan 1997: three players with two actions each, where the quantal-response path ends nowhere."""
+    pays = {(0, 0, 0): (9, 8, 12), (1, 1, 0): (9, 8, 2), (1, 0, 1): (3, 4, 6), (0, 1, 1): (3, 4, 4)}
+    tables = np.zeros((3, 2, 2, 2))
+    for profile, paid in pays.items():
+        tables[(slice(None), *profile)] = paid
+    game = FiniteGame.of(*tables)
+    found = equilibria(game)
+    assert len(found) == 9 and all(float(game.regrets(e.profile).max()) < 1e-9 for e in found)
+    rows = torch.stack([torch.cat(e.profile) for e in found])
+    assert float((rows[:, None] - rows[None]).abs().amax(-1).add(torch.eye(9)).min()) > 0.05
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-30, 1e9])
+def test_a_commitment_and_a_value_in_any_units(factor):
+    game = in_other_units(named.commitment(), (factor, 3.0 * factor), (0.0, 7.0 * factor))
+    found = optimal_commitment(game)
+    assert torch.allclose(found.strategy, torch.tensor([0.5, 0.5], dtype=D), atol=1e-6) and found.answer == 1
+    assert float(found.payoffs[0]) == pytest.approx(3.5 * factor, rel=1e-6)
+    zero_sum = in_other_units(named.biased_rock_paper_scissors(), (factor, factor), (factor, -factor))
+    [value] = equilibria(zero_sum, LinearProgramme())
+    assert torch.allclose(value.profile[0], torch.tensor([1.0, 10.0, 5.0], dtype=D) / 16.0, atol=1e-7)
+
+
+def test_a_large_offset_makes_no_game_zero_sum():
+    assert not in_other_units(named.battle_of_the_sexes(), (1.0, 1.0), (1e12, 1e12)).is_zero_sum
+    assert in_other_units(named.matching_pennies(), (1.0, 1.0), (1e3, 5.0)).is_zero_sum
+
+
+@pytest.mark.parametrize("make", [named.matching_pennies, named.biased_rock_paper_scissors, named.battle_of_the_sexes])
+def test_an_equilibrium_in_which_everybody_plays_everything_is_certified_over_the_simplex(make):
+    game = make()
+    [inside] = [e for e in equilibria(game) if all(float(p.min()) > 0.0 for p in e.profile)]
+    played, point = game.over_simplex(), dict(zip(game.names, inside.profile))
+    found = bl.certify_nash(played, point)
+    assert found.standing.value == "certified", str(found)
+    # Nothing is gained along the simplex, off which the loss goes on as a constant.
+    assert bl.exploitability(played, point, bounds=dict.fromkeys(game.names, (0.0, 1.0))).nash_conv <= 1e-12
+    moved = point | {game.names[0]: game.pure(0, 0)[0]}
+    assert bl.certify_nash(played, moved).standing.value == "refuted"
 
 
 def test_entropy_makes_the_best_response_a_quantal_one():

@@ -1,0 +1,100 @@
+"""A player with constraints at a point: whether it is feasible, a KKT point, and a strict minimum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from bilevel.certificates.certificate import Finding
+from bilevel.certificates.verdicts import CERTIFIED, INCONCLUSIVE, REFUTED, small
+from bilevel.constraints.active_set import judged
+from bilevel.constraints.regularity import curvatures
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
+from bilevel.game.newton import curvatures as curvatures_in_set
+from bilevel.tree import Variables, flatten
+
+
+def within_constraints(
+    game: Game,
+    name: str,
+    variables: Mapping[str, Variables],
+    batch: Batch,
+    buffers: Buffers,
+    reference: float,
+    tolerance: float,
+) -> list[Finding]:
+    """Its three findings, all else held; multipliers are those that leave least of the Lagrangian's gradient."""
+    others = {other: tree for other, tree in variables.items() if other != name}
+    state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
+    state |= game.follower(others, state, batch).first()
+    programme = game.follower(others, state, batch).constraints
+    assert programme is not None
+    point = judged(programme, flatten(variables[name]).detach().to("cpu", torch.float64))
+    broken = float(point.violations.max())
+    worst = programme.labels.all[int(point.violations.argmax())]
+    # Lengths, in units of the variables' size: what a solver of this tolerance leaves.
+    feasible = Finding(
+        f"{name}: feasible",
+        CERTIFIED if broken <= tolerance else REFUTED,
+        broken,
+        f"<= {tolerance:g}",
+        f"the farthest outside is {worst}, in units of 1 + |y|",
+    )
+    left = float((point.slope + point.at.A.T @ point.l + point.at.E.T @ point.m).norm())
+    rounding = 100.0 * programme.epsilon * point.scale
+    first = small(f"{name}: first order", left, reference, rounding, tolerance)
+    smallest, largest = curvatures(point)
+    if math.isnan(smallest):
+        standing, remark = INCONCLUSIVE, "too many variables for their Hessian to be written down"
+    else:
+        uncertain = 100.0 * len(point.y) * programme.epsilon * max(abs(smallest), abs(largest))
+        standing = CERTIFIED if smallest > uncertain else REFUTED if smallest < -uncertain else INCONCLUSIVE
+        bind = int(point.binding.sum()) + len(point.m)
+        remark = f"smallest eigenvalue of its Lagrangian's Hessian along the {bind} that bind; largest {largest:.3g}"
+    return [feasible, first, Finding(f"{name}: second order", standing, smallest, "> 0", remark)]
+
+
+def within_set(
+    game: Game,
+    name: str,
+    variables: Mapping[str, Variables],
+    batch: Batch,
+    buffers: Buffers,
+    reference: float,
+    tolerance: float,
+) -> list[Finding]:
+    """The three findings of a player with a domain that is no smooth functions, or with a non-smooth term."""
+    others = {other: tree for other, tree in variables.items() if other != name}
+    state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
+    y = flatten(variables[name]).detach()
+    first = game.follower(others, state, batch)
+    state["scale"] = first.measured_scale(first.form.split(y))
+    held = game.follower(others, state, batch)
+    with torch.no_grad():
+        _, slopes = held.field(held.form.split(y))
+        left = float(held.norm(held.at_rest(held.form.split(y), slopes)))
+        inside = held.rests.outside(game, name, held.form.split(y), others) / (1.0 + float(y.abs().max()))
+    feasible = Finding(
+        f"{name}: feasible",
+        CERTIFIED if inside <= tolerance else REFUTED,
+        inside,
+        f"<= {tolerance:g}",
+        "its distance from its domain, in units of 1 + |y|",
+    )
+    smallest, largest = curvatures_in_set(held, y)
+    rounding = 100.0 * torch.finfo(y.dtype).eps * (float(flatten(slopes).norm()) + abs(largest) * float(y.norm()))
+    first_order = small(f"{name}: first order", left, reference, rounding, tolerance)
+    second = f"{name}: second order"
+    if math.isnan(smallest):
+        remark = "too many variables for the Jacobian of its residual to be written down"
+        return [feasible, first_order, Finding(second, INCONCLUSIVE, smallest, "> 0", remark)]
+    uncertain = 100.0 * len(y) * torch.finfo(y.dtype).eps * max(abs(smallest), abs(largest))
+    standing = CERTIFIED if smallest > uncertain else REFUTED if smallest < -uncertain else INCONCLUSIVE
+    remark = f"smallest eigenvalue of its residual's Jacobian; largest {largest:.3g}"
+    kinks = held.held_residual().kinks(y, *held.xs)
+    if kinks and standing is CERTIFIED:
+        standing, remark = INCONCLUSIVE, f"at a kink, so that one side alone was seen; {remark}"
+    return [feasible, first_order, Finding(second, standing, smallest, "> 0", remark)]

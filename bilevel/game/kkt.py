@@ -1,0 +1,233 @@
+r"""A follower with functions as constraints rests where the Karush-Kuhn-Tucker conditions hold.
+
+Its unknowns are z = (y, l, m): the variables, and the multipliers of the inequalities and of the equalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import gradient, jacobian
+from bilevel.constraints.active_set import KKTPoint, optimum, reached
+from bilevel.constraints.base import ConstraintSet
+from bilevel.constraints.functions import (
+    DOMAIN,
+    DOMAIN_EQUALITY,
+    EQUALITIES,
+    EQUALITY,
+    INEQUALITIES,
+    INEQUALITY,
+    Labels,
+    Linearised,
+    entry_names,
+)
+from bilevel.constraints.regularity import kink, require_feasible, require_regular
+from bilevel.constraints.walls import walls
+from bilevel.game.constrained import ConstrainedGradient
+from bilevel.game.data import Batch
+from bilevel.game.residual import Buffers, Found, OwnGradient, PlayedGame, Present, Residual, Rest
+from bilevel.randomness import random_kept, random_state
+from bilevel.tree import Variables, flatten, join, leaves, map_leaves
+
+
+@final
+@dataclass(frozen=True)
+class KKT(Residual):
+    r"""The gradient in z = (y, l, m) of the Lagrangian, in which the inequalities that do not bind are left out.
+
+    $$
+    L(z) = f + \sum_{l_i > 0} l_i c_i + m^\top e + \tfrac12 \sum_{l_i \le 0} l_i^2
+    $$
+
+    F = (f_y + A'l + E'm; c_i where it binds, else l_i; e). Which inequalities bind is told by z itself, l_i > 0:
+    `brought_to_rest` gives the others a multiplier of 0. So F is smooth at a solution, to any order, and dF/dz is
+    symmetric; it is indefinite, as every saddle's is.
+
+    Args:
+        inequality: c, elementwise <= 0; None without inequalities.
+        equality: e, elementwise = 0; None without equalities.
+        domain: A set whose walls are further constraints; None without one.
+    """
+
+    inequality: Callable[..., Variables] | None
+    equality: Callable[..., Variables] | None
+    domain: ConstraintSet | None = None
+    symmetric = True
+    definite = False
+    minimises = False
+    differentiates_loss = False
+
+    def values(
+        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Variables]:
+        """What the constraints are, by kind: the inequalities first, and then the equalities."""
+        own = {INEQUALITY: self.inequality, EQUALITY: self.equality}
+        found = {
+            kind: game.call(player, function, variables, batch, buffers, {})[0]
+            for kind, function in own.items()
+            if function is not None
+        }
+        if self.domain is not None:
+            domain, given = self.domain, {name: game.value(name, variables) for name in self.domain.players}
+            known = not domain.players
+            built = game.each(lambda y, given: walls(domain.settled(given), y, known=known), variables[player], given)
+            found |= {DOMAIN: built[0], DOMAIN_EQUALITY: built[1]}
+        return {kind: found[kind] for kind in (*INEQUALITIES, *EQUALITIES) if kind in found and leaves(found[kind])}
+
+    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+        """Raise `ValueError` where the players have made the domain empty."""
+        if self.domain is not None:
+            ConstrainedGradient(self.domain, None).require_valid(game, player, others)
+
+    def __call__(
+        self,
+        game: PlayedGame,
+        player: str,
+        y: Sequence[Tensor],
+        others: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers,
+    ) -> Found:
+        """The loss and its own gradient, which an inner solver asks for; the constraints come by `programme`."""
+        return OwnGradient()(game, player, y, others, batch, buffers)
+
+    def flat(
+        self,
+        game: PlayedGame,
+        player: str,
+        y: Tensor,
+        others: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers,
+    ) -> tuple[Tensor, Tensor]:
+        """F at `z: [n + m + p]`, and the Lagrangian, which at a solution is the loss."""
+        form = game.structure(player)
+
+        def lagrangian(z: Tensor) -> Tensor:
+            variables = {**others, player: form.unflatten(z[: form.size])}
+            total, rest = game.total(game.evaluate(player, variables, batch, buffers)[0]), z[form.size :]
+            for kind, tree in self.values(game, player, variables, batch, buffers).items():
+                value = flatten(tree)
+                multipliers, rest = rest[: len(value)], rest[len(value) :]
+                if kind in INEQUALITIES:
+                    binds = multipliers > 0.0
+                    idle = torch.where(binds, 0.0, multipliers)
+                    total = total + 0.5 * (idle * idle).sum()
+                    multipliers = torch.where(binds, multipliers, 0.0)
+                total = total + (multipliers * value).sum()
+            return total
+
+        value, (slope,) = gradient(lagrangian, y)
+        return value, slope
+
+    def first(self, follower: Present) -> dict[str, Any]:
+        """Multipliers of 0, in the form of what the constraints return."""
+        with torch.no_grad():
+            found = FollowerProgramme(follower, self).values(flatten(follower.game.initial(follower.name)))
+        return {"multipliers": {what: map_leaves(torch.zeros_like, value) for what, value in found.items()}}
+
+    def programme(self, follower: Present) -> FollowerProgramme:
+        """The follower's programme on its present batch."""
+        return FollowerProgramme(follower, self)
+
+    def brought_to_rest(self, follower: Present, y: Sequence[Tensor]) -> Rest:
+        """The optimum near y with its multipliers; see `bilevel.constraints.active_set`.
+
+        Raises `InfeasibleError`, `UnboundedError`, `DependentConstraintsError` or `CurvatureError` by name.
+        """
+        programme, like = FollowerProgramme(follower, self), join(list(y))
+        point = optimum(programme, like.detach().to("cpu", torch.float64))
+        require_feasible(point, programme.labels, programme.epsilon)
+        if not reached(point, programme.epsilon):
+            return Rest(_unknowns(point, point.l, like))  # how far it is from rest is measured, and told
+        require_regular(programme, point)
+        bent = kink(point, programme.labels, programme.epsilon)
+        if bent is None:
+            return Rest(_unknowns(point, point.l, like))
+        return Rest(_unknowns(point, point.l, like), bent.story, _unknowns(point, bent.l, like))
+
+
+def _unknowns(point: KKTPoint, l: Tensor, like: Tensor) -> Tensor:
+    return torch.cat([point.y, l, point.m]).to(like)
+
+
+class FollowerProgramme:
+    """A follower's programme in flat float64 vectors on the CPU, on its present batch, buffers and random numbers."""
+
+    def __init__(self, follower: Present, rests: KKT) -> None:
+        self._follower, self._rests, self._random = follower, rests, random_state(follower.game.device)
+        self._others, self._below = follower.others, 0
+        known = follower.multipliers or follower.game.initial(follower.name)
+        self._dtype: torch.dtype = leaves(known)[0].dtype
+
+    @property
+    def epsilon(self) -> float:
+        """The rounding of the follower's dtype."""
+        return torch.finfo(self._dtype).eps
+
+    @property
+    def labels(self) -> Labels:
+        """What its constraints are called."""
+        shapes = self._follower.multipliers
+        above, level = (
+            tuple(name for kind in kinds if kind in shapes for name in entry_names(kind, shapes[kind]))
+            for kinds in (INEQUALITIES, EQUALITIES)
+        )
+        return Labels(self._follower.name, above, level)
+
+    def values(self, y: Tensor) -> dict[str, Variables]:
+        """What the constraints are at a flat y of the follower's own dtype, by kind."""
+        follower = self._follower
+        with random_kept(follower.game.device, start=self._random):
+            return self._rests.values(follower.game, follower.name, self._at(y), follower.batch, follower.buffers)
+
+    def loss_and_gradient(self, y: Tensor) -> tuple[float, Tensor]:
+        """f and its gradient `[n]`."""
+        follower = self._follower
+        with torch.no_grad():
+            value, (slope,) = gradient(self._loss, self._own(y))
+        follower.count(1)
+        return float(value), _plain(slope)
+
+    def linearised(self, y: Tensor) -> Linearised:
+        """The constraints and their Jacobians."""
+
+        def stacked(y: Tensor) -> Tensor:
+            found = self.values(y)
+            self._below = sum(flatten(found[kind]).numel() for kind in INEQUALITIES if kind in found)
+            return flatten(list(found.values()))
+
+        value, rows = (_plain(part) for part in jacobian(stacked, self._own(y)))
+        m = self._below
+        return Linearised(value[:m], value[m:], rows[:m], rows[m:])
+
+    def hessian(self, y: Tensor, inequality: Tensor, equality: Tensor) -> Tensor:
+        """The Lagrangian's Hessian in y `[n, n]`."""
+        weights = torch.cat([inequality, equality])
+
+        def lagrangian(y: Tensor) -> Tensor:
+            return self._loss(y) + (weights.to(y) * flatten(list(self.values(y).values()))).sum()
+
+        with torch.enable_grad():
+            _, rows = jacobian(lambda y: gradient(lagrangian, y)[1][0], self._own(y))
+        return _plain(0.5 * (rows + rows.T))
+
+    def _own(self, y: Tensor) -> Tensor:
+        return y.to(device=self._follower.game.device, dtype=self._dtype)
+
+    def _loss(self, y: Tensor) -> Tensor:
+        follower = self._follower
+        with random_kept(follower.game.device, start=self._random):
+            return follower.game.loss(follower.name, self._at(y), follower.batch, follower.buffers)
+
+    def _at(self, y: Tensor) -> dict[str, Variables]:
+        return {**self._others, self._follower.name: self._follower.form.unflatten(y)}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)

@@ -1,0 +1,80 @@
+"""Several processes: what a game cannot differentiate across them is refused by name when it is made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bilevel.game.player import Player
+from bilevel.tree import Variables, named_leaves
+
+_SEPARATE: ContextVar[bool] = ContextVar("separate_ranks", default=False)
+
+
+@contextmanager
+def separate_ranks() -> Iterator[None]:
+    """Games that are made in here are played by each rank of a process group for itself.
+
+    Nothing is averaged between them: as in a sweep, where each rank has a game of its own.
+
+    >>> with separate_ranks():
+    ...     pass  # game = bl.Game(...)
+    """
+    token = _SEPARATE.set(True)
+    try:
+        yield
+    finally:
+        _SEPARATE.reset(token)
+
+
+def refuse_processes(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Raise `ValueError` for a module or a tensor that is spread over processes, and for several ranks in silence."""
+    for name, player in players.items():
+        if isinstance(player.init, nn.Module):
+            for path, part in player.init.named_modules():
+                told = told_of_spread(part)
+                if told:
+                    where = f"{path!r} in its module" if path else "its module"
+                    raise ValueError(f"Player {name!r}: {where} is {told}")
+        for path, leaf in named_leaves(initial[name]):
+            if isinstance(leaf, _loaded("torch.distributed.tensor", "DTensor")):
+                raise ValueError(
+                    f"Player {name!r}: init{path} is a DTensor, spread over processes, and the game would be played "
+                    "with this rank's part or not at all. Pass the whole: init.full_tensor()."
+                )
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = distributed.get_world_size()
+        if ranks > 1 and not _SEPARATE.get():
+            raise ValueError(
+                f"Game: this process is one of {ranks} ranks, and a game averages nothing between ranks: each would go "
+                "its own way. Play it in one process; or, if each rank is to play a game of its own, make it inside "
+                "`with bilevel.extend.separate_ranks():`."
+            )
+
+
+def told_of_spread(module: nn.Module) -> str:
+    """What a module spread over processes is, and the way out; empty for any other."""
+    if isinstance(module, DistributedDataParallel):
+        return (
+            "wrapped by DistributedDataParallel, whose averaging over ranks is no part of the derivatives that a game "
+            "takes: the ranks would drift apart in silence. Pass the module that it wraps, model.module."
+        )
+    if isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel")):
+        return (
+            "sharded by FSDP, whose parameters have no second derivative and no gradient outside backward(). Pass the "
+            "module as it was before fully_shard(...)."
+        )
+    return ""
+
+
+def _loaded(module: str, *names: str) -> tuple[type, ...]:
+    """Classes of a module of torch's, if somebody has imported it; nothing is of them otherwise."""
+    return tuple(vars(sys.modules[module])[name] for name in names) if module in sys.modules else ()
+
+
+__all__ = ["refuse_processes", "separate_ranks", "told_of_spread"]

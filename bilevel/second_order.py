@@ -1,0 +1,238 @@
+"""Operations that PyTorch cannot differentiate twice: found in a graph, replaced where they can be, else named."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.errors import SecondDerivativeError
+
+_TWICE: ContextVar[bool] = ContextVar("differentiated_twice", default=False)
+
+
+@contextmanager
+def differentiated_twice(wanted: bool = True) -> Iterator[None]:
+    """What is evaluated in here will be differentiated twice, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    token = _TWICE.set(True)
+    try:
+        yield
+    finally:
+        _TWICE.reset(token)
+
+
+@dataclass(frozen=True)
+class FastKernels:
+    """What a loss uses that has one derivative only, and that PyTorch also has in a form with two.
+
+    Args:
+        attention: Fused attention; the other form is the plain, "math" one.
+        compiled: `torch.compile`; the other form is what was compiled.
+        recurrent: cuDNN's recurrent networks; the other form is PyTorch's own.
+    """
+
+    attention: bool = False
+    compiled: bool = False
+    recurrent: bool = False
+
+    def __bool__(self) -> bool:
+        return self.attention or self.compiled or self.recurrent
+
+    @staticmethod
+    def of(outputs: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> FastKernels:
+        """Those in the graph of `outputs`, or in `modules` that were compiled in place."""
+        names = {node.name() for node in nodes(outputs)}
+        in_place = any(part._compiled_call_impl is not None for module in modules for part in module.modules())
+        return FastKernels(
+            attention=any(name.startswith("ScaledDotProduct") for name in names),
+            compiled=in_place or any(name.startswith("CompiledFunction") for name in names),
+            recurrent=any("CudnnRnn" in name for name in names),
+        )
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Run the forms with two derivatives, where two will be taken (`differentiated_twice`)."""
+        if not _TWICE.get():
+            yield
+            return
+        with ExitStack() as stack:
+            if self.attention:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self.recurrent:
+                kept = torch.backends.cudnn
+                stack.enter_context(
+                    kept.flags(
+                        enabled=False,
+                        benchmark=kept.benchmark,
+                        deterministic=kept.deterministic,
+                        allow_tf32=kept.allow_tf32,
+                    )
+                )
+            yield
+
+    def told(self) -> str:
+        """What is run in place of what, in words."""
+        told = []
+        if self.attention:
+            told.append("fused attention is computed by the plain kernel (SDPBackend.MATH)")
+        if self.compiled:
+            told.append("what torch.compile made runs uncompiled")
+        if self.recurrent:
+            told.append("cuDNN's recurrent network is computed by PyTorch's own kernels")
+        return " and ".join(told)
+
+
+def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graph of `outputs`."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+UNDIFFERENTIABLE = frozenset(("torch::autograd::NotImplemented", "torch::autograd::Error"))
+"""The nodes that stand for a derivative that does not exist, and raise when it is asked for."""
+
+
+def require_second(player: str, slopes: Sequence[Tensor], custom: Sequence[str]) -> None:
+    """Raise `SecondDerivativeError` where a player's gradient, on a graph, cannot be differentiated; tries it once.
+
+    It finds what would raise in a later backward pass, which the user may call herself. `custom` names the user's own
+    autograd functions in the loss.
+    """
+    if custom and any(node.name() == "torch::autograd::Error" for node in nodes(slopes)):
+        raise SecondDerivativeError(f"Player {player!r}: {_once(custom)}")
+    tracked = [slope for slope in slopes if slope.requires_grad]
+    if not tracked:
+        return
+    # Which operations have no second derivative, only PyTorch's own error says.
+    ends = [node.variable for node in nodes(tracked) if getattr(node, "variable", None) is not None]
+    try:
+        torch.autograd.grad(tracked, ends, [torch.ones_like(slope) for slope in tracked], allow_unused=True)
+    except RuntimeError as error:
+        told = explanation(error)
+        if not told:
+            raise
+        raise SecondDerivativeError(f"Player {player!r}: {told}") from error
+
+
+def require_custom_second(player: str, loss: Tensor) -> list[str]:
+    """Names the user's own autograd functions in a loss's graph.
+
+    Raises `SecondDerivativeError` for one whose backward pass moves with its cotangent, but returns no graph.
+    """
+    own = [node for node in nodes([loss]) if isinstance(node, BackwardCFunction) and not _ours(node)]
+    for node in own:
+        once, twice = (_pulled(node, scale) for scale in (1.0, 2.0))
+        pairs = [(a, b) for a, b in zip(once, twice, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        if any(not a.requires_grad and not torch.equal(a, b) for a, b in pairs):
+            raise SecondDerivativeError(
+                f"Player {player!r}: the backward of the autograd function {_class(node)} returns numbers without a "
+                "graph, as under torch.no_grad() or by .detach(): its derivative would be lost in silence. Compute it "
+                "from ctx.saved_tensors with differentiable operations."
+            )
+    return sorted({_class(node) for node in own})
+
+
+def _pulled(node: Any, scale: float) -> tuple[Any, ...]:
+    """What a custom function's backward gives for cotangents of `scale`; nothing where it cannot be called by hand."""
+    try:
+        with torch.enable_grad():
+            cotangents = [
+                torch.full(tuple(of.shape), scale, dtype=of.dtype, device=of.device, requires_grad=True)
+                if of.dtype.is_floating_point
+                else torch.zeros(tuple(of.shape), dtype=of.dtype, device=of.device)
+                for of in node._input_metadata
+            ]
+            found = node.apply(*cotangents)
+    except RuntimeError:
+        return ()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _ours(node: Any) -> bool:
+    return str(node._forward_cls.__module__).startswith("bilevel.")
+
+
+def explanation(error: RuntimeError) -> str:
+    """What one of PyTorch's errors about second derivatives says, with the way out; empty for any other error."""
+    text = str(error)
+    named = re.search(r"derivative for (?:aten::|')(\w+)'? is not implemented", text)
+    if named:
+        operation = named.group(1).removeprefix("_")
+        return (
+            f"PyTorch has no second derivative of {operation.removesuffix('_backward')} (it says: {text}). "
+            + _way_out(operation)
+        )
+    if "once_differentiable" in text:
+        return _once([])
+    if "donated buffers" in text or "double backward" in text:
+        return (
+            f"what torch.compile made has one derivative only (it says: {text[:80]}...). Pass the model or the "
+            "function as it was before torch.compile, or call it under torch.compiler.set_stance('force_eager')."
+        )
+    return ""
+
+
+def told_of_loss(error: RuntimeError) -> str:
+    """What an error of PyTorch's that a loss raised says of gradients inside it, with the way out; else empty."""
+    text = str(error)
+    if "saved tensor hooks" in text:
+        return (
+            "its loss uses torch.func, which PyTorch does not run where saved tensors are watched, as Segments, "
+            "ForwardMode and ReverseMode(offload=True) do. Take the gradient inside the loss by "
+            "torch.autograd.grad(..., create_graph=True), or use plain ReverseMode()."
+        )
+    if "requires_grad_() inside of a function being transformed" in text or (
+        "torch.autograd.functional" in text and "functorch" in text
+    ):
+        return (
+            "its loss takes a gradient by torch.autograd.grad, which PyTorch does not run inside torch.func and "
+            "many games at once. Take it by torch.func.grad in the loss, or use plain autograd outside."
+        )
+    return ""
+
+
+def _way_out(operation: str) -> str:
+    if "scaled_dot_product" in operation or "attention" in operation:
+        return (
+            "Use the plain kernel: `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` around "
+            "it in the loss."
+        )
+    if "cudnn_rnn" in operation:
+        return "Use PyTorch's own kernels: `with torch.backends.cudnn.flags(enabled=False):` around it in the loss."
+    return (
+        "Write it with other operations (elementary ones all have a second derivative), or use a response that takes "
+        "first derivatives only, Hypernetwork(...)."
+    )
+
+
+def _once(custom: Sequence[str]) -> str:
+    which = f"autograd function {' or '.join(custom)}" if custom else "one of its autograd functions"
+    return (
+        f"{which} is marked @once_differentiable, and has no second derivative. Take the mark away, and write its "
+        "backward with differentiable operations on ctx.saved_tensors."
+    )
+
+
+def _class(node: Any) -> str:
+    return str(node.name()).removesuffix("Backward")

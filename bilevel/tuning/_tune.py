@@ -1,0 +1,148 @@
+"""A model, two losses, two loaders and what is to be tuned, in one training run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bilevel.game.passes import Source
+from bilevel.hyper import Tuning
+from bilevel.hyper.tuning import Hyper
+from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, require_factory
+from bilevel.responses import Response
+from bilevel.solving import Solution, solve
+from bilevel.solving.history import Record
+from bilevel.tuning.rule import Plan, plan
+from bilevel.tuning.tuned import Tuned
+from bilevel.tuning.values import numbers
+
+Callback = Callable[[int, Record, Mapping[str, Any]], object]
+
+
+def tune(
+    model: nn.Module,
+    train_loss: Callable[..., Tensor],
+    valid_loss: Callable[..., Tensor],
+    train_data: Source,
+    valid_data: Source,
+    *,
+    hyper: Hyper,
+    optimizer: OptimizerFactory,
+    epochs: int | None = None,
+    steps: int | None = None,
+    scheduler: SchedulerFactory | None = None,
+    response: Response | None = None,
+    every: int = 5,
+    leader: OptimizerFactory | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+) -> Tuned:
+    r"""Train a model, and tune its hyperparameters by hypergradients of the validation loss in the same run.
+
+    The model is trained with `optimizer` as in a loop of one's own. After every few of its steps the hyperparameters
+    take one, along the gradient of the validation loss through how the trained weights answer to them. By default the
+    answer is learned beside the weights, each row of each layer growing or shrinking (`Hypernetwork(network=
+    RowScaled())`, a self-tuning network): a training step costs about one gradient more than without tuning, and what
+    it learns is not bound to a short horizon, as a few unrolled steps are.
+
+    Hyperparameters move in the free coordinates of their ranges. What is found suits *this* run, in which they changed
+    over time; `retrain(tuned)` trains afresh at the values found, and at those at the start beside it.
+
+    Args:
+        model: Any `nn.Module`; it is copied, and left as it is.
+        train_loss: `train_loss(weights, batch)` or, with parameters named after hyperparameters, `train_loss(weights,
+            decay, batch)`; `weights(images)` runs the model, in training mode.
+        valid_loss: Likewise; the model runs in evaluation mode.
+        train_data: Batches: a `DataLoader`, a list, or any re-iterable.
+        valid_data: Likewise.
+        hyper: Ranges by name, `dict(decay=bilevel.Log(1e-6, 1e-1))`, for parameters of the loss; or declarations that
+            need none, `[bilevel.hyper.WeightDecay(), bilevel.hyper.Dropout()]`; or both in one mapping.
+        optimizer: From a list of tensors to the model's torch.optim optimiser.
+        epochs: Passes over the training data, if it has a length.
+        steps: Or the number of training steps. Either is needed.
+        scheduler: From that optimiser to a torch scheduler, stepped with it.
+        response: How the trained weights answer; default: as above, which `tuned.plan` tells.
+        every: Training steps for each of the hyperparameters.
+        leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
+            falls from 0.1 to 0 over the run, so that they come to rest.
+        callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
+        checkpoint: A file to write, and to go on from bit for bit.
+        checkpoint_every: So many of the hyperparameters' steps.
+        resume: Go on from the checkpoint.
+        progress: Show a bar.
+        seed: Of data that is shuffled by the library and of the learned answer; dropout's is torch's own.
+
+    Raises:
+        TypeError, ValueError: Before any work, for what cannot be tuned, trained or iterated.
+
+    Source: MacKay et al. 2019 (arXiv 1903.03088), around the present value as in arXiv 2010.13514.
+
+    Examples:
+        >>> import bilevel as bl
+        >>> inputs = torch.randn(40, 3)
+        >>> data = [(inputs[:20], inputs[:20].sum(1))], [(inputs[20:], inputs[20:].sum(1))]
+        >>> def valid(weights, batch): return (weights(batch[0]).squeeze(1) - batch[1]).square().mean()
+        >>> def train(weights, decay, batch): return valid(weights, batch) + bl.penalty(weights, decay)
+        >>> adam = partial(torch.optim.Adam, lr=1e-2)
+        >>> hyper = dict(decay=bl.Log(1e-6, 1.0))
+        >>> tuned = tune(nn.Linear(3, 1), train, valid, *data, hyper=hyper, optimizer=adam, steps=20)
+        >>> tuned.hyper["decay"].shape
+        torch.Size([])
+    """
+    require_factory("tune: optimizer", optimizer)
+    chosen = plan(optimizer, scheduler, response, leader, every, _steps(epochs, steps, train_data))
+    tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
+    game = tuning.game()
+    # The start of a fresh run: a resumed one does not begin there.
+    start = game.initial(tuning.leader)
+    responses: Any = {tuning.follower: chosen.response}
+    solution: Solution = solve(
+        game,
+        optimizer=chosen.leader,
+        scheduler=chosen.leader_scheduler,
+        steps=chosen.leader_steps,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        progress=progress,
+        seed=seed,
+        record=partial(_record, tuning.leader),
+        **responses,
+    )
+    trained = copy.deepcopy(model)
+    solution.load_into(trained, tuning.follower)
+    return Tuned(trained, solution.variables[tuning.leader], start, solution, chosen, tuning, optimizer, scheduler)
+
+
+def _record(leader: str, variables: Mapping[str, Any]) -> dict[str, float]:
+    return numbers(leader, variables[leader])
+
+
+def _steps(epochs: int | None, steps: int | None, data: Any) -> int:
+    """Training steps in all."""
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"tune: epochs={epochs}, steps={steps}; expected one of the two.")
+    given = epochs if steps is None else steps
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"tune: {'epochs' if steps is None else 'steps'}={given!r}; expected a whole number from 1.")
+    if steps is not None:
+        return steps
+    if isinstance(data, Sized):
+        try:
+            return given * len(data)
+        except TypeError:  # a DataLoader over data without a length
+            pass
+    raise ValueError("tune: the training data have no length, so that epochs cannot be counted. Give steps= instead.")
+
+
+__all__ = ["Plan", "tune"]

@@ -1,0 +1,100 @@
+"""How a model is tuned where nothing is said: which response, and how many steps of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+
+from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, require_factory
+from bilevel.networks import RowScaled
+from bilevel.responses import Hypernetwork, Perturbations, Response
+
+SCALE = 0.5
+"""Of the perturbations, in free coordinates, in which a range is some 8 wide."""
+
+RATE = 0.1
+"""Of the hyperparameters' Adam, in free coordinates."""
+
+_WARMUP = 100  # training steps before the hyperparameters move, or a tenth of all if that is less
+_EXAMINED = 25  # calls from one measurement of the learned answer to the next: three gradients each
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `tune` does.
+
+    Attributes:
+        response: How the trained weights answer to the hyperparameters.
+        leader: From tensors to the hyperparameters' optimiser.
+        leader_scheduler: Of its rate, over the steps of the hyperparameters.
+        every: Training steps for each step of the hyperparameters.
+        warmup: Training steps before the first.
+        leader_steps: Steps of the hyperparameters.
+        steps: Training steps in all.
+    """
+
+    response: Response
+    leader: OptimizerFactory
+    leader_scheduler: SchedulerFactory | None
+    every: int
+    warmup: int
+    leader_steps: int
+    steps: int
+
+    def __str__(self) -> str:
+        """In a sentence."""
+        return (
+            f"{self.steps:,} training steps, {self.warmup:,} of them before the hyperparameters move, and one step of "
+            f"these after every {self.every}; the weights' answer by {type(self.response).__name__}."
+        )
+
+
+def plan(
+    optimizer: OptimizerFactory,
+    scheduler: SchedulerFactory | None,
+    response: Response | None,
+    leader: OptimizerFactory | None,
+    every: int,
+    steps: int,
+) -> Plan:
+    """The plan of a run with so many training steps; refuses what cannot be one, before any work."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"tune: every={every!r}; expected a whole number of training steps from 1.")
+    if leader is not None:
+        require_factory("tune: leader", leader)
+    if response is None:
+        later = max(1, (steps - min(_WARMUP, steps // 10)) // every)
+        warmup = max(steps - later * every, 0)  # what is left over, so that all of the steps are taken
+        chosen: Response = Hypernetwork(
+            optimizer,
+            network=RowScaled(),
+            scale=SCALE,
+            steps=every,
+            warmup=warmup,
+            scheduler=scheduler,
+            examine_every=_EXAMINED,
+            sampler=Perturbations(antithetic=False),
+            tolerance=None,
+        )
+    elif isinstance(response, Response):
+        if scheduler is not None:
+            raise ValueError(
+                "tune: scheduler= goes with the default response. Give it to your own: "
+                "Unrolled(bilevel.inner.TorchOptimizer(optimizer, scheduler=...), ...)."
+            )
+        chosen, warmup = response, 0
+        if response.budget is not None:
+            every = response.budget
+            if isinstance(response, Hypernetwork):
+                every, warmup = response.steps, response.warmup
+    else:
+        raise TypeError(f"tune: response is a {type(response).__name__}; expected one such as bilevel.Unrolled(...).")
+    leader_steps = max(1, (steps - warmup) // max(every, 1))
+    default: OptimizerFactory = partial(torch.optim.Adam, lr=RATE)
+    falling: SchedulerFactory | None = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=leader_steps)
+    falling = falling if leader is None else None
+    return Plan(chosen, leader or default, falling, every, warmup, leader_steps, warmup + leader_steps * every)

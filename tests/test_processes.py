@@ -1,0 +1,99 @@
+"""Two processes: what would drift apart in silence is refused by name, and each way out works."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import sys, torch
+from torch import distributed as dist, nn
+import bilevel as bl
+
+rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+torch.manual_seed(0)
+inner, inputs = nn.Linear(4, 1), torch.randn(6, 4)
+wrapped = nn.parallel.DistributedDataParallel(inner)
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+mesh = init_device_mesh("cpu", (2,))
+spread = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+sharded = fully_shard(nn.Linear(4, 1), mesh=mesh)
+fit = lambda y: y(inputs).square().mean()
+
+def told(make):
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return "made"
+
+with bl.extend.separate_ranks():
+    print("init:", told(lambda: bl.Game(y=bl.Player(fit, wrapped))))
+    print("init:", told(lambda: bl.Game(y=bl.Player(fit, wrapped.module))))
+    print("within:", told(lambda: bl.Game(y=bl.Player(fit, nn.Sequential(wrapped)))))
+    print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * wrapped(inputs)).square().mean(), torch.ones(1)))))
+    print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * inner(inputs)).square().mean(), torch.ones(1)))))
+    print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread))))
+    print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread.full_tensor()))))
+    print("fsdp:", told(lambda: bl.Game(y=bl.Player(fit, sharded))))
+print("ranks:", told(lambda: bl.Game(y=bl.Player(fit, inner))))
+dist.destroy_process_group()
+print("alone:", told(lambda: bl.Game(y=bl.Player(fit, inner))))
+"""
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    # A file to meet at needs no free port.
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(meeting)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    return [line.split(": ", 1) for line in outputs[0][0].splitlines()]
+
+
+def of(lines, name):
+    return [told for found, told in lines if found == name]
+
+
+def test_a_wrapped_module_is_refused_and_its_inside_serves(lines):
+    refused, served = of(lines, "init")
+    assert refused.startswith("Player 'y': its module is wrapped by DistributedDataParallel")
+    assert refused.endswith("Pass the module that it wraps, model.module.")
+    assert served == "made"
+    assert of(lines, "within")[0].startswith("Player 'y': '0' in its module is wrapped by DistributedDataParallel")
+
+
+def test_a_wrapped_module_in_a_loss_is_refused(lines):
+    refused, served = of(lines, "called")
+    assert refused.startswith("Player 'y': a module that its objective calls is wrapped by DistributedDataParallel")
+    assert served == "made"
+
+
+def test_sharded_parameters_are_refused(lines):
+    refused, served = of(lines, "dtensor")
+    assert refused.startswith("Player 'y': init is a DTensor")
+    assert served == "made"
+    assert of(lines, "fsdp")[0].startswith("Player 'y': its module is sharded by FSDP")
+
+
+def test_several_ranks_are_refused_unless_each_plays_alone(lines):
+    assert of(lines, "ranks")[0].startswith("Game: this process is one of 2 ranks")
+    assert of(lines, "alone") == ["made"]

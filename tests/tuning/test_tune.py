@@ -1,0 +1,206 @@
+"""tune: a model's hyperparameters in one training run."""
+
+import copy
+import csv
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import bilevel as bl
+from bilevel.tuning import CSVLogger, EarlyStopping, MLflowLogger, WandbLogger
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+torch.manual_seed(0)
+INPUTS = torch.randn(300, 12)
+# A twelfth of the inputs tells the label: without a penalty a small training set is fitted by heart.
+LABELS = (INPUTS[:, 0] + 0.5 * torch.randn(300) > 0).long()
+TRAIN = [(INPUTS[:60][rows], LABELS[:60][rows]) for rows in torch.arange(60).split(20)]
+VALID = [(INPUTS[60:], LABELS[60:])]
+RANGES = {"decay": bl.Log(1e-5, 1.0, start=1e-4), "smoothing": bl.Unit(0.0, 0.3, start=0.01)}
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 2))
+
+
+def valid_loss(weights, batch):
+    return cross_entropy(weights(batch[0]), batch[1])
+
+
+def train_loss(weights, decay, smoothing, batch):
+    logits = weights(batch[0])
+    return bl.hyper.cross_entropy(logits, batch[1], smoothing=smoothing) + bl.penalty(weights, decay)
+
+
+def run(**options):
+    given = {"hyper": RANGES, "optimizer": ADAM, "steps": 400, "model": network()} | options
+    model = given.pop("model")
+    torch.manual_seed(2)
+    return bl.tune(model, train_loss, valid_loss, TRAIN, VALID, **given)
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return run()
+
+
+def test_it_ends_better_than_it_began(tuned):
+    again = bl.retrain(tuned, seeds=2)
+    assert again.better
+    assert max(again.found) < min(again.start)
+    assert tuned.hyper["decay"] > 1e-3, "of a decay that starts far too small"
+    assert "at those found" in str(again)
+
+
+def test_the_model_given_is_left_alone_and_the_trained_one_is_whole():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    tuned = run(model=model, steps=60)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    weights, buffers = tuned.solution.variables["weights"], tuned.solution.buffers["weights"]
+    state = tuned.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in {**weights, **buffers}.items())
+    assert not torch.equal(state["1.running_mean"], before["1.running_mean"])
+
+
+def test_every_hyperparameter_stands_in_the_history_and_what_is_printed(tuned):
+    last = tuned.history[-1]
+    assert last["hyper.decay"] == pytest.approx(float(tuned.hyper["decay"]))
+    assert {"hyper", "weights", "hyper.smoothing", "seconds"} <= set(last)
+    frame = tuned.to_frame()
+    assert len(frame) == len(tuned.history)
+    assert frame["hyper.decay"].iloc[-1] == last["hyper.decay"]
+    told = str(tuned)
+    assert "smoothing" in told
+    assert "400 training steps, 40 of them before" in told
+
+
+def test_the_steps_are_those_that_were_asked_for():
+    assert run(epochs=20, steps=None).plan.steps == 60
+    plan = run(steps=63, every=7).plan
+    assert (plan.warmup, plan.leader_steps, plan.steps) == (7, 8, 63)
+
+
+def test_declarations_need_no_word_in_the_loss():
+    torch.manual_seed(2)
+    hyper = [bl.hyper.WeightDecay(), bl.hyper.Dropout(), bl.hyper.LabelSmoothing()]
+    tuned = bl.tune(network(), valid_loss, valid_loss, TRAIN, VALID, hyper=hyper, optimizer=ADAM, steps=60)
+    assert len(tuned.hyper) == 3
+    assert all(f"hyper.{name}" in key for name in tuned.hyper for key in tuned.history[0] if name in key)
+
+
+def test_another_response_takes_its_place():
+    response = bl.Unrolled(ADAM, steps=10)
+    tuned = run(response=response, steps=100)
+    assert (tuned.plan.every, tuned.plan.warmup, tuned.plan.leader_steps) == (10, 0, 10)
+    assert tuned.plan.response is response
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path):
+    whole = run(steps=120, checkpoint=tmp_path / "whole.pt")
+
+    def stop(step, record, variables):
+        if step == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(steps=120, checkpoint=tmp_path / "run.pt", callbacks=[CSVLogger(tmp_path / "run.csv"), stop])
+    resumed = run(steps=120, checkpoint=tmp_path / "run.pt", callbacks=[CSVLogger(tmp_path / "run.csv")])
+    assert all(torch.equal(whole.hyper[name], resumed.hyper[name]) for name in RANGES)
+    keys = [key for key in whole.history[0] if key != "seconds"]
+    assert [[r[k] for k in keys] for r in whole.history] == [[r[k] for k in keys] for r in resumed.history]
+    with (tmp_path / "run.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [record["step"] for record in resumed.history]
+    assert float(rows[-1]["hyper.decay"]) == resumed.history[-1]["hyper.decay"]
+
+
+def test_it_stops_early_and_still_gives_what_it_has():
+    early = run(steps=400, callbacks=[EarlyStopping(3, least=0.9)])
+    assert len(early.history) == 4
+    assert isinstance(early.model, nn.Module)
+    with pytest.raises(ValueError, match="the history has no 'accuracy'"):
+        run(steps=60, callbacks=[EarlyStopping(3, key="accuracy")])
+
+
+class Told:
+    """A stand-in for a service's client."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, row, step):
+        self.calls.append((step, row))
+
+    def log_metrics(self, row, step):
+        self.calls.append((step, row))
+
+
+def test_services_are_told_each_step():
+    wandb, mlflow = Told(), Told()
+    run(steps=60, callbacks=[WandbLogger(wandb), MLflowLogger(mlflow)])
+    assert [step for step, _ in wandb.calls] == list(range(1, len(wandb.calls) + 1))
+    assert wandb.calls[-1][1]["hyper.decay"] > 0.0
+    assert wandb.calls == mlflow.calls
+    assert "step" not in wandb.calls[0][1]
+
+
+def test_the_figure_has_a_panel_for_each(tuned, tmp_path):
+    figure = tuned.plot(tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["loss", "decay", "smoothing"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": None}, "expected one of the two"),
+        ({"steps": 0}, "whole number from 1"),
+        ({"every": 0}, "every=0"),
+        ({"hyper": {}}, "nothing to tune"),
+        ({"hyper": {"decay": RANGES["decay"]}}, "smoothing"),
+        ({"response": bl.Unrolled(ADAM), "scheduler": lambda o: None}, "goes with the default response"),
+        ({"response": 3}, "response is a int"),
+        ({"model": 3}, "expected an nn.Module"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(options, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        run(**options)
+
+
+def test_a_fresh_model_of_a_layer_of_ones_own_has_to_be_made():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = nn.Linear(12, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.scale * self.inner(x)
+
+    tuned = run(model=Scale(), steps=30)
+    with pytest.raises(ValueError, match="make="):
+        bl.retrain(tuned)
+    assert len(bl.retrain(tuned, make=Scale, steps=20).found) == 1
+
+
+def test_a_run_records_what_it_is_asked_to():
+    game = bl.Game(
+        x=bl.Player(lambda y: (y - 3.0) ** 2, torch.tensor(0.0)),
+        y=bl.Player(lambda x, y: (y - 2.0 * x) ** 2, torch.tensor(0.0)),
+    )
+    solve = partial(bl.solve, game, y=bl.Implicit(bl.ClosedForm(lambda x: 2.0 * x)), steps=3)
+    solution = solve(record=lambda variables: {"x.value": variables["x"]})
+    assert solution.history[-1]["x.value"] == pytest.approx(float(solution.variables["x"]))
+    for wrong in (lambda v: {"x": 1.0}, lambda v: 3.0, lambda v: {"a": "b"}):
+        with pytest.raises((TypeError, ValueError), match="solve: record="):
+            solve(record=wrong)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="'record' cannot name a player"):
+        bl.Game(record=bl.Player(lambda record: record, torch.tensor(0.0)))
