@@ -24,6 +24,7 @@ from bilevel.testing.hypergradient import HypergradientCheck, check_hypergradien
 from bilevel.testing.known import KnownGame
 from bilevel.testing.linear_systems import check_linear_solver, check_preconditioner
 from bilevel.testing.players import KnownPlayers, QuadraticPlayers, bertrand_players, cournot_players, saddle
+from bilevel.testing.programmes import Programme
 from bilevel.testing.regressions import Logistic, Ridge
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "NegatedFollower",
     "Nested",
     "NonNegativeLeastSquares",
+    "Programme",
     "Quadratic",
     "QuadraticPlayers",
     "Reflection",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ class KnownGame(ABC):
     def quadratic(self) -> bool:
         """Whether the follower's loss is quadratic in both players' variables together."""
         return False
+
+    def inequality(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What is at most 0 for the follower, in every entry; None without inequalities."""
+        return None
+
+    def equality(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What is 0 for the follower, in every entry; None without equalities."""
+        return None
 
     @property
     def domain(self) -> ConstraintSet | None:
@@ -170,10 +179,20 @@ class KnownGame(ABC):
         def follower(x: object, y: object) -> Tensor:
             return self.follower(self.leader_form.read(x), self.follower_form.read(y))
 
+        def constraint(function: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[..., Tensor]:
+            def value(x: object, y: object) -> Tensor:
+                found = function(self.leader_form.read(x), self.follower_form.read(y))
+                assert found is not None
+                return found
+
+            return value
+
         x0, y0 = self.x0.to(self.dtype), self.y0.to(self.dtype)
+        functions = {"inequality": self.inequality, "equality": self.equality}
+        within: dict[str, Any] = {n: constraint(f) for n, f in functions.items() if f(self.x0, self.y0) is not None}
         return Game(
             x=Player(leader, self.leader_form.build(x0)),
-            y=Player(follower, self.follower_form.build(y0), domain=self.domain, prox=self.prox),
+            y=Player(follower, self.follower_form.build(y0), domain=self.domain, prox=self.prox, **within),
         )
 
 

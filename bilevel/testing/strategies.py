@@ -17,6 +17,7 @@ from bilevel.testing.families import Exponential, LogBarrier, Quadratic
 from bilevel.testing.forms import Nested, Scalar
 from bilevel.testing.known import KnownGame, Matrix, Numbers
 from bilevel.testing.players import QuadraticPlayers, bertrand_players, cournot_players, saddle
+from bilevel.testing.programmes import Programme
 from bilevel.testing.regressions import Logistic, Ridge
 
 
@@ -144,6 +145,29 @@ def constrained(leaders: int = 3, followers: int = 3) -> st.SearchStrategy[Const
             return WaterFilling(draw(matrices(m, n)), draw(numbers(n)), target)
         # No multiple of 1/16 is at the kink.
         return Lasso(draw(numbers(m)), draw(st.sampled_from([(-0.71,), (-1.83,), (-3.1,)])), target)
+
+    return draw_one()
+
+
+def programmes(leaders: int = 3, followers: int = 3, rows: int = 3) -> st.SearchStrategy[Programme]:
+    """A quadratic `Programme` with up to so many rows, an equality or none."""
+
+    @st.composite
+    def draw_one(draw: st.DrawFn) -> Programme:
+        n, m, k = draw(st.integers(1, leaders)), draw(st.integers(2, followers)), draw(st.integers(0, rows))
+        # Off the grid of the other numbers, each in its own way: nothing is just at a constraint.
+        offset = tuple(draw(numbers(1, 0.0, 1.0))[0] + 0.01 * root for root in (1.41421356, 1.73205081, 2.23606798)[:k])
+        return Programme(
+            draw(numbers(m, 0.25, 1.0)),
+            draw(matrices(m, n)),
+            draw(numbers(n, 0.25, 1.0)),
+            draw(numbers(m, -2.0, 2.0)),
+            draw(matrices(k, m)) if k else (),
+            offset,
+            draw(matrices(k, n)) if k else (),
+            draw(st.sampled_from((None, 1.0 + 0.01 * 2.64575131))) if k else 1.0,
+            draw(numbers(m)),
+        )
 
     return draw_one()
 

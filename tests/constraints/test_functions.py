@@ -541,6 +541,10 @@ class Unconstrained(bl.Response):
     """A planted defect: the constrained optimum, with the derivative that the loss alone would have."""
 
     promise = bl.extend.Optimum()
+    budget = 100
+
+    def with_budget(self, steps):
+        return self
 
     def init(self, game, *, follower=None, seed=0):
         return bl.Implicit(bl.Scipy("SLSQP")).init(game, follower=follower, seed=seed)
@@ -567,6 +571,18 @@ def test_the_check_finds_a_derivative_that_does_not_see_the_constraints():
     checked = bl.testing.check_hypergradient(game_with(inequality=lambda y: y - 1.5), Unconstrained())
     assert checked.verdict.value == "wrong"
     assert "Constraints that bind move the answer, and hold it" in str(checked)
+
+
+def test_the_law_within_functions_holds_for_implicit_and_finds_the_defect():
+    from bilevel.testing.laws import LAWS
+
+    law = [law for law in LAWS if law.name == "within functions"]
+    assert bl.testing.check_response(bl.Implicit(bl.Scipy("SLSQP"), steps=200), laws=law, examples=40)
+    report = bl.testing.check_response(Unconstrained(), laws=law, examples=40, raises=False)
+    assert [row.law for row in report.failures] == ["within functions"], str(report)
+    assert "Programme(" in report.failures[0].game
+    (row,) = bl.testing.check_response(bl.Unrolled(lambda p: SGD(p, lr=0.5)), laws=law, examples=4).rows
+    assert row.verdict == "does not apply" and "would not see the functions" in row.note
 
 
 def test_the_check_cannot_tell_at_a_kink():

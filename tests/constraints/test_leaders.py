@@ -112,13 +112,13 @@ def test_what_would_end_elsewhere_is_refused(make, text):
 
 def test_a_run_with_a_domain_resumes_and_knows_it(tmp_path):
     start = torch.full((3,), 0.4, dtype=D)
-    whole = bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, steps=20)
+    whole = bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, optimizer=partial(SGD, lr=0.5), steps=20)
     path = tmp_path / "run.pt"
-    bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, steps=9, checkpoint=path)
-    again = bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, steps=20, checkpoint=path)
+    bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, optimizer=partial(SGD, lr=0.5), steps=9, checkpoint=path)
+    again = bl.solve(game(start, Box(0.0, 1.0)), y=RESPONSE, optimizer=partial(SGD, lr=0.5), steps=20, checkpoint=path)
     assert torch.equal(whole.variables["x"], again.variables["x"])
     with pytest.raises(bl.errors.CheckpointError, match=r"domain\.high"):
-        bl.solve(game(start, Box(0.0, 2.0)), y=RESPONSE, steps=30, checkpoint=path)
+        bl.solve(game(start, Box(0.0, 2.0)), y=RESPONSE, optimizer=partial(SGD, lr=0.5), steps=30, checkpoint=path)
 
 
 # Coordinates -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bilevel.testing import strategies
 from bilevel.testing.changes import NegatedFollower, Started
-from bilevel.testing.constrained import ConstrainedGame
 from bilevel.testing.known import KnownGame
 from bilevel.testing.laws.base import Law
 from bilevel.testing.subject import (
@@ -191,7 +190,7 @@ def climbing_is_descending(subject: Subject, known: KnownGame) -> None:
     require_close(climbing.gradient, plain.gradient, 1e-9 * scale * steps, "hypergradient of a climbing follower")
 
 
-def exact_within_sets(subject: Subject, known: ConstrainedGame) -> None:
+def exact_within_sets(subject: Subject, known: KnownGame) -> None:
     """At an optimum that a set holds, or that a term has made 0 in part, the answer gives the exact hypergradient.
 
     On each piece y is as smooth as without constraints. So an error e of y, and what is left of the derivative's
@@ -199,7 +198,7 @@ def exact_within_sets(subject: Subject, known: ConstrainedGame) -> None:
     derivative of K steps; the families' own derivatives are of order 1.
     """
     if isinstance(subject, FunctionSubject):
-        raise NotOffered("A function of two losses cannot be told of a domain.")
+        raise NotOffered("A function of two losses cannot be told of constraints.")
     steps = require_converging(subject)
     try:
         found = subject.evaluate(known, steps)
@@ -213,7 +212,7 @@ def exact_within_sets(subject: Subject, known: ConstrainedGame) -> None:
     left = 10.0 * (1.0 + steps if subject.of_steps else 1.0) * e + 10.0 * found.residual + rounding
     allowed = scale * (largest / least) ** 2 * left + stated_error(subject, exact(known)) * subject.estimates
     informative(allowed, scale)
-    require_close(found.gradient, wanted, allowed, "hypergradient within a set")
+    require_close(found.gradient, wanted, allowed, "hypergradient within constraints")
 
 
 ANSWERS = (
@@ -223,6 +222,7 @@ ANSWERS = (
     Law("exact, nested variables", "the same in scalars and nests", strategies.laid_out, exact_at_convergence),
     Law("exact, float32", "the same in float32", strategies.single_precision, exact_at_convergence),
     Law("within sets", "exact where a domain or a term holds the follower", strategies.constrained, exact_within_sets),
+    Law("within functions", "exact where constraints bind", strategies.programmes, exact_within_sets, 0.5),
     Law("budget", "the error falls with the steps as predicted", strategies.leader_follower, error_follows_budget),
     Law("own values", "the derivative of its own values", strategies.leader_follower, derivative_of_its_values, 0.5),
     Law("second derivative", "symmetric, and exact", strategies.leader_follower, second_derivative, 0.5),
