@@ -190,7 +190,8 @@ class Run:
         if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
             return log
         ((name, look),) = looks.items()
-        if look is None or not cheap(self.game, name):
+        # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
+        if look is None or not cheap(self.game, name) or self.game.starts_alone(name):
             return log
         if not due(step):
             return carried(log, step)
