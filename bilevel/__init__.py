@@ -17,7 +17,7 @@ from bilevel.game import Game, Player
 from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
-from bilevel.many import Games
+from bilevel.many import Games, Tasks
 from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
 from bilevel.solving import Solution, solve
 from bilevel.tuning import retrain, tune
@@ -57,6 +57,7 @@ __all__ = [
     "Segments",
     "Simplex",
     "Solution",
+    "Tasks",
     "Unit",
     "Unrolled",
     "__version__",

@@ -9,6 +9,7 @@ import typer
 import bilevel as bl
 from games.compare.command import compare_command
 from games.gan.command import gan_command
+from games.meta.command import meta_command
 from games.paper.command import paper_command
 from games.reweighting.command import reweight_command
 from games.tuning.command import tune_command
@@ -24,6 +25,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 
   Train generators against discriminators that follow in different ways:
     bilevel gan ring --method simultaneous --method "unrolled 1" --seeds 2 --evaluations 4000
+
+  Learn where many small tasks start, and how fast each weight moves:
+    bilevel meta sinusoid --shots 5 --steps 300
 
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
@@ -53,6 +57,7 @@ def overview(
 app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)
+app.command("meta")(meta_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
 

@@ -335,3 +335,14 @@ def test_a_module_may_leave_its_numbers_once_the_game_is_made():
     assert torch.equal(stayed.variables["decay"], left.variables["decay"])
     for path, tensor in stayed.buffers["weights"].items():
         assert torch.equal(tensor, left.buffers["weights"][path])
+
+
+def test_a_second_leader_may_tune_the_inner_optimiser():
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y - 1) ** 2 + x**2, torch.tensor(0.5)),
+        rate=bl.Player(lambda y: (y - 1) ** 2, torch.tensor(0.1), optimizer_hyper=True),
+        y=bl.Player(lambda x, y: (y - x) ** 2, torch.tensor(0.0)),
+    )
+    response = bl.Unrolled(lambda params, rate: torch.optim.SGD(params, lr=rate), steps=1, warm_start=False)
+    solution = bl.solve(game, y=response, steps=1)
+    assert float(solution.variables["rate"]) > 0.1  # y = 2 rate x, below its goal of 1

@@ -19,16 +19,16 @@ ONE = torch.ones(3, dtype=D)
 def test_an_initialisation_as_in_maml():
     inputs, targets = torch.randn(6, 3, dtype=D), torch.randn(6, dtype=D)
     fit = lambda w: (inputs @ w - targets).square().mean()
-    told = "let the follower be what they add: losses of .theta \\+ follower., the follower's init all zeros, and "
+    told = r"say so of the follower: Player\(\.\.\., start=lambda theta: theta\)"
     with pytest.raises(ValueError, match=told):
         bl.Game(theta=bl.Player(lambda w: fit(w), ONE), w=bl.Player(lambda w: fit(w), ONE))
     game = bl.Game(theta=bl.Player(lambda theta, w: fit(w) + theta.sum(), ONE), w=bl.Player(lambda w: fit(w), ONE))
     with pytest.raises(ValueError, match=told):
         bl.Unrolled(SGD, steps=3, warm_start=False).init(game)
 
-    both = lambda theta, w: fit(theta + w)
-    game = bl.Game(theta=bl.Player(both, ONE), w=bl.Player(both, torch.zeros_like(ONE)))
-    response = bl.Unrolled(SGD, steps=3, warm_start=False)
+    own = lambda w: fit(w)
+    game = bl.Game(theta=bl.Player(own, ONE), w=bl.Player(own, torch.zeros_like(ONE), start=lambda theta: theta))
+    response = bl.Unrolled(SGD, steps=3)
     theta = ONE.clone().requires_grad_()
     w, _ = response(game, {"theta": theta}, response.init(game))
     (found,) = torch.autograd.grad(game.loss("theta", {"theta": theta, "w": w}), theta)

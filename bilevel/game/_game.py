@@ -33,6 +33,7 @@ from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
 from bilevel.game.processes import refuse_processes
 from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.game.starts import StartsAlone, formed
 from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
@@ -40,6 +41,7 @@ Anticipated = Callable[[Mapping[str, Variables]], Variables]
 """From the variables of those who move before a player to its own."""
 
 Derived = TypeVar("Derived", bound="Game")
+Kind = TypeVar("Kind")
 
 _FIRST = Runs()
 """What is known of a loss before its first call."""
@@ -64,6 +66,7 @@ class Parts:
     groups: Groups
     anticipated: Mapping[str, Anticipated]
     depends: Depends
+    starts_alone: StartsAlone
     runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
 
@@ -114,10 +117,11 @@ class Game:
             groups=Groups(),
             anticipated={},
             depends={},
+            starts_alone={},
             runs={},
         )
-        depends, runs = check_objectives(self, self._parts.players)
-        self._parts = replace(self._parts, depends=depends, runs=runs)
+        depends, starts_alone, runs = check_objectives(self, self._parts.players)
+        self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
 
     def derived(self: Derived, **changed: Any) -> Derived:
         """The same game with some of its `Parts` changed; checks nothing."""
@@ -142,11 +146,12 @@ class Game:
             buffers=map_leaves(move, parts.buffers),
             streams={name: stream.mapped(move.batch) for name, stream in parts.streams.items()},
             depends={},
+            starts_alone={},
             runs={},
         )
         check_domains(parts.players, game._parts.initial)
-        depends, runs = check_objectives(game, parts.players)
-        return game.derived(depends=depends, runs=runs)
+        depends, starts_alone, runs = check_objectives(game, parts.players)
+        return game.derived(depends=depends, starts_alone=starts_alone, runs=runs)
 
     # What is in the game -------------------------------------------------------------------------------------------
 
@@ -184,6 +189,20 @@ class Game:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
         check_follower(name, self.members(name), self._parts.players, self._parts.depends)
 
+    def starts_alone(self, player: str) -> tuple[str, ...]:
+        """The leaders' variables, in words, that reach a player by its `start` and reach nobody's loss."""
+        return tuple(told for member in self.members(player) for told in self._parts.starts_alone[member])
+
+    def starting_point(
+        self, player: str, others: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> Variables | None:
+        """Where a player with `start=` begins to follow, differentiable in the others; None of all other players."""
+        start = None if player in self._parts.groups.members else self._parts.players[player].start
+        if start is None:
+            return None
+        found, _ = self.call(player, start, others, batch, buffers, {})
+        return formed(player, found, self._parts.structures[player])
+
     def reaches(self, player: str, moving: Iterable[str]) -> bool:
         """Whether what a player minimises was seen to depend on its own variables or on those of who is `moving`."""
         seen = frozenset().union(*(self._parts.depends[member] for member in self.members(player)))
@@ -208,12 +227,23 @@ class Game:
     def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
         """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
 
+    def response_of(self, player: str, response: Kind) -> Kind:
+        """A player's response as it answers here."""
+        return response
+
+    def position_of_answer(self, leader: str, states: Mapping[str, Any]) -> Position | None:
+        """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
+        return None
+
     def require_separable(self, dynamics: object) -> None:
         """Raise `TypeError` for a rule of play that would mix what must stay apart."""
 
     def described_norm(self, norm: Tensor) -> str:
         """A norm that is not finite, in words."""
         return f"norm {float(norm)}"
+
+    def require_shared(self, asker: str, players: Sequence[str]) -> None:
+        """Raise `TypeError` when this stands for many games, in each of which these players are others."""
 
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
@@ -276,6 +306,13 @@ class Game:
         """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
         return norm(join(tensors))
 
+    def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
+        """The norm of the leaves of those whom a follower answers to: 0-d, or one a game.
+
+        `summed` says that the leaves are a sum over games where these players are one for all.
+        """
+        return self.norms(list(tensors))
+
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
         return detached(self._parts.initial[player])
@@ -294,6 +331,7 @@ class Game:
         for member in self.members(player):
             own = self._parts.players[member]
             named += own.option_players if own.residual is None else own.own_residual.players
+            named += [name for name in own.start_names if name != "batch"]
             for function in own.constraints.values():
                 named += [name for name in own.parameters(function) if name != "batch"]
         return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
@@ -513,6 +551,12 @@ class Game:
             )
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
+        starting = [member for member in members if parts.players[member].start is not None]
+        if starting:
+            raise ValueError(
+                f"{told}: {starting[0]!r} has a start=, and who settle among themselves start where they were. Leave "
+                "it out, or give each a response of its own."
+            )
         initial = {member: parts.initial[member] for member in together}
         return {
             "groups": Groups({**parts.groups.members, name: together}),

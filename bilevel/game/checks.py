@@ -16,6 +16,7 @@ from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
+from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
@@ -42,6 +43,7 @@ def check_names(players: Mapping[str, Player]) -> None:
         _check_parameters(name, "objective", player.names, players)
         if "batch" in player.names and player.data is None:
             raise ValueError(f"Player {name!r}: its objective takes `batch`, but the player has no data=.")
+        check_start_names(name, players)
         takes_batch = "batch" in player.names
         if player.residual is not None:
             parameters = player.own_residual.names
@@ -54,6 +56,7 @@ def check_names(players: Mapping[str, Player]) -> None:
             if "batch" in parameters and player.data is None:
                 raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
+        takes_batch = takes_batch or "batch" in player.start_names
         for what, function in player.constraints.items():
             _check_parameters(name, what, player.parameters(function), players)
             if "batch" in player.parameters(function) and player.data is None:
@@ -150,8 +153,8 @@ Depends = Mapping[str, frozenset[str]]
 """Player -> those whose variables what vanishes where it rests depends on, as a rule its loss."""
 
 
-def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, dict[str, Runs]]:
-    """Evaluate each objective once and see from the graph what it depends on, and what it runs."""
+def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[Depends, StartsAlone, dict[str, Runs]]:
+    """Evaluate each objective and each start once and see from the graph what it depends on, and what it runs."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "Game: nothing can be differentiated inside torch.inference_mode(). Make the game outside it; where "
@@ -171,6 +174,12 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         for part in (in_loss, in_residual):
             for other, paths in part.items():
                 reached[other] |= paths
+    alone: dict[str, tuple[str, ...]] = {}
+    for name in players:
+        found = start_dependence(game, name, players, initial)
+        alone[name] = tuple(f"{o}{path}" for o, paths in found.items() for path in sorted(paths - reached[o]))
+        for other, paths in found.items():
+            reached[other] |= paths
     for name, player in players.items():
         if player.optimizer_hyper:
             continue
@@ -188,7 +197,7 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         # vanishes where somebody rests says where that is.
         if not player.follows_loss and name not in depends[name]:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, runs
+    return depends, alone, runs
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -199,6 +208,7 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
     order = list(players)
     earlier = order[: min(order.index(member) for member in members)]
     answers = frozenset().union(*(depends[member] for member in members))
+    answers |= {other for member in members for other in players[member].start_names}
     if not any(other in answers or players[other].optimizer_hyper for other in earlier):
         what = _what(players[members[0]])
         raise ValueError(
@@ -211,8 +221,8 @@ def check_follower(name: str, members: Sequence[str], players: Mapping[str, Play
 
 # An initialisation reaches a follower by where its steps begin, which no loss sees: as in MAML.
 _START = (
-    "If {name!r} is where the follower's steps begin, as in MAML, let the follower be what they add: losses of "
-    "({name} + follower), the follower's init all zeros, and Unrolled(..., warm_start=False)."
+    "If {name!r} is where the follower's steps begin, as in MAML, say so of the follower: Player(..., "
+    "start=lambda {name}: {name})."
 )
 
 

@@ -91,6 +91,17 @@ class Follower:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
 
+    def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
+        """The leaves that a call begins from, and whether it goes on with what the last call remembered.
+
+        With `start=` they are functions of the others' variables, attached to them, and nothing goes on.
+        """
+        start = self.game.starting_point(self.name, self.inputs, self.batch, self.buffers)
+        if start is not None:
+            return leaves(start), False
+        here = state["variables"] if warm else self.game.initial(self.name)
+        return [leaf.detach() for leaf in leaves(here)], warm
+
     @property
     def constraints(self) -> Constrained | None:
         """Its programme, where functions constrain it; None where they do not."""
@@ -272,8 +283,11 @@ class Follower:
 
     def relative(self, slopes_norm: Size, state: Mapping[str, Any]) -> Size:
         """A norm of F in units of the one at the start of the game."""
-        reference: Size = state["reference"]
-        return slopes_norm / reference
+        return slopes_norm / self.unit(state)
+
+    def unit(self, state: Mapping[str, Any]) -> Size:
+        """What its stationarity is told in units of: the norm of F at the start of the game."""
+        return state["reference"]
 
     def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
         """How far a norm of F is above a threshold, in words, and in which games; None where it is not."""

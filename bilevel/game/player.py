@@ -48,6 +48,9 @@ class Player:
         inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
             a pytree of tensors.
         equality: the same for entries that are to be 0.
+        start: where this player, as a follower, begins in every call, as a function of those who move before it (and of
+            `batch`): `start=lambda meta: meta`. `Unrolled` differentiates it, so that an initialisation can lead.
+            Nothing is kept from call to call then, whatever `warm_start` says; `init` gives the form.
 
     A follower who stays within \([0, 5]\) rests where \(F(y) = (y - P(y - s\,\nabla_y f)) / s = 0\):
 
@@ -73,6 +76,7 @@ class Player:
     prox: Penalty | None = field(default=None, kw_only=True)
     inequality: Callable[..., Variables] | None = field(default=None, kw_only=True)
     equality: Callable[..., Variables] | None = field(default=None, kw_only=True)
+    start: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
@@ -84,6 +88,10 @@ class Player:
             _refuse_uninitialised(self.init)
         self._check_constraints()
         self._check_functions()
+        if self.start is not None:
+            require_start(self.start)
+            if self.optimizer_hyper:
+                raise ValueError("Player: a hyperparameter of the inner optimiser is no follower; it has no start=.")
         if self.residual is None:
             return
         if not (callable(self.residual) or isinstance(self.residual, UserResidual)):
@@ -132,6 +140,11 @@ class Player:
         """The parameters that the objective must be called with."""
         return required(self.objective)
 
+    @cached_property
+    def start_names(self) -> tuple[str, ...]:
+        """The parameters that `start` must be called with; none where there is no `start`."""
+        return () if self.start is None else required(self.start)
+
     @property
     def constraints(self) -> dict[str, Callable[..., Variables]]:
         """The functions that constrain it, by what they are called."""
@@ -142,6 +155,7 @@ class Player:
     def _parameters(self) -> dict[int, tuple[str, ...]]:
         functions = [self.objective, *self.constraints.values()]
         functions += [] if self.residual is None else [self.own_residual.function]
+        functions += [] if self.start is None else [self.start]
         return {id(function): required(function) for function in functions}
 
     def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
@@ -259,6 +273,16 @@ def refuse_unnamed(what: str, function: Callable[..., Any]) -> None:
                 f"Player: parameter {str(parameter)!r} of {what} cannot be named in a call. Name each parameter after "
                 "a player (and `batch`), as in `def loss(decay, weights, batch)`."
             )
+
+
+def require_start(start: object) -> None:
+    """Raise `TypeError` for a start that is no function whose parameters can be named."""
+    if not callable(start):
+        raise TypeError(
+            f"Player: start is {kind(start)}; expected a function of the players who move before this one, such as "
+            "start=lambda meta: meta. A fixed start is init=."
+        )
+    refuse_unnamed("the start", start)
 
 
 def check_data(told: str, data: object) -> None:

@@ -111,6 +111,11 @@ class PlayedGame(Protocol):
     ) -> Tensor:
         """A player's loss at everybody's variables."""
 
+    def starting_point(
+        self, player: str, others: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> Variables | None:
+        """Where a player with `start=` begins to follow, differentiable in the others; None of all other players."""
+
     def coordinates(self, player: str) -> Sequence[Coordinate | None]:
         """The range of each leaf of a player's variables that has one; [] where none has."""
 

@@ -2,6 +2,7 @@
 
 from bilevel.inner.base import InnerSolver, Problem
 from bilevel.inner.closed_form import ClosedForm
+from bilevel.inner.entrywise import EntrywiseSGD
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.own import DifferentiableOptimizer
 from bilevel.inner.programmes import HiGHS, ProgrammeSolver, ProxQP
@@ -11,6 +12,7 @@ from bilevel.inner.scipy import Scipy, ScipyRoot
 __all__ = [
     "ClosedForm",
     "DifferentiableOptimizer",
+    "EntrywiseSGD",
     "HiGHS",
     "InnerSolver",
     "Problem",

@@ -1,5 +1,7 @@
-"""Many small games of one form, played as one: composed around what plays a single game."""
+"""Many small games, or many tasks of one leader, played as one: composed around what plays a single game."""
 
 from bilevel.many.games import Games
+from bilevel.many.task_batch import TaskBatch
+from bilevel.many.tasks import Adapted, Tasks
 
-__all__ = ["Games"]
+__all__ = ["Adapted", "Games", "TaskBatch", "Tasks"]

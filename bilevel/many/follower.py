@@ -32,6 +32,17 @@ class StackedGames(PlayedGame, Protocol):
     def game(self, index: int) -> Any:
         """One of them, by itself."""
 
+    @property
+    def noun(self) -> str:
+        """What one of them is called."""
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """The players who are one for all."""
+
+    def dim_of(self, player: str) -> int | None:
+        """The dimension of a player's variables that tells them apart, None of one who is shared."""
+
     def batch_dims(self, player: str, batch: Batch) -> Any:
         """Which leaves of a batch have the leading dimension."""
 
@@ -55,6 +66,11 @@ class BatchedFollower(Follower):
         """Which leaves of the batch differ from game to game, as `in_dims` of vmap."""
         return self.games.batch_dims(self.name, self.batch)
 
+    @property
+    def dims(self) -> dict[str, int | None]:
+        """Which of the others' variables have the leading dimension, as `in_dims` of vmap."""
+        return {name: self.games.dim_of(name) for name in self.inputs}
+
     def single(self, index: int) -> Follower:
         """The follower of one game, fixed to its slice of the current batch."""
         if self.games.anticipated:
@@ -63,7 +79,9 @@ class BatchedFollower(Follower):
                 f"{sorted(self.games.anticipated)} answers for all at once. Use a torch.optim optimiser that moves "
                 "each entry by itself, such as SGD or Adam."
             )
-        buffers, others = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), self.others))
+        own = {name: value for name, value in self.others.items() if self.games.dim_of(name) is not None}
+        buffers, chosen = map_leaves(lambda leaf: leaf[index], (self.buffers.get(self.name, {}), own))
+        others = {name: chosen.get(name, value) for name, value in self.others.items()}
         multipliers = map_leaves(lambda leaf: leaf[index], self.multipliers)
         state = {"follower": self.name, "data": self.position, "buffers": buffers, "multipliers": multipliers}
         if self.scale is not None:
@@ -96,7 +114,7 @@ class BatchedFollower(Follower):
         worst = int(torch.where(above, relative, 0.0).argmax())
         told = (
             f"up to {float(relative[worst]):.3g} of its value at the start in {int(above.sum())} of {len(relative)} "
-            f"games, the worst being game {worst},"
+            f"{self.games.noun}s, the worst being {self.games.noun} {worst},"
         )
         return told, above.nonzero().flatten().tolist()
 
@@ -107,9 +125,10 @@ class BatchedFollower(Follower):
     def adapted_linear(self, solver: Solver) -> Solver:
         """One that gives each game its own scalars and its own end."""
         widths = tuple(shape[1:].numel() for shape in self.unknowns.shapes)
-        return cast(
-            Solver, BatchedLinearSolver(solver=cast(LinearSolver, solver), count=self.games.count, widths=widths)
+        found = BatchedLinearSolver(
+            solver=cast(LinearSolver, solver), count=self.games.count, widths=widths, noun=self.games.noun
         )
+        return cast(Solver, found)
 
     def brought_to_rest(self, y: Sequence[Tensor]) -> Rest:
         """The unknowns of each game, found one by one where there are more than the variables."""
@@ -138,12 +157,12 @@ class BatchedFollower(Follower):
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""
-        return among(values)
+        return among(values, self.games.noun)
 
     def where_loss_not_finite(self, y: Sequence[Tensor]) -> str:
         """In which games the loss at y is not finite, in words."""
         with torch.no_grad(), random_kept(self.games.device):
-            return among(self.loss(self.form.build(y), self.others))
+            return among(self.loss(self.form.build(y), self.others), self.games.noun)
 
 
 def _stacked(form: Structure, rows: Sequence[Tensor]) -> Tensor:
@@ -151,10 +170,10 @@ def _stacked(form: Structure, rows: Sequence[Tensor]) -> Tensor:
     return join([torch.stack(parts) for parts in zip(*(form.split(row) for row in rows), strict=True)])
 
 
-def among(values: Tensor) -> str:
+def among(values: Tensor, noun: str = "game") -> str:
     """Which of many games' `values: [count]` are not finite, in words."""
     wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    return f" in {len(wrong)} of {len(values)} games, the first being game {wrong[0]}" if wrong else ""
+    return f" in {len(wrong)} of {len(values)} {noun}s, the first being {noun} {wrong[0]}" if wrong else ""
 
 
 def refuse_mixing(
@@ -162,15 +181,16 @@ def refuse_mixing(
 ) -> None:
     """Raise `TypeError` when many games are stepped by an optimiser that would mix them."""
     tuned = player_parameters(optimizer, dict.fromkeys(games.names))
-    if tuned:
+    if set(tuned) - games.shared:
         raise TypeError(
             f"{asker}: its optimiser takes the variables of {tuned[0]!r}, one in each game; there is one optimiser "
             "for all games. Solve them one by one: solve(games.game(i), ...)."
         )
     start = games.initial(player)
-    if not entrywise(optimizer, leaves(start), leaf_names(start, player)):
+    given = {name: games.initial(name) for name in tuned}
+    if not entrywise(optimizer, leaves(start), leaf_names(start, player), given):
         raise TypeError(
             f"{asker}: its optimiser does not move each entry by itself, so that player {player!r} would mix "
-            f"{games.count} games. Use SGD, Adam or another entrywise one with groups that do not depend on shapes, or "
-            "solve them one by one: solve(games.game(i), ...)."
+            f"{games.count} {games.noun}s. Use SGD, Adam or another entrywise one with groups that do not depend on "
+            "shapes, or solve them one by one: games.game(i) is one of them."
         )

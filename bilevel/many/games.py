@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, final
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel.game import Buffers, Follower, Game
+from bilevel.game import Game
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.passes import Source
 from bilevel.game.player import check_data
 from bilevel.many.dynamics import refuse_mixing_dynamics
-from bilevel.many.follower import BatchedFollower, among, refuse_mixing
+from bilevel.many.stack import Stack, rows_of
 from bilevel.randomness import random_kept
-from bilevel.tree import Structure, Variables, detached, leaves, map_leaves, named_leaves, structure_of
+from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
 
 @final
-class Games(Game):
+class Games(Stack):
     """`count` games that differ in where they start and in their data, for one call of `solve`.
 
         games = Games(game, 1000, init={"w": starts}, data={"w": [(inputs, targets)]})
@@ -89,11 +89,6 @@ class Games(Game):
         for name in game.players:
             self._try(name)
 
-    @property
-    def count(self) -> int:
-        """How many games there are."""
-        return self._count
-
     def game(self, index: int) -> Game:
         """One of them, by itself; `index` may be negative."""
         if not -self.count <= index < self.count:
@@ -139,122 +134,25 @@ class Games(Game):
                     )
         return batch, after
 
-    def evaluate(
-        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
-    ) -> tuple[Tensor, Buffers]:
-        """A player's loss in each game `[count]`, and the buffers after it."""
-        if self.members(player) != (player,):
-            return self._evaluate_group(player, variables, batch, buffers)
-        objective = self._parts.players[player].objective
-        return self._at_once(
-            lambda given, batch, current, _: self._one.evaluate(player, given, batch, current),
-            player, self._given(player, objective, variables), batch, buffers, {},
-        )  # fmt: skip
-
-    def call(
-        self,
-        player: str,
-        function: Callable[..., Any],
-        variables: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers | None,
-        extra: Mapping[str, Variables],
-    ) -> tuple[Variables, Buffers]:
-        """A function called in each game as the player's objective is; its answers have the leading dimension."""
-        return self._at_once(
-            lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
-            player, self._given(player, function, variables), batch, buffers, extra,
-        )  # fmt: skip
-
-    def _at_once(
-        self,
-        function: Callable[..., tuple[Variables, Buffers]],
-        player: str,
-        given: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers | None,
-        extra: Mapping[str, Variables],
-    ) -> tuple[Variables, Buffers]:
-        """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
-        groups = self._parts.groups
-        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        parts = (dict(given), batch, current, dict(extra))
-        dims = [0] * len(leaves(parts[0])) + self._flat_dims(player, batch) + [0] * len(leaves(parts[2:]))
-        # One flat list of what varies: vmap would walk the nests again and again.
-        values, spec = pytree.tree_flatten(parts)
-        varying = [place for place, dim in enumerate(dims) if dim is not None]
-        forms: list[pytree.TreeSpec] = []
-
-        def one(*mine: Tensor) -> tuple[Tensor, ...]:
-            every = list(values)
-            for place, value in zip(varying, mine, strict=True):
-                every[place] = value
-            tensors, form = pytree.tree_flatten(function(*pytree.tree_unflatten(every, spec)))
-            forms.append(form)
-            return tuple(tensors)
-
-        found = torch.func.vmap(one, randomness="different")(*(values[place] for place in varying))
-        answer, after = pytree.tree_unflatten(found, forms[0])
-        return answer, after
-
-    def form_of_one(self, player: str) -> Structure:
-        """How a player's variables are laid out in one game."""
-        return self._one.structure(player)
-
-    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
-        """`function(*trees)` in each game by one vmap; a tensor without dimensions is the same in all."""
-        dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
-        return torch.func.vmap(function, in_dims=dims)(*trees)
-
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of all games at once, whose solvers keep them apart."""
-        return BatchedFollower(self, others, state, batch)
-
     @property
     def record_keys(self) -> tuple[str, ...]:
         """The median, and the worst."""
         return ("", ".worst")
 
-    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
-        """Refuse an optimiser that does not move each entry by itself."""
-        refuse_mixing(asker, optimizer, self, player)
-
     def require_separable(self, dynamics: object) -> None:
         """Refuse a rule that follows the whole field by common numbers."""
         refuse_mixing_dynamics(dynamics, self.count)
 
-    def described_norm(self, norm: Tensor) -> str:
-        """In which games it is not finite."""
-        return f"no finite norm{among(norm)}"
+    def require_shared(self, asker: str, players: Sequence[str]) -> None:
+        """Refuse one number for all games that would be made of players who are one in each."""
+        if players:
+            self.require_one(asker)
 
     def require_one(self, asker: str) -> None:
         """Refuse who can look at one game only."""
         raise TypeError(f"{asker} looks at one game, not at {self.count}: give it games.game(i) and solutions[i].")
 
-    def batch_dims(self, player: str, batch: Batch) -> Any:
-        """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
-        return pytree.tree_unflatten(self._flat_dims(player, batch), pytree.tree_structure(batch))
-
-    def _flat_dims(self, player: str, batch: Batch) -> list[int | None]:
-        return _spread(self._dims.get(player), batch)
-
-    def batch_of(self, player: str, batch: Batch, index: int) -> Batch:
-        """One game's part of a player's batch."""
-        return _rows(batch, self._dims.get(player), index)
-
-    def total(self, loss: Tensor) -> Tensor:
-        """The sum over games: its gradient in one game's variables is that of this game's loss."""
-        return loss.sum()
-
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The norm of a player's leaves in each game, `[count]`."""
-        rows = [tensor.reshape(self.count, -1) for tensor in tensors]
-        return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1)  # type: ignore[no-any-return]
-
     # What it is made of ---------------------------------------------------------------------------------------------
-
-    def _repeated(self, leaf: Tensor) -> Tensor:
-        return leaf.expand(self.count, *leaf.shape).clone()
 
     def _started(self, init: Mapping[str, Variables]) -> dict[str, Variables]:
         players = self._one.players
@@ -316,7 +214,7 @@ class Games(Game):
 
     def _picked(self, rows: int | Tensor) -> dict[str, Stream]:
         return {
-            name: stream.mapped(partial(_rows, dims=self._dims[name], rows=rows)) if name in self._dims else stream
+            name: stream.mapped(partial(rows_of, dims=self._dims[name], rows=rows)) if name in self._dims else stream
             for name, stream in self._parts.streams.items()
         }
 
@@ -339,21 +237,3 @@ class Games(Game):
                 f"Player {name!r}: its loss at init is {losses[wrong[0]].item()} in game {wrong[0]}, and not finite in "
                 f"{len(wrong)} in all; expected finite numbers."
             )
-
-
-def _spread(dims: Any, batch: Batch) -> list[int | None]:
-    """0 or None for each leaf of a batch; what is no tensor has no dimension."""
-    if dims is None or isinstance(dims, int):
-        return [dims if isinstance(leaf, Tensor) else None for leaf in leaves(batch)]
-    parts = [(dims[key], batch[key]) for key in batch] if isinstance(dims, Mapping) else zip(dims, batch, strict=True)
-    return [dim for dims, part in parts for dim in _spread(dims, part)]
-
-
-def _rows(batch: Batch, dims: Any, rows: int | Tensor) -> Batch:
-    if dims is None:
-        return batch
-    if isinstance(dims, int):
-        return map_leaves(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch)
-    if isinstance(dims, Mapping):
-        return {key: _rows(batch[key], dims[key], rows) for key in batch}
-    return type(batch)(_rows(part, dim, rows) for part, dim in zip(batch, dims, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -16,7 +16,7 @@ from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.projected import ProjectedGradient, Rows, descend
 from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import Memory, OptimizerFactory, build, recall, remember
-from bilevel.tree import leaf_names, leaves
+from bilevel.tree import Variables, leaf_names, leaves
 
 
 class ManyProblems(Problem, Protocol):
@@ -75,10 +75,16 @@ class BatchedInnerSolver(InnerSolver):
         return stacked, [after for _, after in ends]
 
 
-def entrywise(factory: OptimizerFactory, y: Sequence[Tensor], names: Sequence[str]) -> bool:
+def entrywise(
+    factory: OptimizerFactory,
+    y: Sequence[Tensor],
+    names: Sequence[str],
+    players: Mapping[str, Variables] | None = None,
+) -> bool:
     """Whether an optimiser moves stacked games `y: [count, ...]` as it moves each alone: tried out on two, a few steps.
 
-    Not so LBFGS, Adafactor and whatever looks at a norm, and groups made by the leaves' shapes.
+    Not so LBFGS, Adafactor and whatever looks at a norm, and groups made by the leaves' shapes. `players` are the
+    players whom the factory takes, one for all games.
     """
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn((2, *leaf.shape[1:]), generator=generator, dtype=torch.float64).to(leaf) for leaf in y]
@@ -93,16 +99,15 @@ def entrywise(factory: OptimizerFactory, y: Sequence[Tensor], names: Sequence[st
 
     def end(part: Callable[[Tensor], Tensor]) -> list[Tensor]:
         parameters = [part(leaf).clone() for leaf in start]
-        optimizer = build(factory, parameters, names=names)
+        optimizer = build(factory, parameters, players, names)
         for rows in slopes:
             for parameter, slope in zip(parameters, rows, strict=True):
                 parameter.grad = part(slope).clone()
             optimizer.step()
         return parameters
 
-    build(
-        factory, [leaf.clone() for leaf in start], names=names
-    )  # what is wrong with the factory itself is told as ever
+    # What is wrong with the factory itself is told as ever.
+    build(factory, [leaf.clone() for leaf in start], players, names)
     try:
         together, *alone = (end(part) for part in (lambda t: t, lambda t: t[0], lambda t: t[1]))
     except Exception:  # LBFGS wants a closure, Muon matrices: whatever it is, it is not taken at once
@@ -228,7 +233,7 @@ def _answered(solver: ClosedForm, problem: Any, y: Sequence[Tensor]) -> list[Ten
     """The function's answers for all games, or None where vmap cannot run it (it may be NumPy's)."""
     given = {**problem.others, "batch": problem.batch}
     arguments = {name: given[name] for name in inspect.signature(solver.function).parameters if name in given}
-    dims = {name: problem.batch_dims if name == "batch" else 0 for name in arguments}
+    dims = {name: problem.batch_dims if name == "batch" else problem.dims[name] for name in arguments}
     try:
         with torch.no_grad():
             found = torch.func.vmap(lambda given: leaves(solver.function(**given)), in_dims=(dims,))(arguments)

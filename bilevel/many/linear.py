@@ -24,9 +24,9 @@ class BatchedLinearSolver:
         A = diag(A_1, ..., A_count),    A v is one product for all blocks together
 
     Vectors `[count n]` are those of variables with leaves `[count, ...]`, leaf after leaf; `widths` are the leaves'
-    sizes in one game. Each block ends where `solver` would end it alone: its step lengths are its own, and one that is
-    done stands still. The solution's `memory` is the blocks' relative residuals `[count]`. Preconditioners start afresh
-    with each system. An error names the first game that raises it by itself.
+    sizes in one game; `noun` is what messages call one. Each block ends where `solver` would end it alone: its step
+    lengths are its own, and one that is done stands still. The solution's `memory` is the blocks' relative residuals
+    `[count]`. Preconditioners start afresh with each system. An error names the first game that raises it by itself.
 
     Costs the products of the block that takes the most.
     """
@@ -34,6 +34,7 @@ class BatchedLinearSolver:
     solver: LinearSolver
     count: int
     widths: tuple[int, ...] = field(repr=False)
+    noun: str = field(default="game", repr=False)
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The relative residual of each block in the last system."""
@@ -61,7 +62,9 @@ class BatchedLinearSolver:
         try:
             found, norms, wanted, beats_zero, products = self._all(operator, rows, start)
         except BilevelError as error:
-            raise type(error)(f"Game {self._first_wrong(operator, rows, type(error))}: {error}") from error
+            raise type(error)(
+                f"{self.noun.capitalize()} {self._first_wrong(operator, rows, type(error))}: {error}"
+            ) from error
         sizes = torch.linalg.vector_norm(rows, dim=1)
         relative = torch.where(sizes > 0.0, norms / sizes, norms)
         missed = norms > wanted
@@ -69,8 +72,8 @@ class BatchedLinearSolver:
             worst = int(torch.where(missed, relative, -1.0).argmax())
             told = (
                 f"{type(self.solver).__name__} stopped after {products} products short of its tolerance in "
-                f"{int(missed.sum())} of {self.count} games, the worst being game {worst} with a residual of "
-                f"{float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
+                f"{int(missed.sum())} of {self.count} {self.noun}s, the worst being {self.noun} {worst} with a "
+                f"residual of {float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
                 f"max({self.solver.rtol:g} |b|, {self.solver.atol:g}). Give it more steps, more damping, or a larger "
                 "rtol."
             )

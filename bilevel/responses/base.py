@@ -224,14 +224,23 @@ def _adopted(saved: Any, start: Any) -> Any:
     return saved if type(saved) is type(start) else start
 
 
-def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = False, constrained: bool = False) -> State:
+def fresh_state(
+    game: Game,
+    follower: str | None,
+    seed: int,
+    *,
+    many: bool = False,
+    constrained: bool = False,
+    from_start: bool = False,
+) -> State:
     """What every response's state holds before its first call.
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
     at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`;
-    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds. Who
-    does not say so is refused there.
+    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds;
+    `from_start`: whether its derivative sees where the follower starts (`start=`). Who does not say so is refused
+    there.
     """
     name = game.names[-1] if follower is None else follower
     if name not in game.names:
@@ -244,6 +253,14 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
     game.require_follower(name)
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
+    alone = game.starts_alone(name)
+    if alone and not from_start:
+        raise TypeError(
+            f"The response of player {name!r}: {alone[0]} reaches it by its start= and no loss, and only Unrolled "
+            "differentiates where a follower starts: an optimum does not depend on it, and the gradient would be zero. "
+            "Use Unrolled, or let the loss depend on it, as by the proximal term of iMAML, "
+            "lam / 2 * (task - meta).square().sum()."
+        )
     state: State = {
         "follower": name,
         "variables": game.initial(name),
@@ -265,7 +282,9 @@ def fresh_state(game: Game, follower: str | None, seed: int, *, many: bool = Fal
         state |= {"scale": start.measured_scale(leaves(state["variables"]))}
         start = at_start(game, state)
     with random_kept(game.device), torch.no_grad():
-        _, slopes = start.gradients(leaves(state["variables"]))
+        begins, _ = start.begins(state, warm=False)
+        state["variables"] = start.form.build([leaf.clone() for leaf in begins])
+        _, slopes = start.gradients(begins)
         state |= start.first()
     # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
     return state | {"reference": start.reference(slopes)}

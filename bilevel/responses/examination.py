@@ -66,7 +66,9 @@ class Examination:
         square = self.follower.inner(self.slope, self.slope)
         rate = torch.where(curvature > 0.0, square / torch.where(curvature > 0.0, curvature, 1.0), 0.0)
         # shift = u'F = rate |F|^2, and both of what it is held against as u = rate F makes them.
-        told = self._distance(rate * square, square.sqrt(), xs, rate * self.game.norms(mixed), way)
+        told = self._distance(
+            rate * square, square.sqrt(), xs, rate * self.game.norms_of_others(mixed, summed=True), way
+        )
         self.near = told is None
         return told
 
@@ -77,7 +79,7 @@ class Examination:
         told = [self._curvature(found, rhs, products)]
         if self.near and bool(found.beats_zero):  # else it has been told, and no length can be read off the answer
             shift = self.follower.inner(found.solution, self.slope).abs()
-            reach = self.game.norms(list(mixed))
+            reach = self.game.norms_of_others(mixed, summed=True)
             told.append(self._distance(shift, self._size(rhs), moving, reach, None))
         return [warning for warning in told if warning is not None]
 
@@ -88,12 +90,12 @@ class Examination:
     ) -> BilevelWarning | None:
         """A warning where u'F, |v| and |(dF/dx)'u| say that the optimum is far; `way` from the start if it is known."""
         own = size * self._size(self.y)
-        whole = self.game.norms([x.detach() for x in moving]) * reach
+        whole = self.game.norms_of_others([x.detach() for x in moving]) * reach
         far = (shift > NEAR * own) & (shift > NEAR * whole)
         if bool(far.any()):
             # Where everybody's equilibrium is at 0, what the leaders started from says what size they are of.
-            begun = self.game.norms([leaf for n in self.follower.inputs for leaf in leaves(self.game.initial(n))])
-            reach = torch.maximum(whole, begun * reach)
+            first = [leaf for n in self.follower.inputs for leaf in leaves(self.game.initial(n))]
+            reach = torch.maximum(whole, self.game.norms_of_others(first) * reach)
             far = far & (shift > NEAR * reach)
         if bool(far.any()):
             # Leaders at 0 tell no size: then the way from the start does.

@@ -20,7 +20,7 @@ from bilevel.errors import (
     NonConvergenceWarning,
     NotSymmetricError,
 )
-from bilevel.game import Follower, Game, HeldResidual, Size
+from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
@@ -290,14 +290,15 @@ class Implicit(Response):
 
         Last comes what will judge it by the backward solve, where there will be one.
         """
-        start = state["variables"] if self.warm_start else game.initial(follower.name)
-        memory = state["optimizer"] if self.warm_start else None
+        with torch.no_grad():
+            start, kept = follower.begins(state, warm=self.warm_start)
+        memory = state["optimizer"] if kept else None
         solver = follower.adapted_inner(self._solver)
-        reference: Size = state["reference"]
+        reference = follower.unit(state)
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
         threshold = tolerance * reference
         with torch.no_grad():
-            y, memory = minimised(solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(solver, follower, start, memory, steps=self.steps, threshold=threshold)
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)

@@ -201,11 +201,12 @@ class Nudged(Response):
 
     def _settle(self, game: Game, follower: Follower, state: State) -> tuple[list[Tensor], Any]:
         """The optimum's leaves, and the optimiser's memory."""
-        start = state["variables"] if self.warm_start else game.initial(follower.name)
-        memory = state["optimizer"] if self.warm_start else None
+        with torch.no_grad():
+            start, kept = follower.begins(state, warm=self.warm_start)
+        memory = state["optimizer"] if kept else None
         threshold = (self.tolerance or 0.0) * state["reference"]
         with torch.no_grad():
-            y, memory = minimised(self._solver, follower, leaves(start), memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(self._solver, follower, start, memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
         return y, memory
 

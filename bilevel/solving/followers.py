@@ -41,7 +41,8 @@ class Followers:
                     f"{name}=Implicit(ScipyRoot()), or leave out residual=."
                 )
         self._game = game
-        self.responses = {name: responses[name] for name in game.names if name in responses}
+        chosen = {name: responses[name] for name in game.names if name in responses}
+        self.responses = {name: game.response_of(name, response) for name, response in chosen.items()}
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
                 f"solve: {self.in_place} write into their states at every call, and with several followers the others "

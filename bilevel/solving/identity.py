@@ -78,7 +78,7 @@ def in_words(changes: list[Change]) -> str:
 
 
 _TOLD = 5
-_OPTIONS = ("objective", "residual", "domain", "prox", "coordinates")
+_OPTIONS = ("objective", "residual", "start", "domain", "prox", "coordinates")
 
 
 def _form(game: Game, name: str) -> dict[str, Description]:

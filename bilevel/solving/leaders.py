@@ -40,6 +40,8 @@ class Leaders:
         self.game, self.names, self.clip_norm = game, list(names), clip_norm
         if isinstance(optimizer, Mapping) and set(optimizer) != set(names):
             raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.names}.")
+        for name in names:
+            _refuse_starting(game, name)
         default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
         chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
         self.factories, self.scheduler = {name: chosen[name] for name in names}, scheduler
@@ -171,6 +173,16 @@ class Leaders:
                     warnings.simplefilter("ignore")  # torch expects a step of the optimiser before each of these
                     for _ in range(steps):
                         self.schedulers[name].step()
+
+
+def _refuse_starting(game: Game, name: str) -> None:
+    """Refuse a leader with a start of its own, which would be ignored."""
+    for member in game.members(name):
+        if game.players[member].start is not None:
+            raise ValueError(
+                f"solve: player {member!r} has a start=, which is where a follower begins, and no response. Give it "
+                f"one, such as {name}=Unrolled(...), or leave start= out."
+            )
 
 
 def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:

@@ -190,7 +190,8 @@ class Run:
         if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
             return log
         ((name, look),) = looks.items()
-        if look is None or not cheap(self.game, name):
+        # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
+        if look is None or not cheap(self.game, name) or self.game.starts_alone(name):
             return log
         if not due(step):
             return carried(log, step)
@@ -252,7 +253,8 @@ class Run:
             if name in states:
                 batch, _ = self.game.draw(name, states[name]["data"])
             else:
-                batch = self._last_batch(name)
+                place = self.game.position_of_answer(name, states)
+                batch = self._last_batch(name) if place is None else self.game.draw(name, place)[0]
             detached, current = map_leaves(lambda t: t.detach(), dict(variables)), with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.many import Games
+from bilevel.many import Games, Tasks
 from bilevel.solving.history import loss_key
 from bilevel.solving.solution import End, Solution, ended
 from bilevel.solving.warning_log import RunWarning
@@ -110,3 +110,14 @@ def _(
     """Of many games, each warning with the games that it spoke of; how far a hypergradient is off is not estimated."""
     texts, spoken_of = tuple(warning.text for warning in warned), tuple(warning.games for warning in warned)
     return Solutions(values=values, warnings=texts, warned=spoken_of, **found)
+
+
+@ended.register
+def _(
+    game: Tasks, errors: Mapping[str, float], warned: Sequence[RunWarning], values: Mapping[str, Tensor], **found: Any
+) -> Solution:
+    """Of one leader and its last tasks: mean losses, and of the rest the worst task's."""
+    for told in ("stationarity", "residuals"):
+        found[told] = {name: float(torch.as_tensor(number).max()) for name, number in found[told].items()}
+    texts, numbers = tuple(warning.text for warning in warned), {n: float(value) for n, value in values.items()}
+    return Solution(values=numbers, warnings=texts, errors=errors, **found)

@@ -205,6 +205,13 @@ def _named(game: Game, leader: str | None, follower: str | None) -> tuple[str, s
             f"check_hypergradient: {leader!r} does not move before {follower!r} in {names}, so that it anticipates "
             "nothing. Name leader= and follower= in their order of play."
         )
+    alone = game.starts_alone(follower)
+    if alone:
+        raise ValueError(
+            f"check_hypergradient: {alone[0]} reaches {follower!r} by its start= and no loss, and the follower is "
+            "solved anew here until it rests, where its start is forgotten. Hold such steps against differences of the "
+            "steps themselves: torch.autograd.gradcheck of the leader's loss."
+        )
     return leader, follower
 
 

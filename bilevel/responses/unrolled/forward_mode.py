@@ -70,6 +70,11 @@ class ForwardMode(Differentiation):
         if transforms_active():
             return ReverseMode().follow(steps, start, count)
         follower = steps.follower
+        if any(leaf.requires_grad for leaf in start.y):
+            raise TypeError(
+                f"ForwardMode carries derivatives from a start that is fixed, and player {follower.name!r} starts at a "
+                "function of those before it (start=). Use ReverseMode() or Segments()."
+            )
         wanted = [index for index, x in enumerate(follower.xs) if x.requires_grad]
         entries = sum(follower.xs[index].numel() for index in wanted)
         captured, sizes = tried(steps, start)

@@ -38,7 +38,7 @@ def refuse_lost(settings: TorchOptimizer, follower: Follower, start: Sequence[Te
         for _ in range(min(steps, 2)):  # momentum shows in the second
             made_up = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in y]
             y = stepper.step(y, [1e3 * slope for slope in made_up])  # large, so that what clips does
-    reached = [leaf.sum() for leaf in y if leaf.requires_grad]
+        reached = [leaf.sum() for leaf in y if leaf.requires_grad]
     for name in tuned:
         slopes = (
             torch.autograd.grad(reached, leaves(others[name]), retain_graph=True, allow_unused=True) if reached else ()

@@ -52,7 +52,7 @@ class Unrolled(Response):
         steps: The optimiser's steps in a call.
         backprop_steps: Differentiate only the last so many steps (truncated: biased towards short horizons).
         warm_start: Continue from the last call's variables, optimiser memory and place in the schedule; else each call
-            starts at `init`.
+            starts at `init`. A player with `start=` starts there in every call, and the derivative begins with that.
         differentiation: Selects how the derivative is computed; only memory and time change. `ReverseMode()` holds the
             graph of every step; `Segments(memory=...)` takes most of them again in backward, for a small part of the
             memory; `ForwardMode()` carries the derivatives along, for a few leader's entries and any number of steps.
@@ -142,12 +142,19 @@ class Unrolled(Response):
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses an optimiser that cannot be differentiated."""
-        state = fresh_state(game, follower, seed, many=True)
+        state = fresh_state(game, follower, seed, many=True, from_start=True)
+        alone = game.starts_alone(state["follower"])
+        if alone and self.backprop_steps not in (None, self.steps):
+            raise ValueError(
+                f"Unrolled: backprop_steps={self.backprop_steps} of steps={self.steps} does not reach back to the "
+                f"start, by which alone {alone[0]} acts on player {state['follower']!r}: its gradient would be zero. "
+                "Leave backprop_steps out; Segments() takes less memory."
+            )
         settings = torch_optimizer("Unrolled", self.optimizer)
         start = at_start(game, state)
         start.refuse_mixing("Unrolled", settings.factory)
-        if settings.option_players(dict.fromkeys(game.names)):
-            game.require_one("Unrolled with options that are functions of players")
+        named = settings.option_players(dict.fromkeys(game.names))
+        game.require_shared("Unrolled with options that are functions of players", named)
         self.differentiation.require(game)
         require_second_derivative(start, state)
         self.differentiation.require_follower(start)
@@ -179,13 +186,11 @@ class Unrolled(Response):
         """
         follower = game.follower(others, state, batch)
         lift = _lifting([*follower.xs, *leaves(follower.batch)]) if transforms_active() else torch.clone
-        y = [
-            lift(leaf.detach())
-            for leaf in leaves(state["variables"] if self.warm_start else game.initial(follower.name))
-        ]
-        memory = state["optimizer"] if self.warm_start else None
+        begins, kept = follower.begins(state, warm=self.warm_start)
+        y = [lift(leaf) for leaf in begins]
+        memory = state["optimizer"] if kept else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
-        place = state.get("schedule") if self.warm_start else None
+        place = state.get("schedule") if kept else None
         recipe = Recipe.of(torch_optimizer("Unrolled", self.optimizer), follower, y, place, self.steps)
         steps = Steps(recipe, follower, others)
         differentiated = self.steps if self.backprop_steps is None else self.backprop_steps

