@@ -1,5 +1,6 @@
 """The loop: what it finds, what it leaves on disk, what it says."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -282,3 +283,53 @@ def test_a_leader_who_arrives_is_not(start, rate):
         steps=100,
     )
     assert not found.warnings
+
+
+def two_speeds(slow):
+    """The leader pulls y0 down, which follows x at once, and pushes y1 up, which follows slowly."""
+    speeds = torch.tensor([1.0, slow], dtype=torch.float64)
+    return bl.Game(
+        x=bl.Player(lambda y: y[0] - 4.0 * y[1], torch.tensor(1.0, dtype=torch.float64)),
+        y=bl.Player(lambda x, y: 0.5 * (speeds * (y - x) ** 2).sum(), torch.zeros(2, dtype=torch.float64)),
+    )
+
+
+def played(game, leads, **options):
+    response = bl.Unrolled(partial(torch.optim.SGD, lr=0.5), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = bl.solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=1e-3), steps=leads)
+    return found, [str(warning.message) for warning in caught]
+
+
+def test_a_horizon_that_is_too_short_is_told_now_and_then():
+    """By hand dy_K/dx = 1 - (1 - h / 2)^K: h_K is .616 for K = 5, -.330 for 20, and -3 in the end."""
+    found, told = played(two_speeds(0.04), 17, steps=5)
+    short, farther = (1 - 0.5**k - 4 * (1 - 0.98**k) for k in (5, 20))
+    assert len(told) == 1 and "Short horizon" in told[0] and "points the other way" in told[0]
+    assert f"misses {(short - farther) / -farther:.0%}" in told[0] and f"norm {short:.3g} for {-farther:.3g}" in told[0]
+    assert found.variables["x"] < 1.0  # the wrong way: x is to grow
+    silent = played(two_speeds(0.04), 17, steps=5, tolerance=None)[0]
+    # To look changes nothing: neither the run nor its work.
+    assert torch.equal(found.variables["x"], silent.variables["x"]) and found.gradients == silent.gradients
+    last = played(two_speeds(0.04), 17, steps=200, backprop_steps=5)[1]
+    assert len(last) == 1 and "differentiates 5 steps; 20 from the same place" in last[0]
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 400])
+def test_a_horizon_that_only_scales_is_not_told(horizon):
+    """Of one speed the short horizon sees a part of the same direction, at least a quarter of the longer one's."""
+    assert not played(two_speeds(1.0), 17, steps=horizon)[1]
+    assert not played(two_speeds(0.04), 17, steps=400)[1]
+
+
+def test_a_resumed_run_knows_what_a_look_found(tmp_path):
+    whole, _ = played(two_speeds(0.04), 19, steps=5)
+    path = tmp_path / "run.pt"
+    response = bl.Unrolled(partial(torch.optim.SGD, lr=0.5), steps=5)
+    for steps in (17, 19):
+        with pytest.warns(bl.errors.UnreliableResponseWarning, match="Short horizon"):
+            half = bl.solve(
+                two_speeds(0.04), y=response, optimizer=partial(torch.optim.SGD, lr=1e-3), steps=steps, checkpoint=path
+            )
+    assert half.warnings == whole.warnings and torch.equal(half.variables["x"], whole.variables["x"])

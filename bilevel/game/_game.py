@@ -223,8 +223,8 @@ class Game:
     ) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
-        With `joined`, players who answer together may each rest at a minimum of its own loss. `constrained`: whether
-        who asks knows minima within constraints; `functions`: functions among them.
+        With `joined`, players who answer together may each rest at a minimum of its own loss; with `constrained`, at
+        one within constraints, `functions` among them.
         """
         for name in self.names:
             members = self.members(name)
@@ -239,9 +239,9 @@ class Game:
                     continue
                 if kept or rests.projects:
                     raise ValueError(
-                        f"{asker}: {member!r} has {'functions as constraints' if kept else rests.told}, and rests "
-                        "where its loss's own gradient need not vanish. testing.check_hypergradient and certify_nash "
-                        "know constraints."
+                        f"{asker}: {member!r} has {'functions as constraints' if kept else rests.told}: where it rests "
+                        "its Lagrangian is stationary, not its loss. testing.check_hypergradient and certify_nash know "
+                        "constraints; or hold the hypergradient against finite differences of re-solved followers."
                     )
                 if not rests.minimises:
                     raise ValueError(

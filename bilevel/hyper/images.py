@@ -115,8 +115,9 @@ def affine(
 
     Each is at least 0. Each draws its random numbers only where it is given.
 
-    The interpolation has kinks where a sample falls on a pixel's centre; elsewhere derivatives of any order exist,
-    unlike those of `torch.nn.functional.grid_sample`, which stop at the first. Costs four gathers of the images.
+    The interpolation has kinks where a sample falls on a pixel's centre; elsewhere it has derivatives of any order, in
+    every version of PyTorch and by dual numbers, which `torch.nn.functional.grid_sample` has not. Costs four gathers of
+    the images.
 
     Examples:
         >>> affine(torch.ones(1, 1, 2, 2), shift=0.0, rotation=0.0, zoom=0.0).sum()

@@ -39,7 +39,7 @@ def penalty(weights: Variables, decay: Strengths) -> Tensor:
         >>> penalty(weights, {"fc.weight": torch.tensor([1.0, 2.0, 3.0])})
         tensor(6.)
     """
-    return _sum(weights, decay, "penalty: the decay", lambda w: 0.5 * w.square())
+    return 0.5 * _sum(weights, decay, "penalty: the decay", torch.square)
 
 
 def l1_penalty(weights: Variables, strength: Strengths) -> Tensor:
@@ -63,14 +63,14 @@ def elastic_net(weights: Variables, l1: Strengths, l2: Strengths) -> Tensor:
         tensor(4.)
     """
     absolute = _sum(weights, l1, "elastic_net: l1", torch.abs)
-    return absolute + _sum(weights, l2, "elastic_net: l2", lambda w: 0.5 * w.square())
+    return absolute + 0.5 * _sum(weights, l2, "elastic_net: l2", torch.square)
 
 
 def by_parameter(weights: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
     """What is given by the names of parameters or layers, by parameter; refuses names of nobody, and two for one."""
     found: dict[str, tuple[str, Any]] = {}
     for name, value in given.items():
-        mine = [path for path in weights if path == name or path.startswith(f"{name}.")]
+        mine = [name] if name in weights else [path for path in weights if path.startswith(f"{name}.")]
         if not mine:
             raise ValueError(
                 f"{what} has a part for {name!r}, which is no parameter and no layer; those are {_names(weights)}."
@@ -90,24 +90,35 @@ def _names(weights: Mapping[str, Any]) -> list[str]:
 def _sum(weights: Variables, given: Strengths, what: str, term: Callable[[Tensor], Tensor]) -> Tensor:
     pairs = _pairs(weights, given, what)
     strengths: list[Tensor] = []
+    numbers: dict[int, list[Tensor]] = {}  # leaves by the strength that they share
+    terms: list[Tensor] = []
     for path, leaf, value in pairs:
         if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
             raise TypeError(f"{what}{path} is {kind(value)}; expected a number or a tensor.")
         strength = torch.as_tensor(value, dtype=leaf.dtype, device=None if isinstance(value, Tensor) else leaf.device)
         refuse_shape(strength.shape, f"{what}{path}", leaf.shape)
+        if strengths and value is pairs[0][2]:
+            strength = strengths[0]
         strengths.append(strength)
-    refuse_outside(list({id(s): s for s in strengths}.values()), what, NONNEGATIVE)
-    # A number stands before the sum: one multiplication, and no product as large as the weights.
-    terms = [
-        strength.reshape(()) * term(leaf).sum() if strength.numel() == 1 else (strength * term(leaf)).sum()
-        for (_, leaf, _), strength in zip(pairs, strengths, strict=True)
-    ]
-    return torch.stack(terms).sum()
+        if strength.ndim > 0:
+            terms.append((strength * term(leaf)).sum())
+        else:
+            numbers.setdefault(id(strength), []).append(term(leaf).sum())
+    different = {id(strength): strength for strength in strengths}
+    refuse_outside(list(different.values()), what, NONNEGATIVE)
+    # A number stands before the sum: a few operations for all of them, and no product as large as the weights.
+    if numbers:
+        sums = torch.stack([torch.stack(each).sum() if len(each) > 1 else each[0] for each in numbers.values()])
+        terms.append((torch.stack([different[key] for key in numbers]) * sums).sum())
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
 def _pairs(weights: Variables, given: Strengths, what: str) -> list[tuple[str, Tensor, Any]]:
     """Each penalised leaf with its path and its strength."""
-    own = named_leaves(weights)
+    if isinstance(weights, Mapping) and weights and all(isinstance(leaf, Tensor) for leaf in weights.values()):
+        own: list[tuple[str, Any]] = [(f"[{name!r}]", leaf) for name, leaf in weights.items()]
+    else:
+        own = named_leaves(weights)
     if not own:
         raise ValueError(f"{what}: there are no weights.")
     for path, leaf in own:

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ from bilevel.randomness import random_kept
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.second_order import differentiated_twice, require_custom_second, require_second
 from bilevel.tree import Variables, leaf_names, leaves, map_leaves
+
+
+@dataclass(frozen=True)
+class FartherLook:
+    """What a response that looks only so far ahead is held against.
+
+    Args:
+        response: the same with a longer horizon.
+        tolerance: the share of the longer horizon's hypergradient that the response's own may miss.
+        told: what is compared, in words.
+    """
+
+    response: Response
+    tolerance: float
+    told: str
+
 
 State = dict[str, Any]
 """A response's state: a dict of tensors, numbers and strings that `torch.save` writes and `weights_only=True` reads."""
@@ -63,6 +80,11 @@ class Response(ABC):
     def with_budget(self, steps: int) -> Response:
         """The same response, with so many steps of the follower a call; raises `TypeError` where it has no budget."""
         raise TypeError(f"{type(self).__name__} has no budget of steps to set; override budget and with_budget.")
+
+    @property
+    def farther(self) -> FartherLook | None:
+        """The same response with a longer horizon, to hold it against now and then; None where it has no horizon."""
+        return None
 
     @property
     def behaviour(self) -> Behaviour:

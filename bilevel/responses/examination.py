@@ -88,8 +88,13 @@ class Examination:
     ) -> BilevelWarning | None:
         """A warning where u'F, |v| and |(dF/dx)'u| say that the optimum is far; `way` from the start if it is known."""
         own = size * self._size(self.y)
-        reach = self.game.norms([x.detach() for x in moving]) * reach
-        far = (shift > NEAR * own) & (shift > NEAR * reach)
+        whole = self.game.norms([x.detach() for x in moving]) * reach
+        far = (shift > NEAR * own) & (shift > NEAR * whole)
+        if bool(far.any()):
+            # Where everybody's equilibrium is at 0, what the leaders started from says what size they are of.
+            begun = self.game.norms([leaf for n in self.follower.inputs for leaf in leaves(self.game.initial(n))])
+            reach = torch.maximum(whole, begun * reach)
+            far = far & (shift > NEAR * reach)
         if bool(far.any()):
             # Leaders at 0 tell no size: then the way from the start does.
             way = self._size(self._way()) if way is None else way

@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.autodiff import gradients_of
 from bilevel.dynamics import Dynamics, Field
 from bilevel.dynamics.base import directed, require_rule
 from bilevel.errors import CheckpointError, NonConvergenceWarning
@@ -25,12 +26,13 @@ from bilevel.responses import Response, State
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
+from bilevel.solving.horizon import FIRST, carried, cheap, due, short_horizon
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leaders import Leaders
 from bilevel.solving.progress_left import hardly_begun
 from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
-from bilevel.tree import Variables, map_leaves
+from bilevel.tree import Variables, join, map_leaves
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ class Run:
             self._only_once,
         )
         memory, warned, products = now.memory, now.warned, now.products
+        looked = time.perf_counter()
+        warned = self._looked_farther(warned)
+        began += time.perf_counter() - looked  # to look takes no part in the method's time, nor in its work
         losses: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
@@ -177,6 +182,35 @@ class Run:
         self.now = after
         self.whole = True
         return record
+
+    def _looked_farther(self, log: Log) -> Log:
+        """The log with whether the follower's horizon is too short, in the few steps in which that is looked at."""
+        step = self.now.step + 1
+        looks = {name: response.farther for name, response in self.followers.responses.items()}
+        if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
+            return log
+        ((name, look),) = looks.items()
+        if look is None or not cheap(self.game, name):
+            return log
+        if not due(step):
+            return carried(log, step)
+        first = self.history.records()[0]["gradient_norm"]
+        farther = Followers(self.game, {name: look.response})
+        with random_kept(self.game.device):
+            own, other = (partial(self._slopes, followers) for followers in (self.followers, farther))
+            found = short_horizon(name, look, own, other, first)
+        return logged(log, [] if found is None else [found], step)
+
+    def _slopes(self, followers: Followers) -> Tensor:
+        """The leaders' own gradients `[n]` where they are, through other responses' answers; nothing is kept."""
+        with torch.enable_grad():
+            point = {n: [t.detach().clone().requires_grad_() for t in p] for n, p in self.leaders.points.items()}
+            variables, _, buffers = followers.respond(self.leaders.trees(point), self.now.states, self.now.buffers)
+            slopes: list[Tensor] = []
+            for name in self.leaders.names:
+                loss, _ = self.game.evaluate(name, variables, self._batches[name], buffers)
+                slopes += gradients_of(self.game.total(loss), point[name], retain_graph=True)
+        return join(slopes).detach()
 
     def _refuse_constrained(self, leading: Sequence[str]) -> None:
         """Refuse leaders with constraints, which their optimisers would not see."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import zlib
@@ -15,6 +16,8 @@ from games.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNSIGNED_BYTE = 0x08
+_MOST_PACKED = 1032  # how many bytes of DEFLATE's one byte can stand for
+_HEADER = 4 + 4 * 3  # of the files with the most axes, images
 _IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 
 
@@ -64,7 +67,7 @@ def _read_idx(path: Path, axes: tuple[str, ...]) -> Tensor:
     The format: two zero bytes, one for the type, one for the number of dimensions; each dimension as a big-endian
     uint32; then the values in row-major order, and nothing after them.
     """
-    content = _read_bytes(path)
+    content, more = _read_bytes(path)
     if len(content) < 4:
         raise DataError(f"{quoted(path)} is truncated: it has {len(content)} bytes, no IDX header.")
     if content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
@@ -81,27 +84,38 @@ def _read_idx(path: Path, axes: tuple[str, ...]) -> Tensor:
         raise DataError(f"{quoted(path)} is truncated: its header ends after {len(content)} of {start} bytes.")
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
     expected = start + math.prod(shape)
-    if len(content) != expected:
-        defect = "is truncated" if len(content) < expected else "is too long"
-        raise DataError(
-            f"{quoted(path)} {defect}: it has {len(content):,} bytes, "
-            f"its header ({dimensions(shape)}) says {expected:,}."
-        )
+    if len(content) != expected or more:
+        defect = "is truncated" if len(content) < expected and not more else "is too long"
+        came = f"{len(content):,} bytes{' or more' if more else ''}"
+        raise DataError(f"{quoted(path)} {defect}: it has {came}, its header ({dimensions(shape)}) says {expected:,}.")
     if math.prod(shape) == 0:
         raise DataError(f"{quoted(path)} is empty: its header says {dimensions(shape)}.")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> tuple[bytes, bool]:
+    """What is in a file, unpacked, and whether more was packed than its header says: that is not unpacked."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{quoted(path)} cannot be read: {error.strerror or error}.") from error
     # By content, not by name: some browsers unpack a download and keep its name, others the reverse.
     if content[:2] != _GZIP_MAGIC:
-        return content
+        return content, False
     try:
-        return gzip.decompress(content)
+        with gzip.open(io.BytesIO(content)) as file:
+            # A megabyte of zeros packs into a kilobyte: the header says how much to ask for; one byte tells of more.
+            header = file.read(_HEADER)
+            axes = min(header[3], (_HEADER - 4) // 4) if len(header) == _HEADER else 0
+            start = 4 + 4 * axes
+            size = start + math.prod(int.from_bytes(header[at : at + 4], "big") for at in range(4, start, 4))
+            if size > _MOST_PACKED * len(content):
+                raise DataError(
+                    f"{quoted(path)} is truncated: its header says {size:,} bytes, more than its {len(content):,} "
+                    "packed ones can hold."
+                )
+            unpacked = header + file.read(max(0, size - len(header)) if axes else _HEADER)
+            return unpacked, bool(file.read(1))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{quoted(path)} is a corrupt gzip file: {error}.") from error
 

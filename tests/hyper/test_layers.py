@@ -145,3 +145,13 @@ def test_what_cannot_be_meant_is_refused():
         with_dropout({}, 0.1)
     with pytest.raises(ValueError, match=r"The dropout layer 'drop': dropout: the strength is 1\.2"):
         with_dropout(called(model), {"drop": 1.2})(torch.ones(4, 5, dtype=D))
+
+
+def test_a_transformer_layer_and_half_precision():
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, dropout=0.0, batch_first=True)
+    assert list(dropout_layers(layer)) == ["dropout", "dropout1", "dropout2"]
+    rate = torch.tensor(0.4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_dropout(called(layer), {"dropout": rate})(torch.randn(2, 3, 8))
+    (slope,) = torch.autograd.grad(found.float().square().sum(), rate)
+    assert bool(torch.isfinite(slope)) and float(slope) != 0.0

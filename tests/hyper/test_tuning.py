@@ -262,3 +262,21 @@ def test_what_would_do_nothing_is_refused_when_the_game_is_made():
     frozen[2].eval()
     with pytest.raises(ValueError, match=r"reach(es)? no objective"):
         tuning(network=frozen).game()
+
+
+def test_many_games_have_strengths_of_their_own():
+    chosen = [hyper.WeightDecay(per="layer"), hyper.LabelSmoothing()]
+    network = model()
+    del network[2]  # without noise many games and one are the same numbers
+    game = tuning(network=network, chosen=chosen).game()
+    init = {"weight_decay": {"0": torch.tensor([0.1, 0.2], dtype=D), "3": torch.tensor([0.3, 0.4], dtype=D)},
+            "label_smoothing": torch.tensor([0.1, 0.2], dtype=D)}  # fmt: skip
+    init["weight_decay"] = dict(zip(game.initial("hyper")["weight_decay"], init["weight_decay"].values()))
+    games = bl.Games(game, 2, init={"hyper": init})
+    response = bl.Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3)
+    found, _ = response(games, {"hyper": init}, response.init(games))
+    for index in range(2):
+        one = map_leaves(lambda leaf: leaf[index], init)
+        alone, _ = response(game, {"hyper": one}, response.init(game))
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name][index], value, rtol=1e-10, atol=1e-12)

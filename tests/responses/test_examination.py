@@ -83,6 +83,18 @@ def test_a_run_that_converged_does_not_warn(x, start, condition):
     assert answered(bowl(curvature, start, x), response)[2] == []
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-9])
+def test_an_equilibrium_at_0_is_no_reason_to_worry(tolerance):
+    """x and y end at 0, where neither tells its own size: what they started from does."""
+    game = bl.Game(
+        x=bl.Player(lambda x, y: x.square().sum() + y.square().sum(), torch.ones(2, dtype=D)),
+        y=bl.Player(lambda x, y: (y - x).square().sum(), torch.full((2,), -1.0, dtype=D)),
+    )
+    response = bl.Implicit(DESCENT, steps=200, tolerance=tolerance)
+    found = bl.solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=0.2), steps=60)
+    assert not found.warnings and float(found.variables["x"].abs().max()) < 1e-2
+
+
 def test_a_far_game_among_many_is_named():
     one = bowl(torch.ones(2, dtype=D), 1.0)
     starts = torch.tensor([[1.0, 1.0], [1e6, 1e6], [2.0, 2.0]], dtype=D)

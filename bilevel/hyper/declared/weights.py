@@ -54,7 +54,9 @@ class _Penalty(Declaration):
     def _chosen(self, names: list[str]) -> list[str]:
         return matching(names, None if self.of is None else tuple(self.of), self._who)
 
-    def _by_parameter(self, weights: CallableVariables, strength: Variables) -> dict[str, Any]:
+    def _by_parameter(self, weights: CallableVariables, strength: Variables) -> Any:
+        if self.of is None and self.per == "all":
+            return strength
         chosen = self._chosen(list(weights))
         if self.per == "all":
             return dict.fromkeys(chosen, strength)

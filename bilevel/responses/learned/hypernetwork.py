@@ -38,6 +38,9 @@ from bilevel.responses.learned.trial import refuse_misfit
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Variables, flatten, leaves
 
+SIGN_HOLDS = 5.0
+"""The residual of a learned slope up to which its hypergradient mostly has the right sign (docs/design.md)."""
+
 
 @final
 @dataclass(frozen=True)
@@ -315,11 +318,16 @@ class Hypernetwork(Response):
 
     def _warn(self, follower: Follower, state: State, age: int) -> None:
         """Say what the fit leaves, of the slope's equation and of the follower's own gradient."""
-        advice = (
-            "Do not trust the hypergradient on its word. Give it warmup=, another learning rate, more steps or "
-            "perturbations, or a network that suits the game; compare with Implicit, and accept it by tolerance=None."
-        )
         residual, stationarity, allowed = state["residual"], state["stationarity"], float(self.tolerance or 0.0)
+        worth = (
+            "The hypergradient's size is not to be relied on; its sign mostly is, while residuals stay around this."
+            if residual <= SIGN_HOLDS
+            else "Do not trust the hypergradient on its word, its sign included, if residuals stay like this."
+        )
+        advice = (
+            f"{worth} Give it warmup=, another learning rate, more steps or perturbations, or a network that suits the "
+            "game; compare with Implicit, and accept it by tolerance=None."
+        )
         name, wanted = f"player {follower.name!r}", f"after {state['fits']} steps of fitting; wanted {allowed:g}"
         if not residual <= allowed:
             told = f"the learned slope of {name} leaves {residual:.3g} of the change that it should answer {wanted}"

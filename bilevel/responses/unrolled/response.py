@@ -16,12 +16,13 @@ from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
-from bilevel.responses.base import Response, State, at_start, fresh_state, require_second_derivative
+from bilevel.responses.base import FartherLook, Response, State, at_start, fresh_state, require_second_derivative
 from bilevel.responses.promise import Behaviour, Estimate, Promise
 from bilevel.responses.promise import Steps as StepsPromise
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.hyperparameters import refuse_lost
 from bilevel.responses.unrolled.recipe import Recipe
+from bilevel.responses.unrolled.segments import Segments
 from bilevel.tree import Variables, leaf_names, leaves, map_leaves
 
 
@@ -55,6 +56,8 @@ class Unrolled(Response):
         differentiation: Selects how the derivative is computed; only memory and time change. `ReverseMode()` holds the
             graph of every step; `Segments(memory=...)` takes most of them again in backward, for a small part of the
             memory; `ForwardMode()` carries the derivatives along, for a few leader's entries and any number of steps.
+        tolerance: In leader steps 16, 64, 256, ... `solve` compares the hypergradient with one of four times the
+            horizon, and warns where more than this share of the longer one's is missing; None compares nothing.
 
     Raises:
         TypeError: For optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, a subclass that overrides
@@ -72,6 +75,7 @@ class Unrolled(Response):
     backprop_steps: int | None = None
     warm_start: bool = True
     differentiation: Differentiation = field(default_factory=ReverseMode)
+    tolerance: float | None = 0.9
 
     def __post_init__(self) -> None:
         torch_optimizer("Unrolled", self.optimizer)
@@ -81,6 +85,8 @@ class Unrolled(Response):
             raise ValueError(
                 f"Unrolled: backprop_steps={self.backprop_steps}; expected 1 to steps={self.steps}, or None."
             )
+        if self.tolerance is not None and not self.tolerance > 0.0:
+            raise ValueError(f"Unrolled: tolerance={self.tolerance}; expected a number > 0, or None.")
         if not isinstance(self.differentiation, Differentiation):
             raise TypeError(
                 f"Unrolled: differentiation={self.differentiation!r}; expected ReverseMode(), Segments(...) or "
@@ -103,6 +109,21 @@ class Unrolled(Response):
         """The same with so many steps a call, of which no more are differentiated than were."""
         last = self.backprop_steps
         return replace(self, steps=steps, backprop_steps=None if last is None else min(steps, last))
+
+    @property
+    def farther(self) -> FartherLook | None:
+        """Four times the steps, or four times as many of them differentiated."""
+        if self.tolerance is None:
+            return None
+        last, many = self.backprop_steps, 4 * self.steps
+        if last is not None and last < self.steps:
+            longer = replace(self, backprop_steps=min(4 * last, self.steps))
+            told = f"differentiates {last} steps; {longer.backprop_steps}"
+        else:
+            longer, told = replace(self, steps=many, backprop_steps=None), f"looks {self.steps} steps ahead; {many}"
+        if isinstance(self.differentiation, ReverseMode):  # at the memory of fewer steps than its own
+            longer = replace(longer, differentiation=Segments())
+        return FartherLook(longer, self.tolerance, told)
 
     @property
     def behaviour(self) -> Behaviour:

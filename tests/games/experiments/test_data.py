@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +231,22 @@ def test_corrupt_gzip(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     (folder / IMAGES).unlink()
     (folder / f"{IMAGES}.gz").write_bytes(damage(gzip.compress(idx(pictures(60)))))
     assert "is a corrupt gzip file" in refused(folder)
+
+
+@pytest.mark.parametrize("says", [60, 2**31])
+def test_a_gzip_bomb_is_not_unpacked(folder: Path, says: int) -> None:
+    (folder / IMAGES).unlink()
+    content = struct.pack(">BBBB3I", 0, 0, 8, 3, says, 28, 28) + bytes(300_000_000)
+    (folder / f"{IMAGES}.gz").write_bytes(gzip.compress(content, compresslevel=9))
+    del content
+    tracemalloc.start()
+    try:
+        told = refused(folder)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "is too long: it has 47,056 bytes or more" in told if says == 60 else "is truncated" in told
+    assert most < 20_000_000
 
 
 def test_counts_differ(folder: Path) -> None:

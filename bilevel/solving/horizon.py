@@ -1,0 +1,69 @@
+"""Whether a follower that looks only so many steps ahead shows its leaders the way that a longer look shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import BilevelError, BilevelWarning, UnreliableResponseWarning
+from bilevel.game import Game
+from bilevel.responses.base import FartherLook
+from bilevel.solving.warning_log import Log, caught
+
+FIRST, SPACING = 16, 4
+"""Leader steps in which it is looked: 16, 64, 256, ..."""
+
+SMALLEST = 1e-3
+"""A hypergradient so many times below the first step's says that the leader has arrived, and not which way to go."""
+
+_KEY = f"{UnreliableResponseWarning.__name__} Short horizon:"
+
+
+def due(step: int) -> bool:
+    """Whether to look in this step."""
+    while step > FIRST and step % SPACING == 0:
+        step //= SPACING
+    return step == FIRST
+
+
+def cheap(game: Game, follower: str) -> bool:
+    """Whether a follower's next batches can be looked at twice: there are none, or a list of them."""
+    return all(
+        data is None or isinstance(data, list | tuple)
+        for data in (game.players[member].data for member in game.members(follower))
+    )
+
+
+def short_horizon(
+    follower: str, look: FartherLook, own: Callable[[], Tensor], farther: Callable[[], Tensor], first: float
+) -> BilevelWarning | None:
+    """A warning where the longer horizon's hypergradient `[n]` is another one; `first` is the first step's norm."""
+    with caught():  # what the longer look says of itself is nobody's business
+        try:
+            near, far = own(), farther()
+        except BilevelError:  # it left what can be computed: it is no measure
+            return None
+    size = float(torch.linalg.vector_norm(far))
+    if not SMALLEST * first < size < float("inf"):
+        return None
+    missing = float(torch.linalg.vector_norm(far - near)) / size
+    if not missing > look.tolerance:
+        return None
+    cosine = float(near @ far) / (float(torch.linalg.vector_norm(near)) * size or 1.0)
+    way = "points the other way" if cosine < 0.0 else f"has a cosine of {cosine:.2f} to it"
+    return UnreliableResponseWarning(
+        f"Short horizon: the response of player {follower!r} {look.told} from the same place give another "
+        f"hypergradient. Of that, the one in use misses {missing:.0%}, and it {way}: norm {float(near.norm()):.3g} for "
+        f"{size:.3g}. What only a few steps gain is not what the leader wants in the end: regularisation, for one, is "
+        "driven to an edge. Give it more steps=, use Implicit, or accept it by tolerance=None."
+    )
+
+
+def carried(log: Log, step: int) -> Log:
+    """The log in a step without a look: what the last look found still holds."""
+    entry = log.get(_KEY)
+    if entry is None or entry["last"] != step - 1:
+        return log
+    return {**log, _KEY: {**entry, "last": step}}
