@@ -56,7 +56,7 @@ class End(ABC, Generic[Number]):
             f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
         )
         console.print(f"{work}{self.seconds:.1f} s", highlight=False)
-        if self.history:
+        if self.history and "gradient_norm" in self.history[0]:  # one among many games has none of its own
             norms = self.history[0]["gradient_norm"], self.history[-1]["gradient_norm"]
             share = f", {norms[1] / norms[0]:.2g} of that at the start" if norms[0] > 0.0 else ""
             console.print(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}", highlight=False)

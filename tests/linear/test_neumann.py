@@ -210,7 +210,8 @@ def test_a_run_costs_what_a_fixed_step_costs_after_its_first_system(ridge, ends_
     solver = Neumann(max_steps=10, rtol=None)
     run = bl.solve(ridge(), y=implicit(solver), steps=5)
     # Ten terms, the residual and, but in the first step, the start: five times, and ten power iterations once.
-    assert run.products == 5 * 11 + 4 + 10
+    # Where the follower started far from its answer, that is examined, for one more a step at most.
+    assert 0 <= run.products - (5 * 11 + 4 + 10) <= 5
     ends_where_it_did_without(ridge, implicit(solver), implicit(solver), steps=6, atol=0.0)
 
 
