@@ -15,8 +15,8 @@ from bilevel.inner.base import InnerSolver, Problem
 _MOST_GROWTH = 1e3
 """By how much the largest curvature grows in one step at most."""
 
-_FORGOTTEN = 0.8
-"""The share of the largest curvature that the next call starts with."""
+_KEPT = 0.8
+"""The share of the largest curvature that the next call starts with, where this call's steps saw a smaller one."""
 
 
 @final
@@ -101,7 +101,7 @@ def descend(
     like = y[0].new_ones(count)
     threshold = threshold.to(like)
     if memory is not None:
-        seen = _FORGOTTEN * memory["curvature"].to(like).expand(count)  # a flatter loss is noticed in time
+        seen = memory["curvature"].to(like).expand(count).clone()
     elif problem.rests.needs_scale:
         seen = like / problem.rests.step  # the inverse of the largest curvature at the start
     else:
@@ -110,7 +110,7 @@ def descend(
     here = rows.settled(y, 1.0 / seen) if feasible else [leaf.clone() for leaf in y]
     v, last = here, here
     before: tuple[list[Tensor], list[Tensor]] | None = None
-    momentum = torch.ones_like(like)
+    momentum, witnessed = torch.ones_like(like), torch.zeros_like(like)
     moving = torch.ones_like(like, dtype=torch.bool)
     for step in range(steps + 1):
         loss, slopes = rows.field(v)
@@ -130,6 +130,7 @@ def descend(
             curved = torch.where(square > 0.0, _dots(bent, bent) / torch.where(square > 0.0, square, 1.0), 0.0).sqrt()
             # Below its rounding a difference says nothing of the curvature.
             told = square.sqrt() > 1e3 * torch.finfo(like.dtype).eps * (1.0 + _norms(v))
+            witnessed = torch.where(told, torch.maximum(curved, witnessed), witnessed)
             steeper = told & (curved > seen)
             seen = torch.where(steeper, curved.clamp(max=_MOST_GROWTH * seen), seen)
             momentum = torch.where(steeper, 1.0, momentum)
@@ -153,7 +154,10 @@ def descend(
         v = _chosen(moving, further, v)
     # One step more without momentum, for which the gradient is known: entries that a wall holds lie on it exactly.
     s = 1.0 / seen
-    return rows.settled([a - _spread(s, a) * b for a, b in zip(v, slopes, strict=True)], s), {"curvature": seen}
+    end = rows.settled([a - _spread(s, a) * b for a, b in zip(v, slopes, strict=True)], s)
+    # A flatter loss is noticed in time, and only by steps that saw it: calls that find y at rest tell nothing.
+    kept = torch.where(witnessed > 0.0, torch.maximum(witnessed, _KEPT * seen), seen)
+    return end, {"curvature": kept}
 
 
 def _probed(rows: Rows, y: list[Tensor]) -> Tensor:

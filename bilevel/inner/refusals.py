@@ -70,7 +70,8 @@ def refuse_unprojected(asker: str, player: str, rests: Residual, optimizer: opti
     raise TypeError(
         f"{asker}: the optimiser of player {player!r} is {what}, {why}; followed by a projection, with {rests.told}, "
         "it would rest elsewhere than at the optimum. Use torch.optim.SGD with one learning rate"
-        f"{'' if rests.any_step else ' and without momentum'}, or Implicit(bilevel.inner.ProjectedGradient())."
+        f"{'' if rests.any_step else ' and without momentum'}"
+        f"{'' if asker == 'solve' else ', or Implicit(bilevel.inner.ProjectedGradient())'}."
     )
 
 

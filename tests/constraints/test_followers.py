@@ -200,6 +200,23 @@ def test_a_toll_that_empties_a_road():
         torch.testing.assert_close(slope, wanted, rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_calls_that_find_a_follower_at_rest_do_not_lengthen_its_steps(dtype):
+    """The step's length is remembered from call to call: two hundred calls at one point leave it as it is."""
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y**2).sum() + (x**2).sum(), torch.ones(3, dtype=dtype)),
+        y=bl.Player(lambda x, y: ((y - x) ** 2).sum(), torch.ones(3, dtype=dtype) / 3, domain=Simplex()),
+    )
+    response = bl.Implicit(ProjectedGradient())
+    state = response.init(game)
+    x = torch.tensor([1.0, 0.9, 0.0], dtype=dtype)
+    with torch.no_grad():
+        for _ in range(200):
+            y, state = response(game, {"x": x}, state)
+    torch.testing.assert_close(y, torch.tensor([0.55, 0.45, 0.0], dtype=dtype), rtol=0.0, atol=1e-5)
+    assert 1.0 <= float(state["optimizer"]["curvature"]) <= 4.0
+
+
 # The lasso ---------------------------------------------------------------------------------------------------------
 
 DATA = torch.tensor([1.5, -0.8, 0.4, -0.1], dtype=D)
