@@ -308,7 +308,7 @@ def test_runs_of_other_settings_are_not_kept(tmp_path, monkeypatch, change):
 def test_what_a_run_is_known_by():
     assert described(lambda p: SGD(p, lr=0.1)) != described(lambda p: SGD(p, lr=0.2))
     reverse = "differentiation=ReverseMode(offload=False)"
-    told = f"Unrolled(optimizer=SGD(lr=1.0), steps=8, backprop_steps=None, warm_start=True, {reverse})"
+    told = f"Unrolled(optimizer=SGD(lr=1.0), steps=8, backprop_steps=None, warm_start=True, {reverse}, tolerance=0.9)"
     assert described(UNROLLED) == told
     assert file_name("cg-2") == "cg-2"
     assert len({file_name(name) for name in ("a b", "a_b", "a/b")}) == 3

@@ -153,14 +153,17 @@ class Player:
 
     @cached_property
     def _parameters(self) -> dict[int, tuple[str, ...]]:
-        functions = [self.objective, *self.constraints.values()]
-        functions += [] if self.residual is None else [self.own_residual.function]
-        functions += [] if self.start is None else [self.start]
-        return {id(function): required(function) for function in functions}
+        return {}
 
     def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of its functions must be called with."""
+        # By which function it is, which no copy and no other process shares.
+        if id(function) not in self._parameters:
+            self._parameters[id(function)] = required(function)
         return self._parameters[id(function)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_parameters"}
 
     @property
     def follows_loss(self) -> bool:

@@ -18,6 +18,9 @@ FIRST, SPACING = 16, 4
 SMALLEST = 1e-3
 """A hypergradient so many times below the first step's says that the leader has arrived, and not which way to go."""
 
+RIGHT_WAY = 0.9
+"""A cosine above which a hypergradient that is too long leads where it should."""
+
 _KEY = f"{UnreliableResponseWarning.__name__} Short horizon:"
 
 
@@ -43,7 +46,7 @@ def short_horizon(
     with caught():  # what the longer look says of itself is nobody's business
         try:
             near, far = own(), farther()
-        except BilevelError:  # it left what can be computed: it is no measure
+        except (BilevelError, ValueError):  # it left what can be computed, or its rates end: it is no measure
             return None
     size = float(torch.linalg.vector_norm(far))
     if not SMALLEST * first < size < float("inf"):
@@ -52,6 +55,8 @@ def short_horizon(
     if not missing > look.tolerance:
         return None
     cosine = float(near @ far) / (float(torch.linalg.vector_norm(near)) * size or 1.0)
+    if cosine > RIGHT_WAY and float(torch.linalg.vector_norm(near)) > size:  # longer, the same way: no edge lies there
+        return None
     way = "points the other way" if cosine < 0.0 else f"has a cosine of {cosine:.2f} to it"
     return UnreliableResponseWarning(
         f"Short horizon: the response of player {follower!r} {look.told} from the same place give another "

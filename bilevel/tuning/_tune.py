@@ -87,7 +87,7 @@ def tune(
     Source: MacKay et al. 2019 (arXiv 1903.03088), around the present value as in arXiv 2010.13514.
 
     Examples:
-        >>> import bilevel as bl
+        >>> import torch, bilevel as bl
         >>> inputs = torch.randn(40, 3)
         >>> data = [(inputs[:20], inputs[:20].sum(1))], [(inputs[20:], inputs[20:].sum(1))]
         >>> def valid(weights, batch): return (weights(batch[0]).squeeze(1) - batch[1]).square().mean()

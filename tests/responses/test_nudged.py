@@ -243,6 +243,7 @@ def test_minibatches_dropout_and_buffers_are_held_through_both_solves():
     torch.testing.assert_close(a["1.weight"], b["1.weight"])  # the same optimum
 
 
+@pytest.mark.filterwarnings("ignore:The run ended while 'x' was far")  # 30 steps are few
 def test_a_leader_is_solved_for_and_resumed_bit_for_bit(tmp_path):
     solve = partial(bl.solve, game_of(), y=bl.Nudged(SGD, steps=300, tolerance=1e-6), optimizer=SLOW)
     whole = solve(steps=30)

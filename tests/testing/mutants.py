@@ -417,6 +417,35 @@ class FirstPlayer(Mutant):
         return self.inner(game, cut, state, batch)
 
 
+@dataclass(frozen=True)
+class FunctionsUnseen(Mutant):
+    """The answer is the optimum within functions, and its derivative that of a follower whom none constrains."""
+
+    @property
+    def inner(self):
+        return bl.Implicit(bl.Scipy("SLSQP"), steps=200)
+
+    @property
+    def budget(self):
+        return 100
+
+    def with_budget(self, steps):
+        return self
+
+    @property
+    def inner_optimizer(self):
+        return None
+
+    def __call__(self, game, others, state, batch=None):
+        with torch.no_grad():
+            y, after = self.inner(game, others, state, batch)
+
+        def residual(y, x):
+            return bl.extend.gradient(lambda y: game.loss("y", {"x": x, "y": y}), y)[1][0]
+
+        return bl.root(residual, y, others["x"], symmetric=True), after
+
+
 class BoundsUnseen(Mutant):
     """The answer is the constrained optimum, and its derivative that of a follower whom nothing holds."""
 
@@ -445,6 +474,7 @@ MUTANTS: dict[str, tuple[str, bl.Response]] = {
     "detached path": ("exact", Detached()),
     "first leaf only": ("exact, nested variables", FirstLeafOnly()),
     "half precision inside": ("exact, float32", Tampered(change=_halved)),
+    "functions unseen": ("within functions", FunctionsUnseen()),
     "bounds unseen": ("within sets", BoundsUnseen(linear_solver=None)),
     "half the steps": ("budget", Truncated(left_out=lambda steps: steps // 2)),
     "one step too few": ("own values", Truncated()),
