@@ -6,7 +6,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 `bilevel.dynamics`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import dynamics, errors, extend, inner, linear, networks, responses, testing
+from bilevel import dynamics, errors, extend, inner, linear, networks, responses, testing, variance
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
@@ -16,13 +16,23 @@ from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games
-from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
+from bilevel.responses import (
+    ForwardMode,
+    Hypernetwork,
+    Implicit,
+    Nudged,
+    Response,
+    ReverseMode,
+    Segments,
+    SingleLoop,
+    Unrolled,
+)
 from bilevel.solving import Solution, solve
 
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (linear, inner, networks, responses, dynamics, errors, extend):
+    for room in (linear, inner, networks, responses, dynamics, variance, errors, extend):
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -48,6 +58,7 @@ __all__ = [
     "Scipy",
     "ScipyRoot",
     "Segments",
+    "SingleLoop",
     "Solution",
     "Unrolled",
     "__version__",
@@ -65,4 +76,5 @@ __all__ = [
     "root",
     "solve",
     "testing",
+    "variance",
 ]

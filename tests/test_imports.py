@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "tree", "autodiff", "randomness"}
 GAME = GROUND | {"game"}
 SOLVERS = GAME | {"linear", "inner"}
-RESPONSES = SOLVERS | {"_root", "networks", "responses"}
+RESPONSES = SOLVERS | {"_root", "networks", "variance", "responses"}
 SOLVE = RESPONSES | {"dynamics", "many", "solving"}
 # A room -> the rooms it may import. A room that is not named here fails the test.
 MAY = {
@@ -24,6 +24,7 @@ MAY = {
     "tree": set(),
     "randomness": set(),
     "autodiff": {"errors"},
+    "variance": {"tree"},
     "networks": {"tree"},
     "game": GROUND,
     "linear": GROUND,
@@ -31,7 +32,7 @@ MAY = {
     "_root": GROUND | {"linear"},
     "many": SOLVERS | {"dynamics"},
     "responses": RESPONSES,
-    "dynamics": GROUND | {"linear"},
+    "dynamics": SOLVERS | {"variance"},
     "solving": SOLVE,
     "extend": RESPONSES | {"dynamics"},
     "certificates": SOLVE,
