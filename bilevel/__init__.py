@@ -6,7 +6,20 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 `bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
 """
 
-from bilevel import constraints, dynamics, errors, extend, hyper, inner, linear, networks, responses, testing, tuning
+from bilevel import (
+    constraints,
+    dynamics,
+    errors,
+    extend,
+    hyper,
+    inner,
+    linear,
+    networks,
+    responses,
+    testing,
+    tuning,
+    variance,
+)
 from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
@@ -18,14 +31,24 @@ from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games, Tasks
-from bilevel.responses import ForwardMode, Hypernetwork, Implicit, Nudged, Response, ReverseMode, Segments, Unrolled
+from bilevel.responses import (
+    ForwardMode,
+    Hypernetwork,
+    Implicit,
+    Nudged,
+    Response,
+    ReverseMode,
+    Segments,
+    SingleLoop,
+    Unrolled,
+)
 from bilevel.solving import Solution, solve
 from bilevel.tuning import retrain, tune
 
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (constraints, linear, inner, networks, responses, dynamics, hyper, errors, extend):
+    for room in (constraints, linear, inner, networks, responses, dynamics, variance, hyper, tuning, errors, extend):
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -56,6 +79,7 @@ __all__ = [
     "ScipyRoot",
     "Segments",
     "Simplex",
+    "SingleLoop",
     "Solution",
     "Tasks",
     "Unit",
@@ -81,4 +105,5 @@ __all__ = [
     "testing",
     "tune",
     "tuning",
+    "variance",
 ]

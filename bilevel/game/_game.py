@@ -377,6 +377,23 @@ class Game:
             return None, None
         return self._parts.streams[player].draw(position)
 
+    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+        if position is None or player not in self._parts.streams:
+            if position is not None and any(position[member] is not None for member in self.members(player)):
+                raise TypeError(
+                    f"{player!r} is {list(self.members(player))} together, whose data need not end together: there is "
+                    "no pass over all of it. Use a method that takes batch by batch."
+                )
+            yield self.draw(player, position)[0]
+            return
+        epoch, place = position["epoch"], {**position, "index": 0}
+        while True:
+            batch, place = self._parts.streams[player].draw(place)
+            if place["epoch"] != epoch:
+                return
+            yield batch
+
     def stop_reading(self) -> None:
         """Stop the workers that read the players' data; `solve` does so in the end.
 

@@ -12,7 +12,7 @@ from bilevel._returned import Lent, both, require_leaves
 from bilevel.constraints import ConstraintSet
 from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
-from bilevel.game.residual import Residual
+from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner.torch_optim import require_factory
 from bilevel.tree import Structure, Variables, leaf_names
 
@@ -67,6 +67,34 @@ class Problem(Protocol):
 
     def advance(self) -> None:
         """Move on to the next batch."""
+
+
+class FreeProblem:
+    """What a `Problem` is whose follower rests where its loss's gradient vanishes, and is projected nowhere."""
+
+    minimises = True
+    constraints: Constrained | None = None
+    bounds: tuple[list[Tensor], list[Tensor]] | None = None
+    rests: Residual = OwnGradient()
+
+    def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients."""
+        raise NotImplementedError
+
+    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same as `gradients`."""
+        return self.gradients(y)
+
+    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient."""
+        return list(slopes)
+
+    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
+        """Where a step ends."""
+        return list(z)
+
+    def advance(self) -> None:
+        """The batch is held."""
 
 
 def require_minimum(problem: Problem, what: str) -> None:

@@ -6,6 +6,7 @@ from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
 from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
 from bilevel.responses.nudged import Nudged
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
+from bilevel.responses.single_loop import SingleLoop
 from bilevel.responses.unrolled import Differentiation, ForwardMode, ReverseMode, Segments, Unrolled
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ReverseMode",
     "Sampler",
     "Segments",
+    "SingleLoop",
     "State",
     "Steps",
     "Unrolled",

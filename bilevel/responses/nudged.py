@@ -17,9 +17,8 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteErr
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
-from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised, require_minimum, require_solver
+from bilevel.inner.base import FreeProblem, minimised, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
@@ -427,10 +426,8 @@ class _Settled:
         )
 
 
-class _Tilted:
+class _Tilted(FreeProblem):
     """A settled follower's loss with <tilt, y> added, as the problem that an inner solver sees."""
-
-    minimises = True
 
     def __init__(self, settled: _Settled, xs: Sequence[Tensor], y: Tensor, tilt: Tensor) -> None:
         self.tilt, self._settled, self._xs, self._from = tilt, settled, xs, y
@@ -438,21 +435,6 @@ class _Tilted:
         self.others: Mapping[str, Variables] = settled.others
 
     form: Structure
-    constraints = None
-    bounds = None
-    rests: Residual = OwnGradient()
-
-    def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same as `gradients`: nothing is projected."""
-        return self.gradients(y)
-
-    def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient."""
-        return list(slopes)
-
-    def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
-        """Where a step ends."""
-        return list(z)
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradient of the tilted loss."""
@@ -461,9 +443,6 @@ class _Tilted:
         with torch.no_grad():
             loss, slope = self._settled.slope(flat, self._xs)
         return loss + self.tilt @ (flat - self._from), self.form.split(slope + self.tilt)
-
-    def advance(self) -> None:
-        """The batch is held: both sides must see the same."""
 
 
 class _Nudge(torch.autograd.Function):
