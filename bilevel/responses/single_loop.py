@@ -128,7 +128,13 @@ class SingleLoop(Response):
                     "SingleLoop takes one step along one direction, and LBFGS searches along a loss. Use SGD or Adam, "
                     "or Implicit(LBFGS, ...)."
                 )
-        refuse_captured(at_start(game, state), state)
+        start = at_start(game, state)
+        if start.rests.projects:
+            raise TypeError(
+                f"SingleLoop: player {start.name!r} has {start.rests.told}, which its steps would leave. Use "
+                "Implicit, which differentiates the constraints that bind."
+            )
+        refuse_captured(start, state)
         nothing = torch.zeros_like(flatten(state["variables"]))
         adjoint = {
             "v": nothing,

@@ -360,3 +360,10 @@ def test_wrong_options_are_refused():
         bl.SingleLoop(torch.optim.LBFGS).init(game_of(batches_of()))
     with pytest.raises(TypeError, match="SingleLoop cannot tune"):
         bl.SingleLoop(lambda p, x: SGD(p, lr=0.1)).init(game_of(batches_of()))
+
+
+def test_a_domain_is_refused():
+    boxed = bl.Player(lambda x, y: (y - x).square().sum(), torch.zeros(2), domain=bl.Box(0.0, 1.0))
+    game = bl.Game(x=bl.Player(lambda y: y.sum(), torch.zeros(2)), y=boxed)
+    with pytest.raises(TypeError, match="Use Implicit"):
+        bl.SingleLoop(partial(torch.optim.SGD, lr=0.1)).init(game)
