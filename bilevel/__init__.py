@@ -11,6 +11,7 @@ from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
+from bilevel.dynamics import ValueFunction
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
@@ -61,6 +62,7 @@ __all__ = [
     "SingleLoop",
     "Solution",
     "Unrolled",
+    "ValueFunction",
     "__version__",
     "certify",
     "certify_nash",

@@ -86,7 +86,7 @@ class Run:
         states = self.followers.init(seed)
         game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
-        self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
+        self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm, dynamics.placed(leading))
         members = [member for name in game.names for member in game.members(name)]
         refuse_ambiguous(members, responses, game.record_keys)
         start = {name: game.start(name, seed) for name in leading}
@@ -123,7 +123,8 @@ class Run:
             self.game,
             self.leaders,
             lambda point: self.followers.respond(point, now.states, now.buffers),
-            self._batches,
+            drawn,
+            now.buffers,
             self._only_once,
         )
         memory, warned, products = now.memory, now.warned, now.products
@@ -131,7 +132,7 @@ class Run:
         norms: list[Tensor] = []
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
-                field = Field(played.slopes, self.leaders.points, movers, played.losses)
+                field = Field(played.slopes, self.leaders.points, movers, played.losses, played)
                 directions, memory = self.dynamics.directions(field, memory)
             warned = logged(warned, new, now.step + 1)
             products += field.products
@@ -139,10 +140,14 @@ class Run:
             losses = losses or self._losses(played)  # before anybody moves
             began += time.perf_counter() - looked  # to look takes no part in the method's time
             self.whole = False
-            norms += [self.leaders.apply(name, directions[name], now.step + 1) for name in movers]
+            for name in movers:
+                if name in self.leaders.placed:
+                    self.leaders.place(name, directions[name], now.step + 1)
+                else:
+                    norms.append(self.leaders.apply(name, directions[name], now.step + 1))
         after = Moment(
             states=self.followers.after_backward(played.first.states, played.first.variables),
-            positions={name: position for name, (_, position) in drawn.items()},
+            positions=dict(played.positions),
             drawn=now.positions,
             buffers=played.first.buffers,
             random=random_state(self.game.device),
@@ -174,6 +179,8 @@ class Run:
             record |= summary(loss_key(name), loss)
         for name, state in after.states.items():
             record |= summary(f"{name}.stationarity", state["stationarity"])
+        for name, number in self.dynamics.report(after.memory).items():
+            record |= {f"dynamics.{name}": float(number)}
         gradients, products = self._work(after, after.states)
         record |= {"gradients": gradients, "products": products, "seconds": after.seconds}
         return record | {"work": gradients + products}
