@@ -25,6 +25,7 @@ from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
 from bilevel.constraints import Box, Interval, Log, Positive, Simplex, Unit
+from bilevel.dynamics import ValueFunction
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
 from bilevel.hyper import penalty
@@ -84,6 +85,7 @@ __all__ = [
     "Tasks",
     "Unit",
     "Unrolled",
+    "ValueFunction",
     "__version__",
     "certify",
     "certify_nash",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,17 @@ class Dynamics(ABC):
         looks ahead, or that corrects the gradient, is at rest where its direction vanishes, and not at a bound.
         """
         return False
+
+    def placed(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the players whom the rule moves itself: their entry in `directions` is where they go.
+
+        They have no optimiser in `solve`.
+        """
+        return ()
+
+    def report(self, state: State) -> Mapping[str, float]:
+        """Numbers of the rule's own that a run's history tells of each step, as `dynamics.name`."""
+        return {}
 
     @abstractmethod
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:

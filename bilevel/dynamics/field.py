@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._returned import described, require_leaves
+from bilevel.dynamics.play import Play
 from bilevel.tree import join
 
 Leaves = dict[str, list[Tensor]]
@@ -22,7 +23,8 @@ Losses = Callable[[Mapping[str, list[Tensor]]], dict[str, Tensor]]
 class Field:
     r"""The players' own gradients $\xi(z)$, stacked `[n]`, as a rule of play asks for them.
 
-    Batches and random numbers are the same at every point that is asked for within one step. `solve` makes the field;
+    Batches and random numbers are the same at every point that is asked for within one step, unless a rule moves on to
+    the next ones by `play`. `solve` makes the field;
     `point` is where the players are, by name, and `products` counts the products with a player's rows of the Jacobian.
 
     Args:
@@ -30,6 +32,7 @@ class Field:
         point: Where the players are.
         movers: Those whose gradients are asked for: everybody (None), unless players move in turn.
         losses: From everybody's leaves to everybody's loss; None where no rule needs it.
+        play: The step itself; None where no rule needs it.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Field:
         point: Mapping[str, list[Tensor]],
         movers: Sequence[str] | None = None,
         losses: Losses | None = None,
+        play: Play | None = None,
     ) -> None:
         self._evaluate = evaluate
         self._losses = losses
+        self._play = play
         self.movers = tuple(point if movers is None else movers)
         self.point = {name: [leaf.detach() for leaf in leaves] for name, leaves in point.items()}
         self.products = 0
@@ -82,6 +87,17 @@ class Field:
             raise ValueError("This Field was built without losses=, which the rule needs.")
         self._require_point("losses", point)
         return self._losses(point)
+
+    @property
+    def play(self) -> Play:
+        """The step itself: each player's loss at any point, its batches, and the followers' answers.
+
+        Raises:
+            ValueError: If the field was built without `play`.
+        """
+        if self._play is None:
+            raise ValueError("This Field was built without play=, which the rule needs.")
+        return self._play
 
     def tracked(self) -> Leaves:
         """Fresh leaves where the players are, that require grad."""

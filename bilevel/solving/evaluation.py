@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.dynamics.play import OpenedStep
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
-from bilevel.game.data import Batch
-from bilevel.randomness import random_state, set_random_state
+from bilevel.game.data import Batch, Position
+from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.second_order import differentiated_twice
 from bilevel.solving.followers import Answers
 from bilevel.solving.leaders import Leaders
-from bilevel.tree import Variables
+from bilevel.tree import Variables, leaves
 
 Point = Mapping[str, list[Tensor]]
 
@@ -32,9 +33,10 @@ class FirstEvaluation:
 
 
 class StepEvaluator:
-    """One step's evaluations, all on the same batches, random numbers and states.
+    """One step's evaluations, on the same batches and random numbers unless told to `advance`, and the same states.
 
-    `respond` maps the leaders' variables to `Answers`; `only_once`, when not empty, is why it may not be asked again.
+    `positions` are those of the leaders' next batches. `respond` maps the leaders' variables to `Answers`; `only_once`,
+    when not empty, is why it may not be asked again.
     """
 
     def __init__(
@@ -42,20 +44,29 @@ class StepEvaluator:
         game: Game,
         leaders: Leaders,
         respond: Callable[[Mapping[str, Variables]], Answers],
-        batches: Mapping[str, Batch],
+        drawn: Mapping[str, tuple[Batch, Position | None]],
+        buffers: Buffers,
         only_once: str,
     ) -> None:
-        self.game, self.leaders, self.batches = game, leaders, batches
+        self.game, self.leaders, self._buffers = game, leaders, buffers
+        self.batches = {name: batch for name, (batch, _) in drawn.items()}
+        self.positions = {name: position for name, (_, position) in drawn.items()}
+        self._began = dict(self.batches)
         self._respond, self._only_once = respond, only_once
         self._random = random_state(game.device)
         self._first: FirstEvaluation | None = None
+        self._answered: Mapping[str, Variables] = {}
         self.gradients = 0
 
     @property
     def first(self) -> FirstEvaluation:
-        """The first evaluation, where the players are."""
+        """The first evaluation, where the players are; made to be shown when no rule has asked for it."""
         if self._first is None:
-            raise RuntimeError("a rule of play gave directions without asking for a gradient")
+            present, self.batches = self.batches, self._began
+            with random_kept(self.game.device, start=self._random), torch.no_grad():
+                self._play(self.leaders.points, ())
+            self.batches = present
+        assert self._first is not None
         return self._first
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
@@ -91,16 +102,76 @@ class StepEvaluator:
         with torch.enable_grad(), differentiated_twice():
             return self._play(point, self.leaders.names)
 
-    def _play(self, point: Point, wanted: Sequence[str]) -> dict[str, Tensor]:
+    # As the step that a rule of play may look into: `dynamics.field.Play` --------------------------------------------
+
+    def open(self, point: Point) -> OpenedStep:
+        """The followers' answers at a point, and the leaders' losses as functions of everybody's variables."""
+        cut: dict[str, list[Tensor]] = {}
+
+        def apart(variables: Mapping[str, Variables]) -> dict[str, Variables]:
+            for name, tree in variables.items():
+                cut[name] = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
+            return {name: self.tree(name, cut[name]) for name in variables}
+
+        self.gradients += len(self.leaders.names)
+        with torch.enable_grad(), differentiated_twice():
+            losses = self._play(point, self.leaders.names, apart)
+        return OpenedStep({name: leaves(tree) for name, tree in self._answered.items()}, cut, losses)
+
+    def own(self, name: str, leaves: Mapping[str, Sequence[Tensor]], batch: tuple[Batch] | tuple[()] = ()) -> Tensor:
+        """A leader's loss at everybody's leaves, on its present batch or another."""
+        self.gradients += 1
+        set_random_state(self._random, self.game.device)
+        variables = {other: self.tree(other, leaves[other]) for other in leaves}
+        seen = batch[0] if batch else self.batches[name]
+        return self.game.total(self.game.evaluate(name, variables, seen, self._buffers)[0])
+
+    def batch(self, name: str) -> tuple[Batch, int | None]:
+        """A leader's present batch, and its pass."""
+        position = self.positions[name]
+        return self.batches[name], position["epoch"] if position is not None and "epoch" in position else None
+
+    def advance(self, names: Sequence[str]) -> None:
+        """On to the next batches, and to other random numbers."""
+        if self._first is None:
+            self.first  # noqa: B018 - it is told of the step's first batches
+        for name in names:
+            self.batches[name], self.positions[name] = self.game.draw(name, self.positions[name])
+        self._random = random_state(self.game.device)
+
+    def whole_pass(self, name: str) -> Iterator[Batch]:
+        """All the batches of a leader's present pass."""
+        return self.game.whole_pass(name, self.positions[name])
+
+    def tree(self, name: str, leaves: Sequence[Any]) -> Variables:
+        """Leaves in the form of a player's variables."""
+        return self.game.structure(name).build(leaves)
+
+    def require_minimum(self, asker: str, name: str) -> None:
+        """Refuse a player that minimises no loss of its own."""
+        if not self.game.residual(name).minimises:
+            raise TypeError(
+                f"{asker} goes by the loss of player {name!r}, who is several players together or rests where a "
+                "residual of its own vanishes. Use Implicit with GMRES(), which follows the residual."
+            )
+
+    def _play(
+        self,
+        point: Point,
+        wanted: Sequence[str],
+        apart: Callable[[Mapping[str, Variables]], Mapping[str, Variables]] = lambda variables: variables,
+    ) -> dict[str, Tensor]:
         first = self._first is None
         if not first:  # the same dropout masks as the first time
             if self._only_once:
                 raise ValueError(self._only_once)
             set_random_state(self._random, self.game.device)
         variables, states, buffers = self._respond(self.leaders.trees(point))
+        self._answered = variables
+        seen = apart(variables)
         losses, values, advanced = {}, {}, buffers
         for name in self.leaders.names if first else wanted:
-            values[name], after = self.game.evaluate(name, variables, self.batches[name], buffers)
+            values[name], after = self.game.evaluate(name, seen, self.batches[name], buffers)
             losses[name] = self.game.total(values[name])
             advanced = {n: b for n, b in after.items() if n in self.leaders.names and b}
         if first:

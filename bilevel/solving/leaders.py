@@ -36,20 +36,25 @@ class Leaders:
         optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
         scheduler: SchedulerFactory | None,
         clip_norm: float | None,
+        placed: Sequence[str] = (),
     ) -> None:
-        self.game, self.names, self.clip_norm = game, list(names), clip_norm
-        if isinstance(optimizer, Mapping) and set(optimizer) != set(names):
-            raise ValueError(f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {self.names}.")
+        self.game, self.names, self.clip_norm, self.placed = game, list(names), clip_norm, tuple(placed)
+        moved = [name for name in names if name not in placed]
+        if isinstance(optimizer, Mapping) and set(optimizer) != set(moved):
+            by_rule = f" {list(placed)} are moved by the rule of play." if placed else ""
+            raise ValueError(
+                f"solve: optimizer has {sorted(optimizer)}; expected one for each leader, {moved}.{by_rule}"
+            )
         for name in names:
             _refuse_starting(game, name)
         default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
-        chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(names, optimizer or default)
-        self.factories, self.scheduler = {name: chosen[name] for name in names}, scheduler
+        chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(moved, optimizer or default)
+        self.factories, self.scheduler = {name: chosen[name] for name in moved}, scheduler
         self._ranges = {name: game.coordinates(name) for name in names}
         self._domains = {name: self._domain(name) for name in names}
         self.points = {name: [t.requires_grad_() for t in self._coordinates(name)] for name in names}
         self.optimizers = {}
-        for name in names:
+        for name in moved:
             game.refuse_mixing("solve", name, self.factories[name])
             self.optimizers[name] = build(self.factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
@@ -86,6 +91,11 @@ class Leaders:
                     "the term into its objective, or give the player a response."
                 )
         return rests
+
+    @property
+    def ranged(self) -> list[str]:
+        """Those who are moved in the free coordinates of a range."""
+        return [name for name in self.names if any(self._ranges[name])]
 
     @property
     def projects(self) -> list[str]:
@@ -135,12 +145,23 @@ class Leaders:
             self.schedulers[name].step()
         return moving
 
+    def place(self, name: str, where: Sequence[Tensor], step: int) -> None:
+        """Put a player where a rule of play has moved it, in the run's `step`."""
+        if not bool(torch.isfinite(self.game.norms(where)).all()):
+            raise NonFiniteError(
+                f"Player {name!r}: its variables became NaN or infinite in step {step}. Lower the learning rate that "
+                "the rule of play moves it with."
+            )
+        with torch.no_grad():
+            for parameter, value in zip(self.points[name], where, strict=True):
+                parameter.copy_(value)
+
     def state(self) -> dict[str, Any]:
         """All of it, as tensors and numbers."""
         return {
             "points": {name: [t.detach() for t in point] for name, point in self.points.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "orders": {name: self._order(name) for name in self.names},
+            "orders": {name: self._order(name) for name in self.optimizers},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
         }
 

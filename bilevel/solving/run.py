@@ -92,7 +92,7 @@ class Run:
         states = self.followers.init(seed)
         game.require_separable(dynamics)
         leading = [name for name in game.names if name not in responses]
-        self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm)
+        self.leaders = Leaders(game, leading, optimizer, scheduler, clip_norm, dynamics.placed(leading))
         if self.leaders.projects and not dynamics.rests_with_bounds:
             raise TypeError(
                 f"solve: {dynamics!r} looks ahead or corrects the gradient, and at a bound of "
@@ -140,7 +140,8 @@ class Run:
             self.game,
             self.leaders,
             lambda point: self.followers.respond(point, now.states, now.buffers),
-            self._batches,
+            drawn,
+            now.buffers,
             self._only_once,
         )
         memory, warned, products = now.memory, now.warned, now.products
@@ -151,7 +152,8 @@ class Run:
         norms: list[Tensor] = []
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
-                field = Field(played.slopes, self.leaders.points, movers, played.losses)
+                look: Any = played if not self.leaders.ranged else _NoLook(self.leaders.ranged[0])
+                field = Field(played.slopes, self.leaders.points, movers, played.losses, look)
                 directions, memory = directed(self.dynamics, field, memory)
             warned = logged(warned, new, now.step + 1)
             products += field.products
@@ -159,10 +161,14 @@ class Run:
             losses = losses or self._losses(played)  # before anybody moves
             began += time.perf_counter() - looked  # to look takes no part in the method's time
             self.whole = False
-            norms += [self.leaders.apply(name, directions[name], now.step + 1) for name in movers]
+            for name in movers:
+                if name in self.leaders.placed:
+                    self.leaders.place(name, directions[name], now.step + 1)
+                else:
+                    norms.append(self.leaders.apply(name, directions[name], now.step + 1))
         after = Moment(
             states=self.followers.after_backward(played.first.states, played.first.variables),
-            positions={name: position for name, (_, position) in drawn.items()},
+            positions=dict(played.positions),
             drawn=now.positions,
             buffers=played.first.buffers,
             random=random_state(self.game.device),
@@ -238,6 +244,8 @@ class Run:
             record |= summary(loss_key(name), loss)
         for name, state in after.states.items():
             record |= summary(f"{name}.stationarity", state["stationarity"])
+        for name, number in self.dynamics.report(after.memory).items():
+            record |= {f"dynamics.{name}": float(number)}
         gradients, products = self._work(after, after.states)
         record |= {"gradients": gradients, "products": products, "seconds": after.seconds}
         return record | {"work": gradients + products}
@@ -384,6 +392,20 @@ class Run:
         (leader,) = self.leaders.names
         noisy = any(player.data is not None for player in self.game.players.values())
         return None if noisy else hardly_begun(leader, self.history.records())
+
+
+class _NoLook:
+    """What a rule of play that evaluates losses by itself gets where somebody has a range: a refusal."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, what: str) -> Any:
+        raise TypeError(
+            f"solve: {self._name!r} is moved in the free coordinates of its range, which a rule of play that evaluates "
+            "the players' losses by itself does not know. Give it a tensor as init, and map it to the range in the "
+            "losses, or use a response."
+        )
 
 
 def _observed(observe: Observe, variables: Mapping[str, Variables], record: Record) -> Record:
