@@ -29,3 +29,6 @@ def sinusoid() -> list[list[str]]:
 
     found = rows("sinusoid", read("sinusoid.json")["results"])
     return [list(found[0]), *(list(row.values()) for row in found)]
+
+
+PARTS = {part.__name__: part for part in (gains, sinusoid)}
