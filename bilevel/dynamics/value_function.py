@@ -96,7 +96,10 @@ class F2SA(ValueFunctionMethod):
     r"""The follower settles for itself, and once more with the leader's loss added: fully first-order approximation.
 
     $$
-    z \approx \arg\min_y g, \qquad y_\lambda \approx \arg\min_y f + \lambda g, \qquad
+    z \approx \arg\min_y g, \qquad y_\lambda \approx \arg\min_y f + \lambda g
+    $$
+
+    $$
     d_x = \nabla_x f(x, y_\lambda) + \lambda \left(\nabla_x g(x, y_\lambda) - \nabla_x g(x, z)\right)
     $$
 

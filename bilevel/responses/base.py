@@ -237,10 +237,15 @@ def fresh_state(
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. `many`: whether the response can answer for many games at once (`Games`), with sizes `[count]`;
-    `constrained`: whether it heeds functions that constrain the follower, whose `multipliers` the state then holds;
-    `from_start`: whether its derivative sees where the follower starts (`start=`). Who does not say so is refused
-    there.
+    at the start. Who does not say that it can do more is refused where more is needed.
+
+    Args:
+        game: The game.
+        follower: The player's name; None: the last in order of play.
+        seed: Of its data.
+        many: Whether the response can answer for many games at once (`Games`), with sizes `[count]`.
+        constrained: Whether it heeds functions that constrain the follower, whose `multipliers` the state then holds.
+        from_start: Whether its derivative sees where the follower starts (`start=`).
     """
     name = game.names[-1] if follower is None else follower
     if name not in game.names:

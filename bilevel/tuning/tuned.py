@@ -33,6 +33,8 @@ class Tuned:
         solution: The whole run: values, warnings, work.
         plan: Which response was used, and how many steps were taken.
         tuning: The game's parts; `tuning.loss_at(tuned.hyper)` is the training loss at the values found.
+        optimizer: That the model was trained with, for `retrain`.
+        scheduler: Likewise, if there was one.
     """
 
     model: nn.Module
