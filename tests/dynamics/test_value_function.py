@@ -76,6 +76,7 @@ def test_the_follower_is_placed_near_its_optimum():
     torch.testing.assert_close(y, MAP @ x, atol=1e-9, rtol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiplier", [2.0, 8.0])
 def test_the_penalised_problem_is_solved(multiplier):
     """Exactly, at a rate below 1 over its curvature, and it nears the answer like 1 over the multiplier."""
@@ -90,6 +91,7 @@ def test_the_multiplier_grows_along_its_ramp():
     assert [record["dynamics.multiplier"] for record in history] == pytest.approx([1.0, 1.1, 1.2])
 
 
+@pytest.mark.slow
 def test_bome_reaches_the_answer():
     """Its gap vanishes no faster than like 1/t: after 1,500 steps a few per cent are left."""
     solution = played(BOME(), rate=0.05, inner=0.6, steps=1500)
