@@ -175,6 +175,7 @@ def test_a_nonlinear_follower_is_differentiated_as_its_re_solved_selves():
     close(slope, differences, atol=1e-7)  # h^2 times third derivatives of size 10
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_transforms_see_the_constraints():
     game, response = bent_game(), bl.Implicit(bl.Scipy("SLSQP"))
     state = response.init(game)

@@ -172,6 +172,7 @@ def test_a_checkpoint_of_another_rule_is_refused(tmp_path):
         bl.solve(game, steps=3, checkpoint=tmp_path / "run", dynamics=Alternating())
 
 
+@pytest.mark.slow
 def test_dynamics_among_leaders_who_share_a_follower():
     """Two firms lead and a third answers: extragradient ends where plain play does, at their Nash equilibrium."""
     profit = lambda own, total: -own * (6.0 - 0.5 * total)

@@ -89,6 +89,7 @@ def test_in_float32_it_is_as_good_as_differences_can_be(exact):
     assert off(slope.double(), exact) <= 1e-3  # eps^(2/3) is 2e-5
 
 
+@pytest.mark.slow
 def test_it_holds_what_laws_ask_of_a_response():
     check_response(bl.Nudged(partial(torch.optim.SGD, lr=1.0), steps=200, tolerance=1e-10), examples=4)
 

@@ -167,6 +167,7 @@ class Repeated(Response):
         return self.loop(game, others, state, batch)
 
 
+@pytest.mark.slow
 def test_it_holds_the_laws_of_a_response():
     """One call alone answers where it is; what it settles at is held to the laws of an optimum's derivative."""
     loop = bl.SingleLoop(partial(SGD, lr=0.5))
@@ -194,6 +195,7 @@ def test_variance_reduction_converges_with_constant_steps_where_plain_steps_stal
     assert off["plain"] >= 1e-4
 
 
+@pytest.mark.slow
 def test_decaying_steps_go_by_a_scheduler():
     """With steps of t^-1/2 for all three, plain minibatches come nearer than with constant ones."""
     data, wanted = batches_of(noise=1.0), optimum(batches_of(noise=1.0))

@@ -68,6 +68,7 @@ def test_coverage_spends_what_there_is_and_is_differentiable(game, seed):
     assert torch.autograd.gradcheck(game.coverage, (logits,), eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_nearly_rational_attacker_leads_nearly_to_the_closed_form():
     exact, gaps = THREE.stackelberg(), []
     for precision in (5.0, 50.0):

@@ -40,6 +40,7 @@ def test_average_play_is_within_its_guarantee_in_zero_sum_games(seed, m, n, roun
     assert found.average_nash_conv[-1] <= 2 * (math.log(most) / (step * rounds) + step * spread**2 / 8)
 
 
+@pytest.mark.slow
 def test_averages_converge_and_last_profiles_do_not():
     game = named.biased_rock_paper_scissors()
     for rule in (RegretMatching(plus=True), FictitiousPlay(), EntropicMirrorDescent(0.5), Replicator(1.0)):

@@ -227,6 +227,7 @@ def test_the_command(tmp_path):
     assert table(rows).row_count == 10  # a line for the case
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     line = ["reweight", "--case", "symmetric 0.4", "--case", "symmetric 0.2", "--train", "60", "--clean", "60"]
     line += ["--steps", "3"]
