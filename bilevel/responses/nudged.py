@@ -24,6 +24,7 @@ from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
@@ -182,7 +183,7 @@ class Nudged(Response):
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with the displacement that the nudges found, the next nudge, and the gradients that they took."""
-        settled = nearest(leaves(answer), "settled", _Settled)
+        settled = nearest(leaves(answer), "backward_pass", _Settled)
         if settled is None or settled.displacement is None:
             return state
         learned = {"displacement": settled.displacement, **vars(settled.shares)}
@@ -261,11 +262,13 @@ class _Shares:
         return float(min(max(self.size * min(max(factor, 1.0 / _GROWTH), _GROWTH), least), _LARGEST))
 
 
-class _Settled:
-    """A follower at its optimum, ready to be nudged; a class of its own, so that no pytree opens it.
+class _Settled(BackwardPass):
+    """A follower at its optimum, ready to be nudged.
 
     `displacement`, `shares` and `gradients` are what the last backward pass left.
     """
+
+    refusal = _SECOND
 
     def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any) -> None:
         self.response, self.memory = response, memory
@@ -281,7 +284,19 @@ class _Settled:
 
     def attach(self, y: Tensor, xs: Sequence[Tensor]) -> Tensor:
         """y `[n]`, which knows how it moves with xs."""
-        return _Nudge.apply(self, len(xs), y, *xs, *self.given.tensors)  # type: ignore[no-any-return, no-untyped-call]
+        return attach(self, y, xs, self.given.tensors)
+
+    def pulled(
+        self,
+        cotangent: Tensor,
+        y: Tensor,
+        xs: Sequence[Tensor],
+        tensors: Sequence[Tensor] | None,
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        """c' dy/dx for the wanted of xs, by nudges."""
+        there = self if tensors is None else self.on(tensors)
+        return there.nudged(cotangent, y, xs, wanted)
 
     def on(self, tensors: Sequence[Tensor]) -> _Settled:
         """The same on a batch of other tensors."""
@@ -443,34 +458,3 @@ class _Tilted(FreeProblem):
         with torch.no_grad():
             loss, slope = self._settled.slope(flat, self._xs)
         return loss + self.tilt @ (flat - self._from), self.form.split(slope + self.tilt)
-
-
-class _Nudge(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(settled: _Settled, count: int, y: Tensor, *inputs: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.settled, ctx.count, y, *given = inputs
-        ctx.save_for_backward(y, *given)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (cotangent,) = grads
-        settled, count = ctx.settled, ctx.count
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
-        plain = not transforms_active()
-
-        def below(cotangent: Tensor, y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-            xs = [x.detach() for x in given[:count]]
-            there: _Settled = settled if plain else settled.on(given[count:])
-            return there.nudged(cotangent, y, xs, wanted)
-
-        found = below_transforms(below, [cotangent, *ctx.saved_tensors], _SECOND)
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for index, derivative in zip(wanted, found, strict=True):
-            result[3 + index] = derivative
-        return tuple(result)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import below_transforms, nearest, pullback, transforms_active
+from bilevel.autodiff import nearest, pullback, transforms_active
 from bilevel.errors import NonConvergenceWarning, NonFiniteError
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
@@ -22,6 +22,8 @@ from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaf_names, leaves, structure_of
 from bilevel.variance import VarianceReduction
@@ -154,18 +156,19 @@ class SingleLoop(Response):
         follower = game.follower(others, state, batch)
         name, y = follower.name, flatten(state["variables"])
         if transforms_active():
+            given = BatchTensors(batch)
 
-            def slopes(*xs: Tensor) -> list[Tensor]:
-                given = follower.input_form.build(xs)
-                return self._directions(game, game.follower(given, state, batch), state)[0].mixed
+            def slopes(xs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+                there = game.follower(follower.input_form.build(xs), state, given.put(tensors))
+                return self._directions(game, there, state)[0].mixed
 
-            return follower.form.unflatten(_Answer.apply(_Loop(name, slopes), y, *follower.xs)), state  # type: ignore[no-untyped-call]
+            return follower.form.unflatten(attach(_Loop(name, slopes), y, follower.xs, given.tensors)), state
         self._require_learned(name, state)
         self._tell(name, state)
         found, memory = self._directions(game, follower, state)
         moved, optimizer = _stepped(self._y_steps, follower, y, found.own, state["optimizer"])
-        loop = _Loop(name, lambda *xs: found.mixed, found.product)
-        answer = _Answer.apply(loop, y, *follower.xs)  # type: ignore[no-untyped-call]
+        loop = _Loop(name, lambda xs, tensors: found.mixed, found.product)
+        answer = attach(loop, y, follower.xs, [])
         after = follower.next_state(
             state, follower.form.split(moved), follower.form.split(found.own),
             gradients=found.evaluations, products=found.evaluations,
@@ -179,7 +182,7 @@ class SingleLoop(Response):
 
     def after_backward(self, state: State, answer: Variables) -> State:
         """The state with v a step further; as it is when no backward pass has come through `answer`."""
-        loop = nearest(leaves(answer), "loop", _Loop)
+        loop = nearest(leaves(answer), "backward_pass", _Loop)
         if loop is None or loop.cotangent is None or loop.product is None:
             return state
         before, cotangent = state["adjoint"], loop.cotangent
@@ -364,15 +367,33 @@ def _require_finite(name: str, vector: Tensor, what: str) -> None:
         )
 
 
-class _Loop:
-    """What a call leaves for its backward pass; a class of its own, so that no pytree opens it.
+class _Loop(BackwardPass):
+    """What a call leaves for its backward pass. `cotangent` is what that left; None before it."""
 
-    `cotangent` is what the backward pass left; None before it.
-    """
+    refusal = _SECOND
 
-    def __init__(self, name: str, slopes: Any, product: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        slopes: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]],
+        product: Tensor | None = None,
+    ) -> None:
         self.name, self.slopes, self.product = name, slopes, product
         self.cotangent: Tensor | None = None
+
+    def pulled(
+        self,
+        cotangent: Tensor,
+        y: Tensor,
+        xs: Sequence[Tensor],
+        tensors: Sequence[Tensor] | None,
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        """F_x'v for the wanted of xs."""
+        if self.product is not None:
+            self.learn(cotangent)
+        mixed = self.slopes(xs, tensors or [])
+        return tuple(mixed[index].clone() for index in wanted)
 
     def learn(self, cotangent: Tensor) -> None:
         """Take the cotangent of the one leader."""
@@ -383,35 +404,3 @@ class _Loop:
                 "use Implicit or Nudged."
             )
         self.cotangent = cotangent.clone()
-
-
-class _Answer(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(loop: _Loop, y: Tensor, *xs: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.loop, _, *xs = inputs
-        ctx.save_for_backward(*xs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (cotangent,) = grads
-        loop: _Loop = ctx.loop
-        xs: Sequence[Tensor] = ctx.saved_tensors
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-
-        def below(cotangent: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-            if loop.product is not None:
-                loop.learn(cotangent)
-            mixed = loop.slopes(*(x.detach() for x in xs))
-            return tuple(mixed[index].clone() for index in wanted)
-
-        found = below_transforms(below, [cotangent, *xs], _SECOND)
-        result: list[Tensor | None] = [None] * len(xs)
-        for index, derivative in zip(wanted, found, strict=True):
-            result[index] = derivative
-        return (None, None, *result)

@@ -369,3 +369,30 @@ def test_a_domain_is_refused():
     game = bl.Game(x=bl.Player(lambda y: y.sum(), torch.zeros(2)), y=boxed)
     with pytest.raises(TypeError, match="Use Implicit"):
         bl.SingleLoop(partial(torch.optim.SGD, lr=0.1)).init(game)
+
+
+def test_under_vmap_each_task_sees_its_own_batch():
+    def follow(x, y, batch):
+        return 0.5 * (y - x * batch).square().sum() + 0.5 * y.square().sum() + 0.1 * y.pow(4).sum()
+
+    def lead(y):
+        return (y - 1.0).square().sum()
+
+    start = torch.ones(2, dtype=torch.float64)
+    batches = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64).view(3, 2)
+    game = bl.Game(x=bl.Player(lead, start), y=bl.Player(follow, 0.3 * start, [batches[0]]))
+    response = bl.SingleLoop(partial(torch.optim.SGD, lr=0.3))
+    state = response.init(game)
+    for _ in range(5):  # of an adjoint of 0 the derivative is 0, whatever the batch
+        x = start.clone().requires_grad_()
+        y, state = response(game, {"x": x}, state)
+        torch.autograd.grad(lead(y), x)
+        state = response.after_backward(state, y)
+
+    def value(x, batch):
+        return lead(response(game, {"x": x}, state, batch)[0])
+
+    together = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(start, batches)
+    # The mixed derivative times v is -batch v.
+    torch.testing.assert_close(together, -batches * state["adjoint"]["v"], atol=1e-12, rtol=1e-12)
+    assert float(together.norm()) > 0.1
