@@ -77,6 +77,11 @@ class Response(ABC):
         """The steps of the follower that a call may take; None where there is nothing to set."""
         return None
 
+    @property
+    def steps_a_call(self) -> int | None:
+        """The follower's steps in each call after the first, at most; None where it cannot be told."""
+        return self.budget
+
     def with_budget(self, steps: int) -> Response:
         """The same response, with so many steps of the follower a call; raises `TypeError` where it has no budget."""
         raise TypeError(f"{type(self).__name__} has no budget of steps to set; override budget and with_budget.")

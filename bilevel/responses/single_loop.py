@@ -109,6 +109,11 @@ class SingleLoop(Response):
         return Behaviour(warm=True, warns=False)
 
     @property
+    def steps_a_call(self) -> int:
+        """One, always."""
+        return 1
+
+    @property
     def inner_optimizer(self) -> OptimizerFactory | None:
         """That of y."""
         return self._y_steps.factory

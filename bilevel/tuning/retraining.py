@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from bilevel.game import Game
 from bilevel.inner.torch_optim import build, build_scheduler
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables
@@ -95,7 +96,7 @@ def retrain(
         for seed in range(seeds):
             for which, at in given.items():
                 with random_kept(start=seed):
-                    model = _train(tuned, fresh(), at, count, seed)
+                    model = _train(tuned, game, fresh(), at, count, seed)
                 losses[which].append(_validate(tuned, model, at))
                 if which == "found":
                     models.append(model)
@@ -104,8 +105,10 @@ def retrain(
     return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models))
 
 
-def _train(tuned: Tuned, model: nn.Module, values: Mapping[str, Variables], steps: int, seed: int) -> nn.Module:
-    loss, game = tuned.tuning.loss_at(values), tuned.tuning.game()
+def _train(
+    tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables], steps: int, seed: int
+) -> nn.Module:
+    loss = tuned.tuning.loss_at(values)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build(tuned.optimizer, parameters, None, [n for n, p in model.named_parameters() if p.requires_grad])
     scheduler = None if tuned.scheduler is None else build_scheduler(tuned.scheduler, optimizer, None)
@@ -121,7 +124,6 @@ def _train(tuned: Tuned, model: nn.Module, values: Mapping[str, Variables], step
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-    game.stop_reading()
     return model.eval()
 
 

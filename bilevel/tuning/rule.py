@@ -86,11 +86,9 @@ def plan(
                 "tune: scheduler= goes with the default response. Give it to your own: "
                 "Unrolled(bilevel.inner.TorchOptimizer(optimizer, scheduler=...), ...)."
             )
-        chosen, warmup = response, 0
-        if response.budget is not None:
-            every = response.budget
-            if isinstance(response, Hypernetwork):
-                every, warmup = response.steps, response.warmup
+        chosen = response
+        every = every if response.steps_a_call is None else response.steps_a_call
+        warmup = 0 if response.budget is None else response.budget - every
     else:
         raise TypeError(f"tune: response is a {type(response).__name__}; expected one such as bilevel.Unrolled(...).")
     leader_steps = max(1, (steps - warmup) // max(every, 1))

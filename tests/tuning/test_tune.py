@@ -99,6 +99,11 @@ def test_another_response_takes_its_place():
     tuned = run(response=response, steps=100)
     assert (tuned.plan.every, tuned.plan.warmup, tuned.plan.leader_steps) == (10, 0, 10)
     assert tuned.plan.response is response
+    learned = bl.Hypernetwork(ADAM, network=bl.networks.RowScaled(), steps=5, warmup=20, tolerance=None)
+    plan = run(response=learned, steps=60).plan
+    assert (plan.every, plan.warmup, plan.leader_steps) == (5, 20, 8)
+    one = run(response=bl.SingleLoop(partial(torch.optim.SGD, lr=1e-3)), steps=12).plan
+    assert (one.every, one.warmup, one.leader_steps, one.steps) == (1, 0, 12, 12)
 
 
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path):

@@ -146,6 +146,11 @@ class Hypernetwork(Response):
         """Fitting steps in the first call."""
         return self.warmup + self.steps
 
+    @property
+    def steps_a_call(self) -> int:
+        """Fitting steps without the warm-up."""
+        return self.steps
+
     def with_budget(self, steps: int) -> Hypernetwork:
         """The same with so many fitting steps in the first call; no more than before in the following ones."""
         later = min(self.steps, steps)
