@@ -18,6 +18,7 @@ from bilevel.parallel.batches import Examples, rows, rows_in, weight
 from bilevel.randomness import random_kept, random_state
 from bilevel.tree import Variables, leaves, map_leaves
 
+_DRAWS = 8  # of a loss with dropout
 _MOVE = 0.01  # of a variable's size: away from where all weights are equal, and within its loss's domain as a rule
 
 
@@ -63,12 +64,16 @@ def tried(game: Game, player: str, *, examples: Examples | None, coupled: bool) 
     norms = [path for path, module in trial.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for moved in (False, True):
         whole = trial.loss(batch, moved)
+        if moved and trial.draws:
+            break  # of noisy numbers no small difference tells anything
         parts = [trial.loss(half, moved) for half in halves]
         if moved and not all(map(math.isfinite, (whole, *parts))):
             continue  # it left its domain
         mean = sum(w * part for w, part in zip(weights, parts, strict=True) if w) / sum(weights)
         size = max(abs(whole), abs(mean), *map(abs, parts))
-        if trial.draws:  # of noisy numbers only what a sum over examples would show
+        if trial.draws:  # of noisy numbers only what a sum over examples would show, half of it on half of them
+            draws = [trial.drawn(batch, halves, weights, seed) for seed in range(_DRAWS)]
+            whole, mean = (sum(column) / _DRAWS for column in zip(*draws, strict=True))
             wrong = abs(mean / whole - 0.5) < 0.1 if whole else False
         else:
             wrong = not abs(whole - mean) <= trial.rounding * size
@@ -138,6 +143,12 @@ class _Trial:
             now = random_state(self._game.device)
             self.draws = self.draws or any(not torch.equal(now[key], self._random[key]) for key in now)
         return found
+
+    def drawn(self, batch: Batch, halves: Sequence[Batch], weights: Sequence[float], seed: int) -> tuple[float, float]:
+        """The loss on a batch, and the mean of those on its halves, with random numbers from a seed."""
+        with random_kept(self._game.device, start=seed), torch.no_grad():
+            whole, *parts = (float(self._game.loss(self._player, self._variables, each)) for each in (batch, *halves))
+        return whole, sum(w * part for w, part in zip(weights, parts, strict=True) if w) / sum(weights)
 
     def refuse_captured(self) -> None:
         """Raise where a tensor enters otherwise than as a player's variables."""
