@@ -75,6 +75,12 @@ def told_of_spread(module: nn.Module) -> str:
             "wrapped by DistributedDataParallel, whose averaging over ranks is no part of the derivatives that a game "
             "takes: the ranks would drift apart in silence. Pass the module that it wraps, model.module."
         )
+    if isinstance(module, nn.DataParallel):
+        return (
+            "wrapped by nn.DataParallel, which copies it to each GPU of this process, and runs its own parameters in "
+            "place of the player's variables. Pass the module that it wraps, model.module, and start a process for "
+            "each GPU: solve(..., parallel=bilevel.DataParallel())."
+        )
     if isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel")):
         return (
             "sharded by FSDP, whose parameters have no second derivative and no gradient outside backward(). Pass the "
