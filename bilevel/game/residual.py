@@ -131,6 +131,10 @@ class PlayedGame(Protocol):
     def kernels(self, player: str) -> FastKernels:
         """What a player's loss uses that has one derivative only, where there is a form with two."""
 
+    @property
+    def record_keys(self) -> tuple[str, ...]:
+        """What follows a number's name in a run's records: nothing, of one game."""
+
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of a loss."""
 
