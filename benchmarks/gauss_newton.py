@@ -70,7 +70,7 @@ def started(seed: int) -> dict[str, Tensor]:
 
 def methods() -> dict[str, dict[str, Any]]:
     """Options of `Implicit` by name."""
-    cg, whole = partial(bl.ConjugateGradient, rtol=1e-6), GaussNewton(outputs, loss, rest)
+    cg, whole = partial(bl.ConjugateGradient, rtol=1e-6), GaussNewton(outputs, loss, rest, measure=True)
     return {
         "CG, Hessian": {"linear_solver": cg()},
         "CG, Hessian, damping .01": {"linear_solver": cg(damping=0.01)},

@@ -17,6 +17,7 @@ from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch, Position
 from bilevel.game.residual import Kinks
 from bilevel.linear import LinearOperator, LinearSolution, LinearSolver
+from bilevel.linear.base import SolvesLinearSystems
 from bilevel.tree import join
 
 Judge = Callable[[LinearSolution, Tensor, Sequence[Tensor], Pullback], tuple[float, int, str]]
@@ -62,7 +63,9 @@ class Batches(ABC):
         `pull` makes those of one batch, where they are not F's own.
         """
 
-    def judge(self, follower: Follower, residual: FixedResidual, y: Tensor, solver: LinearSolver) -> Judge | None:
+    def judge(
+        self, follower: Follower, residual: FixedResidual, y: Tensor, solver: SolvesLinearSystems
+    ) -> Judge | None:
         """What tells a backward solve's error at y `[n]` by other batches; None where none is asked."""
         return None
 
@@ -105,7 +108,9 @@ class HeldBatch(Batches):
         """Of that."""
         return _of_one(residual, pull)
 
-    def judge(self, follower: Follower, residual: FixedResidual, y: Tensor, solver: LinearSolver) -> Judge | None:
+    def judge(
+        self, follower: Follower, residual: FixedResidual, y: Tensor, solver: SolvesLinearSystems
+    ) -> Judge | None:
         """By the next batches."""
         if not self.against or follower.fixed or follower.position is None:
             return None

@@ -393,8 +393,8 @@ class Implicit(Response):
     ) -> Examine | None:
         """The same, and what the curvature and other batches say of the solve, which goes into the receipt."""
         solver = follower.adapted_linear(self._linear(follower))
-        found_by = [self.curvature.judge(residual, y, follower.xs), self.batches.judge(follower, residual, y, solver)]
-        judges = [judge for judge in found_by if judge is not None]
+        given = (follower, residual, y, solver)
+        judges = [judge for asked in (self.curvature, self.batches) if (judge := asked.judge(*given)) is not None]
         if not judges:
             return examine
 

@@ -16,12 +16,13 @@ def read(name: str) -> dict[str, Any]:
 def coverage() -> list[list[str]]:
     """One row an interval: how often it held what it is of."""
     found = read("coverage.json")
-    heads = ["Game and response", "interval", "experiments", f"held it ({found['level']:.0%} wanted)"]
+    heads = ["Game and response", "interval", "replications", "experiments", f"held it ({found['level']:.0%} wanted)"]
     rows = [heads]
     for row in found["rows"]:
         for what, count in row["held"].items():
             named = {"mean": "of the hypergradient", "bias": "of its bias"}[what]
-            rows.append([row["experiment"], named, f"{row['draws']:,}", f"{count / row['draws']:.1%}"])
+            told = [row["experiment"], named, str(row["replications"]), f"{row['draws']:,}"]
+            rows.append([*told, f"{count / row['draws']:.1%}"])
     return rows
 
 
