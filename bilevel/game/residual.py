@@ -100,6 +100,9 @@ class PlayedGame(Protocol):
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position."""
 
+    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
 

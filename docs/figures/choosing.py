@@ -17,10 +17,10 @@ def costs(found: Comparison) -> Rows:
     rows = []
     for s in found.summaries:
         if s.game == "mnist":
-            memory, work = size(s.memory.median), f"{s.work.median:,.0f}"
-            rows.append(
-                [s.response, number(s.error.median), work, memory, f"{s.value.median:.3f}", number(s.total.median)]
-            )
+            # A rule of play has no hypergradient of its own: its run alone.
+            error = number(s.error.median) if s.error else ""
+            memory, work = size(s.memory.median) if s.memory else "", f"{s.work.median:,.0f}" if s.work else ""
+            rows.append([s.response, error, work, memory, f"{s.value.median:.3f}", number(s.total.median)])
     return [heads, *rows]
 
 
@@ -29,7 +29,11 @@ def errors(found: Comparison) -> Rows:
     cells = {(s.response, s.game): number(s.error.median) for s in found.summaries if s.error}
     return [
         ["Error", *found.games],
-        *[[name, *[cells.get((name, game), "") for game in found.games]] for name in found.responses],
+        *[
+            [name, *[cells.get((name, game), "") for game in found.games]]
+            for name in found.responses
+            if any((name, game) in cells for game in found.games)
+        ],
     ]
 
 
@@ -40,11 +44,13 @@ def ratios(found: Comparison) -> Rows:
     for name in found.responses:
         pairs = [(by[name, game], by["implicit CG", game]) for game in found.games]
         ratio = [
-            statistics.median([getattr(one, key).median / getattr(base, key).median for one, base in pairs])
+            f"{statistics.median(getattr(one, key).median / getattr(base, key).median for one, base in pairs):.1f}"
+            if all(getattr(one, key) for one, _ in pairs)
+            else ""
             for key in ("work", "total", "memory")
         ]
-        count = sum(s.error.median < 1e-2 for s in found.summaries if s.response == name)
-        rows.append([name, *[f"{value:.1f}" for value in ratio], f"{count} of {len(found.games)}"])
+        right = [s.error.median < 1e-2 for s in found.summaries if s.response == name and s.error]
+        rows.append([name, *ratio, f"{sum(right)} of {len(found.games)}" if right else ""])
     heads = ["Against implicit CG", "work of a hypergradient", "work of a run", "peak memory", "error below 1 %"]
     return [heads, *rows]
 
