@@ -52,6 +52,10 @@ class CheckpointError(BilevelError):
     """A checkpoint cannot be read, or belongs to another game."""
 
 
+class ParallelError(BilevelError):
+    """The processes that play one game do not agree, or one of them has ended or hangs; the message says which."""
+
+
 class NonFiniteError(BilevelError):
     """A loss, a gradient or a solution became NaN or infinite while running."""
 

@@ -85,6 +85,9 @@ class PlayedGame(Protocol):
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes that play this game together."""
+
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together."""
 

@@ -12,14 +12,17 @@ from bilevel.errors import CheckpointError, StopRun
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.many import Games
+from bilevel.parallel import DataParallel
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
+from bilevel.solving.description import Describer
 from bilevel.solving.history import Observe, Record
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
 from bilevel.solving.solutions import Solutions
+from bilevel.solving.together import Alone, Together
 from bilevel.tree import Variables
 
 Callback = Callable[[int, Record, Mapping[str, Variables]], object]
@@ -42,6 +45,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     **responses: Response,
 ) -> Solutions: ...
 
@@ -63,6 +67,7 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     **responses: Response,
 ) -> Solution: ...
 
@@ -83,6 +88,7 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     **responses: Response,
 ) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
@@ -107,6 +113,8 @@ def solve(
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
         record: From everybody's variables after a step to further numbers for the history, by name.
+        parallel: Play it in all processes of torchrun or a process group, each with a part of every batch; all call
+            `solve` alike. The first writes the checkpoint; the history tells the bytes sent a step.
         **responses: Follower -> its response.
 
     Raises:
@@ -114,6 +122,7 @@ def solve(
         NonFiniteError: If a leader's gradient is NaN or infinite.
         CheckpointError: For a file of another run, which says in what, for one that is damaged, and where none can be
             written.
+        ParallelError: On all ranks, where they disagree or one of them has ended.
 
     Examples:
         >>> import torch, bilevel as bl
@@ -124,38 +133,62 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
+    company = Alone(game) if parallel is None else Together(game, parallel)
     try:
-        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed, record)
-        if steps < 1 or checkpoint_every < 1:
-            raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-        if path is not None and resume and path.exists():
-            run.restore(checkpoints.load(path), path, accept_changes=accept_changes)
-        if run.now.step > steps:
-            raise ValueError(
-                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
-                "resume=False."
+        with company.playing():
+            company.agree(
+                lambda: {
+                    "responses": Describer().describe(responses),
+                    "options": Describer().describe(
+                        [optimizer, scheduler, dynamics, clip_norm, seed, steps, checkpoint_every, resume]
+                    ),
+                    "files": [checkpoint is not None, len(callbacks)],
+                    "objectives": {name: Describer().describe(p.objective) for name, p in game.players.items()},
+                }
             )
-        if run.now.step < steps:
-            with (
-                progress_bar(progress, run.now.step, steps) as show,
-                _saving(run, path, checkpoint_every) as save_if_due,
-            ):
-                stopped = False
-                while run.now.step < steps and not stopped:
-                    told = run.step()
-                    show(told)
-                    stopped = _call(callbacks, run, told)
-                    save_if_due()
-        return run.solution()
+            run = Run(
+                company.game,
+                responses,
+                optimizer,
+                scheduler,
+                dynamics or Simultaneous(),
+                clip_norm,
+                seed,
+                company.observed(record),
+            )
+            if steps < 1 or checkpoint_every < 1:
+                raise ValueError(
+                    f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each."
+                )
+            path = None if checkpoint is None else Path(checkpoint)
+            if path is not None and company.writes and not path.parent.is_dir():
+                raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+            saved = None if path is None or not resume else company.read(path)
+            if saved is not None and path is not None:
+                run.restore(saved, path, accept_changes=accept_changes)
+            if run.now.step > steps:
+                raise ValueError(
+                    f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
+                    "resume=False."
+                )
+            if run.now.step < steps:
+                with (
+                    progress_bar(progress and company.writes, run.now.step, steps) as show,
+                    _saving(company, run, path, checkpoint_every) as save_if_due,
+                ):
+                    stopped = False
+                    while run.now.step < steps and not stopped:
+                        told = run.step()
+                        show(told)
+                        stopped = company.stopped(_call(callbacks, run, told), run.shared)
+                        save_if_due()
+            return run.solution()
     finally:
         game.stop_reading()
 
 
 @contextmanager
-def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
+def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
     """Saves the run at once, so that a folder without room or permission is known before any work, and at the end.
 
     Gives a function to call after each step. Stopped inside a step, where some have moved and others not, the file
@@ -164,29 +197,31 @@ def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], No
     if path is None:
         yield lambda: None
         return
-    steps: list[int] = []
+    steps = [-1]
 
     def save() -> None:
         # The second is the first with everything in it that later ones have.
-        checkpoints.save(path, run.state(), check=len(steps) < 2)
+        checkpoints.save(path, run.state(), check=len(steps) < 3)
         steps.append(run.now.step)
 
     def save_if_due() -> None:
         if run.now.step % every == 0:
-            save()
+            company.write(save)
 
-    checkpoints.remove_abandoned(path)
-    save()
+    if company.writes:
+        checkpoints.remove_abandoned(path)
+    company.write(save)
     try:
         yield save_if_due
     except CheckpointError:
         raise  # it would fail once more
     except BaseException:
-        if run.whole and run.now.step > steps[-1]:
+        # Alone: the others may not be there any more.
+        if company.writes and run.whole and run.now.step > steps[-1]:
             save()
         raise
-    if run.now.step > steps[-1]:
-        save()
+    if run.now.step % every != 0:
+        company.write(save)
 
 
 def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:

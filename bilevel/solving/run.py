@@ -87,6 +87,7 @@ class Run:
         observe: Observe | None = None,
     ) -> None:
         require_rule(dynamics)
+        game.require_ranks("solve")
         self.game, self.dynamics, self.seed, self._observe = game, dynamics, seed, observe
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
@@ -121,6 +122,14 @@ class Run:
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
         return self._variables(self.now.states)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What is the same in all processes that play together, by what it is called."""
+        leaders = {f"the leader {name!r}": point for name, point in self.leaders.points.items()}
+        states = {f"the state of follower {name!r}": state for name, state in self.now.states.items()}
+        places = {"the place in the data": dict(self.now.positions), "the random numbers": dict(self.now.random)}
+        return {**leaders, **states, **places}
 
     def _variables(self, states: States) -> dict[str, Variables]:
         leading = self.leaders.trees(self.leaders.points)
