@@ -102,5 +102,9 @@ class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
 
 
+class InfeasibleWarning(BilevelWarning):
+    """A leader's functions are broken where a run ended; the message says which, and by how much."""
+
+
 class KinkWarning(UnreliableResponseWarning):
     """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""

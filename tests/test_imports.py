@@ -47,7 +47,7 @@ MAY = {
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.
 BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
-APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "paper", "compare"}
+APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "paper", "compare", "published"}
 GAMES_MAY = {
     "errors": set(),
     "experiments": {"errors"},

@@ -499,6 +499,24 @@ class Game:
             game = game.derived(**game._joining(name, tuple(members)))
         return game
 
+    def starting(self: Derived, **variables: Variables) -> Derived:
+        """The same game, in which these players start elsewhere.
+
+        Raises `ValueError` for variables of another form than their init's, which are not finite, or outside a domain.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.starting(y=torch.tensor(3.0)).initial("y")
+        tensor(3.)
+        """
+        initial = {**self._parts.initial, **{name: detached(given) for name, given in variables.items()}}
+        for name, given in variables.items():
+            if name not in self._parts.players:
+                raise ValueError(f"Game.starting: {name!r} is no player; players are {list(self._parts.players)}.")
+            self.check(name, given)
+        check_variables({name: initial[name] for name in self._parts.players})
+        check_domains(self._parts.players, initial)
+        return self.derived(initial=initial)
+
     def anticipate(self: Derived, **responses: Anticipated) -> Derived:
         """The same game, in which the named players' variables are functions of those who move before them.
 
