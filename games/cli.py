@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import bilevel as bl
+from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
@@ -16,6 +17,12 @@ from games.tuning.command import tune_command
 
 OVERVIEW = """\
 bilevel {version}: nested optimisation and differentiable games in PyTorch.
+
+  Check the hypergradient of a game of your own, `game` in mine.py, against finite differences:
+    bilevel check mine.py:game
+
+  Certify the point where a game of your own ends; `problem` returns (game, options of solve):
+    bilevel certify mine.py:problem --json
 
   Tune a weight decay for each weight of a classifier, by three responses side by side:
     bilevel tune --train 200 --steps 10
@@ -35,7 +42,8 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Remake a figure of the paper that learned responses come from (--list names all):
     bilevel paper fig3
 
-Each command writes to a folder, goes on after an interruption with --resume, and explains its options with --help.
+--help explains a command's options. All but the first two write to a folder and go on after an interruption with
+--resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -54,6 +62,8 @@ def overview(
         typer.echo(OVERVIEW.format(version=bl.__version__))
 
 
+app.command("check")(check_command)
+app.command("certify")(certify_command)
 app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)

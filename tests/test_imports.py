@@ -47,7 +47,17 @@ MAY = {
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.
 BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
-APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "paper", "compare", "published"}
+APPLICATIONS = {
+    "tuning",
+    "reweighting",
+    "gan",
+    "economics",
+    "meta",
+    "paper",
+    "compare",
+    "published",
+    "checking",
+}
 GAMES_MAY = {
     "errors": set(),
     "experiments": {"errors"},
