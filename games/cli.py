@@ -12,6 +12,7 @@ from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
 from games.paper.command import paper_command
+from games.published.command import problems_command
 from games.reweighting.command import reweight_command
 from games.tuning.command import tune_command
 
@@ -38,6 +39,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
+
+  Solve bilevel problems of the literature, with the best known leader values beside:
+    bilevel problems bard
 
   Remake a figure of the paper that learned responses come from (--list names all):
     bilevel paper fig3
@@ -70,6 +74,7 @@ app.command("gan")(gan_command)
 app.command("meta")(meta_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
+app.command("problems")(problems_command)
 
 
 def main() -> None:

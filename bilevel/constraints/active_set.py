@@ -18,6 +18,7 @@ from bilevel.constraints.functions import Constrained, Linearised
 DENSE = 2000
 """So many variables or fewer have their Hessian written down."""
 _STEPS = 60
+_PATIENCE = 5
 _NEAR = 1e-5  # in units of y's size: how near a constraint must be to be thought to bind, before Newton's steps decide
 
 
@@ -93,7 +94,7 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
     binding = l > 0.0
     best: KKTPoint | None = None
     seen: set[tuple[bool, ...]] = set()
-    hessian, near = None, False
+    hessian, near, stale = None, False, 0
     for _ in range(_STEPS):
         if y.numel() <= DENSE and (hessian is None or not near):
             hessian = programme.hessian(y, l, m)
@@ -104,6 +105,10 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
         if hessian is None or not math.isfinite(here.error) or here.error <= 10.0 * epsilon:
             break
         if not gained and reached(best, epsilon):
+            break
+        # Where nothing is feasible no step gains; the set of binding constraints may change once for each of them.
+        stale = 0 if gained else stale + 1
+        if stale > _PATIENCE + len(at.c):
             break
         moved, l, m = _newton(here, hessian, binding)
         # So near, the Hessian of a step ago is as good, and costs nothing.

@@ -270,5 +270,6 @@ def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(
             f"solve: the optimizer of {name!r} is {type(optimizer).__name__}, whose step() wants a closure to evaluate "
             "the loss with, several times a step; solve gives it one gradient a step, on that step's batch and states. "
-            "Use one such as Adam or SGD here; a follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
+            "Use one such as Adam or SGD here, or bilevel.Scipy('L-BFGS-B') for one leader on a fixed batch; a "
+            "follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
         )

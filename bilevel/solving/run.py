@@ -17,7 +17,13 @@ from torch import Tensor
 from bilevel.autodiff import gradients_of
 from bilevel.dynamics import Dynamics, Field, Simultaneous
 from bilevel.dynamics.base import directed, require_rule
-from bilevel.errors import CheckpointError, ConstraintError, NonConvergenceWarning, NonFiniteError
+from bilevel.errors import (
+    CheckpointError,
+    ConstraintError,
+    NonConvergenceWarning,
+    NonFiniteError,
+    SingularSystemError,
+)
 from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import SchedulerFactory
@@ -295,7 +301,7 @@ class Run:
             try:
                 entry = {"x": x, **plain(played.programme(name))}
                 require_finite(entry, name, now.step + 1)
-            except (ConstraintError, NonFiniteError) as error:
+            except (ConstraintError, NonFiniteError, SingularSystemError) as error:
                 if not known:
                     raise
                 entry = {"x": x, "failed": str(error)}

@@ -91,6 +91,7 @@ LOOKS = {
     "implicit Neumann": (PURPLE, "v"),
     "implicit Nyström": (ORANGE, "D"),
     "implicit identity": (SKY, "P"),
+    "nudged": ("0.45", "d"),
     "hypernetwork": (BLACK, "X"),
 }
 
