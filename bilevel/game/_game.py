@@ -28,6 +28,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.joint import JointKKT
 from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
@@ -353,7 +354,10 @@ class Game:
             return self._parts.rests[player]
         if members == (player,):
             return self._parts.players[player].rests
-        return MembersGradients({member: self._parts.players[member].rests for member in members})
+        rests = {member: self._parts.players[member].rests for member in members}
+        if any(self._parts.players[member].constraints for member in members):
+            return JointKKT.of(rests, player)
+        return MembersGradients(rests)
 
     def within(self: Derived, player: str, domain: ConstraintSet) -> Derived:
         """The same game, in which a player without constraints stays in a set, as its inner solver does."""
@@ -478,8 +482,10 @@ class Game:
 
             F(y) = (grad_b f_b, grad_c f_c) = 0
 
-        are the residual. No single loss has that gradient, so dF/dy is not symmetric: give `Implicit` a linear solver
-        such as `GMRES()`, and an inner solver that follows a field: a torch.optim optimiser or `ScipyRoot()`.
+        are the residual. No single loss has that gradient, so dF/dy is not symmetric: give `Implicit` an inner solver
+        that follows a field: a torch.optim optimiser or `ScipyRoot()`, which takes functions as constraints too. Where
+        several of them have the same function as `inequality=` or `equality=`, it is one constraint that they share
+        with one multiplier: they settle in the variational equilibrium.
         Players who lead together need no joining: leave them without a response.
 
         Raises `ValueError` for names that are no players or taken, fewer than two, joined already, the first
@@ -588,12 +594,8 @@ class Game:
             raise ValueError(
                 f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
             )
-        constrained = [member for member in members if parts.players[member].constraints]
-        if constrained:
-            raise ValueError(
-                f"{told}: {constrained[0]!r} has constraints, and players who answer together cannot have any yet. "
-                "Give each of them a response of its own, or write a projection as residual=."
-            )
+        if any(parts.players[member].constraints for member in members):
+            JointKKT.of({member: parts.players[member].rests for member in together}, told)
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
         starting = [member for member in members if parts.players[member].start is not None]
