@@ -10,6 +10,7 @@ import bilevel as bl
 from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
+from games.mixture.command import mixture_command
 from games.paper.command import paper_command
 from games.reweighting.command import reweight_command
 from games.tuning.command import tune_command
@@ -28,6 +29,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 
   Learn where many small tasks start, and how fast each weight moves:
     bilevel meta sinusoid --shots 5 --steps 300
+
+  Learn which sources of text a small language model should be trained on:
+    bilevel mixture --method Nudged --steps 400
 
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
@@ -58,6 +62,7 @@ app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)
 app.command("meta")(meta_command)
+app.command("mixture")(mixture_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
 

@@ -46,7 +46,7 @@ MAY = {
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.
 BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
-APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "paper", "compare"}
+APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "mixture", "paper", "compare"}
 GAMES_MAY = {
     "errors": set(),
     "experiments": {"errors"},
