@@ -11,6 +11,7 @@ from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
+from games.mixture.command import mixture_command
 from games.paper.command import paper_command
 from games.published.command import problems_command
 from games.reweighting.command import reweight_command
@@ -36,6 +37,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 
   Learn where many small tasks start, and how fast each weight moves:
     bilevel meta sinusoid --shots 5 --steps 300
+
+  Learn which sources of text a small language model should be trained on:
+    bilevel mixture --method Nudged --steps 400
 
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
@@ -72,6 +76,7 @@ app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)
 app.command("meta")(meta_command)
+app.command("mixture")(mixture_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
 app.command("problems")(problems_command)

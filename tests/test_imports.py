@@ -53,6 +53,7 @@ APPLICATIONS = {
     "gan",
     "economics",
     "meta",
+    "mixture",
     "paper",
     "compare",
     "published",
