@@ -36,7 +36,7 @@ def require_agreement(ranks: Ranks, table: Table, asker: str) -> None:
             found.append(f"{key} is {_short(values[0])} on rank 0 and {_short(values[other])} on rank {other}")
     if found:
         more = f", and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
-        hints = {hint for start, hint in _HINTS.items() if any(text.startswith(start) for text in found)}
+        hints = {hint for key, hint in _HINTS.items() if any(text.startswith(key) for text in found)}
         raise ParallelError(
             f"{asker}: the ranks do not play the same game: {'; '.join(found[:_TOLD])}{more}. "
             + " ".join(sorted(hints) or ["Start the same program with the same arguments on each."])
@@ -51,7 +51,10 @@ _HINTS = {
         "use a DistributedSampler, or DataParallel(sharded=True)."
     ),
     "the number of batches of": "Deal the data out evenly: a DistributedSampler repeats some examples, or drops them.",
-    "the": "Install the same on each machine, and set the same OMP_NUM_THREADS.",
+    "the version of": "Install the same on each machine.",
+    "the processor's": "Use machines of one kind: others round otherwise, and would decide otherwise.",
+    "the device": "Use machines of one kind: others round otherwise, and would decide otherwise.",
+    "the number of threads": "Set the same OMP_NUM_THREADS on each machine.",
 }
 
 

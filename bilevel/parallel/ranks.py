@@ -33,7 +33,7 @@ class Ranks:
         within = timedelta(seconds=timeout)
         started = distributed.is_available() and distributed.is_initialized()
         if not started and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started it
-            self._guarded(lambda: distributed.init_process_group(timeout=within))
+            self._guarded(lambda: _meet(within))
             started = True
         if started and distributed.get_world_size() > 1:
             self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -175,3 +175,19 @@ class Ranks:
             return function(distributed.distributed_c10d._get_default_store())
         except Exception:
             return None
+
+
+def _meet(within: timedelta) -> None:
+    """The process group that torchrun's environment describes."""
+    # Here, for a PyTorch without torch.distributed has none of them.
+    from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # nodes count their restarts each for itself
+        distributed.init_process_group(timeout=within)
+        return
+    # In the store that torchrun keeps through restarts, gloo finds the addresses of processes that have ended.
+    store, rank, size = next(rendezvous("env://", timeout=within))
+    apart = PrefixStore(f"bilevel.{restarts}", store)
+    distributed.init_process_group(store=apart, rank=rank, world_size=size, timeout=within)

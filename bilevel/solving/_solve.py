@@ -188,10 +188,18 @@ def solve(
             company.agree(
                 lambda: {
                     "responses": Describer().describe(responses),
-                    "options": Describer().describe(
-                        [optimizer, scheduler, dynamics, clip_norm, seed, steps, checkpoint_every, resume]
-                    ),
-                    "files": [checkpoint is not None, len(callbacks)],
+                    "optimizer": Describer().describe(optimizer),
+                    "scheduler": Describer().describe(scheduler),
+                    "dynamics": Describer().describe(dynamics),
+                    "options": {
+                        "clip_norm": clip_norm,
+                        "seed": seed,
+                        "steps": steps,
+                        "checkpoint": checkpoint is not None,
+                        "checkpoint_every": checkpoint_every,
+                        "resume": resume,
+                        "callbacks": len(callbacks),
+                    },
                     "objectives": {name: Describer().describe(p.objective) for name, p in game.players.items()},
                 }
             )

@@ -211,9 +211,98 @@ def solves():
         )
 
 
+PLAY = partial(bl.solve, weights=bl.Unrolled(SGD_STEPS, steps=2, tolerance=None))
+
+
+def told(play):
+    """The error that a call raises, as its kind and its text."""
+    try:
+        play()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
+def disagree():
+    """Each case differs on the last rank."""
+    odd = RANK == SIZE - 1
+    together = bl.DataParallel(timeout=60.0)
+    response = bl.Unrolled(SGD_STEPS, steps=3 if odd else 2, tolerance=None)
+    begin = {"w": torch.full((4,), float(odd), dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    zeros = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    halves = [(TRAIN[:4], TARGET[:4]), (TRAIN[4:], TARGET[4:])]
+
+    class Passes:
+        """Two batches a pass; on the odd rank the second cannot be read, which comes up in the middle of a step."""
+
+        def __iter__(self):
+            yield TRAIN, TARGET
+            if odd:
+                raise OSError("the disk has gone")
+            yield TRAIN, TARGET
+
+    def summed(decay, weights, batch):
+        return fit(decay, weights, batch) * (len(batch[0]) if odd else 1)
+
+    cases = {
+        "response": lambda: PLAY(make(), steps=2, parallel=together, weights=response),
+        "steps": lambda: PLAY(make(), steps=2 + odd, parallel=together),
+        "start": lambda: together.game(make(weights=bl.Player(fit, begin, data=halves))),
+        "length": lambda: together.game(make(train=halves[: 2 - odd])),
+        "batch": lambda: together.game(make(train=[(TRAIN + odd, TARGET)])),
+        "players": lambda: together.game(one_player("other" if odd else "decay")),
+        "loss": lambda: together.game(make(weights=bl.Player(summed, zeros, data=halves))),
+        "data": lambda: PLAY(make(weights=bl.Player(fit, zeros, data=Passes())), steps=3, parallel=together),
+    }  # fmt: skip
+    for case, play in cases.items():
+        kind, text = told(play)
+        tell(case=case, kind=kind, text=text)
+    torch.manual_seed(RANK)
+    kind, text = told(lambda: together.game(make()))
+    tell(case="numbers", kind=kind, text=text)
+    torch.manual_seed(0)
+    if odd:
+        bl.parallel.agreement.__version__ = "0.0.0"
+    kind, text = told(lambda: together.game(make()))
+    tell(case="version", kind=kind, text=text)
+
+
+def one_player(name):
+    if name == "other":
+        return bl.Game(other=bl.Player(lambda other: other.square().sum(), torch.ones(2)))
+    return bl.Game(decay=bl.Player(lambda decay: decay.square().sum(), torch.ones(2)))
+
+
+def runs(path, timeout):
+    """Plays until it is stopped, and says when it has begun."""
+    game = make()
+    try:
+        PLAY(
+            game,
+            steps=100_000,
+            checkpoint=path,
+            checkpoint_every=2,
+            parallel=bl.DataParallel(timeout=float(timeout)),
+            callbacks=[lambda step, *_: tell(step=step) if step == 5 else None],
+        )
+    except bl.errors.ParallelError as error:
+        tell(error=str(error))
+
+
+def resumes(path, steps):
+    """Goes on from a checkpoint, if there is one; alone without parallel=."""
+    options = {} if SIZE == 1 else {"parallel": bl.DataParallel(timeout=60.0)}
+    loader = DataLoader(TensorDataset(TRAIN, TARGET), 3, shuffle=True)
+    begin = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    game = make(weights=bl.Player(fit, begin, data=loader))
+    solution = PLAY(game, steps=int(steps), checkpoint=path or None, **options)
+    tell(decay=solution.variables["decay"].tolist(), steps=len(solution.history))
+
+
 if __name__ == "__main__":
     _, name, meeting, *rest = sys.argv
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=RANK, world_size=SIZE)
     globals()[name](*rest)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
