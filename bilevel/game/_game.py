@@ -31,7 +31,7 @@ from bilevel.game.groups import Groups
 from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
-from bilevel.game.processes import refuse_processes
+from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.game.starts import StartsAlone, formed
 from bilevel.second_order import FastKernels, told_of_loss
@@ -53,7 +53,7 @@ class Parts:
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
-    `rests` are residuals in place of the players' own.
+    `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself.
     """
 
     players: Mapping[str, Player]
@@ -69,6 +69,7 @@ class Parts:
     starts_alone: StartsAlone
     runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
+    alone: bool = False
 
 
 class Game:
@@ -94,7 +95,7 @@ class Game:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
-        refuse_processes(players, initial)
+        refuse_spread(players, initial)
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
@@ -119,6 +120,7 @@ class Game:
             depends={},
             starts_alone={},
             runs={},
+            alone=plays_alone(),
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
@@ -234,6 +236,14 @@ class Game:
     def position_of_answer(self, leader: str, states: Mapping[str, Any]) -> Position | None:
         """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
         return None
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes that play this game together: here they themselves."""
+        return list(numbers)
+
+    def require_ranks(self, asker: str) -> None:
+        """Raise `ValueError` where this process is one of several ranks, who would drift apart in silence."""
+        refuse_lone_rank(asker, alone=self._parts.alone)
 
     def require_separable(self, dynamics: object) -> None:
         """Raise `TypeError` for a rule of play that would mix what must stay apart."""
@@ -488,6 +498,24 @@ class Game:
         for name, members in groups.items():
             game = game.derived(**game._joining(name, tuple(members)))
         return game
+
+    def starting(self: Derived, **variables: Variables) -> Derived:
+        """The same game, in which these players start elsewhere.
+
+        Raises `ValueError` for variables of another form than their init's, which are not finite, or outside a domain.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.starting(y=torch.tensor(3.0)).initial("y")
+        tensor(3.)
+        """
+        initial = {**self._parts.initial, **{name: detached(given) for name, given in variables.items()}}
+        for name, given in variables.items():
+            if name not in self._parts.players:
+                raise ValueError(f"Game.starting: {name!r} is no player; players are {list(self._parts.players)}.")
+            self.check(name, given)
+        check_variables({name: initial[name] for name in self._parts.players})
+        check_domains(self._parts.players, initial)
+        return self.derived(initial=initial)
 
     def anticipate(self: Derived, **responses: Anticipated) -> Derived:
         """The same game, in which the named players' variables are functions of those who move before them.

@@ -46,7 +46,7 @@ class Player:
             `bl.constraints`. `init` lies in it. Of a module's parameters it can be bounds alone.
         prox: A non-smooth term of the loss, `bl.constraints.L1(0.1)`, for a follower. The objective leaves it out.
         inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
-            a pytree of tensors.
+            a pytree of tensors. A leader's may depend on its followers' answers alone.
         equality: the same for entries that are to be 0.
         start: where this player, as a follower, begins in every call, as a function of those who move before it (and of
             `batch`): `start=lambda meta: meta`. `Unrolled` differentiates it, so that an initialisation can lead.

@@ -40,6 +40,11 @@ class Identity(LinearSolver):
         self._require("scale", 0.0 < self.scale < math.inf, "a positive number, about 1 over a typical eigenvalue of A")
 
     @property
+    def takes_random(self) -> bool:
+        """Yes: it takes no product but to measure one."""
+        return True
+
+    @property
     def remedy(self) -> str:
         """It has no steps to take more of."""
         return "another scale, another solver"

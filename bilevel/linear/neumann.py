@@ -76,6 +76,11 @@ class Neumann(LinearSolver):
         self._require("every", self.every >= 1, "at least 1, which is anew for each system")
 
     @property
+    def takes_random(self) -> bool:
+        """Yes: of independent samples of A, the mean of the K terms is the K terms of A's mean."""
+        return True
+
+    @property
     def remedy(self) -> str:
         """More terms."""
         return "more max_steps"
@@ -98,11 +103,14 @@ class Neumann(LinearSolver):
         step, memory, kept = self._step(system, anew=anew)
         # Only a symmetric residual that grows at all proves divergence. Against |b| too, for a start that was close.
         most_growth = 2.0 if system.symmetric else 100.0
+        random = system.operator.random
+        if random:  # one sample may be large, and a residual by it
+            most_growth = 1e4
         ceiling = most_growth * torch.maximum(left, size)
         ceiling = torch.where(ceiling > 0.0, ceiling, 1.0)  # a zero system among others in a batch
         # Of a symmetric residual no step may make more, but for what rounding makes of a small one.
         noise = torch.finfo(rhs.dtype).eps ** 0.5
-        watched = kept and system.symmetric
+        watched = kept and system.symmetric and not random
         single = not transforms_active() and not torch.is_grad_enabled()  # then vectors of its own are written over
         solution, residual, found = start.solution, start.residual, None
         del start
@@ -124,7 +132,7 @@ class Neumann(LinearSolver):
                 residual = system.residual(solution, out=residual if over else None)
                 left = norm(residual)
             growth = concrete(left / ceiling)
-            if not growth <= 1.0 and kept:
+            if not growth <= 1.0 and kept and not random:
                 return None
             if not growth <= 1.0:
                 raise ConvergenceError(
@@ -145,7 +153,8 @@ class Neumann(LinearSolver):
         """The step size, a 0-d tensor; the memory of what it was made of; and whether an earlier system made that."""
         given, memory = self.step_size, system.memory
         # |A v| / |v| bounds the largest eigenvalue from below only when A is symmetric.
-        if given is not None and (self.power_steps == 0 or not system.symmetric):
+        unchecked = self.power_steps == 0 or not system.symmetric or system.operator.random
+        if given is not None and unchecked:
             return torch.full_like(system.rhs[0], given), memory, False
         served = int(memory["served"])
         kept = not anew and 0 < served < self.every

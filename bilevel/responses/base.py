@@ -261,6 +261,7 @@ def fresh_state(
             f"Game(...); players in order of play: {list(game.names)}."
         )
     game.require_follower(name)
+    game.require_ranks(f"The response of player {name!r}")
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
     alone = game.starts_alone(name)

@@ -24,10 +24,10 @@ def costs(found: Comparison) -> Rows:
     rows = []
     for s in found.summaries:
         if s.game == "mnist":
-            memory, work = size(s.memory.median), f"{s.work.median:,.0f}"
-            rows.append(
-                [s.response, number(s.error.median), work, memory, f"{s.value.median:.3f}", number(s.total.median)]
-            )
+            # A rule of play has no hypergradient of its own: its run alone.
+            error = number(s.error.median) if s.error else ""
+            memory, work = size(s.memory.median) if s.memory else "", f"{s.work.median:,.0f}" if s.work else ""
+            rows.append([s.response, error, work, memory, f"{s.value.median:.3f}", number(s.total.median)])
     return [heads, *rows]
 
 
@@ -36,7 +36,11 @@ def errors(found: Comparison) -> Rows:
     cells = {(s.response, s.game): number(s.error.median) for s in found.summaries if s.error}
     return [
         ["Error", *found.games],
-        *[[name, *[cells.get((name, game), "") for game in found.games]] for name in found.responses],
+        *[
+            [name, *[cells.get((name, game), "") for game in found.games]]
+            for name in found.responses
+            if any((name, game) in cells for game in found.games)
+        ],
     ]
 
 
@@ -47,11 +51,13 @@ def ratios(found: Comparison) -> Rows:
     for name in found.responses:
         pairs = [(by[name, game], by["implicit CG", game]) for game in found.games]
         ratio = [
-            statistics.median([getattr(one, key).median / getattr(base, key).median for one, base in pairs])
+            f"{statistics.median(getattr(one, key).median / getattr(base, key).median for one, base in pairs):.1f}"
+            if all(getattr(one, key) for one, _ in pairs)
+            else ""
             for key in ("work", "total", "memory")
         ]
-        count = sum(s.error.median < 1e-2 for s in found.summaries if s.response == name)
-        rows.append([name, *[f"{value:.1f}" for value in ratio], f"{count} of {len(found.games)}"])
+        right = [s.error.median < 1e-2 for s in found.summaries if s.response == name and s.error]
+        rows.append([name, *ratio, f"{sum(right)} of {len(found.games)}" if right else ""])
     heads = ["Against implicit CG", "work of a hypergradient", "work of a run", "peak memory", "error below 1 %"]
     return [heads, *rows]
 
@@ -85,6 +91,8 @@ LOOKS = {
     "implicit Neumann": (PURPLE, "v"),
     "implicit Nyström": (ORANGE, "D"),
     "implicit identity": (SKY, "P"),
+    "nudged": ("#7a7a7a", "p"),
+    "single loop": ("#7a5c00", "*"),
     "hypernetwork": (BLACK, "X"),
 }
 
@@ -125,12 +133,12 @@ def draw() -> None:
         low = min(*ends.values(), -3.0)
         axes.axhline(0.0, color="0.4", linestyle=":", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set(xlim=(4, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
+        axes.set(xlim=(1.5, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
         every = 1 if low > -8 else 3
         ticks = list(range(0, int(1.05 * low) - 1, -every))
         axes.set_yticks(ticks, ["1" if tick == 0 else f"$10^{{{tick}}}$" for tick in ticks])
         axes.set_ylim(1.05 * low, 1.0 - 0.02 * low)
-        heights = apart(list(ends.values()), -0.065 * low)
+        heights = apart(list(ends.values()), -0.06 * low)
         for (response, end), height in zip(ends.items(), heights, strict=True):
             axes.plot([4000, 4600], [end, height], color=LOOKS[response][0], linewidth=1, clip_on=False)
             axes.text(4900, height, response, color=LOOKS[response][0], fontsize=SMALL - 1, va="center", clip_on=False)
