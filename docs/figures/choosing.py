@@ -91,7 +91,8 @@ LOOKS = {
     "implicit Neumann": (PURPLE, "v"),
     "implicit Nyström": (ORANGE, "D"),
     "implicit identity": (SKY, "P"),
-    "nudged": ("0.45", "d"),
+    "nudged": ("#7a7a7a", "p"),
+    "single loop": ("#7a5c00", "*"),
     "hypernetwork": (BLACK, "X"),
 }
 
@@ -132,12 +133,12 @@ def draw() -> None:
         low = min(*ends.values(), -3.0)
         axes.axhline(0.0, color="0.4", linestyle=":", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set(xlim=(4, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
+        axes.set(xlim=(1.5, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
         every = 1 if low > -8 else 3
         ticks = list(range(0, int(1.05 * low) - 1, -every))
         axes.set_yticks(ticks, ["1" if tick == 0 else f"$10^{{{tick}}}$" for tick in ticks])
         axes.set_ylim(1.05 * low, 1.0 - 0.02 * low)
-        heights = apart(list(ends.values()), -0.065 * low)
+        heights = apart(list(ends.values()), -0.06 * low)
         for (response, end), height in zip(ends.items(), heights, strict=True):
             axes.plot([4000, 4600], [end, height], color=LOOKS[response][0], linewidth=1, clip_on=False)
             axes.text(4900, height, response, color=LOOKS[response][0], fontsize=SMALL - 1, va="center", clip_on=False)
