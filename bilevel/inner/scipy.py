@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.constraints import Box, ConstraintSet
 from bilevel.constraints.functions import Constrained
+from bilevel.errors import require_kinds
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.inner.conditions import SmoothedConditions
 from bilevel.tree import Structure, join
@@ -48,6 +49,7 @@ class Scipy(InnerSolver):
     bounds: Any = None
 
     def __post_init__(self) -> None:
+        require_kinds(self, method=str, options=Mapping)
         if self.bounds is None:
             return
         _require_bounded(self.method, "bounds=")
@@ -188,6 +190,9 @@ class ScipyRoot(InnerSolver):
 
     method: str = "hybr"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_kinds(self, method=str, options=Mapping)
 
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float

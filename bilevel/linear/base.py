@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel._returned import Lent, described, require_like
 from bilevel.autodiff import concrete
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError, require_kinds
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
 from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
@@ -117,6 +117,7 @@ class LinearSolver(ABC):
 
     def __post_init__(self) -> None:
         """Refuse settings that no system can meet."""
+        require_kinds(self)
         wanted = "a finite number >= 0"
         self._require("rtol", self.rtol is None or 0.0 <= self.rtol < math.inf, f"{wanted}, or None for no accuracy")
         self._require("atol", 0.0 <= self.atol < math.inf, wanted)

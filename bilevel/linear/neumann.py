@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete, transforms_active
-from bilevel.errors import ConvergenceError
+from bilevel.errors import ConvergenceError, require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
@@ -67,6 +67,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("max_steps", self.max_steps >= 0, "at least 0, which is step_size * b")
         positive = self.step_size is None or 0.0 < self.step_size < math.inf

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.errors import require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.system import Candidate, LinearSystem
 
@@ -53,6 +54,7 @@ class StochasticGradient(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("step_size", 0.0 < self.step_size < math.inf, "a positive number")
         self._require("max_steps", self.max_steps >= 1, "at least 1")

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel._root import Products
 from bilevel.autodiff import EVERY, Pullback, pullback
+from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch, Position
 from bilevel.game.residual import Kinks
@@ -90,6 +91,7 @@ class HeldBatch(Batches):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not isinstance(self.against, int) or self.against < 0:
             raise ValueError(f"HeldBatch: against={self.against!r}; expected a number of batches, at least 0.")
         if not self.tolerance > 0.0:
@@ -212,6 +214,7 @@ class AllBatches(Batches):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if self.most is not None and (not isinstance(self.most, int) or self.most < 1):
             raise ValueError(f"AllBatches: most={self.most!r}; expected a number of batches, at least 1, or None.")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import EVERY, Pullback, gradient, pullback, pushforward
+from bilevel.errors import require_kinds
 from bilevel.game import Follower, HeldResidual
 from bilevel.linear import LinearOperator, LinearSolution
 from bilevel.linear.base import SolvesLinearSystems
@@ -128,6 +129,7 @@ class GaussNewton(Curvature):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be called."""
+        require_kinds(self)
         for name in ("outputs", "loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"GaussNewton: {name} is {getattr(self, name)!r}; expected a function.")

@@ -21,6 +21,7 @@ from bilevel.errors import (
     NotSymmetricError,
     SecondDerivativeError,
     UnreliableResponseWarning,
+    require_kinds,
 )
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
@@ -113,6 +114,7 @@ class Implicit(Response):
     curvature: Curvature = field(default_factory=Hessian)
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.steps < 1:
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:

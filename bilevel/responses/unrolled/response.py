@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
+from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
@@ -78,6 +79,7 @@ class Unrolled(Response):
     tolerance: float | None = 0.9
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         torch_optimizer("Unrolled", self.optimizer)
         if self.steps < 1:
             raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
