@@ -33,6 +33,7 @@ from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games, Tasks
+from bilevel.parallel import DataParallel
 from bilevel.responses import (
     ForwardMode,
     Hypernetwork,
@@ -77,6 +78,7 @@ __all__ = [
     "Box",
     "ClosedForm",
     "ConjugateGradient",
+    "DataParallel",
     "ForwardMode",
     "Game",
     "Games",

@@ -52,6 +52,10 @@ class CheckpointError(BilevelError):
     """A checkpoint cannot be read, or belongs to another game."""
 
 
+class ParallelError(BilevelError):
+    """The processes that play one game do not agree, or one of them has ended or hangs; the message says which."""
+
+
 class NonFiniteError(BilevelError):
     """A loss, a gradient or a solution became NaN or infinite while running."""
 
@@ -96,6 +100,10 @@ class NonConvergenceWarning(BilevelWarning):
 
 class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
+
+
+class InfeasibleWarning(BilevelWarning):
+    """A leader's functions are broken where a run ended; the message says which, and by how much."""
 
 
 class KinkWarning(UnreliableResponseWarning):

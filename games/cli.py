@@ -7,16 +7,24 @@ from typing import Annotated
 import typer
 
 import bilevel as bl
+from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
 from games.mixture.command import mixture_command
 from games.paper.command import paper_command
+from games.published.command import problems_command
 from games.reweighting.command import reweight_command
 from games.tuning.command import tune_command
 
 OVERVIEW = """\
 bilevel {version}: nested optimisation and differentiable games in PyTorch.
+
+  Check the hypergradient of a game of your own, `game` in mine.py, against finite differences:
+    bilevel check mine.py:game
+
+  Certify the point where a game of your own ends; `problem` returns (game, options of solve):
+    bilevel certify mine.py:problem --json
 
   Tune a weight decay for each weight of a classifier, by three responses side by side:
     bilevel tune --train 200 --steps 10
@@ -36,10 +44,14 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
 
+  Solve bilevel problems of the literature, with the best known leader values beside:
+    bilevel problems bard
+
   Remake a figure of the paper that learned responses come from (--list names all):
     bilevel paper fig3
 
-Each command writes to a folder, goes on after an interruption with --resume, and explains its options with --help.
+--help explains a command's options. All but the first two write to a folder and go on after an interruption with
+--resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -58,6 +70,8 @@ def overview(
         typer.echo(OVERVIEW.format(version=bl.__version__))
 
 
+app.command("check")(check_command)
+app.command("certify")(certify_command)
 app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)
@@ -65,6 +79,7 @@ app.command("meta")(meta_command)
 app.command("mixture")(mixture_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
+app.command("problems")(problems_command)
 
 
 def main() -> None:

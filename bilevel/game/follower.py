@@ -91,6 +91,12 @@ class Follower:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
 
+    @property
+    def tells_its_loss(self) -> bool:
+        """Whether the loss that comes with its gradient is one player's, in one game, and all of it."""
+        rests = self.rests
+        return rests.minimises and rests.differentiates_loss and not rests.projects and self.game.record_keys == ("",)
+
     def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
         """The leaves that a call begins from, and whether it goes on with what the last call remembered.
 

@@ -303,9 +303,9 @@ class Implicit(Response):
     def _linear(self, follower: Follower) -> LinearSolver:
         if self.linear_solver is not None:
             return self.linear_solver
-        if follower.symmetric:
-            if follower.definite:
-                return ConjugateGradient()
+        if follower.symmetric and follower.definite:
+            return ConjugateGradient()
+        if follower.multipliers or follower.symmetric:
             return Dense() if follower.size <= _DENSE else GMRES(restart=100)
         return GMRES()
 

@@ -161,7 +161,7 @@ class Unrolled(Response):
         if start.rests.projects:
             self._refuse_unprojected(start, state)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
-        return state | {"optimizer": None, "schedule": None}
+        return state | {"optimizer": None, "schedule": None, "loss": None}
 
     def _refuse_unprojected(self, start: Follower, state: State) -> None:
         y = leaves(state["variables"])
@@ -206,7 +206,8 @@ class Unrolled(Response):
             return variables, state
         state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
         memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
-        return variables, state | {"optimizer": memory, "schedule": recipe.place_after}
+        seen = steps.loss if follower.tells_its_loss else None
+        return variables, state | {"optimizer": memory, "schedule": recipe.place_after, "loss": seen}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
