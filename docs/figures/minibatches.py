@@ -30,7 +30,7 @@ def coverage() -> list[list[str]]:
 def single_loop() -> list[list[str]]:
     """One row a method and problem: where it ended, medians over the seeds."""
     rows = read("single_loop.json")["rows"]
-    table = [["Problem", "method", "steps", "passes", "|grad h|^2", "of the start"]]
+    table = [["Problem", "method", "steps", "passes", "squared gradient", "of the first look"]]
     for problem, method in dict.fromkeys((row["problem"], row["method"]) for row in rows):
         group = [row for row in rows if (row["problem"], row["method"]) == (problem, method) and row["curve"]]
         if not group:
