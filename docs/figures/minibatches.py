@@ -1,6 +1,7 @@
-"""The tables of docs/minibatches.md: what `benchmarks/coverage.py` measured."""
+"""The tables of docs/minibatches.md: what `benchmarks/coverage.py` and `benchmarks/single_loop.py` measured."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +27,20 @@ def coverage() -> list[list[str]]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (coverage,)}
+def single_loop() -> list[list[str]]:
+    """One row a method and problem: where it ended, medians over the seeds."""
+    rows = read("single_loop.json")["rows"]
+    table = [["Problem", "method", "steps", "passes", "squared gradient", "of the first look"]]
+    for problem, method in dict.fromkeys((row["problem"], row["method"]) for row in rows):
+        group = [row for row in rows if (row["problem"], row["method"]) == (problem, method) and row["curve"]]
+        if not group:
+            table.append([problem, method, "", "", "failed", ""])
+            continue
+        last = [row["curve"][-1] for row in group]
+        value, passes = (statistics.median(point[key] for point in last) for key in ("value", "passes"))
+        share = statistics.median(row["curve"][-1]["value"] / row["curve"][0]["value"] for row in group)
+        table.append([problem, method, f"{last[0]['step']:,}", f"{passes:,.0f}", f"{value:.1e}", f"{share:.1e}"])
+    return table
+
+
+PARTS = {part.__name__: part for part in (coverage, single_loop)}
