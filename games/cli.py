@@ -29,6 +29,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Tune a weight decay for each weight of a classifier, by three responses side by side:
     bilevel tune --train 200 --steps 10
 
+  Tune decay, dropout and smoothing of a model of your own, made by a function in a file, while it is trained:
+    bilevel tune --model net.py:build --data data.npz --hyper decay --hyper dropout --epochs 20 --plot
+
   Find wrong labels by how much each training example helps on a small clean set:
     bilevel reweight --case "symmetric 0.4" --train 1000 --steps 10
 
