@@ -176,12 +176,19 @@ def drive(
     return Driven(best, told, (len(rejected), rejected[-1] if rejected else ""))
 
 
+UNSETTLED = 0.01
+"""A Lagrangian's gradient of such a part of the loss's own says that an end is none, or that multipliers are wrong."""
+
+
 def doubts(name: str, driven: Driven, left: float) -> list[RunWarning]:
     """What to know of where SciPy's method ended, with the norm of the Lagrangian's gradient that is `left` there."""
     told = []
-    if driven.told is not None:
+    story = driven.told
+    if story is None and left > UNSETTLED * float(driven.best["slope"].norm()):
+        story = "SciPy's method was content"  # trust-constr is, while its barrier keeps it away from a wall
+    if story is not None:
         text = (
-            f"{driven.told}. At the answer, the gradient of the Lagrangian of {name!r} has norm {left:.3g}, that of "
+            f"{story}. At the answer, the gradient of the Lagrangian of {name!r} has norm {left:.3g}, that of "
             f"its loss {float(driven.best['slope'].norm()):.3g}. Give it more steps=, or another start; where a "
             "follower's constraint begins or ceases to bind the loss has a kink, which may be the optimum."
         )
