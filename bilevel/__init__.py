@@ -7,6 +7,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 """
 
 from bilevel import (
+    certificates,
     constraints,
     dynamics,
     errors,
@@ -32,6 +33,7 @@ from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games, Tasks
+from bilevel.parallel import DataParallel
 from bilevel.responses import (
     ForwardMode,
     Hypernetwork,
@@ -49,7 +51,21 @@ from bilevel.tuning import retrain, tune
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (constraints, linear, inner, networks, responses, dynamics, variance, hyper, tuning, errors, extend):
+    rooms = (
+        constraints,
+        linear,
+        inner,
+        networks,
+        responses,
+        dynamics,
+        variance,
+        hyper,
+        tuning,
+        errors,
+        certificates,
+        extend,
+    )
+    for room in rooms:
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -62,6 +78,7 @@ __all__ = [
     "Box",
     "ClosedForm",
     "ConjugateGradient",
+    "DataParallel",
     "ForwardMode",
     "Game",
     "Games",

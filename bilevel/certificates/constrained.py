@@ -43,7 +43,7 @@ def within_constraints(
         f"<= {tolerance:g}",
         f"the farthest outside is {worst}, in units of 1 + |y|",
     )
-    left = float((point.slope + point.at.A.T @ point.l + point.at.E.T @ point.m).norm())
+    left = float((point.slope + point.at.push_c.T @ point.l + point.at.push_e.T @ point.m).norm())
     rounding = 100.0 * programme.epsilon * point.scale
     first = small(f"{name}: first order", left, reference, rounding, tolerance)
     smallest, largest = curvatures(point)

@@ -9,6 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
+
 State = dict[str, Tensor]
 """The multipliers l `[games, m]` and m `[games, p]`; of each game the penalty, how far it may grow, the last update's
 measure of violation, the steps since, and L's gradient right after it."""
@@ -71,6 +73,7 @@ class AugmentedLagrangian:
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not (self.optimizer is None or callable(self.optimizer)) or isinstance(self.optimizer, AugmentedLagrangian):
             raise TypeError(
                 f"AugmentedLagrangian: optimizer is {self.optimizer!r}; expected a function from tensors to a "

@@ -25,7 +25,8 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "starts"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "parallel"),
+        *("starts",),
     )
 )
 

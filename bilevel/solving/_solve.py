@@ -15,10 +15,12 @@ from bilevel.game import Game
 from bilevel.inner import Scipy
 from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.many import Games
+from bilevel.parallel import DataParallel
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
 from bilevel.solving.best import best_of
+from bilevel.solving.description import Describer
 from bilevel.solving.drawn import Start, starts_of
 from bilevel.solving.history import Observe, Record
 from bilevel.solving.leaders import LeaderOptimizer, tolerated
@@ -26,6 +28,7 @@ from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
 from bilevel.solving.solutions import Solutions
+from bilevel.solving.together import Alone, Together
 from bilevel.tree import Variables
 
 Callback = Callable[[int, Record, Mapping[str, Variables]], object]
@@ -48,6 +51,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solutions: ...
@@ -70,6 +74,7 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solution: ...
@@ -91,6 +96,7 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
     starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> End[Any]:
@@ -118,6 +124,8 @@ def solve(
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
         record: From everybody's variables after a step to further numbers for the history, by name.
+        parallel: Play it in all processes of torchrun or a process group, each with a part of every batch; all call
+            `solve` alike. The first writes the checkpoint; the history tells the bytes sent a step.
         starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
             from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
             `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
@@ -129,6 +137,7 @@ def solve(
         NonFiniteError: If a leader's gradient is NaN or infinite.
         CheckpointError: For a file of another run, which says in what, for one that is damaged, and where none can be
             written.
+        ParallelError: On all ranks, where they disagree or one of them has ended.
 
     Examples:
         >>> import torch, bilevel as bl
@@ -139,6 +148,8 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
+    if starts is not None and parallel is not None:
+        raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
     if starts is not None:
         options: dict[str, Any] = {
             "optimizer": optimizer,
@@ -171,44 +182,76 @@ def solve(
         path = None if checkpoint is None else Path(checkpoint)
         together = not isinstance(method, Scipy)
         return best_of(game, leading[0], points, one, path, tolerance, together=together)
+    company = Alone(game) if parallel is None else Together(game, parallel)
     try:
-        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed, record)
-        if steps < 1 or checkpoint_every < 1:
-            raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-        if path is not None and resume and path.exists():
-            run.restore(checkpoints.load(path), path, accept_changes=accept_changes)
-        if run.now.step > steps:
-            raise ValueError(
-                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
-                "resume=False."
+        with company.playing():
+            company.agree(
+                lambda: {
+                    "responses": Describer().describe(responses),
+                    "optimizer": Describer().describe(optimizer),
+                    "scheduler": Describer().describe(scheduler),
+                    "dynamics": Describer().describe(dynamics),
+                    "options": {
+                        "clip_norm": clip_norm,
+                        "seed": seed,
+                        "steps": steps,
+                        "checkpoint": checkpoint is not None,
+                        "checkpoint_every": checkpoint_every,
+                        "resume": resume,
+                        "callbacks": len(callbacks),
+                    },
+                    "objectives": {name: Describer().describe(p.objective) for name, p in game.players.items()},
+                }
             )
-        if run.now.step < steps:
-            with (
-                progress_bar(progress, run.now.step, steps) as show,
-                _saving(run, path, checkpoint_every) as save_if_due,
-            ):
+            run = Run(
+                company.game,
+                responses,
+                optimizer,
+                scheduler,
+                dynamics or Simultaneous(),
+                clip_norm,
+                seed,
+                company.observed(record),
+            )
+            if steps < 1 or checkpoint_every < 1:
+                raise ValueError(
+                    f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each."
+                )
+            path = None if checkpoint is None else Path(checkpoint)
+            if path is not None and company.writes and not path.parent.is_dir():
+                raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+            saved = None if path is None or not resume else company.read(path)
+            if saved is not None and path is not None:
+                run.restore(saved, path, accept_changes=accept_changes)
+            if run.now.step > steps:
+                raise ValueError(
+                    f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
+                    "resume=False."
+                )
+            if run.now.step < steps:
+                with (
+                    progress_bar(progress and company.writes, run.now.step, steps) as show,
+                    _saving(company, run, path, checkpoint_every) as save_if_due,
+                ):
 
-                def after(told: Record) -> bool:
-                    show(told)
-                    stopped = _call(callbacks, run, told)
-                    save_if_due()
-                    return stopped
+                    def after(told: Record) -> bool:
+                        show(told)
+                        stopped = company.stopped(_call(callbacks, run, told), run.shared)
+                        save_if_due()
+                        return stopped
 
-                if run.leaders.driven:
-                    run.drive(steps, after)
-                else:
-                    while run.now.step < steps and not after(run.step()):
-                        pass
-        return run.solution()
+                    if run.leaders.driven:
+                        run.drive(steps, after)
+                    else:
+                        while run.now.step < steps and not after(run.step()):
+                            pass
+            return run.solution()
     finally:
         game.stop_reading()
 
 
 @contextmanager
-def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
+def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
     """Saves the run at once, so that a folder without room or permission is known before any work, and at the end.
 
     Gives a function to call after each step. Stopped inside a step, where some have moved and others not, the file
@@ -217,29 +260,31 @@ def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], No
     if path is None:
         yield lambda: None
         return
-    steps: list[int] = []
+    steps = [-1]
 
     def save() -> None:
         # The second is the first with everything in it that later ones have.
-        checkpoints.save(path, run.state(), check=len(steps) < 2)
+        checkpoints.save(path, run.state(), check=len(steps) < 3)
         steps.append(run.now.step)
 
     def save_if_due() -> None:
         if run.now.step % every == 0:
-            save()
+            company.write(save)
 
-    checkpoints.remove_abandoned(path)
-    save()
+    if company.writes:
+        checkpoints.remove_abandoned(path)
+    company.write(save)
     try:
         yield save_if_due
     except CheckpointError:
         raise  # it would fail once more
     except BaseException:
-        if run.whole and run.now.step > steps[-1]:
+        # Alone: the others may not be there any more.
+        if company.writes and run.whole and run.now.step > steps[-1]:
             save()
         raise
-    if run.now.step > steps[-1]:
-        save()
+    if run.now.step % every != 0:
+        company.write(save)
 
 
 def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:

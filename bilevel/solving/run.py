@@ -109,6 +109,7 @@ class Run:
         observe: Observe | None = None,
     ) -> None:
         require_rule(dynamics)
+        game.require_ranks("solve")
         self.game, self.dynamics, self.seed, self._observe = game, dynamics, seed, observe
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
@@ -152,6 +153,14 @@ class Run:
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
         return self._variables(self.now.states)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What is the same in all processes that play together, by what it is called."""
+        leaders = {f"the leader {name!r}": point for name, point in self.leaders.points.items()}
+        states = {f"the state of follower {name!r}": state for name, state in self.now.states.items()}
+        places = {"the place in the data": dict(self.now.positions), "the random numbers": dict(self.now.random)}
+        return {**leaders, **states, **places}
 
     def _variables(self, states: States) -> dict[str, Variables]:
         leading = self.leaders.trees(self.leaders.points)
@@ -321,6 +330,8 @@ class Run:
     def _looked_farther(self, log: Log) -> Log:
         """The log with whether the follower's horizon is too short, in the few steps in which that is looked at."""
         step = self.now.step + 1
+        if not due(step):
+            return carried(log, step)  # nothing, where nothing was found
         looks = {name: response.farther for name, response in self.followers.responses.items()}
         if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
             return log
@@ -328,8 +339,6 @@ class Run:
         # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
         if look is None or not cheap(self.game, name) or self.game.starts_alone(name):
             return log
-        if not due(step):
-            return carried(log, step)
         first = self.history.records()[0]["gradient_norm"]
         farther = Followers(self.game, {name: look.response})
         with random_kept(self.game.device):
@@ -349,10 +358,15 @@ class Run:
         return join(slopes).detach()
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
-        """Everybody's loss where the players are, the followers' on the batch that comes next."""
+        """Everybody's loss where the players are, the followers' on the batch that comes next.
+
+        A response whose state tells the loss that its last step saw is believed: one evaluation less.
+        """
         first, found = played.first, dict(played.first.losses)
         for name in self.followers.responses:
-            found |= self._shown(name, first.variables, first.states, first.buffers)
+            seen = first.states[name].get("loss")
+            told = isinstance(seen, Tensor)
+            found |= {name: seen} if told else self._shown(name, first.variables, first.states, first.buffers)
         return found
 
     def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:

@@ -76,7 +76,8 @@ class Solution(End[float]):
     Attributes:
         variables: Player -> its variables, detached.
         values: Player -> its loss there, on its last batch.
-        history: One record a step: the loss of each player under its name, each follower's "name.stationarity", "step",
+        history: One record a step: the loss of each player under its name (a follower's as the last step of `Unrolled`
+            saw it, else at its answer on the batch that comes next), each follower's "name.stationarity", "step",
             "gradient_norm" (of the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so
             far. The loss of a player who is named after one of these six is under "name.loss".
         stationarity: Follower -> |gradient of its own loss| in units of that at the start.
