@@ -47,8 +47,8 @@ def test_some_are_solved(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_is_not_solved_says_so(name):
-    """None is worse in silence: a run that ends above the best known warns, or is judged to be no answer."""
-    found = run.solved(KNOWN[name], starts=8, steps=40)
+    """None is worse in silence: what warned, and how far apart the starts ended, is told."""
+    found = run.solved(KNOWN[name])
     assert found.solved or found.told, found
 
 
