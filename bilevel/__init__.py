@@ -7,6 +7,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 """
 
 from bilevel import (
+    certificates,
     constraints,
     dynamics,
     errors,
@@ -50,7 +51,21 @@ from bilevel.tuning import retrain, tune
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (constraints, linear, inner, networks, responses, dynamics, variance, hyper, tuning, errors, extend):
+    rooms = (
+        constraints,
+        linear,
+        inner,
+        networks,
+        responses,
+        dynamics,
+        variance,
+        hyper,
+        tuning,
+        errors,
+        certificates,
+        extend,
+    )
+    for room in rooms:
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")

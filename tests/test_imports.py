@@ -26,8 +26,8 @@ MAY = {
     "randomness": set(),
     "second_order": {"errors"},
     "autodiff": {"errors", "second_order"},
-    "variance": {"tree"},
-    "networks": {"tree"},
+    "variance": {"errors", "tree"},
+    "networks": {"errors", "tree"},
     "constraints": GROUND,
     "game": GROUND | {"constraints"},
     "hyper": GAME,
@@ -47,7 +47,18 @@ MAY = {
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.
 BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}
-APPLICATIONS = {"tuning", "reweighting", "gan", "economics", "meta", "paper", "compare"}
+APPLICATIONS = {
+    "tuning",
+    "reweighting",
+    "gan",
+    "economics",
+    "meta",
+    "mixture",
+    "paper",
+    "compare",
+    "published",
+    "checking",
+}
 GAMES_MAY = {
     "errors": set(),
     "experiments": {"errors"},

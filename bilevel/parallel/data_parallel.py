@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.errors import ParallelError
+from bilevel.errors import ParallelError, require_kinds
 from bilevel.game import Game
 from bilevel.parallel.agreement import of_the_game, of_the_machine, require_agreement, require_sampler
 from bilevel.parallel.batches import Examples, is_sharded
@@ -64,6 +64,7 @@ class DataParallel:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not 0.0 < self.timeout < float("inf"):
             raise ValueError(f"DataParallel: timeout={self.timeout}; expected seconds, above 0.")
         if self.examples is not None and not callable(self.examples):

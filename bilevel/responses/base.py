@@ -59,7 +59,7 @@ class Response(ABC):
     `after_backward`. Inside a `torch.func` transform a response is a pure function of the others' variables at the
     given state, and returns that state as it came.
 
-    A response that says `in_place` is the exception, for size: a call moves on the very state that it is passed.
+    A response that says `in_place` is the exception, for size: a call overwrites its input state and returns it.
     """
 
     @property

@@ -7,17 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
+import torch
+
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import CheckpointError, StopRun
 from bilevel.game import Game
-from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
+from bilevel.inner import Scipy
+from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.many import Games
 from bilevel.parallel import DataParallel
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
+from bilevel.solving.best import best_of
 from bilevel.solving.description import Describer
+from bilevel.solving.drawn import Start, starts_of
 from bilevel.solving.history import Observe, Record
+from bilevel.solving.leaders import LeaderOptimizer, tolerated
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
@@ -32,7 +38,7 @@ Callback = Callable[[int, Record, Mapping[str, Variables]], object]
 def solve(  # type: ignore[overload-overlap]  # who says Game and means Games gets Solutions, typed Solution
     game: Games,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -46,6 +52,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     seed: int = 0,
     record: Observe | None = None,
     parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solutions: ...
 
@@ -54,7 +61,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
 def solve(
     game: Game,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -68,6 +75,7 @@ def solve(
     seed: int = 0,
     record: Observe | None = None,
     parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solution: ...
 
@@ -75,7 +83,7 @@ def solve(
 def solve(
     game: Game,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -89,6 +97,7 @@ def solve(
     seed: int = 0,
     record: Observe | None = None,
     parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
@@ -99,8 +108,10 @@ def solve(
 
     Args:
         game: A `Game`; or `Games`, played at once, which gives `Solutions`.
-        optimizer: From tensors to the leaders' torch.optim optimiser, or one by leader; default: Adam, lr 0.01.
-        steps: Of the leaders.
+        optimizer: From tensors to the leaders' torch.optim optimiser, or one by leader; default: Adam, lr 0.01. For a
+            leader with functions, `bl.constraints.AugmentedLagrangian(optimiser)` says how they become terms of its
+            loss. For one leader on a fixed batch also `bl.Scipy("SLSQP")`, which sees them, or `bl.Scipy("L-BFGS-B")`.
+        steps: Of the leaders; with `bl.Scipy` evaluations at most.
         scheduler: From that optimiser to a torch learning-rate scheduler.
         clip_norm: Largest norm of a leader's gradient; None: as it is.
         dynamics: How several leaders follow their field; default: `Simultaneous()`.
@@ -115,6 +126,10 @@ def solve(
         record: From everybody's variables after a step to further numbers for the history, by name.
         parallel: Play it in all processes of torchrun or a process group, each with a part of every batch; all call
             `solve` alike. The first writes the checkpoint; the history tells the bytes sent a step.
+        starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
+            from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
+            `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
+            can, as `Games`; else one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
         **responses: Follower -> its response.
 
     Raises:
@@ -133,6 +148,40 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
+    if starts is not None and parallel is not None:
+        raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
+    if starts is not None:
+        options: dict[str, Any] = {
+            "optimizer": optimizer,
+            "steps": steps,
+            "scheduler": scheduler,
+            "clip_norm": clip_norm,
+            "dynamics": dynamics,
+            "callbacks": callbacks,
+            "checkpoint_every": checkpoint_every,
+            "resume": resume,
+            "accept_changes": accept_changes,
+            "progress": progress,
+            "seed": seed,
+            "record": record,
+            **responses,
+        }
+
+        def one(game: Game, path: Path | None) -> Any:
+            return solve(game, checkpoint=path, **options)
+
+        game.require_one("solve(starts=...)")
+        leading = [name for name in game.names if name not in responses]
+        if len(leading) != 1 or game.members(leading[0]) != (leading[0],):
+            raise ValueError(
+                f"solve: starts= compares the loss of one leader, and {leading} lead. Play them one by one."
+            )
+        method = optimizer[leading[0]] if isinstance(optimizer, Mapping) else optimizer
+        points = starts_of(game, leading, starts, seed)
+        tolerance = tolerated(method, torch.finfo(game.like.dtype).eps)
+        path = None if checkpoint is None else Path(checkpoint)
+        together = not isinstance(method, Scipy)
+        return best_of(game, leading[0], points, one, path, tolerance, together=together)
     company = Alone(game) if parallel is None else Together(game, parallel)
     try:
         with company.playing():
@@ -184,12 +233,18 @@ def solve(
                     progress_bar(progress and company.writes, run.now.step, steps) as show,
                     _saving(company, run, path, checkpoint_every) as save_if_due,
                 ):
-                    stopped = False
-                    while run.now.step < steps and not stopped:
-                        told = run.step()
+
+                    def after(told: Record) -> bool:
                         show(told)
                         stopped = company.stopped(_call(callbacks, run, told), run.shared)
                         save_if_due()
+                        return stopped
+
+                    if run.leaders.driven:
+                        run.drive(steps, after)
+                    else:
+                        while run.now.step < steps and not after(run.step()):
+                            pass
             return run.solution()
     finally:
         game.stop_reading()
