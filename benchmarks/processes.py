@@ -3,7 +3,7 @@
     python benchmarks/processes.py processes.json
 
 A network of 64, 256 and 10 units on 4,096 examples, its weight decay tuned. For each response the model counts the
-gradients and products of a call, and from them the sums over ranks and their bytes; a run on gloo counts what was really sent.
+gradients and products of a call, and from them the sums over ranks and their bytes; a run on gloo counts what was sent.
 """
 
 from __future__ import annotations
