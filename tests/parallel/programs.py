@@ -211,6 +211,21 @@ def solves():
         )
 
 
+def drops():
+    """A loss with dropout: what each rank drops, and whether the ranks end alike."""
+    masks = []
+
+    def dropped(decay, weights, batch):
+        kept = torch.nn.functional.dropout(torch.ones_like(batch[0]), 0.5)
+        masks.append(kept.detach().sum(1).tolist())
+        return fit(decay, weights, (batch[0] * kept, batch[1]))
+
+    begin = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    data = [(torch.cat([TRAIN, TRAIN[:1]]), torch.cat([TARGET, TARGET[:1]]))]  # four rows a rank
+    solution = PLAY(make(weights=bl.Player(dropped, begin, data=data)), steps=3, parallel=bl.DataParallel(timeout=60.0))
+    tell(masks=masks[-8:], decay=solution.variables["decay"].tolist())
+
+
 PLAY = partial(bl.solve, weights=bl.Unrolled(SGD_STEPS, steps=2, tolerance=None))
 
 
