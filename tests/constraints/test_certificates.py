@@ -124,6 +124,7 @@ def test_exploitability_searches_within_the_domain():
         bl.exploitability(cournot(1.0), held, bounds={"a": (0.0, 1.0)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["simplex", "cone", "lasso"])
 def test_exploitability_in_other_sets_and_with_terms(name):
     domain, prox = DOMAINS[name]

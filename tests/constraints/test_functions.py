@@ -302,6 +302,7 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_many_games_rest_each_where_it_rests_alone():
     game = bent_game()
     starts = torch.stack([game.initial("x"), game.initial("x") - 0.3, tensor(-1.0, 0.2, 0.4)])
