@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bilevel import BilevelError
+
 
 class DataError(ValueError):
     """A data set cannot be read, is damaged, or has fewer examples than were asked for."""
@@ -9,3 +11,7 @@ class DataError(ValueError):
 
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message is the command that installs it."""
+
+
+class TrainingError(BilevelError):
+    """A function of the user's failed while a model was trained; the message is its error, and where it arose."""

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import bilevel as bl
-from bilevel import BilevelWarning
+from bilevel import BilevelError, BilevelWarning
+from bilevel.errors import CheckpointError
 from bilevel.tuning import Retrained, Tuned
+from games.errors import TrainingError
 from games.experiments.console import UsageError, check_at_least, make_output_folder
 from games.experiments.provenance import provenance
 from games.experiments.store import Store, as_json, write_json
@@ -50,7 +52,8 @@ class Options:
 def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> dict[str, Any]:
     """Tune, evaluate, and write results.json, model.pt and run.png to the output folder; gives what is in the JSON.
 
-    Raises `UsageError` and `DataError` for what can be put right, before any training.
+    Raises `UsageError` and `DataError` for what can be put right, before any training, and `TrainingError` for what
+    the user's functions raise once it has begun.
     """
     check_at_least(1, batch_size=options.batch)
     check_at_least(0, retrain=options.retrain)
@@ -112,19 +115,35 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BilevelWarning)  # they are in the solution, and told at the end
+        before, tuned, again = _version(checkpoint), None, None
         try:
             tuned = tune(**length)  # type: ignore[arg-type]
-            again = None
             if options.retrain:
                 again = bl.retrain(tuned, seeds=options.retrain, make=build)
-        except (TypeError, ValueError) as error:
-            raise UsageError(named.told(error)) from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # The run writes its checkpoint as it begins, after all that it refuses.
+            if tuned is None and _version(checkpoint) == before:
+                raise UsageError(named.told(error)) from error
+            if isinstance(error, BilevelError):
+                raise
+            raise TrainingError(f"The training failed: {named.told(error)}") from error
     content = _content(options, identity, data, tuned, again, loss, classes)
     write_json(options.output / "results.json", content, indent=1)
     torch.save(tuned.model.state_dict(), options.output / "model.pt")
     if options.plot:
         tuned.plot(options.output / "run.png")
     return content
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """Which file lies there: each save puts another in its place."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _checked_loss(options: Options, model: nn.Module, data: Sets) -> tuple[Callable[..., Tensor], bool]:

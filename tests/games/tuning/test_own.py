@@ -42,6 +42,31 @@ NET = """
     def sgd(parameters): return torch.optim.SGD(parameters, lr=0.1, nesterov=True, momentum=0.8)
     def loss(model, batch): return cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
     def vector(model, batch): return model(batch[0])
+
+    class Failing(nn.Linear):
+        error, calls, allowed = ValueError, 0, 40  # calls in training mode, of which so many succeed
+
+        def forward(self, x):
+            if self.training:
+                Failing.calls += 1
+                if Failing.calls > self.allowed:
+                    raise self.error("the images are too dark")
+            return super().forward(x)
+
+    def failing(error, allowed):
+        Failing.error, Failing.calls, Failing.allowed = error, 0, allowed
+        return Failing(6, 3)
+
+    def value(): return failing(ValueError, 40)
+    def type_(): return failing(TypeError, 40)
+    def index(): return failing(IndexError, 40)
+    def system(): return failing(OSError, 40)
+    def at_once(): return failing(ValueError, 0)
+
+    def fresh():
+        made.append(0)
+        return nn.Linear(6, 3) if len(made) == 1 else failing(TypeError, 3)
+    made = []
 """
 
 
@@ -165,6 +190,33 @@ def test_functions_and_data_that_cannot_be_used(place, tmp_path, options, told):
     import re
 
     assert re.search(told, refused(call(place, "--output", tmp_path, **options)))
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("value", "failed: the images are too dark (own_net.py, line "),
+        ("type_", "failed: TypeError: the images are too dark (own_net.py, line "),
+        ("index", "failed: IndexError: the images are too dark (own_net.py, line "),
+        ("system", "failed: OSError: the images are too dark (own_net.py, line "),
+        ("fresh", "failed: TypeError: the images are too dark (own_net.py, line "),  # in the fresh training alone
+    ],
+)
+def test_a_training_that_fails_is_no_wrong_input(place, tmp_path, model, told):
+    options = ("--steps", 60, "--hyper", "decay", "--output", tmp_path, "--retrain", 1)
+    first = call(place, *options, model=model)
+    assert first.exit_code == 1, first.output
+    assert isinstance(first.exception, SystemExit)
+    (line,) = [line for line in first.stderr.splitlines() if line.startswith("Error: ")]
+    assert told in line
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, tmp_path):
+    for resume in ((), ("--resume",)):
+        result = call(place, "--steps", 60, "--hyper", "decay", "--output", tmp_path, *resume, model="at_once")
+        assert "on its first batch (a list): the images are too dark" in refused(result)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.parametrize(
