@@ -3,7 +3,8 @@
 A solution concept is what each player assumes about the others while it differentiates. A `Game` holds the players,
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays. The names that
 most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `bilevel.networks`, `bilevel.responses`,
-`bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
+`bilevel.dynamics`, `bilevel.hyper`, `bilevel.search`, `bilevel.errors`, `bilevel.testing`; what extends the library in
+`bilevel.extend`.
 """
 
 from bilevel import (
@@ -16,6 +17,7 @@ from bilevel import (
     linear,
     networks,
     responses,
+    search,
     testing,
     tuning,
     variance,
@@ -49,7 +51,20 @@ from bilevel.tuning import retrain, tune
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (constraints, linear, inner, networks, responses, dynamics, variance, hyper, tuning, errors, extend):
+    for room in (
+        constraints,
+        linear,
+        inner,
+        networks,
+        responses,
+        dynamics,
+        variance,
+        hyper,
+        tuning,
+        search,
+        errors,
+        extend,
+    ):
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -103,6 +118,7 @@ __all__ = [
     "responses",
     "retrain",
     "root",
+    "search",
     "solve",
     "testing",
     "tune",
