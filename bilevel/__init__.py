@@ -8,6 +8,7 @@ most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `b
 """
 
 from bilevel import (
+    certificates,
     constraints,
     dynamics,
     errors,
@@ -34,6 +35,7 @@ from bilevel.hyper import penalty
 from bilevel.inner import ClosedForm, Scipy, ScipyRoot
 from bilevel.linear import GMRES, ConjugateGradient, Neumann, Nystrom
 from bilevel.many import Games, Tasks
+from bilevel.parallel import DataParallel
 from bilevel.responses import (
     ForwardMode,
     Hypernetwork,
@@ -51,7 +53,7 @@ from bilevel.tuning import retrain, tune
 
 def __getattr__(name: str) -> object:
     """Say where a name lives that is not at the top level."""
-    for room in (
+    rooms = (
         constraints,
         linear,
         inner,
@@ -63,8 +65,10 @@ def __getattr__(name: str) -> object:
         tuning,
         search,
         errors,
+        certificates,
         extend,
-    ):
+    )
+    for room in rooms:
         if name in getattr(room, "__all__", vars(room)):
             raise AttributeError(f"bilevel has no {name!r} at its top level; it is {room.__name__}.{name}.")
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}")
@@ -77,6 +81,7 @@ __all__ = [
     "Box",
     "ClosedForm",
     "ConjugateGradient",
+    "DataParallel",
     "ForwardMode",
     "Game",
     "Games",
@@ -118,7 +123,6 @@ __all__ = [
     "responses",
     "retrain",
     "root",
-    "search",
     "solve",
     "testing",
     "tune",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from bilevel.autodiff import (
     tracked_at_any_level,
     transforms_active,
 )
-from bilevel.errors import CapturedTensorError, NonFiniteError
+from bilevel.errors import CapturedTensorError, NonFiniteError, SecondDerivativeError
 from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
 from bilevel.linear.norms import largest_entry, norm
@@ -34,6 +35,31 @@ Examine = Callable[[LinearSolution, Tensor, list[Tensor], tuple[Tensor, ...], Pu
 """Looks at a backward solve: what it found, its right-hand side, the inputs that asked, (dF/dx)^T u, and products.
 
 It returns how many products it took."""
+
+
+class Products(ABC):
+    """Where the products of an implicit derivative come from, if not from one graph of F."""
+
+    @property
+    def random(self) -> bool:
+        """Whether each product is with another sample of the matrix."""
+        return False
+
+    @property
+    def refusal(self) -> str:
+        """What is said where they are needed inside a transform or for a second derivative; empty where F itself is.
+
+        F has then the same derivatives as these products.
+        """
+        return ""
+
+    @abstractmethod
+    def pull(self, y: Tensor, xs: Sequence[Tensor], wanted: Sequence[int]) -> Pullback:
+        """From u `[n]` to (dF/dy)^T u, and (dF/dx)^T u for the wanted of xs."""
+
+    def learned(self) -> dict[str, Any]:
+        """What a backward pass changes in the response's state."""
+        return {}
 
 
 @dataclass
@@ -164,6 +190,7 @@ def attach(
     receipt: Receipt | None = None,
     products: Pullback | None = None,
     examine: Examine | None = None,
+    source: Products | None = None,
 ) -> Tensor:
     """`root` on flat vectors: y `[n]` with derivatives in `xs` attached; checks nothing.
 
@@ -171,8 +198,9 @@ def attach(
     `products`, if given, is the pullback of F in y and those of `xs` that require grad, at this very y: the first
     backward then takes its products from that graph instead of building it again, and lets it go.
     `examine` is called once, by the first backward outside torch.func, with what its solve found.
+    `source` makes products in place of F's own graph.
     """
-    system = _System(residual, linear_solver, symmetric, shapes, receipt, products, examine)
+    system = _System(residual, linear_solver, symmetric, shapes, receipt, products, examine, source)
     attached = _Root.apply(system, y.detach(), *xs)  # type: ignore[no-untyped-call]
     return attached  # type: ignore[no-any-return]
 
@@ -181,6 +209,12 @@ def receipt_of(answer: Variables) -> Receipt | None:
     """The receipt of the backward solve of `answer`: of the root that is nearest in its graph; None without one."""
     system = nearest(leaves(answer), "system", _System)
     return None if system is None else system.receipt
+
+
+def source_of(answer: Variables) -> Products | None:
+    """The source of the products of `answer`: of the root that is nearest in its graph; None without one."""
+    system = nearest(leaves(answer), "system", _System)
+    return None if system is None else system.source
 
 
 @dataclass(frozen=True)
@@ -194,6 +228,12 @@ class _System:
     receipt: Receipt | None
     products: Pullback | None = None
     examine: Examine | None = None
+    source: Products | None = None
+
+    def require_own(self) -> None:
+        """Raise where F itself would be differentiated, whose derivatives are not those of the source."""
+        if self.source is not None and self.source.refusal:
+            raise SecondDerivativeError(self.source.refusal)
 
 
 class _Root(torch.autograd.Function):
@@ -237,6 +277,7 @@ class _Root(torch.autograd.Function):
         given = [xs[index] for index in wanted]
         again = torch.is_grad_enabled() or transforms_active()
         if again:
+            system.require_own()
             in_y = pullback(lambda y: partial(y, *given), y)[1]
             found, _ = _solve(system, in_y, cotangent)
             adjoint = _attach_adjoint(system, found.solution, cotangent, y, xs)
@@ -246,7 +287,12 @@ class _Root(torch.autograd.Function):
         else:
             # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
             ready = system.products if all(x.requires_grad == (i in wanted) for i, x in enumerate(xs)) else None
-            products = ready or pullback(partial, y, *given)[1]
+            if ready is not None:
+                products = ready
+            elif system.source is not None:
+                products = system.source.pull(y, xs, wanted)
+            else:
+                products = pullback(partial, y, *given)[1]
             found, derivatives = _solve(system, products, cotangent)
         if system.examine is not None and not transforms_active():
             with torch.no_grad():
@@ -277,6 +323,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolu
         shapes=system.shapes,
         matvec_and_mixed=both if single else None,
         interest=(lambda u: join(mixed_alone(u))) if single else None,
+        random=system.source is not None and system.source.random,
     )
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     receipt = None if transforms_active() else system.receipt
@@ -302,6 +349,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolu
 
 def _tangent(system: _System, y: Tensor, xs: list[Tensor], moves: list[Tensor]) -> Tensor:
     """How y moves when xs do: the root d of G(d; y, x, dx) = dF/dy d + dF/dx dx, differentiable in y, x and dx."""
+    system.require_own()
 
     def residual(d: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
         xs, moves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -341,4 +389,4 @@ def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tens
     )
 
 
-__all__ = ["Receipt", "attach", "receipt_of", "refuse_captures", "root"]
+__all__ = ["Products", "Receipt", "attach", "receipt_of", "refuse_captures", "root", "source_of"]

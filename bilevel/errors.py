@@ -6,6 +6,9 @@ Bad input is refused by plain `ValueError` and `TypeError`. These are for what o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
 
 
 class StopRun(Exception):  # noqa: N818 - no error: a callback of `solve` asks for it
@@ -50,6 +53,10 @@ class ExhaustedDataError(DataError):
 
 class CheckpointError(BilevelError):
     """A checkpoint cannot be read, or belongs to another game."""
+
+
+class ParallelError(BilevelError):
+    """The processes that play one game do not agree, or one of them has ended or hangs; the message says which."""
 
 
 class NonFiniteError(BilevelError):
@@ -98,5 +105,41 @@ class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
 
 
+class InfeasibleWarning(BilevelWarning):
+    """A leader's functions are broken where a run ended; the message says which, and by how much."""
+
+
 class KinkWarning(UnreliableResponseWarning):
     """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""
+
+
+# What settings are of. Sizes are each class's own to check.
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "True or False"),
+}
+
+
+def require_kinds(settings: Any, **kinds: type) -> None:
+    """Raise `TypeError` where a field of a dataclass that says it is an int, a float or a bool is something else.
+
+    NumPy's numbers are numbers; True is no count; a tensor is none of them, for the run would lose its derivative.
+    `kinds` are those of further fields, by name.
+    """
+    who = type(settings).__name__
+    for name, kind in kinds.items():
+        if not isinstance(getattr(settings, name), kind):
+            raise TypeError(f"{who}: {name}={getattr(settings, name)!r}; expected a {kind.__name__}.")
+    for field in [field for field in fields(settings) if field.init]:
+        parts = str(field.type).split(" | ")
+        wanted = [_KINDS[part] for part in parts if part in _KINDS]
+        if not wanted or any(part not in _KINDS and part != "None" for part in parts):
+            continue
+        value = getattr(settings, field.name)
+        if value is None and "None" in parts:
+            continue
+        if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
+            told = " or ".join([text for _, text in wanted] + ["None"] * ("None" in parts))
+            raise TypeError(f"{who}: {field.name}={value!r}; expected {told}.")

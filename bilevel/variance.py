@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.tree import leaves
 
 __all__ = ["SAGA", "SARAH", "BatchMean", "VarianceReduction"]
@@ -138,6 +139,7 @@ class SARAH(VarianceReduction):
     period: int
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not isinstance(self.period, int) or self.period < 1:
             raise ValueError(f"SARAH: period={self.period!r}; expected a whole number of steps, at least 1.")
 

@@ -7,18 +7,30 @@ from typing import Annotated
 import typer
 
 import bilevel as bl
+from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
+from games.mixture.command import mixture_command
 from games.paper.command import paper_command
+from games.published.command import problems_command
 from games.reweighting.command import reweight_command
 from games.tuning.command import tune_command
 
 OVERVIEW = """\
 bilevel {version}: nested optimisation and differentiable games in PyTorch.
 
+  Check the hypergradient of a game of your own, `game` in mine.py, against finite differences:
+    bilevel check mine.py:game
+
+  Certify the point where a game of your own ends; `problem` returns (game, options of solve):
+    bilevel certify mine.py:problem --json
+
   Tune a weight decay for each weight of a classifier, by three responses side by side:
     bilevel tune --train 200 --steps 10
+
+  Tune decay, dropout and smoothing of a model of your own, made by a function in a file, while it is trained:
+    bilevel tune --model net.py:build --data data.npz --hyper decay --hyper dropout --epochs 20 --plot
 
   Find wrong labels by how much each training example helps on a small clean set:
     bilevel reweight --case "symmetric 0.4" --train 1000 --steps 10
@@ -29,13 +41,19 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Learn where many small tasks start, and how fast each weight moves:
     bilevel meta sinusoid --shots 5 --steps 300
 
+  Learn which sources of text a small language model should be trained on:
+    bilevel mixture --method Nudged --steps 400
+
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
+
+  Solve bilevel problems of the literature, with the best known leader values beside:
+    bilevel problems bard
 
   Remake a figure of the paper that learned responses come from (--list names all):
     bilevel paper fig3
 
-Each command writes to a folder, goes on after an interruption with --resume, and explains its options with --help.
+--help explains a command's options. The long ones write to a folder and go on after an interruption with --resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -54,12 +72,16 @@ def overview(
         typer.echo(OVERVIEW.format(version=bl.__version__))
 
 
+app.command("check")(check_command)
+app.command("certify")(certify_command)
 app.command("tune")(tune_command)
 app.command("reweight")(reweight_command)
 app.command("gan")(gan_command)
 app.command("meta")(meta_command)
+app.command("mixture")(mixture_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
+app.command("problems")(problems_command)
 
 
 def main() -> None:

@@ -189,6 +189,21 @@ def test_warnings_are_gathered_and_not_issued():
     assert any("of 3 steps" in text for text in row.warnings)
 
 
+def test_first_order_methods_and_a_rule_of_play():
+    nudged = bl.Nudged(partial(SGD, lr=0.5), steps=200, tolerance=1e-7)
+    rule = bl.ValueFunction(partial(SGD, lr=0.5), method=bl.dynamics.F2SA2(nudge=1e-3, steps=20))
+    found = run({"known": KNOWN}, {"nudged": nudged, "value": rule}, steps=60, optimizer=partial(Adam, lr=0.1))
+    nudge, value = found.rows
+    assert nudge.failure is None and nudge.own.error < 1e-4
+    assert value.failure is None
+    assert (value.errors, value.own, value.memory) == ((), None, None)
+    assert value.products == 0 and value.gradients > 60
+    assert value.value < value.history[0].value  # it went down
+    (summary,) = [s for s in found.summaries if s.response == "value"]
+    assert summary.error is None and summary.value is not None
+    assert "value" in str(found)
+
+
 def test_a_response_for_each_game_and_none_for_some():
     found = run({"a": KNOWN, "b": Cournot(6.0, 0.5, (1.0, 1.0))}, {"u": UNROLLED, "only b": {"b": IMPLICIT}})
     assert [(row.game, row.response) for row in found.rows] == [("a", "u"), ("b", "u"), ("b", "only b")]

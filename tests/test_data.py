@@ -238,6 +238,7 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts this process's files")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_hundred_passes_leave_no_workers_and_no_files(persistent):
@@ -514,11 +515,15 @@ USED = {
 
 @pytest.mark.parametrize(("response", "used", "more"), USED.values(), ids=USED)
 def test_each_batch_is_read_once(response, used, more):
-    """The leader reads one in a step, the follower one for each step of its own; the one that comes next is shown."""
+    """The leader reads one in a step, the follower one for each step of its own; the one that comes next is shown.
+
+    Unrolled tells the loss that its last step saw, and the next one is shown in the end only.
+    """
     read, begun = counted(12, y=response)
-    assert read[0] == (1, used + more + 1)  # the first check, the response's init and the first step read one together
+    ahead = 0 if isinstance(response, bl.Unrolled) else 1
+    assert read[0] == (1, used + more + ahead)  # the first check, the init and the first step read one together
     assert read[1:-1] == [(1, used)] * 11
-    assert read[-1] == (0, used)  # the answer to where the leader ended
+    assert read[-1] == (0, used + 1 - ahead)  # the answer to where the leader ended
     assert begun == 1 + (13 * used + more) // 10
 
 
@@ -528,12 +533,14 @@ def test_players_without_responses_read_one_batch_a_step():
     assert begun == 3
 
 
-def test_many_games_read_as_one_does():
-    assert counted(6, many=3, y=unrolled(3)) == counted(6, y=unrolled(3))
-
-
-def test_a_joint_player_reads_as_one_does():
-    assert counted(6, joined=True, both=unrolled(3))[0] == counted(6, y=unrolled(3))[0]
+@pytest.mark.parametrize("options", [{"many": 3, "y": unrolled(3)}, {"joined": True, "both": unrolled(3)}])
+def test_many_games_and_a_joint_player_read_as_one_does(options):
+    """Their losses are not in what a step saw: they are shown on the batch that comes next, which is read ahead."""
+    (first, *steps, last), begun = counted(6, **options)
+    (one, *others, end), once = counted(6, y=unrolled(3))
+    assert (steps, begun) == (others, once)
+    assert first == (one[0], one[1] + 1)
+    assert last == (end[0], end[1] - 1)
 
 
 @pytest.mark.parametrize("rule", [bl.dynamics.Extragradient(0.01), bl.dynamics.Alternating()], ids=repr)

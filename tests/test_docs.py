@@ -15,14 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # README's example has the full size of its problem: it may not converge, and says so by its warnings.
 SLOW_AND_WARNING = {"README.md"}
+# Ten seconds and more.
+SLOW = {"docs/nash.md", "docs/functions.md", "docs/reweighting.md", "docs/paper.md", *SLOW_AND_WARNING}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
+# Pages that show other libraries: a block whose imports are not all installed is passed over; `found` names the others.
+SHOWS_OTHERS = {"coming-from.md"}
+OTHERS = {"higher", "torchopt", "betty", "jax", "jaxopt", "optuna", "cvxpy", "cvxpylayers"}
+IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 # What is shown and not run. Anything else, such as `python notest` or `py`, is refused.
 SHOWN = {"sh", "text"}
 
 
 def _page(path: Path) -> object:
     name = path.relative_to(ROOT).as_posix()
-    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW_AND_WARNING else [])
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
 
 
 def blocks(path: Path) -> list[tuple[str, int, str]]:
@@ -37,14 +43,17 @@ def blocks(path: Path) -> list[tuple[str, int, str]]:
 
 @pytest.mark.parametrize("path", [_page(path) for path in PAGES])
 def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name for name in OTHERS if importlib.util.find_spec(name)}
     namespace: dict[str, object] = {"__name__": "__main__"}
+    if path.name in SHOWS_OTHERS:
+        namespace["found"] = found
     monkeypatch.chdir(tmp_path)
     if path.name in SLOW_AND_WARNING:
         # All of it but its length: 200 steps by three responses would be most of the suite's time.
         monkeypatch.setattr(bl, "solve", lambda game, *, steps, **options: solve(game, steps=min(steps, 2), **options))
     for info, line, body in blocks(path):
         assert info == "python" or info in SHOWN, f"{path.name}:{line}: a block marked {info!r} would not be run"
-        if info != "python":
+        if info != "python" or set(IMPORT.findall(body)) & OTHERS - found:
             continue
         # Blank lines ahead make a traceback name the page's own line.
         code = compile("\n" * (line - 1) + body, str(path), "exec")
@@ -54,6 +63,8 @@ def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             if path.name in SLOW_AND_WARNING:
                 warnings.simplefilter("ignore", bl.BilevelWarning)
+            if set(IMPORT.findall(body)) & OTHERS:  # their warnings are theirs to mend
+                warnings.simplefilter("default")
             exec(code, namespace)
 
 

@@ -44,9 +44,11 @@ with bl.extend.separate_ranks():
     print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread))))
     print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread.full_tensor()))))
     print("fsdp:", told(lambda: bl.Game(y=bl.Player(fit, sharded))))
-print("ranks:", told(lambda: bl.Game(y=bl.Player(fit, inner))))
+game = bl.Game(x=bl.Player(lambda y: y(inputs).mean(), torch.ones(())), y=bl.Player(lambda x, y: fit(y) * x, inner))
+print("ranks:", told(lambda: bl.solve(game, steps=1)))
+print("ranks:", told(lambda: bl.Implicit(torch.optim.SGD).init(game)))
 dist.destroy_process_group()
-print("alone:", told(lambda: bl.Game(y=bl.Player(fit, inner))))
+print("alone:", told(lambda: bl.solve(game, steps=1)))
 """
 
 
@@ -95,5 +97,8 @@ def test_sharded_parameters_are_refused(lines):
 
 
 def test_several_ranks_are_refused_unless_each_plays_alone(lines):
-    assert of(lines, "ranks")[0].startswith("Game: this process is one of 2 ranks")
+    solved, answered = of(lines, "ranks")
+    assert solved.startswith("solve: this process is one of 2 ranks")
+    assert "parallel=bilevel.DataParallel()" in solved
+    assert answered.startswith("The response of player 'y': this process is one of 2 ranks")
     assert of(lines, "alone") == ["made"]

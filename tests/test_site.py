@@ -1,9 +1,10 @@
-"""The built site shows signatures, arguments, examples and equations, cuts nothing off and fetches nothing."""
+"""The built site shows signatures, arguments and equations, cuts nothing off, fetches nothing; it can be read."""
 
 import ast
 import html
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import threading
 from enum import EnumMeta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,55 @@ def test_no_part_of_a_page_comes_from_elsewhere(site):
     assert (site / "assets/mathjax/LICENSE").exists()
 
 
+# What a reader needs who cannot see it all --------------------------------------------------------------------------
+
+
+def article(text):
+    return text[text.index("<article") : text.index("</article>")]
+
+
+def own(site):
+    """The pages but for the one that says that there is none."""
+    return {name: text for name, text in pages(site).items() if "<article" in text and name != "404.html"}
+
+
+def test_pictures_have_a_text_beside_them(site):
+    for name, text in own(site).items():
+        pictures = re.findall(r"<img\b[^>]*>", article(text))
+        assert [tag for tag in pictures if not re.search(r'alt="[^"]{8,}"', tag)] == [], name
+
+
+def test_headings_come_in_order(site):
+    for name, text in own(site).items():
+        levels = [int(level) for level in re.findall(r"<h([1-6])\b", article(text))]
+        assert levels[:1] == [1] and levels.count(1) == 1, name
+        assert all(below <= above + 1 for above, below in itertools.pairwise(levels)), (name, levels)
+
+
+def test_links_lead_somewhere(site):
+    ids = {name: set(re.findall(r'\bid="([^"]+)"', text)) for name, text in pages(site).items()}
+    for name, text in own(site).items():
+        for target in set(re.findall(r'<a\b[^>]*\bhref="([^"]+)"', article(text))):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = html.unescape(target).partition("#")
+            found = (site / name).parent / path if path else site / name
+            found = found / "index.html" if found.is_dir() else found
+            assert found.exists(), (name, target)
+            if anchor and found.suffix == ".html":
+                assert anchor in ids[found.resolve().relative_to(site.resolve()).as_posix()], (name, target)
+
+
+def test_each_page_says_the_version(site):
+    for name, text in own(site).items():
+        assert f"bilevel {metadata.version('bilevel')}" in text, name
+
+
+def test_a_figures_code_is_on_the_site(site):
+    for path in (ROOT / "docs/figures").glob("*.py"):
+        assert (site / "sources" / path.stem / "index.html").exists()
+
+
 # In a browser --------------------------------------------------------------------------------------------------------
 
 HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
@@ -189,6 +240,36 @@ function broken(body) {
   return found;
 }
 
+// Colours as [red, green, blue, alpha]; how bright; how far two are apart, as WCAG 2 has it.
+const colour = text => (([r, g, b, alpha = 1]) => [r, g, b, alpha])(text.match(/[\\d.]+/g).map(Number));
+const over = (top, below) => [0, 1, 2].map(i => top[3] * top[i] + (1 - top[3]) * below[i]).concat(1);
+const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const bright = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const contrast = (a, b) => (Math.max(bright(a), bright(b)) + .05) / (Math.min(bright(a), bright(b)) + .05);
+
+function behind(node, view) {
+  const layers = [];
+  for (let at = node; at; at = at.parentElement) layers.push(colour(view.getComputedStyle(at).backgroundColor));
+  return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+}
+
+// Words that are too near to their ground: below 4.5, or 3 where they are large. Each pair of colours is told once.
+function faint(body, view) {
+  const found = {}, all = body.querySelector("article");
+  if (!all) return found;
+  const walker = body.createTreeWalker(all, NodeFilter.SHOW_TEXT);
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    const node = text.parentElement, style = view.getComputedStyle(node);
+    if (!text.data.trim() || !visible(node) || node.closest(".headerlink, mjx-container")) continue;
+    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.6 && style.fontWeight >= 700);
+    const ground = behind(node, view), ratio = contrast(over(colour(style.color), ground), ground);
+    const pair = `${style.color} on ${ground.map(Math.round)}`;
+    if (ratio < (large ? 3 : 4.5)) found[pair] = [ratio.toFixed(2), name(node)];
+  }
+  return found;
+}
+
 async function measure(page, width) {
   const frame = document.createElement("iframe");
   Object.assign(frame.style, {width: `${width}px`, height: "900px", border: "0"});
@@ -211,9 +292,16 @@ async function measure(page, width) {
     code: all("article pre, article pre > code").filter(wider).map(name),
     clipped: all("article div.arithmatex").filter(wider).map(name),
     page_width: body.documentElement.scrollWidth, broken: broken(body),
-    foreign: view.performance.getEntriesByType("resource").map(entry => entry.name)
+    faint: {}, foreign: view.performance.getEntriesByType("resource").map(entry => entry.name)
       .filter(name => !name.startsWith(location.origin)),
   };
+  const still = body.createElement("style");  // a colour on its way to another is neither
+  still.textContent = "* { transition: none !important; }";
+  body.head.append(still);
+  if (width === 1280) for (const scheme of ["default", "slate"]) {
+    body.body.setAttribute("data-md-color-scheme", scheme);
+    found.faint[scheme] = faint(body, view);
+  }
   frame.remove();
   return found;
 }
@@ -294,6 +382,12 @@ def test_nothing_spreads_or_breaks_on_a_telephone(measured):
     rows = at(measured, 390)
     assert [(row["page"], row["page_width"]) for row in rows if row["page_width"] > 390] == []
     assert [(row["page"], row["broken"]) for row in rows if row["broken"]] == []
+
+
+@pytest.mark.parametrize("scheme", ["default", "slate"])
+def test_words_stand_out_from_their_ground(measured, scheme):
+    found = {pair: (row["page"], told) for row in at(measured, 1280) for pair, told in row["faint"][scheme].items()}
+    assert not found, "\n".join(f"{pair}: {told}" for pair, told in found.items())
 
 
 def test_nothing_is_fetched_from_elsewhere(measured):

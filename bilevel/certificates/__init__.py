@@ -2,7 +2,18 @@
 
 from bilevel.certificates._certify import certify, certify_nash
 from bilevel.certificates._exploitability import exploitability
+from bilevel.certificates._interval import HypergradientInterval, Interval, hypergradient_interval
 from bilevel.certificates.certificate import Certificate, Standing
 from bilevel.certificates.gains import Exploitability
 
-__all__ = ["Certificate", "Exploitability", "Standing", "certify", "certify_nash", "exploitability"]
+__all__ = [
+    "Certificate",
+    "Exploitability",
+    "HypergradientInterval",
+    "Interval",
+    "Standing",
+    "certify",
+    "certify_nash",
+    "exploitability",
+    "hypergradient_interval",
+]

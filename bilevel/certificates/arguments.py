@@ -36,21 +36,21 @@ def variables_of(game: Game, point: Solution | Mapping[str, Variables]) -> dict[
     return {name: map_leaves(lambda t: t.detach(), given[name]) for name in game.names}
 
 
-def check_leaves(game: Game, name: str, tree: Variables, what: str) -> None:
+def check_leaves(game: Game, name: str, tree: Variables, what: str, *, asker: str = "certify") -> None:
     """Refuse what has not a player's form, dtype and device, and what is not finite."""
     pairs, start = named_leaves(tree), named_leaves(game.initial(name))
     for path, leaf in pairs:
         if not isinstance(leaf, Tensor):
-            raise ValueError(f"certify: {what} {name!r}: {path or 'it'} is {leaf!r}; expected a tensor.")
+            raise ValueError(f"{asker}: {what} {name!r}: {path or 'it'} is {leaf!r}; expected a tensor.")
     game.check(name, tree)
     for (path, leaf), (_, wanted) in zip(pairs, start, strict=True):
         if leaf.dtype != wanted.dtype or leaf.device != wanted.device:
             raise ValueError(
-                f"certify: {what} {name!r}: {path or 'its tensor'} is {leaf.dtype} on {leaf.device}; expected that of "
+                f"{asker}: {what} {name!r}: {path or 'its tensor'} is {leaf.dtype} on {leaf.device}; expected that of "
                 f"its init, {wanted.dtype} on {wanted.device}."
             )
         if not bool(torch.isfinite(leaf).all()):
-            raise ValueError(f"certify: {what} {name!r}: {path or 'its tensor'} holds NaN or infinity.")
+            raise ValueError(f"{asker}: {what} {name!r}: {path or 'its tensor'} holds NaN or infinity.")
 
 
 def buffers_of(game: Game, point: Solution | Mapping[str, Variables]) -> dict[str, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from bilevel.comparison.measure import Setting, in_own_randomness, measure, refe
 from bilevel.comparison.measurements import Laws
 from bilevel.comparison.result import Comparison
 from bilevel.comparison.rows import Reference, Row, plain
+from bilevel.dynamics import Dynamics
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses import Response
@@ -27,13 +28,16 @@ from bilevel.responses import Response
 if TYPE_CHECKING:
     from bilevel.testing.known import KnownGame
 
+Answer = Response | Dynamics
+"""How the follower is answered for: by a response, or by a rule of play that sees both losses, `ValueFunction`."""
+
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 """Of a response's own steps, what the ladder of hypergradients is given."""
 
 
 def compare(
     games: Mapping[str, Game | KnownGame | Callable[[int], Game | KnownGame]],
-    responses: Mapping[str, Response | Mapping[str, Response]],
+    responses: Mapping[str, Answer | Mapping[str, Answer]],
     *,
     follower: str | None = None,
     optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
@@ -57,7 +61,8 @@ def compare(
 
     Args:
         games: By name; a function of the seed gives data or starts that differ between seeds.
-        responses: By name; a mapping from game to response gives each game its own.
+        responses: By name; a mapping from game to response gives each game its own. `ValueFunction` may stand for one:
+            it has no hypergradient of its own, and its row has the run alone.
         follower: Who responds; default: the last player. The first leads.
         optimizer: The leader's, or one by game.
         steps: Of each run.
@@ -131,7 +136,7 @@ def compare(
             "responses": {
                 name: (
                     described(given)
-                    if isinstance(given, Response)
+                    if not isinstance(given, Mapping)
                     else {game: described(given[game]) for game in games if game in given}
                 )
                 for name, given in responses.items()
@@ -150,7 +155,7 @@ class _Part:
     game: str
     play: Any
     seed: int
-    responses: Mapping[str, Response]
+    responses: Mapping[str, Answer]
     follower: str | None
     optimizer: OptimizerFactory | None
     steps: int
@@ -246,8 +251,11 @@ def _each(work: Sequence[tuple[_Part, Callable[[], Any]]], jobs: int) -> Iterato
             yield part, one()
         return
     from joblib import Parallel, delayed  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
+    from joblib.parallel import get_active_backend  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
+    as_they_end = get_active_backend()[0].supports_return_generator
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if as_they_end else "list", batch_size=1)
     for index, result in parallel(delayed(_in_process)(index, one) for index, (_, one) in enumerate(work)):
         yield work[index][0], result
 

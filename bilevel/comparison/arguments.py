@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bilevel.dynamics import Dynamics, ValueFunction
 from bilevel.game import Game
 from bilevel.responses import Response
 
@@ -18,7 +19,7 @@ def is_game(play: Any) -> bool:
     return isinstance(play, KnownGame)
 
 
-def suited(given: Response | Mapping[str, Response], game: str) -> Response | None:
+def suited(given: Response | Dynamics | Mapping[str, Response | Dynamics], game: str) -> Response | Dynamics | None:
     """The response for a game, if there is one."""
     return given.get(game) if isinstance(given, Mapping) else given
 
@@ -51,9 +52,10 @@ def check(
         if isinstance(given, Mapping):
             _known(f"response {name!r}", given, games)
         for one in given.values() if isinstance(given, Mapping) else (given,):
-            if not isinstance(one, Response):
+            if not isinstance(one, Response | ValueFunction):
                 raise TypeError(
-                    f"compare: {name}={one!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..."
+                    f"compare: {name}={one!r} is no response; expected Unrolled, Implicit, Hypernetwork, ..., or "
+                    "ValueFunction."
                 )
     for name, play in games.items():
         if not is_game(play):

@@ -18,6 +18,7 @@ from torch import Tensor
 from bilevel.comparison.memory import peak_bytes
 from bilevel.comparison.reference import converged, least, settled
 from bilevel.comparison.rows import Point, Reference, Row, Step
+from bilevel.dynamics import Dynamics
 from bilevel.errors import BilevelWarning
 from bilevel.game import Game
 from bilevel.game.data import Batch
@@ -146,7 +147,7 @@ class Valuation:
 def measure(
     setting: Setting,
     name: str,
-    response: Response,
+    response: Response | Dynamics,
     *,
     optimizer: OptimizerFactory | None,
     steps: int,
@@ -161,11 +162,13 @@ def measure(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", BilevelWarning)
-            # First: it pays for what torch loads on first use, so that the clocks below do not.
-            memory = peak_bytes(lambda: hypergradient(setting, response), setting.game.device)
-            row = dataclasses.replace(row, memory=memory)
-            points, troubles = _ladder(setting, response, budgets, exact)
-            row = dataclasses.replace(row, errors=points)
+            troubles: list[str] = []
+            if isinstance(response, Response):
+                # First: it pays for what torch loads on first use, so that the clocks below do not.
+                memory = peak_bytes(lambda: hypergradient(setting, response), setting.game.device)
+                row = dataclasses.replace(row, memory=memory)
+                points, troubles = _ladder(setting, response, budgets, exact)
+                row = dataclasses.replace(row, errors=points)
             stage = "solve"
             row = _played(setting, row, response, optimizer, steps, reference)
     except Exception as failure:  # a row with its error: the others go on
@@ -209,7 +212,7 @@ def budgeted(response: Response, budget: float) -> Response | None:
 def _played(
     setting: Setting,
     row: Row,
-    response: Response,
+    response: Response | Dynamics,
     optimizer: OptimizerFactory | None,
     steps: int,
     reference: Response | None,
@@ -222,13 +225,14 @@ def _played(
         if step in wanted:
             seen.append((step, record["work"], record[setting.leader], variables[setting.leader]))
 
-    solution = solve(  # type: ignore[call-overload]
+    played = {setting.follower: response} if isinstance(response, Response) else {"dynamics": response}
+    solution = solve(
         setting.game,
         optimizer=optimizer,
         steps=steps,
         seed=setting.seed,
         callbacks=(look,),
-        **{setting.follower: response},
+        **played,
     )
     value = Valuation(setting, reference)
     history = tuple(Step(step, work, value(leader), seen_loss) for step, work, seen_loss, leader in seen)
@@ -238,7 +242,7 @@ def _played(
         gradients=solution.gradients,
         products=solution.products,
         seconds=solution.seconds,
-        stationarity=_finite(solution.stationarity[setting.follower]),
+        stationarity=_finite(solution.stationarity.get(setting.follower)),
         residual=_finite(solution.residuals.get(setting.follower)),
         warnings=solution.warnings,
     )

@@ -3,6 +3,7 @@
 from bilevel.constraints.base import ConstraintSet, Penalty, ProximalMap
 from bilevel.constraints.coordinates import Coordinate, Interval, Log, Positive, Unit
 from bilevel.constraints.functions import Constrained, Labels, Linearised
+from bilevel.constraints.lagrangian import AugmentedLagrangian
 from bilevel.constraints.proximal import L1, ElasticNet, GroupLasso
 from bilevel.constraints.sets import (
     Affine,
@@ -19,6 +20,7 @@ from bilevel.constraints.sets import (
 __all__ = [
     "L1",
     "Affine",
+    "AugmentedLagrangian",
     "Ball",
     "Box",
     "Constrained",

@@ -18,6 +18,7 @@ from bilevel.constraints.functions import Constrained, Linearised
 DENSE = 2000
 """So many variables or fewer have their Hessian written down."""
 _STEPS = 60
+_PATIENCE = 5
 _NEAR = 1e-5  # in units of y's size: how near a constraint must be to be thought to bind, before Newton's steps decide
 
 
@@ -51,7 +52,11 @@ class KKTPoint:
     @property
     def scale(self) -> float:
         """The size of the terms of stationarity, which gradients are told in units of."""
-        terms = float(self.slope.norm()) + float((self.at.A.T * self.l).norm()) + float((self.at.E.T * self.m).norm())
+        terms = (
+            float(self.slope.norm())
+            + float((self.at.push_c.T * self.l).norm())
+            + float((self.at.push_e.T * self.m).norm())
+        )
         curved = 0.0 if self.hessian is None else float(self.hessian.norm()) * self.size
         return max(terms, curved) or 1.0
 
@@ -64,7 +69,7 @@ class KKTPoint:
     @property
     def pushes(self) -> Tensor:
         """How hard each inequality holds y back, in units of `scale` `[m]`."""
-        pushes: Tensor = self.l * self.at.A.norm(dim=1) / self.scale
+        pushes: Tensor = self.l * self.at.push_c.norm(dim=1) / self.scale
         return pushes
 
     @property
@@ -93,7 +98,7 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
     binding = l > 0.0
     best: KKTPoint | None = None
     seen: set[tuple[bool, ...]] = set()
-    hessian, near = None, False
+    hessian, near, stale = None, False, 0
     for _ in range(_STEPS):
         if y.numel() <= DENSE and (hessian is None or not near):
             hessian = programme.hessian(y, l, m)
@@ -104,6 +109,10 @@ def optimum(programme: Constrained, y: Tensor) -> KKTPoint:
         if hessian is None or not math.isfinite(here.error) or here.error <= 10.0 * epsilon:
             break
         if not gained and reached(best, epsilon):
+            break
+        # Where nothing is feasible no step gains; the set of binding constraints may change once for each of them.
+        stale = 0 if gained else stale + 1
+        if stale > _PATIENCE + len(at.c):
             break
         moved, l, m = _newton(here, hessian, binding)
         # So near, the Hessian of a step ago is as good, and costs nothing.
@@ -136,16 +145,17 @@ def judged(programme: Constrained, y: Tensor) -> KKTPoint:
 
 
 def recovered(y: Tensor, slope: Tensor, at: Linearised) -> tuple[Tensor, Tensor]:
-    """The multipliers l `[m]` >= 0 and m `[p]` that leave least of |slope + A'l + E'm|.
+    """The multipliers l `[m]` >= 0 and m `[p]` that leave least of |slope + push_c'l + push_e'm|.
 
     A constraint that does not bind is the dearer the farther away it is.
     """
     from scipy.optimize import nnls  # noqa: PLC0415 - with SciPy's optimisers, only where it is used
 
-    unit = at.A / lengths(at.A)[:, None]
+    sizes = lengths(at.push_c)
+    unit = at.push_c / sizes[:, None]
     left, across = slope, unit
     if len(at.E):
-        basis = torch.linalg.qr(at.E.T).Q
+        basis = torch.linalg.qr(at.push_e.T).Q
         left, across = slope - basis @ (basis.T @ slope), unit - (unit @ basis) @ basis.T
     l = torch.zeros_like(at.c)
     if len(l):
@@ -153,16 +163,16 @@ def recovered(y: Tensor, slope: Tensor, at: Linearised) -> tuple[Tensor, Tensor]
         matrix = torch.cat([across.T, torch.diag(distance.clamp(min=0.0) / _NEAR)])
         found, _ = nnls(matrix.numpy(), torch.cat([-left, torch.zeros_like(l)]).numpy(), maxiter=30 * max(10, len(l)))
         pushes = torch.as_tensor(found)
-        l = torch.where(pushes > 1e-9 * float(slope.norm()), pushes, 0.0) / lengths(at.A)
+        l = torch.where(pushes > 1e-9 * float(slope.norm()), pushes, 0.0) / sizes
     m = torch.zeros_like(at.e)
     if len(m):
-        m = torch.linalg.lstsq(at.E.T, -(slope + at.A.T @ l)[:, None], driver="gelsd").solution[:, 0]
+        m = torch.linalg.lstsq(at.push_e.T, -(slope + at.push_c.T @ l)[:, None], driver="gelsd").solution[:, 0]
     return l, m
 
 
 def _judged(point: KKTPoint) -> KKTPoint:
     at = point.at
-    rest = float((point.slope + at.A.T @ point.l + at.E.T @ point.m).norm()) / point.scale
+    rest = float((point.slope + at.push_c.T @ point.l + at.push_e.T @ point.m).norm()) / point.scale
     off = torch.where(point.binding, point.distances.abs(), point.violations[: len(at.c)])
     worst = torch.cat([off, point.violations[len(at.c) :]])
     return replace(point, error=max(rest, float(worst.max()) if len(worst) else 0.0))
@@ -171,22 +181,28 @@ def _judged(point: KKTPoint) -> KKTPoint:
 def _newton(here: KKTPoint, hessian: Tensor, binding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The step in y, and the multipliers after it, for these binding constraints; rows are scaled to length 1."""
     at, n = here.at, len(here.y)
-    rows = torch.cat([at.A[binding], at.E])
-    sizes = lengths(rows)
-    unit = rows / sizes[:, None]
+    rows, columns = torch.cat([at.A[binding], at.E]), torch.cat([at.push_c[binding], at.push_e])
+    sizes, weights = lengths(rows), lengths(columns)
     scale = float(hessian.abs().max()) or 1.0
-    matrix = torch.zeros(n + len(rows), n + len(rows), dtype=hessian.dtype)
-    matrix[:n, :n], matrix[:n, n:], matrix[n:, :n] = hessian / scale, unit.T, unit
+    matrix = kkt_matrix(hessian / scale, rows / sizes[:, None], columns / weights[:, None])
     missed = torch.cat([at.c[binding], at.e]) / sizes
     rhs = torch.cat([-here.slope / scale, -missed])
     found, info = torch.linalg.solve_ex(matrix, rhs)
     if int(info) or not bool(torch.isfinite(found).all()):
         found = torch.linalg.lstsq(matrix, rhs[:, None], driver="gelsd").solution[:, 0]
-    multipliers = scale * found[n:] / sizes
+    multipliers = scale * found[n:] / weights
     count = int(binding.sum())
     l = torch.zeros_like(at.c)
     l[binding] = multipliers[:count]
     return found[:n], l, multipliers[count:]
+
+
+def kkt_matrix(hessian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[[H, P'], [A, 0]] of a Hessian `[n, n]`, and what binds `[k, n]`: its gradients, and what it pushes along."""
+    n, k = len(hessian), len(rows)
+    matrix = torch.zeros(n + k, n + k, dtype=hessian.dtype)
+    matrix[:n, :n], matrix[:n, n:], matrix[n:, :n] = hessian, columns.T, rows
+    return matrix
 
 
 def _settled(point: KKTPoint, epsilon: float) -> KKTPoint:

@@ -10,6 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
+
 
 class Coordinate(ABC):
     r"""A range with a smooth map from all numbers into it, in the place of a tensor in `Player(..., init=...)`.
@@ -96,6 +98,7 @@ class Interval(Coordinate):
     start: float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise ValueError(f"Interval: from {self.low} to {self.high}; expected finite ends, else use Positive().")
         self._check()
@@ -139,6 +142,7 @@ class Unit(Coordinate):
     start: float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not (self.low >= 0.0 and self.high <= 1.0):
             raise ValueError(f"Unit: from {self.low} to {self.high}; expected a range within 0 and 1. Use Interval().")
         self._check()
@@ -184,6 +188,7 @@ class Log(Coordinate):
     start: float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not (self.low > 0.0 and math.isfinite(self.high)):
             raise ValueError(f"Log: from {self.low} to {self.high}; expected low > 0 and a finite high.")
         self._check()
@@ -223,6 +228,7 @@ class Positive(Coordinate):
     start: float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         self._check()
 
     @property

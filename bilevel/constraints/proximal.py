@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel.constraints.base import Margins, Number, Penalty, by_leaf, check_number, number
 from bilevel.constraints.projections import broadcasts
+from bilevel.errors import require_kinds
 from bilevel.tree import Variables, leaves, named_leaves, structure_of
 
 
@@ -146,6 +147,7 @@ class GroupLasso(Penalty):
     dim: int | None = -1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         check_number(self.weight, "GroupLasso: weight", low=0.0)
 
     @property

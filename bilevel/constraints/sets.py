@@ -22,6 +22,7 @@ from bilevel.constraints.base import (
     number,
 )
 from bilevel.constraints.projections import broadcasts, clipped, on_cone, on_simplex, semidefinite, simplex_threshold
+from bilevel.errors import require_kinds
 from bilevel.tree import Variables, flatten, leaves, named_leaves, structure_of
 
 
@@ -180,6 +181,7 @@ class Ball(ConstraintSet):
     p: float = 2.0
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         check_number(self.radius, "Ball: radius")
         if self.p not in (1, 2, math.inf):
             raise ValueError(f"Ball: p={self.p!r}; expected 1, 2 or math.inf.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field
+from bilevel.errors import require_kinds
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
 
 
@@ -39,6 +40,7 @@ class Consensus(Dynamics):
     weight: float = 0.1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _positive(self, "weight", self.weight)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -71,6 +73,7 @@ class SymplecticAdjustment(Dynamics):
     epsilon: float = 0.1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _positive(self, "weight", self.weight)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -106,6 +109,7 @@ class LookAhead(Dynamics):
     step_size: float
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -137,6 +141,7 @@ class Competitive(Dynamics):
     linear_solver: LinearSolver = option(default_factory=lambda: GMRES(rtol=1e-6))
 
     def __post_init__(self) -> None:
+        require_kinds(self, linear_solver=LinearSolver)
         _positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field
+from bilevel.errors import require_kinds
 
 
 @final
@@ -40,6 +41,7 @@ class Extragradient(Dynamics):
     step_size: float
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -100,6 +102,7 @@ class NegativeMomentum(Dynamics):
     momentum: float = -0.5
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not -1.0 < self.momentum < 0.0:
             raise ValueError(f"NegativeMomentum: momentum={self.momentum}; expected a number between -1 and 0.")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field, Leaves
+from bilevel.errors import require_kinds
 
 
 @final
@@ -40,6 +41,7 @@ class LOLA(Dynamics):
     step_size: float
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _positive(self, self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
@@ -86,6 +88,7 @@ class ExactLOLA(Dynamics):
     step_size: float
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _positive(self, self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:

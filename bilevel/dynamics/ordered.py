@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field, Jacobian
+from bilevel.errors import require_kinds
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
 
 
@@ -52,6 +53,7 @@ class FollowTheRidge(Dynamics):
     linear_solver: LinearSolver = option(default_factory=lambda: GMRES(rtol=1e-6))
 
     def __post_init__(self) -> None:
+        require_kinds(self, linear_solver=LinearSolver)
         if not 0.0 < self.ratio < float("inf"):
             raise ValueError(f"FollowTheRidge: ratio={self.ratio}; expected a positive finite number.")
 
@@ -94,6 +96,9 @@ class TotalGradient(Dynamics):
 
     leaders: int = 1
     linear_solver: LinearSolver = option(default_factory=lambda: GMRES(rtol=1e-6))
+
+    def __post_init__(self) -> None:
+        require_kinds(self, linear_solver=LinearSolver)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The leaders' total derivatives, the followers' own gradients."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import final
 
 from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field
+from bilevel.errors import require_kinds
 
 
 @final
@@ -80,7 +82,10 @@ class TwoTimescale(Dynamics):
     ratios: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        require_kinds(self, ratios=Mapping)
         for name, ratio in self.ratios.items():
+            if isinstance(ratio, bool) or not isinstance(ratio, Real):
+                raise TypeError(f"TwoTimescale: the ratio of {name!r} is {ratio!r}; expected a number.")
             if not 0.0 < ratio < float("inf"):
                 raise ValueError(f"TwoTimescale: the ratio of {name!r} is {ratio}; expected a positive finite number.")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field
+from bilevel.errors import require_kinds
 from bilevel.inner import TorchOptimizer
 from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
@@ -73,6 +74,7 @@ class F2SA2(ValueFunctionMethod):
     steps: int = 10
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require(self, "nudge", self.nudge > 0.0 and self.nudge < float("inf"), "a positive finite number")
         _require_steps(self, self.steps)
 
@@ -127,6 +129,7 @@ class F2SA(ValueFunctionMethod):
     steps: int = 10
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require(self, "start", 0.0 < self.start < float("inf"), "a positive finite number")
         _require(self, "growth", 0.0 <= self.growth < float("inf"), "a finite number >= 0")
         _require_steps(self, self.steps)
@@ -178,6 +181,7 @@ class BOME(ValueFunctionMethod):
     steps: int = 10
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require(self, "eta", 0.0 < self.eta < float("inf"), "a positive finite number")
         _require_steps(self, self.steps)
 
@@ -234,6 +238,7 @@ class VPBGD(ValueFunctionMethod):
     steps: int = 1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         _require(self, "multiplier", 0.0 < self.multiplier < float("inf"), "a positive finite number")
         _require(self, "ramp", self.ramp >= 0, "a number of steps >= 0")
         _require_steps(self, self.steps)

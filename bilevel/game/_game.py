@@ -28,10 +28,11 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.joint import JointKKT
 from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent
 from bilevel.game.player import Player
-from bilevel.game.processes import refuse_processes
+from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
 from bilevel.game.residual import Buffers, MembersGradients, Residual
 from bilevel.game.starts import StartsAlone, formed
 from bilevel.second_order import FastKernels, told_of_loss
@@ -53,7 +54,7 @@ class Parts:
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
-    `rests` are residuals in place of the players' own.
+    `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself.
     """
 
     players: Mapping[str, Player]
@@ -69,6 +70,7 @@ class Parts:
     starts_alone: StartsAlone
     runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
+    alone: bool = False
 
 
 class Game:
@@ -94,7 +96,7 @@ class Game:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
-        refuse_processes(players, initial)
+        refuse_spread(players, initial)
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
@@ -119,6 +121,7 @@ class Game:
             depends={},
             starts_alone={},
             runs={},
+            alone=plays_alone(),
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
@@ -235,6 +238,14 @@ class Game:
         """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
         return None
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes that play this game together: here they themselves."""
+        return list(numbers)
+
+    def require_ranks(self, asker: str) -> None:
+        """Raise `ValueError` where this process is one of several ranks, who would drift apart in silence."""
+        refuse_lone_rank(asker, alone=self._parts.alone)
+
     def require_separable(self, dynamics: object) -> None:
         """Raise `TypeError` for a rule of play that would mix what must stay apart."""
 
@@ -248,13 +259,11 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(
-        self, asker: str, *, joined: bool = False, constrained: bool = False, functions: bool = True
-    ) -> None:
+    def require_minima(self, asker: str, *, joined: bool = False, constrained: bool = False) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
         With `joined`, players who answer together may each rest at a minimum of its own loss; with `constrained`, at
-        one within constraints, `functions` among them.
+        one within constraints.
         """
         for name in self.names:
             members = self.members(name)
@@ -265,7 +274,7 @@ class Game:
                 )
             for member in members:
                 kept, rests = bool(self._parts.players[member].constraints), self.residual(member)
-                if (kept or rests.projects) and constrained and (functions or not kept):
+                if (kept or rests.projects) and constrained:
                     continue
                 if kept or rests.projects:
                     raise ValueError(
@@ -343,7 +352,10 @@ class Game:
             return self._parts.rests[player]
         if members == (player,):
             return self._parts.players[player].rests
-        return MembersGradients({member: self._parts.players[member].rests for member in members})
+        rests = {member: self._parts.players[member].rests for member in members}
+        if any(self._parts.players[member].constraints for member in members):
+            return JointKKT.of(rests, player)
+        return MembersGradients(rests)
 
     def within(self: Derived, player: str, domain: ConstraintSet) -> Derived:
         """The same game, in which a player without constraints stays in a set, as its inner solver does."""
@@ -468,8 +480,10 @@ class Game:
 
             F(y) = (grad_b f_b, grad_c f_c) = 0
 
-        are the residual. No single loss has that gradient, so dF/dy is not symmetric: give `Implicit` a linear solver
-        such as `GMRES()`, and an inner solver that follows a field: a torch.optim optimiser or `ScipyRoot()`.
+        are the residual. No single loss has that gradient, so dF/dy is not symmetric: give `Implicit` an inner solver
+        that follows a field: a torch.optim optimiser or `ScipyRoot()`, which takes functions as constraints too. Where
+        several of them have the same function as `inequality=` or `equality=`, it is one constraint that they share
+        with one multiplier: they settle in the variational equilibrium.
         Players who lead together need no joining: leave them without a response.
 
         Raises `ValueError` for names that are no players or taken, fewer than two, joined already, the first
@@ -488,6 +502,24 @@ class Game:
         for name, members in groups.items():
             game = game.derived(**game._joining(name, tuple(members)))
         return game
+
+    def starting(self: Derived, **variables: Variables) -> Derived:
+        """The same game, in which these players start elsewhere.
+
+        Raises `ValueError` for variables of another form than their init's, which are not finite, or outside a domain.
+
+        >>> game = Game(y=Player(lambda y: (y - 1) ** 2, torch.tensor(0.0)))
+        >>> game.starting(y=torch.tensor(3.0)).initial("y")
+        tensor(3.)
+        """
+        initial = {**self._parts.initial, **{name: detached(given) for name, given in variables.items()}}
+        for name, given in variables.items():
+            if name not in self._parts.players:
+                raise ValueError(f"Game.starting: {name!r} is no player; players are {list(self._parts.players)}.")
+            self.check(name, given)
+        check_variables({name: initial[name] for name in self._parts.players})
+        check_domains(self._parts.players, initial)
+        return self.derived(initial=initial)
 
     def anticipate(self: Derived, **responses: Anticipated) -> Derived:
         """The same game, in which the named players' variables are functions of those who move before them.
@@ -560,12 +592,8 @@ class Game:
             raise ValueError(
                 f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
             )
-        constrained = [member for member in members if parts.players[member].constraints]
-        if constrained:
-            raise ValueError(
-                f"{told}: {constrained[0]!r} has constraints, and players who answer together cannot have any yet. "
-                "Give each of them a response of its own, or write a projection as residual=."
-            )
+        if any(parts.players[member].constraints for member in members):
+            JointKKT.of({member: parts.players[member].rests for member in together}, told)
         if any(parts.players[member].optimizer_hyper for member in members):
             raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
         starting = [member for member in members if parts.players[member].start is not None]

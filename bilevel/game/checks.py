@@ -25,7 +25,8 @@ from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
-        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record"),
+        *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "parallel"),
+        *("starts",),
     )
 )
 
@@ -195,7 +196,9 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     for name, player in players.items():
         # A loss may leave its player's variables out: a leader may act through others, or have nothing to gain. What
         # vanishes where somebody rests says where that is.
-        if not player.follows_loss and name not in depends[name]:
+        later = list(players)[list(players).index(name) + 1 :]
+        through = bool(player.constraints) and any(other in depends[name] for other in later)
+        if not player.follows_loss and name not in depends[name] and not through:
             raise ValueError(_chooses_nothing(name, players))
     return depends, alone, runs
 
@@ -458,7 +461,9 @@ def _constraint_dependence(
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"{told}{path} at init holds NaN or infinity; expected finite numbers. Start elsewhere.")
         reached = _reached(name, what, leaf.sum(), trial) if leaf.requires_grad else {}
-        if name not in reached:
+        # A leader may keep to what its followers answer: those who move after it.
+        later = list(players)[list(players).index(name) + 1 :]
+        if name not in reached and not any(other in reached for other in later):
             on = f"on {' and '.join(map(repr, reached))} alone" if reached else "on nobody's variables"
             raise ValueError(
                 f"{told}{path} depends {on}; a constraint of {name!r} is one of its own variables. Use the argument "

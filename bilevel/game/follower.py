@@ -91,6 +91,12 @@ class Follower:
         """Whether it rests at a minimum of its loss, so that a solver may go by the loss."""
         return self.rests.minimises
 
+    @property
+    def tells_its_loss(self) -> bool:
+        """Whether the loss that comes with its gradient is one player's, in one game, and all of it."""
+        rests = self.rests
+        return rests.minimises and rests.differentiates_loss and not rests.projects and self.game.record_keys == ("",)
+
     def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
         """The leaves that a call begins from, and whether it goes on with what the last call remembered.
 
@@ -383,6 +389,30 @@ class HeldResidual:
         self._follower, self._batch, self._buffers = follower, follower.batch, follower.buffers
         self._random = random_state(follower.game.device)
         self.loss = math.nan
+
+    def on(self, batch: Batch, turn: int) -> HeldResidual:
+        """The same on another batch, with other random numbers for each `turn`."""
+        other, device = copy(self), self._follower.game.device
+        other._batch, other.loss = batch, math.nan
+        with random_kept(device, start=self._random):
+            for kind in {torch.device("cpu"), torch.device(device.type)} if turn else ():
+                torch.rand(turn, device=kind)
+            other._random = random_state(device)
+        return other
+
+    @property
+    def name(self) -> str:
+        """The follower's."""
+        return self._follower.name
+
+    def call(
+        self, function: Callable[..., Any], y: Tensor, xs: Sequence[Tensor], extra: Mapping[str, Variables]
+    ) -> Any:
+        """A function of the players' variables at y `[n]`, called as the follower's loss is; with what is `extra`."""
+        follower = self._follower
+        variables = {**follower.input_form.build(xs), follower.name: follower.form.unflatten(y)}
+        with random_kept(follower.game.device, start=self._random):
+            return follower.game.call(follower.name, function, variables, self._batch, self._buffers, extra)[0]
 
     def kinks(self, y: Tensor, *xs: Tensor) -> Kinks:
         """Where F has no derivative at y `[n]`, as far as is known."""

@@ -5,9 +5,9 @@ Its unknowns are z = (y, l, m): the variables, and the multipliers of the inequa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from bilevel.constraints.functions import (
     EQUALITY,
     INEQUALITIES,
     INEQUALITY,
+    Functions,
     Labels,
     Linearised,
     entry_names,
 )
 from bilevel.constraints.regularity import kink, require_feasible, require_regular
-from bilevel.constraints.walls import walls
+from bilevel.constraints.walls import Walls, walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch
 from bilevel.game.residual import Buffers, Found, OwnGradient, PlayedGame, Present, Residual, Rest
@@ -49,13 +50,13 @@ class KKT(Residual):
     symmetric; it is indefinite, as every saddle's is.
 
     Args:
-        inequality: c, elementwise <= 0; None without inequalities.
-        equality: e, elementwise = 0; None without equalities.
+        inequality: c, elementwise <= 0, a function or a dict or list of them; None without inequalities.
+        equality: e, elementwise = 0, likewise; None without equalities.
         domain: A set whose walls are further constraints; None without one.
     """
 
-    inequality: Callable[..., Variables] | None
-    equality: Callable[..., Variables] | None
+    inequality: Functions | None
+    equality: Functions | None
     domain: ConstraintSet | None = None
     symmetric = True
     definite = False
@@ -68,16 +69,13 @@ class KKT(Residual):
         """What the constraints are, by kind: the inequalities first, and then the equalities."""
         own = {INEQUALITY: self.inequality, EQUALITY: self.equality}
         found = {
-            kind: game.call(player, function, variables, batch, buffers, {})[0]
-            for kind, function in own.items()
-            if function is not None
+            kind: map_leaves(lambda function: game.call(player, function, variables, batch, buffers, {})[0], functions)
+            for kind, functions in own.items()
+            if functions is not None
         }
         if self.domain is not None:
-            domain, given = self.domain, {name: game.value(name, variables) for name in self.domain.players}
-            known = not domain.players
-            built = game.each(lambda y, given: walls(domain.settled(given), y, known=known), variables[player], given)
-            found |= {DOMAIN: built[0], DOMAIN_EQUALITY: built[1]}
-        return {kind: found[kind] for kind in (*INEQUALITIES, *EQUALITIES) if kind in found and leaves(found[kind])}
+            found[DOMAIN], found[DOMAIN_EQUALITY] = walls_of(game, player, self.domain, variables)
+        return in_order(found)
 
     def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
         """Raise `ValueError` where the players have made the domain empty."""
@@ -127,9 +125,7 @@ class KKT(Residual):
 
     def first(self, follower: Present) -> dict[str, Any]:
         """Multipliers of 0, in the form of what the constraints return."""
-        with torch.no_grad():
-            found = FollowerProgramme(follower, self).values(flatten(follower.game.initial(follower.name)))
-        return {"multipliers": {what: map_leaves(torch.zeros_like, value) for what, value in found.items()}}
+        return {"multipliers": FollowerProgramme(follower, self).no_multipliers()}
 
     def programme(self, follower: Present) -> FollowerProgramme:
         """The follower's programme on its present batch."""
@@ -144,23 +140,52 @@ class KKT(Residual):
         point = optimum(programme, like.detach().to("cpu", torch.float64))
         require_feasible(point, programme.labels, programme.epsilon)
         if not reached(point, programme.epsilon):
-            return Rest(_unknowns(point, point.l, like))  # how far it is from rest is measured, and told
+            return Rest(unknowns_of(point, point.l, like))  # how far it is from rest is measured, and told
         require_regular(programme, point)
-        bent = kink(point, programme.labels, programme.epsilon)
-        if bent is None:
-            return Rest(_unknowns(point, point.l, like))
-        return Rest(_unknowns(point, point.l, like), bent.story, _unknowns(point, bent.l, like))
+        return rest_of(programme, point, like)
 
 
-def _unknowns(point: KKTPoint, l: Tensor, like: Tensor) -> Tensor:
+class HasConstraints(Protocol):
+    """A residual with constraints."""
+
+    def values(
+        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Variables]:
+        """What the constraints are, by kind: the inequalities first, and then the equalities."""
+
+
+def in_order(found: Mapping[str, Variables]) -> dict[str, Variables]:
+    """Values of constraints by kind, in the order in which multipliers are laid out; kinds without any left out."""
+    return {kind: found[kind] for kind in (*INEQUALITIES, *EQUALITIES) if kind in found and leaves(found[kind])}
+
+
+def walls_of(game: PlayedGame, player: str, domain: ConstraintSet, variables: Mapping[str, Variables]) -> Walls:
+    """The walls of a player's domain where everybody is."""
+    given, known = {name: game.value(name, variables) for name in domain.players}, not domain.players
+    own = game.value(player, variables)
+    return game.each(lambda y, given: walls(domain.settled(given), y, known=known), own, given)  # type: ignore[no-any-return]
+
+
+def rest_of(programme: FollowerProgramme, point: KKTPoint, like: Tensor) -> Rest:
+    """A regular optimum as where a follower came to rest, with both sides of its kink if it is at one."""
+    bent = kink(point, programme.labels, programme.epsilon)
+    if bent is None:
+        return Rest(unknowns_of(point, point.l, like))
+    return Rest(unknowns_of(point, point.l, like), bent.story, unknowns_of(point, bent.l, like))
+
+
+def unknowns_of(point: KKTPoint, l: Tensor, like: Tensor) -> Tensor:
+    """(y, l, m) as one vector, in the dtype and on the device of another."""
     return torch.cat([point.y, l, point.m]).to(like)
 
 
 class FollowerProgramme:
     """A follower's programme in flat float64 vectors on the CPU, on its present batch, buffers and random numbers."""
 
-    def __init__(self, follower: Present, rests: KKT) -> None:
-        self._follower, self._rests, self._random = follower, rests, random_state(follower.game.device)
+    minimises = True
+
+    def __init__(self, follower: Present, rests: HasConstraints) -> None:
+        self.follower, self._rests, self.random = follower, rests, random_state(follower.game.device)
         self._others, self._below = follower.others, 0
         known = follower.multipliers or follower.game.initial(follower.name)
         self._dtype: torch.dtype = leaves(known)[0].dtype
@@ -173,26 +198,32 @@ class FollowerProgramme:
     @property
     def labels(self) -> Labels:
         """What its constraints are called."""
-        shapes = self._follower.multipliers
+        shapes = self.follower.multipliers
         above, level = (
             tuple(name for kind in kinds if kind in shapes for name in entry_names(kind, shapes[kind]))
             for kinds in (INEQUALITIES, EQUALITIES)
         )
-        return Labels(self._follower.name, above, level)
+        return Labels(self.follower.name, above, level)
 
     def values(self, y: Tensor) -> dict[str, Variables]:
         """What the constraints are at a flat y of the follower's own dtype, by kind."""
-        follower = self._follower
-        with random_kept(follower.game.device, start=self._random):
-            return self._rests.values(follower.game, follower.name, self._at(y), follower.batch, follower.buffers)
+        follower = self.follower
+        with random_kept(follower.game.device, start=self.random):
+            return self._rests.values(follower.game, follower.name, self.at(y), follower.batch, follower.buffers)
+
+    def no_multipliers(self) -> dict[str, Variables]:
+        """Multipliers of 0, in the form of what the constraints return."""
+        with torch.no_grad():
+            found = self.values(flatten(self.follower.game.initial(self.follower.name)))
+        return {what: map_leaves(torch.zeros_like, value) for what, value in found.items()}
 
     def loss_and_gradient(self, y: Tensor) -> tuple[float, Tensor]:
         """f and its gradient `[n]`."""
-        follower = self._follower
+        follower = self.follower
         with torch.no_grad():
-            value, (slope,) = gradient(self._loss, self._own(y))
+            value, (slope,) = gradient(self._loss, self.own(y))
         follower.count(1)
-        return float(value), _plain(slope)
+        return float(value), plain(slope)
 
     def linearised(self, y: Tensor) -> Linearised:
         """The constraints and their Jacobians."""
@@ -202,7 +233,7 @@ class FollowerProgramme:
             self._below = sum(flatten(found[kind]).numel() for kind in INEQUALITIES if kind in found)
             return flatten(list(found.values()))
 
-        value, rows = (_plain(part) for part in jacobian(stacked, self._own(y)))
+        value, rows = (plain(part) for part in jacobian(stacked, self.own(y)))
         m = self._below
         return Linearised(value[:m], value[m:], rows[:m], rows[m:])
 
@@ -214,20 +245,23 @@ class FollowerProgramme:
             return self._loss(y) + (weights.to(y) * flatten(list(self.values(y).values()))).sum()
 
         with torch.enable_grad():
-            _, rows = jacobian(lambda y: gradient(lagrangian, y)[1][0], self._own(y))
-        return _plain(0.5 * (rows + rows.T))
+            _, rows = jacobian(lambda y: gradient(lagrangian, y)[1][0], self.own(y))
+        return plain(0.5 * (rows + rows.T))
 
-    def _own(self, y: Tensor) -> Tensor:
-        return y.to(device=self._follower.game.device, dtype=self._dtype)
+    def own(self, y: Tensor) -> Tensor:
+        """A flat y in the follower's own dtype, on its device."""
+        return y.to(device=self.follower.game.device, dtype=self._dtype)
 
     def _loss(self, y: Tensor) -> Tensor:
-        follower = self._follower
-        with random_kept(follower.game.device, start=self._random):
-            return follower.game.loss(follower.name, self._at(y), follower.batch, follower.buffers)
+        follower = self.follower
+        with random_kept(follower.game.device, start=self.random):
+            return follower.game.loss(follower.name, self.at(y), follower.batch, follower.buffers)
 
-    def _at(self, y: Tensor) -> dict[str, Variables]:
-        return {**self._others, self._follower.name: self._follower.form.unflatten(y)}
+    def at(self, y: Tensor) -> dict[str, Variables]:
+        """Everybody's variables, the follower's at a flat y."""
+        return {**self._others, self.follower.name: self.follower.form.unflatten(y)}
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
+    """Detached, in float64 on the CPU."""
     return tensor.detach().to("cpu", torch.float64)

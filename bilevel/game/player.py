@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bilevel.constraints import Box, ConstraintSet, Coordinate, Penalty
-from bilevel.constraints.functions import EQUALITY, INEQUALITY
+from bilevel.constraints.functions import EQUALITY, INEQUALITY, Functions, named_functions
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.kkt import KKT
@@ -46,7 +46,9 @@ class Player:
             `bl.constraints`. `init` lies in it. Of a module's parameters it can be bounds alone.
         prox: A non-smooth term of the loss, `bl.constraints.L1(0.1)`, for a follower. The objective leaves it out.
         inequality: a function of players (and `batch`), as the objective, whose every entry is to be <= 0: a tensor or
-            a pytree of tensors.
+            a pytree of tensors. Or a dict or a list of such functions. The same function given to several players who
+            answer together, `game.joined(...)`, is one constraint that they share, with one multiplier. A leader's may
+            depend on its followers' answers alone.
         equality: the same for entries that are to be 0.
         start: where this player, as a follower, begins in every call, as a function of those who move before it (and of
             `batch`): `start=lambda meta: meta`. `Unrolled` differentiates it, so that an initialisation can lead.
@@ -74,8 +76,8 @@ class Player:
     residual: Callable[..., Variables] | UserResidual | None = field(default=None, kw_only=True)
     domain: ConstraintSet | None = field(default=None, kw_only=True)
     prox: Penalty | None = field(default=None, kw_only=True)
-    inequality: Callable[..., Variables] | None = field(default=None, kw_only=True)
-    equality: Callable[..., Variables] | None = field(default=None, kw_only=True)
+    inequality: Functions | None = field(default=None, kw_only=True)
+    equality: Functions | None = field(default=None, kw_only=True)
     start: Callable[..., Variables] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -148,8 +150,7 @@ class Player:
     @property
     def constraints(self) -> dict[str, Callable[..., Variables]]:
         """The functions that constrain it, by what they are called."""
-        both = {INEQUALITY: self.inequality, EQUALITY: self.equality}
-        return {what: function for what, function in both.items() if function is not None}
+        return named_functions(INEQUALITY, self.inequality) | named_functions(EQUALITY, self.equality)
 
     @cached_property
     def _parameters(self) -> dict[int, tuple[str, ...]]:
@@ -214,15 +215,22 @@ class Player:
 
     def _check_functions(self) -> None:
         for what in (INEQUALITY, EQUALITY):
-            function = self.inequality if what == INEQUALITY else self.equality
-            if function is None:
+            given = self.inequality if what == INEQUALITY else self.equality
+            if given is None:
                 continue
-            if not callable(function):
-                wanted = "<= 0" if what == INEQUALITY else "= 0"
-                raise TypeError(
-                    f"Player: {what} is {kind(function)}; expected a function whose every entry is to be {wanted}."
-                )
-            refuse_unnamed(f"the {what}", function)
+            wanted = f"a function whose every entry is to be {'<= 0' if what == INEQUALITY else '= 0'}"
+            parts = list(given.values()) if isinstance(given, dict) else given
+            parts = parts if isinstance(parts, list | tuple) else [parts]
+            if not parts:
+                raise TypeError(f"Player: {what} is an empty {type(given).__name__}; expected {wanted}, or several.")
+            for function in parts:
+                if not callable(function):
+                    raise TypeError(
+                        f"Player: {what} {'is' if function is given else 'holds'} {kind(function)}; expected {wanted}, "
+                        "or a dict or a list of such functions."
+                    )
+            for name, function in named_functions(what, given).items():
+                refuse_unnamed(f"the {name}", function)
         if self.constraints and self.residual is not None:
             raise ValueError(
                 "Player: it has a residual of its own, and constraints as well; a residual says all of where the "

@@ -1,4 +1,4 @@
-"""Several processes: what a game cannot differentiate across them is refused by name when it is made."""
+"""Several processes: what a game cannot differentiate across them is refused by name before it is played."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def separate_ranks() -> Iterator[None]:
         _SEPARATE.reset(token)
 
 
-def refuse_processes(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
-    """Raise `ValueError` for a module or a tensor that is spread over processes, and for several ranks in silence."""
+def refuse_spread(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
+    """Raise `ValueError` for a module or a tensor that is spread over processes."""
     for name, player in players.items():
         if isinstance(player.init, nn.Module):
             for path, part in player.init.named_modules():
@@ -47,14 +47,25 @@ def refuse_processes(players: Mapping[str, Player], initial: Mapping[str, Variab
                     f"Player {name!r}: init{path} is a DTensor, spread over processes, and the game would be played "
                     "with this rank's part or not at all. Pass the whole: init.full_tensor()."
                 )
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1 and not _SEPARATE.get():
-            raise ValueError(
-                f"Game: this process is one of {ranks} ranks, and a game averages nothing between ranks: each would go "
-                "its own way. Play it in one process; or, if each rank is to play a game of its own, make it inside "
-                "`with bilevel.extend.separate_ranks():`."
-            )
+
+
+def plays_alone() -> bool:
+    """Whether each rank plays for itself the games that are made or played here."""
+    return _SEPARATE.get()
+
+
+def refuse_lone_rank(asker: str, *, alone: bool) -> None:
+    """Raise `ValueError` where this process is one of several ranks, and the game averages nothing between them."""
+    if alone or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1 and not _SEPARATE.get():
+        raise ValueError(
+            f"{asker}: this process is one of {ranks} ranks, and a game averages nothing between ranks: each would go "
+            "its own way. To play it together pass solve(..., parallel=bilevel.DataParallel()), or play "
+            "bilevel.DataParallel().game(game) in a loop of your own. If each rank is to play a game of its own, make "
+            "it inside `with bilevel.extend.separate_ranks():`."
+        )
 
 
 def told_of_spread(module: nn.Module) -> str:
@@ -63,6 +74,12 @@ def told_of_spread(module: nn.Module) -> str:
         return (
             "wrapped by DistributedDataParallel, whose averaging over ranks is no part of the derivatives that a game "
             "takes: the ranks would drift apart in silence. Pass the module that it wraps, model.module."
+        )
+    if isinstance(module, nn.DataParallel):
+        return (
+            "wrapped by nn.DataParallel, which copies it to each GPU of this process, and runs its own parameters in "
+            "place of the player's variables. Pass the module that it wraps, model.module, and start a process for "
+            "each GPU: solve(..., parallel=bilevel.DataParallel())."
         )
     if isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel")):
         return (
@@ -77,4 +94,4 @@ def _loaded(module: str, *names: str) -> tuple[type, ...]:
     return tuple(vars(sys.modules[module])[name] for name in names) if module in sys.modules else ()
 
 
-__all__ = ["refuse_processes", "separate_ranks", "told_of_spread"]
+__all__ = ["plays_alone", "refuse_lone_rank", "refuse_spread", "separate_ranks", "told_of_spread"]

@@ -85,6 +85,9 @@ class PlayedGame(Protocol):
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes that play this game together."""
+
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together."""
 
@@ -99,6 +102,9 @@ class PlayedGame(Protocol):
 
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position."""
+
+    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -130,6 +136,10 @@ class PlayedGame(Protocol):
 
     def kernels(self, player: str) -> FastKernels:
         """What a player's loss uses that has one derivative only, where there is a form with two."""
+
+    @property
+    def record_keys(self) -> tuple[str, ...]:
+        """What follows a number's name in a run's records: nothing, of one game."""
 
     def total(self, loss: Tensor) -> Tensor:
         """What is differentiated in place of a loss."""

@@ -126,10 +126,23 @@ class InnerSolver(ABC):
         """Whether it sees `problem.constraints`; a solver that does not is refused for a constrained follower."""
         return False
 
+    @property
+    def takes_equilibria(self) -> bool:
+        """Whether it settles several players within constraints, whose programme does not `minimises`."""
+        return False
+
     @final
     def refuse(self, problem: Problem, asker: str) -> None:
         """Raise `TypeError` for a constrained follower whose constraints this solver would not see."""
-        if problem.constraints is not None and not self.takes_constraints:
+        programme = problem.constraints
+        if programme is not None and not programme.minimises:
+            if self.takes_equilibria:
+                return
+            raise TypeError(
+                f"{asker}: {self!r} minimises one loss, and {problem.name!r} is several players with a loss each, "
+                "within constraints. Use ScipyRoot(), or ClosedForm(...) with their equilibrium."
+            )
+        if programme is not None and not self.takes_constraints:
             raise TypeError(
                 f"{asker}: {self!r} does not see the constraints of player {problem.name!r}, and would leave them. Use "
                 'Scipy("SLSQP"), Scipy("trust-constr"), or ClosedForm(...) with the constrained optimum.'

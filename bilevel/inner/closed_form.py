@@ -40,6 +40,11 @@ class ClosedForm(InnerSolver):
         """Whatever the function heeds; its answer is checked."""
         return True
 
+    @property
+    def takes_equilibria(self) -> bool:
+        """As `takes_constraints`."""
+        return True
+
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, require_kinds
 from bilevel.game.residual import required
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
 from bilevel.inner.refusals import refuse_hooks, refuse_unprojected
@@ -80,6 +80,7 @@ class TorchOptimizer(InnerSolver):
     accumulate: int = 1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_factory("TorchOptimizer: factory", self.factory)
         for name in ("clip_norm", "clip_value"):
             limit = getattr(self, name)

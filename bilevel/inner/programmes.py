@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints.functions import Constrained, Linearised
-from bilevel.errors import ConvergenceError, CurvatureError, UnboundedError
+from bilevel.errors import ConvergenceError, CurvatureError, UnboundedError, require_kinds
 from bilevel.inner.base import InnerSolver, Problem
 from bilevel.tree import join
 
@@ -116,6 +116,11 @@ class ProxQP(ProgrammeSolver):
 
     eps_abs: float = 1e-9
     max_iter: int = 10_000
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
+        if not 0.0 < self.eps_abs < float("inf") or self.max_iter < 1:
+            raise ValueError(f"{self}: expected eps_abs above 0 and finite, and max_iter of at least 1.")
 
     @property
     def quadratic(self) -> bool:

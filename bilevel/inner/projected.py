@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, require_kinds
 from bilevel.inner.base import InnerSolver, Problem
 
 _MOST_GROWTH = 1e3
@@ -52,6 +52,9 @@ class ProjectedGradient(InnerSolver):
     """
 
     accelerate: bool = True
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
 
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float

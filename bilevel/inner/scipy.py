@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bilevel.constraints import Box, ConstraintSet
 from bilevel.constraints.functions import Constrained
+from bilevel.errors import require_kinds
 from bilevel.inner.base import InnerSolver, Problem, require_minimum
+from bilevel.inner.conditions import SmoothedConditions
 from bilevel.tree import Structure, join
 
 
@@ -47,6 +49,7 @@ class Scipy(InnerSolver):
     bounds: Any = None
 
     def __post_init__(self) -> None:
+        require_kinds(self, method=str, options=Mapping)
         if self.bounds is None:
             return
         _require_bounded(self.method, "bounds=")
@@ -171,7 +174,9 @@ class ScipyRoot(InnerSolver):
     """A zero of the follower's own gradient by `scipy.optimize.root`, in float64 on the CPU.
 
     Several players who answer together need it: their stacked own gradients are no loss's gradient, so that nothing can
-    be minimised. It finds *any* zero, a maximum too: certify what it finds.
+    be minimised. It finds *any* zero, a maximum too: certify what it finds. Players with functions as constraints are
+    settled by their KKT conditions, min(l, -c) = 0 being smoothed to l - c = sqrt(l^2 + c^2 + 2 mu) for a mu that is
+    taken to 0. Source: Kanzow 1996, SIAM J. Matrix Anal. Appl. 17(4).
 
     Args:
         method: SciPy's name. "hybr" is Powell's, with differences for the Jacobian, for a hundred unknowns or so;
@@ -186,10 +191,15 @@ class ScipyRoot(InnerSolver):
     method: str = "hybr"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_kinds(self, method=str, options=Mapping)
+
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float
     ) -> tuple[list[Tensor], Any]:
         """SciPy's answer; `steps` bounds its iterations, or its evaluations per unknown where it counts those."""
+        if problem.constraints is not None:
+            return self._settled(problem, problem.constraints, y, steps), None
         import numpy as np  # noqa: PLC0415
         from scipy.optimize import root  # noqa: PLC0415
 
@@ -211,6 +221,34 @@ class ScipyRoot(InnerSolver):
         }
         found = root(residual, start, method=self.method, options={**limits.get(self.method, {}), **self.options})
         return [t.clone() for t in tensors(found.x)], None
+
+    @property
+    def takes_equilibria(self) -> bool:
+        """Yes."""
+        return True
+
+    def _settled(self, problem: Problem, programme: Constrained, y: list[Tensor], steps: int) -> list[Tensor]:
+        """Where the smoothed conditions of (y, l, m) vanish, near enough for the follower's own Newton steps."""
+        from scipy.optimize import root  # noqa: PLC0415
+
+        conditions = SmoothedConditions(programme, join(y).detach().to("cpu", torch.float64))
+        z = conditions.start
+        most = steps * (len(z) + 1)
+        limits = {"hybr": {"maxfev": most}, "lm": {"maxiter": most}, "krylov": {"maxiter": steps}}
+        options = {**limits.get(self.method, {"maxfev": steps}), **self.options}
+        for smoothing in _SMOOTHINGS:
+            conditions.smoothing = smoothing
+            slopes = {"jac": conditions.jacobian} if self.method in ("hybr", "lm") else {}
+            found = root(conditions.value, z, method=self.method, options=options, **slopes).x
+            if not all(map(math.isfinite, found)):
+                break
+            z = found
+        answer = torch.tensor(z[: problem.form.size], dtype=torch.float64).to(y[0])
+        return [t.clone() for t in problem.form.split(answer)]
+
+
+_SMOOTHINGS = (1e-2, 1e-5, 1e-10)
+"""The values of mu, one after the other: the last leaves 1e-5 of a multiplier, and the follower does the rest."""
 
 
 def _in_scipys_words(programme: Constrained) -> list[dict[str, Any]]:

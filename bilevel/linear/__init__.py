@@ -14,6 +14,7 @@ from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.operator import LinearOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner, Recycled
+from bilevel.linear.stochastic_gradient import StochasticGradient
 from bilevel.linear.stopping import HypergradientTolerance
 from bilevel.linear.system import Candidate, LinearSystem, Memory
 
@@ -39,6 +40,7 @@ __all__ = [
     "NystromPreconditioner",
     "Preconditioner",
     "Recycled",
+    "StochasticGradient",
     "gaussian",
     "norm",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel._returned import Lent, described, require_like
 from bilevel.autodiff import concrete
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError, require_kinds
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
 from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
@@ -117,6 +117,7 @@ class LinearSolver(ABC):
 
     def __post_init__(self) -> None:
         """Refuse settings that no system can meet."""
+        require_kinds(self)
         wanted = "a finite number >= 0"
         self._require("rtol", self.rtol is None or 0.0 <= self.rtol < math.inf, f"{wanted}, or None for no accuracy")
         self._require("atol", 0.0 <= self.atol < math.inf, wanted)
@@ -136,6 +137,11 @@ class LinearSolver(ABC):
     @property
     def needs_symmetry(self) -> bool:
         """Whether it refuses a system that is not symmetric."""
+        return False
+
+    @property
+    def takes_random(self) -> bool:
+        """Whether it takes an operator whose products are each with another sample of A, such as a fresh batch's."""
         return False
 
     @property
@@ -190,9 +196,13 @@ class LinearSolver(ABC):
             NonFiniteError: for NaN or infinity in them or in products.
             NotSymmetricError: where `needs_symmetry` and the operator does not promise it.
             ConvergenceError: when `strict`, for a residual above the tolerance, or a solution that is worse than 0.
+
+        The residual of an operator with `random=True` is that of one more sample, in which nothing is judged.
         """
         if self.needs_symmetry:
             self._require_symmetric(operator)
+        if operator.random:
+            self.require_random()
         size = self._size(rhs, initial)
         if operator.shapes is not None and entries(operator.shapes) != rhs.numel():
             raise ValueError(
@@ -229,6 +239,21 @@ class LinearSolver(ABC):
             given = {n: getattr(found, n) for n in ("memory", "error", "enough", "shortfall")}
             return replace(measured, **given)
         return found
+
+    def require_random(self) -> None:
+        """Raise `ValueError` unless it can take products that are each with another sample of A."""
+        name = type(self).__name__
+        if not self.takes_random:
+            raise ValueError(
+                f"{name} needs one matrix for all its products, and each would be with another sample of it, such as "
+                "a fresh batch's. Use Neumann(rtol=None) or linear.StochasticGradient(step_size=...), or products "
+                "with one matrix: responses.HeldBatch(), or AllBatches()."
+            )
+        if self.rtol is not None:
+            raise ValueError(
+                f"{name} was given rtol={self.rtol:g}, by which a solve ends; the residual of random products is "
+                "noise, and an end that depends on it biases the answer. Give rtol=None and a number of steps."
+            )
 
     def tolerance(self, rhs: Tensor) -> Tensor:
         """The residual norm below which a solution counts as converged, a 0-d tensor."""
@@ -285,6 +310,10 @@ class LinearSolver(ABC):
                 f"{type(self).__name__} met NaN or infinite numbers within {products} products. Either the products "
                 "with A are not finite, or the system is so close to singular that its solution overflows: add damping."
             )
+        if system.operator.random:
+            learned = {} if memory is None else dict(memory) if found.memory is None else found.memory
+            solution = found.solution.contiguous()
+            return LinearSolution(solution, found.residual_norm, products, False, memory=learned, mixed=found.mixed)
         within = self.rtol is not None and concrete(found.residual_norm - system.tolerance) <= 0.0
         beats_zero = self._beats_zero(system, found)
         missed = "" if within or found.enough else found.shortfall

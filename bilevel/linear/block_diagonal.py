@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bilevel.autodiff import concrete
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, require_kinds
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
@@ -72,6 +72,7 @@ class BlockDiagonal(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         empty = self.shapes is not None and not self.shapes
         if self.rank < 1 or self.probes < 1 or self.refresh < 0 or not 0.0 <= self.forgetting <= 1.0 or empty:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
+from bilevel.errors import require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.iteration import Iteration
 from bilevel.linear.norms import norm
@@ -67,6 +68,7 @@ class ConjugateGradient(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")
         given = self.preconditioner

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import Shapes
@@ -68,6 +69,7 @@ class Extrapolated(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(f"Extrapolated was given solver={self.solver!r}; it wants one such as ConjugateGradient().")
         self._require("size", self.size >= 1, "at least 1 difference of solutions to keep")

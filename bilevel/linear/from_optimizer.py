@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.linear.operator import LinearOperator, Shapes
 from bilevel.linear.preconditioner import Applied, Preconditioner, no_pairs, two_loops, with_pairs
 from bilevel.linear.system import Memory
@@ -50,6 +51,7 @@ class AdamPreconditioner(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not self.power > 0.0 or not self.floor >= 0.0:
             raise ValueError(f"{self}: expected a power above 0 and a floor of at least 0.")
 
@@ -105,6 +107,7 @@ class LBFGSPreconditioner(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if self.size < 1:
             raise ValueError(f"{self}: expected a size of at least 1.")
 

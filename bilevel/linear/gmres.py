@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
+from bilevel.errors import require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.norms import norm
 from bilevel.linear.refinement import default_steps, refine
@@ -58,6 +59,7 @@ class GMRES(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("restart", self.restart >= 1, "at least 1, the number of vectors kept")
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1, or None for 2n")

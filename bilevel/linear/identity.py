@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.errors import require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.system import Candidate, LinearSystem
 
@@ -36,8 +37,14 @@ class Identity(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("scale", 0.0 < self.scale < math.inf, "a positive number, about 1 over a typical eigenvalue of A")
+
+    @property
+    def takes_random(self) -> bool:
+        """Yes: it takes no product but to measure one."""
+        return True
 
     @property
     def remedy(self) -> str:

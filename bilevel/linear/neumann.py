@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete, transforms_active
-from bilevel.errors import ConvergenceError
+from bilevel.errors import ConvergenceError, require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
@@ -67,6 +67,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("max_steps", self.max_steps >= 0, "at least 0, which is step_size * b")
         positive = self.step_size is None or 0.0 < self.step_size < math.inf
@@ -74,6 +75,11 @@ class Neumann(LinearSolver):
         least = 1 if self.step_size is None else 0
         self._require("power_steps", self.power_steps >= least, f"at least {least} with step_size={self.step_size}")
         self._require("every", self.every >= 1, "at least 1, which is anew for each system")
+
+    @property
+    def takes_random(self) -> bool:
+        """Yes: of independent samples of A, the mean of the K terms is the K terms of A's mean."""
+        return True
 
     @property
     def remedy(self) -> str:
@@ -98,11 +104,14 @@ class Neumann(LinearSolver):
         step, memory, kept = self._step(system, anew=anew)
         # Only a symmetric residual that grows at all proves divergence. Against |b| too, for a start that was close.
         most_growth = 2.0 if system.symmetric else 100.0
+        random = system.operator.random
+        if random:  # one sample may be large, and a residual by it
+            most_growth = 1e4
         ceiling = most_growth * torch.maximum(left, size)
         ceiling = torch.where(ceiling > 0.0, ceiling, 1.0)  # a zero system among others in a batch
         # Of a symmetric residual no step may make more, but for what rounding makes of a small one.
         noise = torch.finfo(rhs.dtype).eps ** 0.5
-        watched = kept and system.symmetric
+        watched = kept and system.symmetric and not random
         single = not transforms_active() and not torch.is_grad_enabled()  # then vectors of its own are written over
         solution, residual, found = start.solution, start.residual, None
         del start
@@ -124,7 +133,7 @@ class Neumann(LinearSolver):
                 residual = system.residual(solution, out=residual if over else None)
                 left = norm(residual)
             growth = concrete(left / ceiling)
-            if not growth <= 1.0 and kept:
+            if not growth <= 1.0 and kept and not random:
                 return None
             if not growth <= 1.0:
                 raise ConvergenceError(
@@ -145,7 +154,8 @@ class Neumann(LinearSolver):
         """The step size, a 0-d tensor; the memory of what it was made of; and whether an earlier system made that."""
         given, memory = self.step_size, system.memory
         # |A v| / |v| bounds the largest eigenvalue from below only when A is symmetric.
-        if given is not None and (self.power_steps == 0 or not system.symmetric):
+        unchecked = self.power_steps == 0 or not system.symmetric or system.operator.random
+        if given is not None and unchecked:
             return torch.full_like(system.rhs[0], given), memory, False
         served = int(memory["served"])
         kept = not anew and 0 < served < self.every

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
-from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError
+from bilevel.errors import IndefiniteSystemError, NonFiniteError, NotSymmetricError, require_kinds
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import asymmetry_tolerance, norm
@@ -62,6 +62,7 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         super().__post_init__()
         self._require("rank", self.rank >= 1, "at least 1, the number of products to spend")
         self._require("damping", self.damping > 0.0, "a positive number: the low-rank part alone has no inverse")

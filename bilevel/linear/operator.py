@@ -24,6 +24,7 @@ class LinearOperator:
             implicit derivative, which share most of the work. It is taken instead of `matvec` for the product that
             measures the residual of what may be the answer, and the solution brings what came along.
         interest: Maps u to what it is needed for: the hypergradient, for an adjoint.
+        random: Whether each product is with another sample of A, such as the Hessian of a fresh batch.
 
     Examples:
         >>> import torch
@@ -37,6 +38,7 @@ class LinearOperator:
     shapes: Shapes | None = field(default=None, kw_only=True)
     matvec_and_mixed: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]] | None = field(default=None, kw_only=True)
     interest: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    random: bool = field(default=False, kw_only=True)
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping * I."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel._returned import Lent, both, described, require_like, version
+from bilevel.errors import require_kinds
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import eigenpairs
@@ -147,6 +148,7 @@ class Diagonal(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if self.probes < 2 or self.refresh < 0 or not 0.0 <= self.forgetting <= 1.0:
             raise ValueError(
                 f"{self}: expected probes of at least 2, refresh of at least 0, and forgetting between 0 and 1."
@@ -225,6 +227,7 @@ class NystromPreconditioner(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if self.rank < 1 or self.every < 1:
             raise ValueError(f"{self}: expected rank and every of at least 1.")
 
@@ -269,6 +272,7 @@ class Recycled(Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if self.size < 1:
             raise ValueError(f"{self}: expected a size of at least 1.")
         if not (self.base is None or isinstance(self.base, Preconditioner)):

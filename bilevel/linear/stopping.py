@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import concrete
+from bilevel.errors import require_kinds
 from bilevel.linear.base import loosened
 from bilevel.linear.norms import norm
 
@@ -71,6 +72,7 @@ class HypergradientTolerance(Stopping):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not 0.0 < self.rtol < 1.0 or self.first < 1 or not self.spacing > 1.0:
             raise ValueError(
                 f"{self}: expected 0 < rtol < 1, first of at least 1, and a spacing above 1. Leave stopping= out to "

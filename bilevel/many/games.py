@@ -31,11 +31,11 @@ class Games(Stack):
         solutions[17]                                       # where solve(games.game(17), ...) ends
 
     `game` is one of them, and its objectives are written for one: `torch.func.vmap` runs them over all. `init`: player
-    -> variables, each leaf `[count, ...]`; who is left out starts in every game where it starts in `game`. `data`:
-    player -> an iterable of batches, each tensor of a batch `[count, ...]`; who is left out draws the same batches of
-    `game` in every game. `data_dims`: player -> which leaves of its batch have the leading dimension, 0 or None for
-    each or for all of a branch, as `in_dims` of vmap says it (default: every tensor). What else an objective needs of
-    its own game, a cost or a seed's draw, is part of the batch.
+    -> variables, each leaf `[count, ...]`; players that are not listed use `game`'s init in every copy. `data`:
+    player -> an iterable of batches, each tensor of a batch `[count, ...]`; players that are not listed draw the same
+    batches of `game` in every game. `data_dims`: player -> which leaves of its batch have the leading dimension, 0 or
+    None for each or for all of a branch, as `in_dims` of vmap says it (default: every tensor). What else an objective
+    needs of its own game, a cost or a seed's draw, is part of the batch.
 
     It is a `Game` whose losses are `[count]`. Modules' buffers are one each. Random numbers (dropout) are drawn for
     each game, and are not those that the game would draw alone.

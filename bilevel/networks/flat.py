@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from bilevel.errors import require_kinds
+
 Parameters = Mapping[str, Tensor]
 """A network's numbers, by names of its own."""
 
@@ -102,6 +104,7 @@ class LowRank(FlatNetwork):
     rank: int = 10
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.rank < 1:
             raise ValueError(f"LowRank: rank={self.rank}; expected at least 1, the directions that it tells apart.")
 

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.networks.flat import Parameters
 
 _BLOCK = 64
@@ -182,6 +183,7 @@ class LowRankLayers(_LayerNetwork):
     rank: int = 4
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.rank < 1:
             raise ValueError(f"LowRankLayers: rank={self.rank}; expected at least 1.")
 

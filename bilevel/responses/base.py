@@ -59,7 +59,7 @@ class Response(ABC):
     `after_backward`. Inside a `torch.func` transform a response is a pure function of the others' variables at the
     given state, and returns that state as it came.
 
-    A response that says `in_place` is the exception, for size: a call moves on the very state that it is passed.
+    A response that says `in_place` is the exception, for size: a call overwrites its input state and returns it.
     """
 
     @property
@@ -261,6 +261,7 @@ def fresh_state(
             f"Game(...); players in order of play: {list(game.names)}."
         )
     game.require_follower(name)
+    game.require_ranks(f"The response of player {name!r}")
     if not many:
         game.require_one(f"The response of player {name!r}, unlike Unrolled and Implicit,")
     alone = game.starts_alone(name)

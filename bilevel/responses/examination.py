@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bilevel.autodiff import Pullback
 from bilevel.errors import BilevelWarning, NonConvergenceWarning, UnreliableResponseWarning
-from bilevel.game import Follower, Game, HeldResidual, Size
+from bilevel.game import Follower, Game, Size
 from bilevel.linear import LinearSolution
+from bilevel.responses.batches import FixedResidual
 from bilevel.tree import join, leaves
 
 NEAR = 0.1
@@ -38,7 +39,7 @@ class Examination:
         self,
         game: Game,
         follower: Follower,
-        residual: HeldResidual,
+        residual: FixedResidual,
         y: Tensor,
         slope: Tensor,
         *,

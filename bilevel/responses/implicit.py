@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._root import Examine, Receipt, attach, receipt_of
-from bilevel.autodiff import Pullback, below_transforms, concrete, pullback, transforms_active
+from bilevel._root import Examine, Products, Receipt, attach, receipt_of, source_of
+from bilevel.autodiff import Pullback, below_transforms, concrete, transforms_active
 from bilevel.errors import (
     BilevelWarning,
     ConvergenceError,
@@ -19,8 +19,11 @@ from bilevel.errors import (
     KinkWarning,
     NonConvergenceWarning,
     NotSymmetricError,
+    SecondDerivativeError,
+    UnreliableResponseWarning,
+    require_kinds,
 )
-from bilevel.game import Follower, Game, HeldResidual
+from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
@@ -28,7 +31,7 @@ from bilevel.inner.base import minimised, require_solver
 from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
-from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolver
+from bilevel.linear import GMRES, ConjugateGradient, Dense, LinearSolution, LinearSolver
 from bilevel.linear.base import loosened
 from bilevel.responses.base import (
     Response,
@@ -40,10 +43,12 @@ from bilevel.responses.base import (
     require_second_derivative,
 )
 from bilevel.responses.batch_tensors import BatchTensors
+from bilevel.responses.batches import Batches, FixedResidual, HeldBatch, Pull, exact_products
+from bilevel.responses.curvature import Curvature, Hessian
 from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
-from bilevel.responses.promise import Behaviour, Optimum, Promise, Report
+from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
 
 _DENSE = 500
@@ -60,9 +65,10 @@ class Implicit(Response):
     $$
 
     The last batch, the buffers and the random numbers are held through the linear solve: with minibatches the held
-    batch stands for the whole data. The hypergradient's error is first order in what `tolerance` and the linear
-    residual leave. It warns where the answer is far from the optimum although it meets `tolerance`, which a far start
-    makes large, and where the backward solve shows that the follower is at no minimum, or where its loss is flat.
+    batch stands for the whole data, unless `batches` says otherwise. The hypergradient's error is first order in what
+    `tolerance` and the linear residual leave. It warns where the answer is far from the optimum although it meets
+    `tolerance`, which a far start makes large, and where the backward solve shows that the follower is at no minimum,
+    or where its loss is flat.
 
     Costs up to `steps` + 1 gradients, and in backward the solver's Hessian-vector products; memory of one graph. Do not
     wrap it in `torch.utils.checkpoint(use_reentrant=False)`, which takes the call again for each gradient and product.
@@ -78,6 +84,9 @@ class Implicit(Response):
         warm_start: From the last call's variables and linear solution; else each call starts at `init`.
         strict: Raise where it would warn.
         inexactness: `Geometric()` or `AsLeaderMoves()`: looser tolerances while the leader is far from its goal.
+        batches: Which batches of its data the derivative is of: `responses.HeldBatch()`, `FreshBatches()`, a new one
+            for each product, or `AllBatches()`.
+        curvature: The matrix of its equation: `responses.Hessian()`, or `GaussNewton(...)`, which is definite.
 
     Raises:
         ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
@@ -101,8 +110,11 @@ class Implicit(Response):
     warm_start: bool = True
     strict: bool = False
     inexactness: Inexactness | None = None
+    batches: Batches = field(default_factory=HeldBatch)
+    curvature: Curvature = field(default_factory=Hessian)
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.steps < 1:
             raise ValueError(f"Implicit: steps={self.steps}; expected at least 1.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
@@ -116,6 +128,14 @@ class Implicit(Response):
             raise TypeError(
                 f"Implicit: inexactness is {self.inexactness!r}; expected Geometric(), AsLeaderMoves() or None."
             )
+
+        if not isinstance(self.batches, Batches):
+            raise TypeError(
+                f"Implicit: batches is {self.batches!r}; expected HeldBatch(), FreshBatches() or AllBatches()."
+            )
+
+        if not isinstance(self.curvature, Curvature):
+            raise TypeError(f"Implicit: curvature is {self.curvature!r}; expected Hessian() or GaussNewton(...).")
 
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimiser."""
@@ -141,6 +161,8 @@ class Implicit(Response):
                 f"{type(linear).__name__} needs a positive definite one. Leave linear_solver= out, or use "
                 "linear.Dense() for a few hundred unknowns, or GMRES()."
             )
+        self.batches.require(game, start, linear)
+        self.curvature.require(start)
         solver, flat, shapes = start.adapted_linear(linear), start.as_unknowns(state), start.unknowns.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
@@ -181,9 +203,12 @@ class Implicit(Response):
             (y,) = below_transforms(below, inputs)  # root attaches its derivatives
             after, receipt, products, rest, examine = state, None, None, None, None
             follower.batch = below.held(follower)
-            residual = follower.held_residual()
+            residual = self.batches.residual(follower, state)
+            source = self.batches.products(follower, residual, self._pull)
+            if source is not None and source.refusal:
+                raise SecondDerivativeError(source.refusal)
         else:
-            rest, after, residual, products, examine = self._solve(game, follower, state, looser)
+            rest, after, residual, products, examine, source = self._solve(game, follower, state, looser)
             y = rest.unknowns
             before, kept = state["linear"], self._solver.remembered(after["optimizer"])
             after["products"] += int(before["products"])
@@ -194,6 +219,7 @@ class Implicit(Response):
                 torch.full_like(before["error"], torch.nan),
                 solver.inform(before["memory"], kept),
             )
+            examine = self._examined(examine, follower, residual, y, receipt)
             blank = vars(Receipt.blank(y))
             after["linear"] = before | {key: blank[key] for key in ("residual", "products", "error")}
         attached = attach(
@@ -206,6 +232,7 @@ class Implicit(Response):
             receipt=receipt,
             products=products,
             examine=examine,
+            source=source,
         )
         if rest is not None and rest.other_side is not None and attached.requires_grad:
             tell_of_kink(attached, rest, follower, residual, linear)
@@ -213,8 +240,8 @@ class Implicit(Response):
 
     @property
     def promise(self) -> Promise:
-        """The optimum's derivative."""
-        return Optimum()
+        """The optimum's derivative; with another matrix than the Hessian an estimate of it."""
+        return self.curvature.promise
 
     @property
     def budget(self) -> int:
@@ -246,7 +273,11 @@ class Implicit(Response):
         receipt = receipt_of(answer)
         if receipt is None:
             return state
-        return state | {"linear": vars(receipt).copy()}  # a second backward pass through this answer replaces them
+        source = source_of(answer)
+        moved = {} if source is None else source.learned()
+        return (
+            state | moved | {"linear": vars(receipt).copy()}
+        )  # a second backward pass through this answer replaces them
 
     def report(self, state: State) -> Report:
         """With the relative residual of the last backward solve, and its estimate of the hypergradient's error."""
@@ -267,12 +298,16 @@ class Implicit(Response):
             self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Implicit", self.optimizer)
         )
 
+    @property
+    def _pull(self) -> Pull | None:
+        return None if self.curvature.exact else self.curvature.pull
+
     def _linear(self, follower: Follower) -> LinearSolver:
         if self.linear_solver is not None:
             return self.linear_solver
-        if follower.symmetric:
-            if follower.definite:
-                return ConjugateGradient()
+        if follower.symmetric and follower.definite:
+            return ConjugateGradient()
+        if follower.multipliers or follower.symmetric:
             return Dense() if follower.size <= _DENSE else GMRES(restart=100)
         return GMRES()
 
@@ -285,10 +320,11 @@ class Implicit(Response):
 
     def _solve(
         self, game: Game, follower: Follower, state: State, looser: float
-    ) -> tuple[Rest, State, HeldResidual, Pullback | None, Examine | None]:
+    ) -> tuple[Rest, State, FixedResidual, Pullback | None, Examine | None, Products | None]:
         """The optimum `[n]` found by plain steps, the state after them, F there, and the graph of F that judged it.
 
-        Last comes what will judge it by the backward solve, where there will be one.
+        Last come what will judge it by the backward solve, where there will be one, and what makes other products than
+        that graph's.
         """
         with torch.no_grad():
             start, kept = follower.begins(state, warm=self.warm_start)
@@ -302,10 +338,13 @@ class Implicit(Response):
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)
-        residual, flat = follower.held_residual(), rest.unknowns
+        residual, flat = self.batches.residual(follower, state), rest.unknowns
         tracked = [x.requires_grad and torch.is_grad_enabled() for x in follower.xs]
-        slope, products = self._judged(residual, flat, follower.xs, tracked)
+        source = self.batches.products(follower, residual, self._pull)
+        slope, products = self._judged(residual, flat, follower.xs, tracked, source)
         follower.gradient_count += 1
+        if source is not None and any(tracked):
+            follower.gradient_count += self.curvature.check(residual, flat, follower.xs)
         follower.require_finite(y, advice, residual.loss)
         norm = follower.norm(follower.unknowns.split(slope))
         relative = follower.relative(norm, state)
@@ -332,7 +371,9 @@ class Implicit(Response):
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
         if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
-            return rest, after, residual, products, None
+            return rest, after, residual, products, None, source
+        if source is not None and source.random:  # no u of theirs solves one equation
+            return rest, after, residual, products, None, source
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
         examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
@@ -347,7 +388,29 @@ class Implicit(Response):
                 self._tell(warning, stacklevel=2)
             return examination.products - before
 
-        return rest, after, residual, products, examine
+        return rest, after, residual, products, examine, source
+
+    def _examined(
+        self, examine: Examine | None, follower: Follower, residual: FixedResidual, y: Tensor, receipt: Receipt
+    ) -> Examine | None:
+        """The same, and what the curvature and other batches say of the solve, which goes into the receipt."""
+        solver = follower.adapted_linear(self._linear(follower))
+        given = (follower, residual, y, solver)
+        judges = [judge for asked in (self.curvature, self.batches) if (judge := asked.judge(*given)) is not None]
+        if not judges:
+            return examine
+
+        def both(found: LinearSolution, rhs: Tensor, given: Any, mixed: Any, products: Pullback) -> int:
+            taken = 0 if examine is None else examine(found, rhs, given, mixed, products)
+            for judge in judges:
+                error, more, told = judge(found, rhs, mixed, products)
+                taken += more
+                receipt.error = torch.full_like(receipt.error, error)
+                if told:
+                    self._tell(UnreliableResponseWarning(f"Player {follower.name!r}: {told}"), stacklevel=2)
+            return taken
+
+        return both
 
     def _warn_of_kinks(self, follower: Follower, kinks: Kinks) -> None:
         if kinks:
@@ -393,18 +456,18 @@ class Implicit(Response):
 
     @staticmethod
     def _judged(
-        residual: HeldResidual, y: Tensor, xs: list[Tensor], tracked: list[bool]
+        residual: FixedResidual, y: Tensor, xs: list[Tensor], tracked: list[bool], source: Products | None
     ) -> tuple[Tensor, Pullback | None]:
         """F(y, *xs), and its pullback in y and the tracked of xs when there are any: the graph that backward needs."""
         if not any(tracked):
             with torch.no_grad():
                 return residual(y, *xs), None
 
-        def partial(y: Tensor, *some: Tensor) -> Tensor:
-            given = iter(some)
-            return residual(y, *(next(given) if track else x for x, track in zip(xs, tracked, strict=True)))
-
-        value, products = pullback(partial, y, *(x for x, track in zip(xs, tracked, strict=True) if track))
+        wanted = [index for index, track in enumerate(tracked) if track]
+        if source is not None:
+            with torch.no_grad():
+                return residual(y, *xs), source.pull(y, xs, wanted)
+        value, products = exact_products(residual, y, xs, wanted)
         return value.detach(), products
 
 

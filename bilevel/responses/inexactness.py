@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.errors import require_kinds
+
 
 class Inexactness(ABC):
     """A factor on an `Implicit` response's tolerances, at least 1, that falls to 1 as the leader gets on.
@@ -38,6 +40,7 @@ class Geometric(Inexactness):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not self.start >= 1.0 or not 0.0 < self.rate < 1.0:
             raise ValueError(f"{self}: expected a start of at least 1 and a rate between 0 and 1.")
 
@@ -63,6 +66,7 @@ class AsLeaderMoves(Inexactness):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
+        require_kinds(self)
         if not self.start >= 1.0 or not self.power > 0.0:
             raise ValueError(f"{self}: expected a start of at least 1 and a power above 0.")
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bilevel._root import attach
 from bilevel.errors import BilevelError, KinkWarning
-from bilevel.game import Follower, HeldResidual
+from bilevel.game import Follower
 from bilevel.game.residual import Rest
 from bilevel.linear import LinearSolver
+from bilevel.responses.batches import FixedResidual
 from bilevel.tree import named_leaves
 
 _SHOWN = 6
@@ -26,7 +27,7 @@ def kink_of(follower: Follower, rest: Rest) -> str:
 
 
 def tell_of_kink(
-    attached: Tensor, rest: Rest, follower: Follower, residual: HeldResidual, linear_solver: LinearSolver
+    attached: Tensor, rest: Rest, follower: Follower, residual: FixedResidual, linear_solver: LinearSolver
 ) -> None:
     """Let the backward pass through `attached: [n]` warn of the kink with both derivatives, where they differ."""
     other = rest.other_side

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import below_transforms, gradient, nearest, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError
+from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, require_kinds
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
@@ -92,6 +92,7 @@ class Nudged(Response):
     strict: bool = False
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.steps < 1:
             raise ValueError(f"Nudged: steps={self.steps}; expected at least 1.")
         if self.nudge is not None and not 0.0 < self.nudge < math.inf:

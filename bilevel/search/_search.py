@@ -91,13 +91,17 @@ class GradientSearch:
     def init(self, seed: int = 0) -> State:
         """The state before the first point; `seed` is of the random candidates."""
         none = torch.empty(0, len(self.space), dtype=torch.float64)
-        return {"points": none, "values": none[:, 0], "slopes": none, "asked": 0, "seed": seed}
+        return {"points": none, "values": none[:, 0], "slopes": none, "pending": none, "asked": 0, "seed": seed}
 
     def ask(self, state: State, count: int = 1) -> tuple[list[dict[str, float]], State]:
-        """The next `count` points, to be tried side by side, and the next state."""
+        """The next `count` points, to be tried side by side, and the next state.
+
+        They keep away from each other, and from points that were asked for earlier and whose losses were not told yet.
+        Tell `math.nan` for one whose training was lost. Raises `ValueError` for a count below 1.
+        """
         if count < 1:
             raise ValueError(f"GradientSearch.ask: count={count}; expected at least 1.")
-        generator = torch.Generator().manual_seed(hash((state["seed"], state["asked"])) % 2**63)
+        generator = torch.Generator().manual_seed((1_000_003 * state["seed"] + state["asked"]) % 2**63)
         chosen: list[Tensor] = []
         if not bool(state["values"].isfinite().any()):
             if state["asked"] == 0:
@@ -107,8 +111,12 @@ class GradientSearch:
         else:
             process, low, high = self._model(state)
             for _ in range(count):
-                chosen.append(_least(process, low, high, chosen, generator))
-        return [self._values(place) for place in chosen], {**state, "asked": state["asked"] + count}
+                chosen.append(_least(process, low, high, [*state["pending"], *chosen], generator))
+        return [self._values(place) for place in chosen], {
+            **state,
+            "pending": torch.cat([state["pending"], torch.stack(chosen)]),
+            "asked": state["asked"] + count,
+        }
 
     def tell(
         self, state: State, point: Mapping[str, float], loss: float, gradient: Mapping[str, float] | None = None
@@ -138,6 +146,8 @@ class GradientSearch:
             "points": torch.cat([state["points"], place[None]]),
             "values": torch.cat([state["values"], torch.tensor([loss], dtype=torch.float64)]),
             "slopes": torch.cat([state["slopes"], slope[None]]),
+            # A natural value and back: a rounding apart.
+            "pending": state["pending"][(state["pending"] - place).abs().amax(1) > 1e-9],
         }
 
     def best(self, state: State) -> tuple[dict[str, float], float]:

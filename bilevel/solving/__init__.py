@@ -3,5 +3,6 @@
 from bilevel.solving._solve import solve
 from bilevel.solving.solution import Solution
 from bilevel.solving.solutions import Solutions
+from bilevel.solving.spread import Spread
 
-__all__ = ["Solution", "Solutions", "solve"]
+__all__ = ["Solution", "Solutions", "Spread", "solve"]

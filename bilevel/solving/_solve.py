@@ -7,19 +7,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
+import torch
+
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import CheckpointError, StopRun
 from bilevel.game import Game
-from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
+from bilevel.inner import Scipy
+from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.many import Games
+from bilevel.parallel import DataParallel
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
+from bilevel.solving.best import best_of
+from bilevel.solving.description import Describer
+from bilevel.solving.drawn import Start, starts_of
 from bilevel.solving.history import Observe, Record
+from bilevel.solving.leaders import LeaderOptimizer, tolerated
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
 from bilevel.solving.solutions import Solutions
+from bilevel.solving.together import Alone, Together
 from bilevel.tree import Variables
 
 Callback = Callable[[int, Record, Mapping[str, Variables]], object]
@@ -29,7 +38,7 @@ Callback = Callable[[int, Record, Mapping[str, Variables]], object]
 def solve(  # type: ignore[overload-overlap]  # who says Game and means Games gets Solutions, typed Solution
     game: Games,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -42,6 +51,8 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solutions: ...
 
@@ -50,7 +61,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
 def solve(
     game: Game,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -63,6 +74,8 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> Solution: ...
 
@@ -70,7 +83,7 @@ def solve(
 def solve(
     game: Game,
     *,
-    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+    optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None = None,
     steps: int = 100,
     scheduler: SchedulerFactory | None = None,
     clip_norm: float | None = None,
@@ -83,6 +96,8 @@ def solve(
     progress: bool = False,
     seed: int = 0,
     record: Observe | None = None,
+    parallel: DataParallel | None = None,
+    starts: int | Sequence[Start] | None = None,
     **responses: Response,
 ) -> End[Any]:
     """Play a game: every player without a response leads; the others answer by theirs.
@@ -93,8 +108,10 @@ def solve(
 
     Args:
         game: A `Game`; or `Games`, played at once, which gives `Solutions`.
-        optimizer: From tensors to the leaders' torch.optim optimiser, or one by leader; default: Adam, lr 0.01.
-        steps: Of the leaders.
+        optimizer: From tensors to the leaders' torch.optim optimiser, or one by leader; default: Adam, lr 0.01. For a
+            leader with functions, `bl.constraints.AugmentedLagrangian(optimiser)` says how they become terms of its
+            loss. For one leader on a fixed batch also `bl.Scipy("SLSQP")`, which sees them, or `bl.Scipy("L-BFGS-B")`.
+        steps: Of the leaders; with `bl.Scipy` evaluations at most.
         scheduler: From that optimiser to a torch learning-rate scheduler.
         clip_norm: Largest norm of a leader's gradient; None: as it is.
         dynamics: How several leaders follow their field; default: `Simultaneous()`.
@@ -107,6 +124,12 @@ def solve(
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
         record: From everybody's variables after a step to further numbers for the history, by name.
+        parallel: Play it in all processes of torchrun or a process group, each with a part of every batch; all call
+            `solve` alike. The first writes the checkpoint; the history tells the bytes sent a step.
+        starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
+            from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
+            `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
+            can, as `Games`; else one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
         **responses: Follower -> its response.
 
     Raises:
@@ -114,6 +137,7 @@ def solve(
         NonFiniteError: If a leader's gradient is NaN or infinite.
         CheckpointError: For a file of another run, which says in what, for one that is damaged, and where none can be
             written.
+        ParallelError: On all ranks, where they disagree or one of them has ended.
 
     Examples:
         >>> import torch, bilevel as bl
@@ -124,38 +148,110 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
-    try:
-        run = Run(game, responses, optimizer, scheduler, dynamics or Simultaneous(), clip_norm, seed, record)
-        if steps < 1 or checkpoint_every < 1:
-            raise ValueError(f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each.")
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-        if path is not None and resume and path.exists():
-            run.restore(checkpoints.load(path), path, accept_changes=accept_changes)
-        if run.now.step > steps:
+    if starts is not None and parallel is not None:
+        raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
+    if starts is not None:
+        options: dict[str, Any] = {
+            "optimizer": optimizer,
+            "steps": steps,
+            "scheduler": scheduler,
+            "clip_norm": clip_norm,
+            "dynamics": dynamics,
+            "callbacks": callbacks,
+            "checkpoint_every": checkpoint_every,
+            "resume": resume,
+            "accept_changes": accept_changes,
+            "progress": progress,
+            "seed": seed,
+            "record": record,
+            **responses,
+        }
+
+        def one(game: Game, path: Path | None) -> Any:
+            return solve(game, checkpoint=path, **options)
+
+        game.require_one("solve(starts=...)")
+        leading = [name for name in game.names if name not in responses]
+        if len(leading) != 1 or game.members(leading[0]) != (leading[0],):
             raise ValueError(
-                f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
-                "resume=False."
+                f"solve: starts= compares the loss of one leader, and {leading} lead. Play them one by one."
             )
-        if run.now.step < steps:
-            with (
-                progress_bar(progress, run.now.step, steps) as show,
-                _saving(run, path, checkpoint_every) as save_if_due,
-            ):
-                stopped = False
-                while run.now.step < steps and not stopped:
-                    told = run.step()
-                    show(told)
-                    stopped = _call(callbacks, run, told)
-                    save_if_due()
-        return run.solution()
+        method = optimizer[leading[0]] if isinstance(optimizer, Mapping) else optimizer
+        points = starts_of(game, leading, starts, seed)
+        tolerance = tolerated(method, torch.finfo(game.like.dtype).eps)
+        path = None if checkpoint is None else Path(checkpoint)
+        together = not isinstance(method, Scipy)
+        return best_of(game, leading[0], points, one, path, tolerance, together=together)
+    company = Alone(game) if parallel is None else Together(game, parallel)
+    try:
+        with company.playing():
+            company.agree(
+                lambda: {
+                    "responses": Describer().describe(responses),
+                    "optimizer": Describer().describe(optimizer),
+                    "scheduler": Describer().describe(scheduler),
+                    "dynamics": Describer().describe(dynamics),
+                    "options": {
+                        "clip_norm": clip_norm,
+                        "seed": seed,
+                        "steps": steps,
+                        "checkpoint": checkpoint is not None,
+                        "checkpoint_every": checkpoint_every,
+                        "resume": resume,
+                        "callbacks": len(callbacks),
+                    },
+                    "objectives": {name: Describer().describe(p.objective) for name, p in game.players.items()},
+                }
+            )
+            run = Run(
+                company.game,
+                responses,
+                optimizer,
+                scheduler,
+                dynamics or Simultaneous(),
+                clip_norm,
+                seed,
+                company.observed(record),
+            )
+            if steps < 1 or checkpoint_every < 1:
+                raise ValueError(
+                    f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each."
+                )
+            path = None if checkpoint is None else Path(checkpoint)
+            if path is not None and company.writes and not path.parent.is_dir():
+                raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
+            saved = None if path is None or not resume else company.read(path)
+            if saved is not None and path is not None:
+                run.restore(saved, path, accept_changes=accept_changes)
+            if run.now.step > steps:
+                raise ValueError(
+                    f"solve: steps={steps}, but {path} has already {run.now.step}. Ask for more steps, or pass "
+                    "resume=False."
+                )
+            if run.now.step < steps:
+                with (
+                    progress_bar(progress and company.writes, run.now.step, steps) as show,
+                    _saving(company, run, path, checkpoint_every) as save_if_due,
+                ):
+
+                    def after(told: Record) -> bool:
+                        show(told)
+                        stopped = company.stopped(_call(callbacks, run, told), run.shared)
+                        save_if_due()
+                        return stopped
+
+                    if run.leaders.driven:
+                        run.drive(steps, after)
+                    else:
+                        while run.now.step < steps and not after(run.step()):
+                            pass
+            return run.solution()
     finally:
         game.stop_reading()
 
 
 @contextmanager
-def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
+def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator[Callable[[], None]]:
     """Saves the run at once, so that a folder without room or permission is known before any work, and at the end.
 
     Gives a function to call after each step. Stopped inside a step, where some have moved and others not, the file
@@ -164,29 +260,31 @@ def _saving(run: Run, path: Path | None, every: int) -> Iterator[Callable[[], No
     if path is None:
         yield lambda: None
         return
-    steps: list[int] = []
+    steps = [-1]
 
     def save() -> None:
         # The second is the first with everything in it that later ones have.
-        checkpoints.save(path, run.state(), check=len(steps) < 2)
+        checkpoints.save(path, run.state(), check=len(steps) < 3)
         steps.append(run.now.step)
 
     def save_if_due() -> None:
         if run.now.step % every == 0:
-            save()
+            company.write(save)
 
-    checkpoints.remove_abandoned(path)
-    save()
+    if company.writes:
+        checkpoints.remove_abandoned(path)
+    company.write(save)
     try:
         yield save_if_due
     except CheckpointError:
         raise  # it would fail once more
     except BaseException:
-        if run.whole and run.now.step > steps[-1]:
+        # Alone: the others may not be there any more.
+        if company.writes and run.whole and run.now.step > steps[-1]:
             save()
         raise
-    if run.now.step > steps[-1]:
-        save()
+    if run.now.step % every != 0:
+        company.write(save)
 
 
 def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.autodiff import gradients_of
 from bilevel.dynamics.play import OpenedStep
 from bilevel.errors import NonFiniteError
 from bilevel.game import Buffers, Game
@@ -16,8 +17,9 @@ from bilevel.game.data import Batch, Position
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.second_order import differentiated_twice
 from bilevel.solving.followers import Answers
+from bilevel.solving.leader_functions import LeaderFunctions, Values
 from bilevel.solving.leaders import Leaders
-from bilevel.tree import Variables, leaves
+from bilevel.tree import Variables, join, leaves, map_leaves
 
 Point = Mapping[str, list[Tensor]]
 
@@ -30,13 +32,15 @@ class FirstEvaluation:
     variables: Mapping[str, Variables]
     states: dict[str, Any]
     buffers: Buffers
+    functions: Mapping[str, Values]
 
 
 class StepEvaluator:
     """One step's evaluations, on the same batches and random numbers unless told to `advance`, and the same states.
 
     `positions` are those of the leaders' next batches. `respond` maps the leaders' variables to `Answers`; `only_once`,
-    when not empty, is why it may not be asked again.
+    when not empty, is why it may not be asked again. `functions` are those that constrain leaders, and `term` is what
+    a leader's loss gets in their place.
     """
 
     def __init__(
@@ -47,12 +51,15 @@ class StepEvaluator:
         drawn: Mapping[str, tuple[Batch, Position | None]],
         buffers: Buffers,
         only_once: str,
+        functions: Mapping[str, LeaderFunctions],
+        term: Callable[[str, Values], Tensor],
     ) -> None:
         self.game, self.leaders, self._buffers = game, leaders, buffers
         self.batches = {name: batch for name, (batch, _) in drawn.items()}
         self.positions = {name: position for name, (_, position) in drawn.items()}
         self._began = dict(self.batches)
         self._respond, self._only_once = respond, only_once
+        self._functions, self._term = functions, term
         self._random = random_state(game.device)
         self._first: FirstEvaluation | None = None
         self._answered: Mapping[str, Variables] = {}
@@ -85,6 +92,31 @@ class StepEvaluator:
                 slopes[name] = self._required(name, point[name], grads)
                 self.gradients += 1
         return slopes
+
+    def programme(self, name: str) -> dict[str, Tensor]:
+        """A leader's programme where it is: loss f, its `slope` `[n]`, functions c and e, their Jacobians A and E."""
+        point = self.leaders.points[name]
+        with torch.enable_grad():
+            variables, states, buffers = self._respond(self.leaders.trees(self.leaders.points))
+            loss, after = self.game.evaluate(name, variables, self.batches[name], buffers)
+            values = self._functions[name].values(variables, self.batches[name], buffers)
+            rows = [part[0] for part in self._functions[name].rows(values)] if values else [loss.new_zeros(0)] * 2
+            jacobians = [self._jacobian(part, point) for part in rows]
+            # The loss comes last, so that what a response learns in its backward pass is of it.
+            grads = torch.autograd.grad(loss, point, allow_unused=True)
+        slope = join(self._required(name, point, grads))
+        self.gradients += 1
+        self._first = FirstEvaluation(
+            {name: loss.detach()}, variables, states, {name: after[name]} if after.get(name) else {},
+            map_leaves(Tensor.detach, {name: values} if values else {}),
+        )  # fmt: skip
+        return {"f": loss, "slope": slope, "c": rows[0], "e": rows[1], "A": jacobians[0], "E": jacobians[1]}
+
+    def _jacobian(self, rows: Tensor, point: list[Tensor]) -> Tensor:
+        """One backward pass for each function."""
+        found = [join(gradients_of(row, point, retain_graph=True)) for row in rows]
+        self.gradients += len(found)
+        return torch.stack(found) if found else rows.new_zeros(0, sum(leaf.numel() for leaf in point))
 
     def _required(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients, zeros where one is missing; all may be where the loss names neither it nor a follower."""
@@ -170,12 +202,20 @@ class StepEvaluator:
         self._answered = variables
         seen = apart(variables)
         losses, values, advanced = {}, {}, buffers
+        found: dict[str, Values] = {}
         for name in self.leaders.names if first else wanted:
             values[name], after = self.game.evaluate(name, seen, self.batches[name], buffers)
             losses[name] = self.game.total(values[name])
+            if name in self._functions:
+                found[name] = self._functions[name].values(seen, self.batches[name], buffers)
+                losses[name] = losses[name] + self._term(name, found[name])
             advanced = {n: b for n, b in after.items() if n in self.leaders.names and b}
         if first:
             self._first = FirstEvaluation(
-                {name: value.detach() for name, value in values.items()}, variables, states, advanced
+                {name: value.detach() for name, value in values.items()},
+                variables,
+                states,
+                advanced,
+                map_leaves(Tensor.detach, found),
             )
         return losses

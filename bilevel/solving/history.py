@@ -33,9 +33,12 @@ def summary(name: str, value: Any) -> Record:
     return {name: float(value.median()), f"{name}.worst": float(value.max())}
 
 
-def refuse_ambiguous(players: Iterable[str], followers: Iterable[str], endings: Iterable[str] = ("",)) -> None:
+def refuse_ambiguous(
+    players: Iterable[str], followers: Iterable[str], endings: Iterable[str] = ("",), constrained: Iterable[str] = ()
+) -> None:
     """Raise `ValueError` when two numbers of a record would have one key: of players `y` and `y.stationarity`, say."""
     keys = [*RUN_KEYS, *map(loss_key, players), *(f"{name}.stationarity" for name in followers)]
+    keys += [f"{name}.violation" for name in constrained]
     keys = [f"{key}{ending}" for ending in endings for key in keys]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -58,6 +61,11 @@ class History:
             self._blocks.append(_Block(names, whole, array("d")))
         self._blocks[-1].numbers.extend(record.values())
 
+    @property
+    def last(self) -> Record:
+        """The last one."""
+        return self._blocks[-1].last()
+
     def records(self) -> list[Record]:
         """All of them, in order."""
         return [record for block in self._blocks for record in block.records()]
@@ -78,6 +86,11 @@ class _Block:
     def rows(self) -> Tensor:
         """One row a record `[records, names]`."""
         return torch.frombuffer(self.numbers, dtype=torch.float64).clone().reshape(-1, len(self.names))
+
+    def last(self) -> Record:
+        """The last of them, as a dict."""
+        row = self.numbers[-len(self.names) :]
+        return {n: (int if whole else float)(v) for n, whole, v in zip(self.names, self.whole, row, strict=True)}
 
     def records(self) -> list[Record]:
         """As dicts."""

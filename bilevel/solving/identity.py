@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bilevel.dynamics import Dynamics
@@ -42,6 +43,10 @@ def identity(
         "dynamics": describer.describe(dynamics),
         "clip_norm": leaders.clip_norm,
     }
+    settings["optimizer"] |= {name: describer.describe(method) for name, method in leaders.driven.items()}
+    if leaders.lagrangians:  # whose optimisers stand above
+        alone = {name: replace(found, optimizer=None) for name, found in leaders.lagrangians.items()}
+        settings["lagrangian"] = {name: describer.describe(found) for name, found in alone.items()}
     if leaders.scheduler is not None:
         scheduler = leaders.scheduler
         settings["scheduler"] = {n: over[n].scheduler(scheduler, made) for n, made in leaders.factories.items()}

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.constraints import AugmentedLagrangian
 from bilevel.errors import NonFiniteError
 from bilevel.game import Game, Residual
-from bilevel.game.constrained import spread
+from bilevel.game.constrained import ConstrainedGradient, spread
+from bilevel.inner import Scipy
 from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
@@ -23,7 +25,11 @@ from bilevel.inner.torch_optim import (
     kept_memory,
     recall,
 )
+from bilevel.solving.driven import feasibility, require_driven
 from bilevel.tree import Variables, leaves
+
+LeaderOptimizer = OptimizerFactory | AugmentedLagrangian | Scipy
+"""What moves a leader: a torch.optim optimiser, one on the augmented Lagrangian, or SciPy's minimisers."""
 
 
 class Leaders:
@@ -33,7 +39,7 @@ class Leaders:
         self,
         game: Game,
         names: Sequence[str],
-        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
+        optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None,
         scheduler: SchedulerFactory | None,
         clip_norm: float | None,
         placed: Sequence[str] = (),
@@ -49,17 +55,28 @@ class Leaders:
             _refuse_starting(game, name)
         default: OptimizerFactory = partial(torch.optim.Adam, lr=0.01)
         chosen = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(moved, optimizer or default)
-        self.factories, self.scheduler = {name: chosen[name] for name in moved}, scheduler
+        self.lagrangians = {name: lagrangian for name in moved if (lagrangian := _lagrangian(game, name, chosen[name]))}
+        self.driven = {name: method for name in moved if isinstance(method := chosen[name], Scipy)}
+        for name, method in self.driven.items():
+            require_driven(game, names, name, method)
+            if scheduler is not None or clip_norm is not None:
+                told = f"solve: optimizer={method!r} chooses its steps itself"
+                raise TypeError(f"{told}: it takes neither scheduler= nor clip_norm=.")
+        plain: dict[str, Any] = {n: chosen[n] for n in moved if n not in self.driven}
+        plain |= {name: lagrangian.optimizer or default for name, lagrangian in self.lagrangians.items()}
+        self.factories: dict[str, OptimizerFactory] = plain
+        self.scheduler = scheduler
         self._ranges = {name: game.coordinates(name) for name in names}
         self._domains = {name: self._domain(name) for name in names}
         self.points = {name: [t.requires_grad_() for t in self._coordinates(name)] for name in names}
         self.optimizers = {}
-        for name in moved:
+        for name in self.factories:
             game.refuse_mixing("solve", name, self.factories[name])
             self.optimizers[name] = build(self.factories[name], self.points[name])
             _refuse_searching(name, self.optimizers[name])
-            if self._domains[name] is not None:
-                refuse_unprojected("solve", name, game.residual(name), self.optimizers[name])
+            rests = self._domains[name]
+            if rests is not None:
+                refuse_unprojected("solve", name, rests, self.optimizers[name])
         self.schedulers = (
             {} if scheduler is None else {n: build_scheduler(scheduler, o, None) for n, o in self.optimizers.items()}
         )
@@ -80,6 +97,8 @@ class Leaders:
     def _domain(self, name: str) -> Residual | None:
         """What a leader's steps are projected by; None where nothing is."""
         rests = self.game.residual(name)
+        if name in self.lagrangians and self.game.players[name].domain is not None:  # its functions are in its loss
+            rests = ConstrainedGradient(self.game.players[name].domain, None)
         if not rests.projects or any(self._ranges[name]):  # a coordinate keeps its range by itself
             return None
         for member in self.game.members(name):
@@ -90,7 +109,7 @@ class Leaders:
                     f"solve: player {name!r} leads and has {what}; a leader's domain is a set that stands still. Put "
                     "the term into its objective, or give the player a response."
                 )
-        return rests
+        return None if name in self.driven else rests
 
     @property
     def ranged(self) -> list[str]:
@@ -156,6 +175,16 @@ class Leaders:
             for parameter, value in zip(self.points[name], where, strict=True):
                 parameter.copy_(value)
 
+    def split(self, name: str, x: Tensor) -> list[Tensor]:
+        """A vector `[n]` as leaves in the form of a leader's."""
+        like = self.points[name]
+        parts = torch.split(x, [leaf.numel() for leaf in like])
+        return [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, like, strict=True)]
+
+    def start(self, name: str) -> list[Tensor]:
+        """Where a leader's run began."""
+        return self._coordinates(name)
+
     def state(self) -> dict[str, Any]:
         """All of it, as tensors and numbers."""
         return {
@@ -196,6 +225,34 @@ class Leaders:
                         self.schedulers[name].step()
 
 
+def _lagrangian(game: Game, name: str, method: LeaderOptimizer) -> AugmentedLagrangian | None:
+    """What makes terms of a leader's functions; None where it has none, or where SciPy sees them."""
+    constrained = [member for member in game.members(name) if game.players[member].constraints]
+    if constrained and game.members(name) != (name,):
+        raise ValueError(
+            f"solve: {constrained[0]!r} leads as one of {name!r} and has functions as constraints. Players who lead "
+            "together need no joining."
+        )
+    if isinstance(method, AugmentedLagrangian):
+        if not constrained:
+            raise ValueError(
+                f"solve: the optimizer of {name!r} is an AugmentedLagrangian, and {name!r} has no inequality= or "
+                "equality=. Give it the optimiser itself."
+            )
+        return method
+    if isinstance(method, Scipy) or not constrained:
+        return None
+    return AugmentedLagrangian(method)
+
+
+def tolerated(method: LeaderOptimizer | None, epsilon: float) -> float:
+    """The violation of a leader's functions above which its end is infeasible, in their own units."""
+    if isinstance(method, Scipy):
+        return feasibility(epsilon)
+    lagrangian = method if isinstance(method, AugmentedLagrangian) else AugmentedLagrangian()
+    return max(lagrangian.tolerance, feasibility(epsilon))
+
+
 def _refuse_starting(game: Game, name: str) -> None:
     """Refuse a leader with a start of its own, which would be ignored."""
     for member in game.members(name):
@@ -213,5 +270,6 @@ def _refuse_searching(name: str, optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(
             f"solve: the optimizer of {name!r} is {type(optimizer).__name__}, whose step() wants a closure to evaluate "
             "the loss with, several times a step; solve gives it one gradient a step, on that step's batch and states. "
-            "Use one such as Adam or SGD here; a follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
+            "Use one such as Adam or SGD here, or bilevel.Scipy('L-BFGS-B') for one leader on a fixed batch; a "
+            "follower's own optimiser may be LBFGS: Implicit(LBFGS, ...)."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,20 +15,40 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradients_of
-from bilevel.dynamics import Dynamics, Field
+from bilevel.dynamics import Dynamics, Field, Simultaneous
 from bilevel.dynamics.base import directed, require_rule
-from bilevel.errors import CheckpointError, NonConvergenceWarning
+from bilevel.errors import (
+    CheckpointError,
+    ConstraintError,
+    NonConvergenceWarning,
+    NonFiniteError,
+    SingularSystemError,
+)
 from bilevel.game import Buffers, Game, Size
 from bilevel.game.data import Batch, Position
-from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
+from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
+from bilevel.solving.driven import (
+    Driven,
+    EnoughError,
+    Entry,
+    Search,
+    bounds_of,
+    doubts,
+    drive,
+    fitted,
+    flat,
+    plain,
+    require_finite,
+)
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
 from bilevel.solving.horizon import FIRST, carried, cheap, due, short_horizon
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
-from bilevel.solving.leaders import Leaders
+from bilevel.solving.leader_functions import Values, broken, functions_of
+from bilevel.solving.leaders import LeaderOptimizer, Leaders, tolerated
 from bilevel.solving.progress_left import hardly_begun
 from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
@@ -52,6 +72,7 @@ class Moment:
         seconds: of the steps.
         warned: the responses' warnings.
         changes: settings that the run was resumed with, other than those that it began with.
+        lagrangians: leader with functions -> its multipliers and its penalty.
     """
 
     states: States
@@ -66,6 +87,7 @@ class Moment:
     seconds: float = 0.0
     warned: Log = field(default_factory=dict)
     changes: tuple[str, ...] = ()
+    lagrangians: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class Run:
@@ -79,7 +101,7 @@ class Run:
         self,
         game: Game,
         responses: Mapping[str, Response],
-        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
+        optimizer: LeaderOptimizer | Mapping[str, LeaderOptimizer] | None,
         scheduler: SchedulerFactory | None,
         dynamics: Dynamics,
         clip_norm: float | None,
@@ -87,6 +109,7 @@ class Run:
         observe: Observe | None = None,
     ) -> None:
         require_rule(dynamics)
+        game.require_ranks("solve")
         self.game, self.dynamics, self.seed, self._observe = game, dynamics, seed, observe
         self.followers = Followers(game, responses)
         states = self.followers.init(seed)
@@ -101,12 +124,21 @@ class Run:
                 "init=bilevel.Interval(low, high)."
             )
         members = [member for name in game.names for member in game.members(name)]
-        self._refuse_constrained(leading)
-        refuse_ambiguous(members, responses, game.record_keys)
+        if self.leaders.driven and not isinstance(dynamics, Simultaneous):
+            raise TypeError(
+                f"solve: {dynamics!r} says where leaders go, and SciPy's method as well. Leave one of them out."
+            )
+        self.functions = functions_of(game, leading, list(self.followers.responses), self.leaders.driven, dynamics)
+        refuse_ambiguous(members, responses, game.record_keys, self.functions)
         start = {name: game.start(name, seed) for name in leading}
         # The leaders' own modules advance too when there is no follower to carry them.
         buffers = {name: b for name, b in game.buffers().items() if b}
-        self.now = Moment(states, start, start, buffers, random_state(game.device))
+        lagrangians = {
+            name: lagrangian.first(*self.functions[name].rows(self.functions[name].first()))
+            for name, lagrangian in self.leaders.lagrangians.items()
+        }
+        self.now = Moment(states, start, start, buffers, random_state(game.device), lagrangians=lagrangians)
+        self._driven: Driven | None = None
         self.history = History()
         self.whole = True
         self._batches: dict[str, Batch] = {}  # the leaders' last
@@ -121,6 +153,14 @@ class Run:
     def variables(self) -> dict[str, Variables]:
         """Everybody's present variables, detached; the followers' as they last answered."""
         return self._variables(self.now.states)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What is the same in all processes that play together, by what it is called."""
+        leaders = {f"the leader {name!r}": point for name, point in self.leaders.points.items()}
+        states = {f"the state of follower {name!r}": state for name, state in self.now.states.items()}
+        places = {"the place in the data": dict(self.now.positions), "the random numbers": dict(self.now.random)}
+        return {**leaders, **states, **places}
 
     def _variables(self, states: States) -> dict[str, Variables]:
         leading = self.leaders.trees(self.leaders.points)
@@ -143,13 +183,15 @@ class Run:
             drawn,
             now.buffers,
             self._only_once,
+            self.functions,
+            self._term,
         )
         memory, warned, products = now.memory, now.warned, now.products
         looked = time.perf_counter()
         warned = self._looked_farther(warned)
         began += time.perf_counter() - looked  # to look takes no part in the method's time, nor in its work
         losses: dict[str, Tensor] = {}
-        norms: list[Tensor] = []
+        norms: dict[str, Tensor] = {}
         for movers in [(name,) for name in leading] if self.dynamics.alternates else [tuple(leading)]:
             with caught() as new:
                 look: Any = played if not self.leaders.ranged else _NoLook(self.leaders.ranged[0])
@@ -165,7 +207,7 @@ class Run:
                 if name in self.leaders.placed:
                     self.leaders.place(name, directions[name], now.step + 1)
                 else:
-                    norms.append(self.leaders.apply(name, directions[name], now.step + 1))
+                    norms[name] = self.leaders.apply(name, directions[name], now.step + 1)
         after = Moment(
             states=self.followers.after_backward(played.first.states, played.first.variables),
             positions=dict(played.positions),
@@ -179,8 +221,17 @@ class Run:
             seconds=now.seconds + time.perf_counter() - began,
             warned=warned,
             changes=now.changes,
+            lagrangians={n: self._learned(n, played.first.functions[n], norms[n]) for n in now.lagrangians},
         )
+        return self._went(after, losses, list(norms.values()), played.first.functions)
+
+    def _went(
+        self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor], functions: Mapping[str, Values]
+    ) -> Record:
+        """The record of a step that is whole, and takes its place in `now`."""
         record = self._record(after, losses, norms)
+        for name, values in functions.items():
+            record |= summary(f"{name}.violation", self.functions[name].violation(values))
         if self._observe is not None:
             with random_kept(self.game.device):
                 record |= _observed(self._observe, self._variables(after.states), record)
@@ -189,9 +240,98 @@ class Run:
         self.whole = True
         return record
 
+    # Leaders' functions ----------------------------------------------------------------------------------------------
+
+    def _term(self, name: str, values: Values) -> Tensor:
+        """What a leader's loss gets in place of its functions, summed over games."""
+        functions = self.functions[name]
+        functions.require_finite(values, self.now.step + 1)
+        return self.leaders.lagrangians[name].term(dict(self.now.lagrangians[name]), *functions.rows(values)).sum()
+
+    def _learned(self, name: str, values: Values, norm: Tensor) -> Mapping[str, Tensor]:
+        """A leader's multipliers after a step in which its Lagrangian's gradient had this norm."""
+        rows, state = self.functions[name].rows(values), dict(self.now.lagrangians[name])
+        return self.leaders.lagrangians[name].updated(state, *rows, norm.detach().reshape(-1).to(rows[0]))
+
+    # A leader that SciPy moves ---------------------------------------------------------------------------------------
+
+    def drive(self, steps: int, after: Callable[[Record], bool]) -> None:
+        """Let SciPy's method move the leader, an evaluation a step; `after` each, and whether that ends the run.
+
+        What an interrupted run has evaluated is known, and not evaluated again.
+        """
+        ((name, method),) = self.leaders.driven.items()
+        if self._driven is not None:
+            return
+        known = list(self.now.memory.get("evaluations", []))
+
+        def evaluate(x: Tensor) -> Entry:
+            # Points without an answer are no steps, and may be as many.
+            if self.now.step >= steps or len(self.now.memory.get("evaluations", [])) >= 2 * steps:
+                raise EnoughError
+            entry = self._look(name, x)
+            if "failed" not in entry and after(self.history.last):
+                raise EnoughError
+            return entry
+
+        epsilon = torch.finfo(self.game.like.dtype).eps
+        search = Search(flat(self.leaders.start(name)), bounds_of(self.game, name), self.functions[name].walls())
+        self._driven = drive(method, search, evaluate, known, epsilon)
+        self.leaders.place(name, self.leaders.split(name, self._driven.best["x"]), self.now.step)
+
+    def _look(self, name: str, x: Tensor) -> Entry:
+        """One evaluation of a leader's programme at `x: [n]`, which is a step; where a follower has no answer, none."""
+        began, now = time.perf_counter(), self.now
+        self.whole = not self._only_once
+        self.leaders.place(name, self.leaders.split(name, x), now.step + 1)
+        drawn = {name: self.game.draw(name, now.positions[name])}
+        self._batches = {name: drawn[name][0]}
+        played = StepEvaluator(
+            self.game,
+            self.leaders,
+            lambda point: self.followers.respond(point, now.states, now.buffers),
+            drawn,
+            now.buffers,
+            self._only_once,
+            self.functions,
+            self._term,
+        )
+        known = list(now.memory.get("evaluations", []))
+        with caught() as new:
+            try:
+                entry = {"x": x, **plain(played.programme(name))}
+                require_finite(entry, name, now.step + 1)
+            except (ConstraintError, NonFiniteError, SingularSystemError) as error:
+                if not known:
+                    raise
+                entry = {"x": x, "failed": str(error)}
+        if "failed" in entry:
+            self.now = replace(now, memory={"evaluations": [*known, entry]}, random=random_state(self.game.device))
+            self.whole = True
+            return entry
+        self.whole = True
+        after = replace(
+            now,
+            states=self.followers.after_backward(played.first.states, played.first.variables),
+            positions=dict(played.positions),
+            drawn=now.positions,
+            buffers={**now.buffers, **played.first.buffers},
+            random=random_state(self.game.device),
+            step=now.step + 1,
+            memory={"evaluations": [*known, entry]},
+            gradients=now.gradients + played.gradients,
+            seconds=now.seconds + time.perf_counter() - began,
+            warned=logged(now.warned, new, now.step + 1),
+        )
+        norm = torch.tensor(fitted(entry)[2], dtype=torch.float64)
+        self._went(after, self._losses(played), [norm], played.first.functions)
+        return entry
+
     def _looked_farther(self, log: Log) -> Log:
         """The log with whether the follower's horizon is too short, in the few steps in which that is looked at."""
         step = self.now.step + 1
+        if not due(step):
+            return carried(log, step)  # nothing, where nothing was found
         looks = {name: response.farther for name, response in self.followers.responses.items()}
         if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
             return log
@@ -199,8 +339,6 @@ class Run:
         # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
         if look is None or not cheap(self.game, name) or self.game.starts_alone(name):
             return log
-        if not due(step):
-            return carried(log, step)
         first = self.history.records()[0]["gradient_norm"]
         farther = Followers(self.game, {name: look.response})
         with random_kept(self.game.device):
@@ -219,22 +357,16 @@ class Run:
                 slopes += gradients_of(self.game.total(loss), point[name], retain_graph=True)
         return join(slopes).detach()
 
-    def _refuse_constrained(self, leading: Sequence[str]) -> None:
-        """Refuse leaders with constraints, which their optimisers would not see."""
-        for name in leading:
-            for member in self.game.members(name):
-                for what in self.game.players[member].constraints:
-                    raise ValueError(
-                        f"solve: {member!r} leads, and its optimiser does not see its {what}=. Give it a response, "
-                        'Implicit(Scipy("SLSQP")), if it follows; a leader takes a penalty in its loss, or variables '
-                        "that cannot leave their range, such as a logarithm's."
-                    )
-
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
-        """Everybody's loss where the players are, the followers' on the batch that comes next."""
+        """Everybody's loss where the players are, the followers' on the batch that comes next.
+
+        A response whose state tells the loss that its last step saw is believed: one evaluation less.
+        """
         first, found = played.first, dict(played.first.losses)
         for name in self.followers.responses:
-            found |= self._shown(name, first.variables, first.states, first.buffers)
+            seen = first.states[name].get("loss")
+            told = isinstance(seen, Tensor)
+            found |= {name: seen} if told else self._shown(name, first.variables, first.states, first.buffers)
         return found
 
     def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:
@@ -348,6 +480,8 @@ class Run:
 
     def solution(self) -> End[Any]:
         """The leaders where they are and the followers' answer to them; warns of what still holds."""
+        if self.leaders.driven:
+            self.drive(0, lambda record: True)  # where it was not driven to its end: from what is known
         now = self.now
         # The last derivative belongs to the last step, the answer here needs none; a learned slope is judged here too.
         steps = self.followers.reports(now.states)
@@ -364,6 +498,8 @@ class Run:
         told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
         if far := self._hardly_begun():
             told.append(far)
+        multipliers, violations, broken = self._kept(variables, buffers)
+        told += broken
         for warning in told:
             if warning.category is not None:
                 warnings.warn(warning.text, warning.category, stacklevel=3)
@@ -382,12 +518,43 @@ class Run:
             seconds=now.seconds,
             states=states,
             buffers=buffers,
-            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")},
+            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")}
+            | multipliers,
+            violations=violations,
         )
+
+    def _kept(
+        self, variables: Mapping[str, Variables], buffers: Buffers
+    ) -> tuple[dict[str, Mapping[str, Variables]], dict[str, Any], list[RunWarning]]:
+        """The leaders' multipliers and violations where they ended, and warnings of those that are broken."""
+        found: dict[str, Mapping[str, Variables]] = {}
+        off: dict[str, Any] = {}
+        told: list[RunWarning] = []
+        epsilon = torch.finfo(self.game.like.dtype).eps
+        for name, functions in self.functions.items():
+            with torch.no_grad(), random_kept(self.game.device):
+                values = functions.values(variables, self._last_batch(name), buffers)
+            if name in self.leaders.driven:
+                assert self._driven is not None
+                l, m, left = fitted(self._driven.best)
+                l, m, tolerance = l[None], m[None], tolerated(self.leaders.driven[name], epsilon)
+                told += doubts(name, self._driven, left)
+            else:
+                lagrangian = self.leaders.lagrangians[name]
+                l, m = lagrangian.multipliers(dict(self.now.lagrangians[name]), *functions.rows(values))
+                tolerance = tolerated(lagrangian, epsilon)
+            if not values:
+                continue
+            found[name] = functions.formed(values, l, m)
+            violation = functions.violation(values)
+            off[name] = violation if violation.ndim else float(violation)
+            if bool((violation > tolerance).any()):
+                told.append(broken(functions, values, violation, tolerance))
+        return found, off, told
 
     def _hardly_begun(self) -> RunWarning | None:
         """A single leader who is as far from an end as at the start; of several, a loss need not fall."""
-        if len(self.leaders.names) != 1 or self.game.record_keys != ("",):
+        if len(self.leaders.names) != 1 or self.game.record_keys != ("",) or self.functions:
             return None
         (leader,) = self.leaders.names
         noisy = any(player.data is not None for player in self.game.players.values())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 from bilevel.game import Game
 from bilevel.solving.history import loss_key
 from bilevel.solving.loading import load_into
+from bilevel.solving.spread import Spread
 from bilevel.solving.warning_log import RunWarning
 from bilevel.tree import Variables, named_leaves
 
@@ -75,7 +76,8 @@ class Solution(End[float]):
     Attributes:
         variables: Player -> its variables, detached.
         values: Player -> its loss there, on its last batch.
-        history: One record a step: the loss of each player under its name, each follower's "name.stationarity", "step",
+        history: One record a step: the loss of each player under its name (a follower's as the last step of `Unrolled`
+            saw it, else at its answer on the batch that comes next), each follower's "name.stationarity", "step",
             "gradient_norm" (of the leaders' hypergradient), and "gradients", "products", "work" (both) and "seconds" so
             far. The loss of a player who is named after one of these six is under "name.loss".
         stationarity: Follower -> |gradient of its own loss| in units of that at the start.
@@ -90,11 +92,16 @@ class Solution(End[float]):
         errors: Follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it, where it
             did.
         multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers, in the form of what the
-            constraint returns: the loss's fall for each unit by which it is loosened.
+            constraint returns: the loss's fall for each unit by which it is loosened. A leader's are there too.
+        violations: Leader with functions -> their largest violation, in their own units. The history has it step by
+            step as "name.violation".
+        starts: What all starts came to, with `solve(starts=...)`.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
     multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
+    violations: Mapping[str, float] = field(default_factory=dict)
+    starts: Spread | None = None
 
     def load_into(self, model: nn.Module, player: str) -> None:
         """Write a player's variables and its module's buffers into `model`, a module of the form of its init.
@@ -126,7 +133,9 @@ class Solution(End[float]):
                 f"{self.residuals[name]:.2e}" if name in self.residuals else "",
                 *([f"{self.errors[name]:.0e}" if name in self.errors else ""] * bool(self.errors)),
             )
-        return self._printed(table, told=list(self._told_multipliers()))
+        broken = [f"Largest violation of {name}'s functions: {off:.2e}" for name, off in self.violations.items()]
+        starts = [] if self.starts is None else [str(self.starts)]
+        return self._printed(table, told=[*starts, *broken, *self._told_multipliers()])
 
     def _told_multipliers(self) -> Iterator[str]:
         for name, kinds in self.multipliers.items():

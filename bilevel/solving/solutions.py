@@ -35,10 +35,12 @@ class Solutions(End[Tensor]):
         buffers: Player -> its module's buffers `[count, ...]`.
         warned: For each warning the games that it has spoken of in any step; None for all.
         multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers `[count, ...]`.
+        violations: Leader with functions -> their largest violation in each game `[count]`.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)
     multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
+    violations: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -76,6 +78,7 @@ class Solutions(End[Tensor]):
             states={},
             buffers=buffers,
             multipliers=map_leaves(lambda leaf: leaf[index].clone(), dict(self.multipliers)),
+            violations=numbers(self.violations),
         )
 
     def __str__(self) -> str:

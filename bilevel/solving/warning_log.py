@@ -8,9 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.errors import BilevelWarning, KinkWarning, NonConvergenceWarning, UnreliableResponseWarning
+from bilevel.errors import (
+    BilevelWarning,
+    InfeasibleWarning,
+    KinkWarning,
+    NonConvergenceWarning,
+    UnreliableResponseWarning,
+)
 
-_CATEGORIES = {kind.__name__: kind for kind in (KinkWarning, NonConvergenceWarning, UnreliableResponseWarning)}
+_KINDS = (InfeasibleWarning, KinkWarning, NonConvergenceWarning, UnreliableResponseWarning)
+_CATEGORIES = {kind.__name__: kind for kind in _KINDS}
 
 Log = Mapping[str, Mapping[str, Any]]
 """Plain data, for a checkpoint: one entry for each solver that warns, whatever numbers its message gives."""

@@ -14,7 +14,7 @@ from bilevel.constraints import Constrained
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, leaves
+from bilevel.tree import Variables, leaves, map_leaves
 
 Product = Callable[[Tensor], Tensor]
 
@@ -35,8 +35,8 @@ def still(game: Game, batches: Mapping[str, Batch], random: Mapping[str, Tensor]
             player,
             objective=held(player.objective),
             data=None if player.data is None else [batches[name]],
-            inequality=None if player.inequality is None else held(player.inequality),
-            equality=None if player.equality is None else held(player.equality),
+            inequality=None if player.inequality is None else map_leaves(held, player.inequality),
+            equality=None if player.equality is None else map_leaves(held, player.equality),
         )
         for name, player in game.players.items()
     }

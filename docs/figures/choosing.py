@@ -1,11 +1,18 @@
-"""The tables of docs/choosing.md from docs/choosing/comparison.json, which `bilevel compare` measured."""
+"""The tables of docs/choosing.md from docs/choosing/comparison.json, which `bilevel compare` measured.
 
+Draws docs/choosing/error.png from the same file when it is run. The whole page of the comparison has all games.
+"""
+
+import itertools
+import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from bilevel.comparison import Comparison
 from bilevel.comparison.rows import number, size
+from games.experiments.style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, empty_figure, label_axes
 
 DOCS = Path(__file__).resolve().parents[1]
 Rows = list[list[str]]
@@ -17,10 +24,10 @@ def costs(found: Comparison) -> Rows:
     rows = []
     for s in found.summaries:
         if s.game == "mnist":
-            memory, work = size(s.memory.median), f"{s.work.median:,.0f}"
-            rows.append(
-                [s.response, number(s.error.median), work, memory, f"{s.value.median:.3f}", number(s.total.median)]
-            )
+            # A rule of play has no hypergradient of its own: its run alone.
+            error = number(s.error.median) if s.error else ""
+            memory, work = size(s.memory.median) if s.memory else "", f"{s.work.median:,.0f}" if s.work else ""
+            rows.append([s.response, error, work, memory, f"{s.value.median:.3f}", number(s.total.median)])
     return [heads, *rows]
 
 
@@ -29,7 +36,11 @@ def errors(found: Comparison) -> Rows:
     cells = {(s.response, s.game): number(s.error.median) for s in found.summaries if s.error}
     return [
         ["Error", *found.games],
-        *[[name, *[cells.get((name, game), "") for game in found.games]] for name in found.responses],
+        *[
+            [name, *[cells.get((name, game), "") for game in found.games]]
+            for name in found.responses
+            if any((name, game) in cells for game in found.games)
+        ],
     ]
 
 
@@ -40,11 +51,13 @@ def ratios(found: Comparison) -> Rows:
     for name in found.responses:
         pairs = [(by[name, game], by["implicit CG", game]) for game in found.games]
         ratio = [
-            statistics.median([getattr(one, key).median / getattr(base, key).median for one, base in pairs])
+            f"{statistics.median(getattr(one, key).median / getattr(base, key).median for one, base in pairs):.1f}"
+            if all(getattr(one, key) for one, _ in pairs)
+            else ""
             for key in ("work", "total", "memory")
         ]
-        count = sum(s.error.median < 1e-2 for s in found.summaries if s.response == name)
-        rows.append([name, *[f"{value:.1f}" for value in ratio], f"{count} of {len(found.games)}"])
+        right = [s.error.median < 1e-2 for s in found.summaries if s.response == name and s.error]
+        rows.append([name, *ratio, f"{sum(right)} of {len(found.games)}" if right else ""])
     heads = ["Against implicit CG", "work of a hypergradient", "work of a run", "peak memory", "error below 1 %"]
     return [heads, *rows]
 
@@ -64,3 +77,76 @@ def measured(part: Callable[[Comparison], Rows | str]) -> Callable[[], Rows | st
 
 
 PARTS = {part.__name__: measured(part) for part in (costs, errors, ratios, settings)}
+
+SHOWN = {
+    "quadratic": "quadratic: well conditioned",
+    "ill-conditioned": "ill-conditioned quadratic",
+    "log-barrier": "log-barrier: curved",
+    "mnist": "mnist: a decay for each of 7,850 weights",
+}
+LOOKS = {
+    "unrolled": (BLUE, "o"),
+    "truncated": (RED, "s"),
+    "implicit CG": (GREEN, "^"),
+    "implicit Neumann": (PURPLE, "v"),
+    "implicit Nyström": (ORANGE, "D"),
+    "implicit identity": (SKY, "P"),
+    "nudged": ("#7a7a7a", "p"),
+    "single loop": ("#7a5c00", "*"),
+    "hypernetwork": (BLACK, "X"),
+}
+
+
+def curves(rows: list[dict], game: str, response: str) -> list[tuple[float, float, float]]:
+    """Budget, work and error, medians over the seeds; no error below rounding."""
+    runs = [row["errors"] for row in rows if row["game"] == game and row["response"] == response]
+    found = []
+    for points in zip(*runs, strict=True):
+        work = statistics.median(point["gradients"] + point["products"] for point in points)
+        error = statistics.median(point["error"] for point in points)
+        found.append((points[0]["budget"], work, max(error, 1e-15)))
+    return found
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """These heights, moved down to be `gap` apart at least."""
+    order = sorted(range(len(heights)), key=lambda i: -heights[i])
+    placed = list(heights)
+    for above, below in itertools.pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    return placed
+
+
+def draw() -> None:
+    """Four of the nine games, each response named at the end of its line."""
+    rows = json.loads((DOCS / "choosing" / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    figure = empty_figure(10.5, 8.6)
+    for axes, (game, title) in zip(figure.subplots(2, 2).flat, SHOWN.items(), strict=True):
+        ends = {}
+        for response, (colour, mark) in LOOKS.items():
+            line = curves(rows, game, response)
+            x, y = [point[1] for point in line], [math.log10(point[2]) for point in line]
+            axes.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=2)
+            own = next(index for index, point in enumerate(line) if point[0] == 1.0)
+            axes.plot(x[own], y[own], mark, color=colour, markersize=10, markeredgecolor="black")
+            ends[response] = y[-1]
+        low = min(*ends.values(), -3.0)
+        axes.axhline(0.0, color="0.4", linestyle=":", linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set(xlim=(1.5, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
+        every = 1 if low > -8 else 3
+        ticks = list(range(0, int(1.05 * low) - 1, -every))
+        axes.set_yticks(ticks, ["1" if tick == 0 else f"$10^{{{tick}}}$" for tick in ticks])
+        axes.set_ylim(1.05 * low, 1.0 - 0.02 * low)
+        heights = apart(list(ends.values()), -0.06 * low)
+        for (response, end), height in zip(ends.items(), heights, strict=True):
+            axes.plot([4000, 4600], [end, height], color=LOOKS[response][0], linewidth=1, clip_on=False)
+            axes.text(4900, height, response, color=LOOKS[response][0], fontsize=SMALL - 1, va="center", clip_on=False)
+        label_axes(axes, x="gradients + Hessian-vector products", y="relative error", title=title)
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            text.set_fontsize(SMALL)
+    figure.savefig(DOCS / "choosing" / "error.png", dpi=DPI)
+
+
+if __name__ == "__main__":
+    draw()

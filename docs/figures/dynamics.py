@@ -1,12 +1,13 @@
 """The paths of several rules on three small games: docs/games/dynamics.png."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import bilevel as bl
-from games.experiments.style import SMALL, empty_figure, label_axes
+from games.experiments.style import BLACK, BLUE, DPI, GREEN, PURPLE, RED, SMALL, empty_figure, label_axes
 
 START = torch.tensor(0.5, dtype=torch.float64)
 GAMES = {
@@ -15,12 +16,13 @@ GAMES = {
     "3x²/4 + 2xy + y²/2 - y⁴/4": lambda x, y: 0.75 * x**2 + 2 * x * y + 0.5 * y**2 - 0.25 * y**4,
 }
 RULES = {
-    "simultaneous": (bl.dynamics.Simultaneous(), "-"),
-    "alternating": (bl.dynamics.Alternating(), "--"),
-    "extragradient": (bl.dynamics.Extragradient(0.1), "-."),
-    "symplectic": (bl.dynamics.SymplecticAdjustment(1.0), ":"),
-    "competitive": (bl.dynamics.Competitive(0.1), (0, (5, 1, 1, 1, 1, 1))),
+    "simultaneous": (bl.dynamics.Simultaneous(), "-", BLUE),
+    "alternating": (bl.dynamics.Alternating(), "--", RED),
+    "extragradient": (bl.dynamics.Extragradient(0.1), "-.", GREEN),
+    "symplectic": (bl.dynamics.SymplecticAdjustment(1.0), "-", PURPLE),
+    "competitive": (bl.dynamics.Competitive(0.1), (0, (4, 1, 1, 1, 1, 1)), BLACK),
 }
+DRAWN = 70  # steps of a path; the distances show all of them
 
 
 def path(value, rule, steps=250):
@@ -35,23 +37,46 @@ def path(value, rule, steps=250):
     return torch.tensor([p for p in been if max(map(abs, p)) < 3.0])
 
 
+def apart(heights, gap):
+    """These heights, moved down to be `gap` apart at least."""
+    order = sorted(range(len(heights)), key=lambda i: -heights[i])
+    placed = list(heights)
+    for above, below in itertools.pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    return placed
+
+
 def main():
-    figure = empty_figure(13.0, 5.0)
+    figure = empty_figure(10.5, 7.4)
+    panels = figure.subplots(2, 3)
     for index, (title, value) in enumerate(GAMES.items()):
-        axes = figure.add_subplot(1, 3, index + 1)
-        for name, (rule, line) in RULES.items():
+        above, below = panels[0][index], panels[1][index]
+        ends = []
+        for rule, line, colour in RULES.values():
             been = path(value, rule)
-            (drawn,) = axes.plot(been[:, 0], been[:, 1], linestyle=line, linewidth=1.3, label=name)
-            axes.plot(*been[-1], marker="o", color=drawn.get_color(), markersize=6, fillstyle="none")
-        axes.plot(0.5, 0.5, marker="s", color="black", markersize=5)
-        axes.plot(0.0, 0.0, marker="+", color="black", markersize=10)
-        label_axes(axes, x="x, who minimises", y="y, who maximises" if index == 0 else "", title=title)
-        axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False, fontsize=SMALL)
+            some = been[: DRAWN + 1]
+            above.plot(some[:, 0], some[:, 1], linestyle=line, linewidth=1.6, color=colour)
+            distance = been.norm(dim=1).clamp(min=1e-6).log10()
+            below.plot(distance, linestyle=line, linewidth=1.8, color=colour)
+            ends.append(float(distance[-1]))
+        above.plot(0.5, 0.5, marker="s", color="black", markersize=6)
+        above.plot(0.0, 0.0, marker="+", color="black", markersize=12, markeredgewidth=2)
+        reach = 1.6 if index == 0 else 0.9
+        above.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        label_axes(above, x="x, who minimises", y="y, who maximises" if index == 0 else "", title=title)
+        label_axes(below, x="steps", y="distance to the cross" if index == 0 else "")
+        below.set_yticks(range(0, -7, -2), ["1", "$10^{-2}$", "$10^{-4}$", "$10^{-6}$"])
+        below.set(xlim=(0, 250), ylim=(-6.9, 0.9))
+        if index == len(GAMES) - 1:
+            for (name, rule), height in zip(RULES.items(), apart(ends, 0.5), strict=True):
+                below.text(258, height, name, color=rule[2], fontsize=SMALL, va="center", clip_on=False)
+        for axes in (above, below):
+            axes.xaxis.label.set_fontsize(SMALL)
+            axes.yaxis.label.set_fontsize(SMALL)
+            axes.title.set_fontsize(SMALL)
     target = Path(__file__).resolve().parents[1] / "games" / "dynamics.png"
     target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, dpi=DPI)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The tables of docs/gan.md from docs/gan/*.json.
 
 `python docs/figures/gan.py FOLDER` takes these files, and the figures, from a folder that
-`bilevel gan tuning finals ring grid digits mnist --output FOLDER` has filled; samples stay there.
+`bilevel gan tuning finals ring grid digits mnist --output FOLDER` has filled; samples stay there. Without
+a folder it draws tuning.png and finals.png anew from the committed files.
 """
 
 import json
@@ -11,6 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from games.experiments.style import DPI
+from games.gan import tuning_experiment
 from games.gan.mixture_experiment import rows
 from games.gan.run import by_method, final_moment, mixtures
 
@@ -59,5 +62,15 @@ def take(folder: Path) -> None:
 
 PARTS = {name: partial(table, name) for name in ("ring", "grid", "digits", "mnist")}
 
+
+def draw() -> None:
+    """The figures of settings, which need no samples."""
+    for name in ("tuning", "finals"):
+        results = json.loads((DOCS / "gan" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+        tuning_experiment.draw(results).savefig(DOCS / "gan" / f"{name}.png", dpi=DPI)
+
+
 if __name__ == "__main__":
-    take(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        take(Path(sys.argv[1]))
+    draw()

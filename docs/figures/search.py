@@ -80,7 +80,16 @@ def times(ratios: list[float], most: float) -> str:
 def main_table(found: dict[str, Any], problem: str) -> Rows:
     """What each method spent and found."""
     runs = by_method(found, problem)
-    heads = ["method", "steps", "CPU s", "validation", "test", "accuracy", "at TPE's", "TPE's steps to this"]
+    heads = [
+        "method",
+        "steps",
+        "CPU s",
+        "validation",
+        "test",
+        "accuracy",
+        "seeds that match TPE",
+        "TPE steps to the same loss",
+    ]
     rows = []
     for method, results in runs.items():
         ends = [run["curve"][-1] for run in results]

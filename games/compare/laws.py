@@ -34,6 +34,8 @@ SMALL: dict[str, Callable[[], bl.Response]] = {
     "implicit Neumann": lambda: _implicit(bl.Neumann(max_steps=20, rtol=None)),
     "implicit Nyström": lambda: _implicit(bl.Nystrom(rank=20, damping=1e-2)),
     "implicit identity": lambda: _implicit(bl.linear.Identity()),
+    "nudged": lambda: bl.Nudged(_INNER, steps=100, tolerance=1e-8),
+    "single loop": lambda: bl.SingleLoop(_INNER),
     "hypernetwork": lambda: bl.Hypernetwork(partial(Adam, lr=1e-2), scale=0.1, warmup=200),
 }
 VERDICTS = {"holds": "passed", "fails": "failed"}
@@ -41,6 +43,8 @@ VERDICTS = {"holds": "passed", "fails": "failed"}
 
 def check_laws(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, LawVerdicts]:
     """Each named response's laws, on `examples` games a law; in processes of their own, kept in `folder`/laws.
+
+    A rule of play has none.
 
     Raises `MissingExtraError` without joblib or Hypothesis, `BilevelError` when a law could not be tried.
     """
@@ -50,13 +54,15 @@ def check_laws(names: Sequence[str], *, examples: int, jobs: int, folder: Path, 
         raise MissingExtraError(f"{error}. pip install 'bilevel[data]', or pass --laws 0") from error
     store, verdicts = Store(folder / "laws"), {}
     parts = [
-        Part(name, verdicts_of, {"name": name, "response": repr(SMALL[name]()), "examples": examples}) for name in names
+        Part(name, verdicts_of, {"name": name, "response": repr(SMALL[name]()), "examples": examples})
+        for name in names
+        if name in SMALL
     ]
     for done in run_parts([(store, "laws", part) for part in parts], DigitSource(), jobs=jobs, resume=resume):
         if done.result is None:
             raise bl.BilevelError(f"The laws could not be tried: {done.failure}")
         verdicts[done.part.name] = [(law, verdict, note) for law, verdict, note in done.result["laws"]]
-    return {name: verdicts[name] for name in names}
+    return {name: verdicts[name] for name in names if name in verdicts}
 
 
 def verdicts_of(source: DigitSource, *, name: str, response: str, examples: int) -> Result:

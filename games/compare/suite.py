@@ -91,15 +91,20 @@ def cases(data: Path | None = None) -> dict[str, Case]:
     }
 
 
-def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response]]:
-    """By name, and then by game: the follower's optimum is L-BFGS's, and its derivative by several linear solvers."""
-    makers: dict[str, Callable[[Case], bl.Response]] = {
+def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response | bl.ValueFunction]]:
+    """By name, and then by game: the follower's optimum is L-BFGS's, and its derivative by several linear solvers.
+
+    The last is a rule of play and no response; it sees both losses.
+    """
+    makers: dict[str, Callable[[Case], bl.Response | bl.ValueFunction]] = {
         "unrolled": lambda case: bl.Unrolled(case.inner, steps=case.steps),
         "truncated": lambda case: bl.Unrolled(case.inner, steps=case.steps, backprop_steps=8),
         "implicit CG": lambda case: _implicit(case, bl.ConjugateGradient(rtol=1e-6)),
         "implicit Neumann": lambda case: _implicit(case, bl.Neumann(max_steps=20, rtol=None)),
         "implicit Nyström": lambda case: _implicit(case, bl.Nystrom(rank=20, damping=1e-2)),
         "implicit identity": lambda case: _implicit(case, bl.linear.Identity()),
+        "nudged": lambda case: bl.Nudged(case.solver, steps=case.steps, tolerance=1e-6),
+        "single loop": lambda case: bl.SingleLoop(case.inner),
         "hypernetwork": lambda case: bl.Hypernetwork(
             partial(Adam, lr=case.rate),
             scale=case.scale,
@@ -107,6 +112,7 @@ def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response]]:
             warmup=case.warmup,
             steps=case.fits,
         ),
+        "value function": lambda case: bl.ValueFunction(case.inner, method=bl.dynamics.F2SA2(nudge=1e-2, steps=20)),
     }
     return {name: {game: make(case) for game, case in chosen.items()} for name, make in makers.items()}
 

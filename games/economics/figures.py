@@ -66,11 +66,11 @@ def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tenso
 def draw_best_answers(
     axes: Axes, game: bl.Game, box: Box, named: Mapping[str, str], colours: Mapping[str, str]
 ) -> None:
-    """The curve of each player's best answers, where its own slope is 0; `named` is how the legend calls them."""
+    """The curve of each player's best responses, where its own slope is 0; `named` is how the legend calls them."""
     found = surfaces(game, box)
     for player, colour in colours.items():
         axes.contour(found[player][1], levels=[0.0], colors=colour, linewidths=2.0, extent=box, origin="lower")
-        axes.plot([], [], color=colour, linewidth=2.0, label=f"{named[player]} best answers")
+        axes.plot([], [], color=colour, linewidth=2.0, label=f"{named[player]} best responses")
 
 
 def draw_indifference(axes: Axes, game: bl.Game, box: Box, player: str, at: Tensor, label: str) -> None:
@@ -117,7 +117,7 @@ def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[flo
     mark_answer(left, nash, "o", "Nash, closed form")
     finish_axes(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
     draw_best_answers(right, game, box, named, {"firm2": RED})
-    draw_indifference(right, game, box, "firm1", led, "firm 1 earns the same")
+    draw_indifference(right, game, box, "firm1", led, "iso-profit curves of firm 1")
     path = path_of_play(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
     draw_path(right, path["firm1"], path["firm2"], GREEN, "firm 1 leads, firm 2 answers")
     mark_answer(right, nash, "o", "Nash, closed form")
@@ -152,7 +152,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
     draw_best_answers(left, game, box, {"effort": "the agent's"}, {"effort": RED})
-    draw_indifference(left, game, box, "share", there, "the principal earns the same")
+    draw_indifference(left, game, box, "share", there, "iso-profit curves of the principal")
     for start, colour in ((0.02, GREEN), (1.05, PURPLE)):
         path = path_of_play(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
         draw_path(left, path["share"], path["effort"], colour, "the principal leads" if start < 1.0 else "")

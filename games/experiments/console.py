@@ -38,7 +38,7 @@ def check_at_least(least: int, **options: int) -> None:
     """Raise `UsageError` for an option below `least`; `steps=0` is told as --steps 0."""
     for name, value in options.items():
         if value < least:
-            raise UsageError(f"--{name} {value}: expected at least {least}.")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
 
 
 def make_output_folder(output: Path) -> None:

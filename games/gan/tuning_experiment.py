@@ -63,21 +63,38 @@ def summarize(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Modes times high-quality share, by method and setting."""
-    figure = empty_figure(10.0, 5.0)
-    axes = figure.add_subplot()
+    """Modes times high-quality share, by method and by those settings that some method was run with."""
     found = scores(results)
     shares = {m: {n: modes * quality / 8.0 for n, (modes, quality) in row.items()} for m, row in found.items()}
-    table = [[row.get(number, math.nan) for number in range(len(SETTINGS))] for row in shares.values()]
+    numbers = sorted({number for row in shares.values() for number in row})
+    figure = empty_figure(10.0, 1.9 + 0.5 * len(shares))
+    axes = figure.add_subplot()
+    table = [[row.get(number, math.nan) for number in numbers] for row in shares.values()]
+    axes.set_facecolor("0.93")
     axes.imshow(table, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
     for i, row in enumerate(shares.values()):
-        for j, value in row.items():
-            colour = "white" if value > 0.6 else "black"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=SMALL, color=colour)
-    labels = [f"{s.rate:g}\n\u00d7{s.ratio:g}\n{s.loss}" for s in SETTINGS]
-    axes.set_xticks(range(len(SETTINGS)), labels)
+        for j, number in enumerate(numbers):
+            value = row.get(number)
+            text, colour = (
+                ("not run", "0.45") if value is None else (f"{value:.2f}", "white" if value > 0.6 else "black")
+            )
+            axes.text(j, i, text, ha="center", va="center", fontsize=SMALL - (value is None), color=colour)
+    axes.set_xticks([j + 0.5 for j in range(len(numbers) - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(len(table) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2.0)
+    chosen = [SETTINGS[number] for number in numbers]
+    axes.set_xticks(range(len(numbers)), [f"{s.loss}\nrate {s.rate:g}, \u00d7{s.ratio:g}" for s in chosen])
     axes.set_yticks(range(len(table)), list(shares))
-    label_axes(axes, x="generator's rate, the discriminator's multiple, loss", y="", grid=False)
-    axes.tick_params(axis="x", labelsize=SMALL - 4)
-    axes.set_title("Share of modes hit times share of high quality", fontsize=SMALL)
+    title = "Share of modes hit times share of samples of high quality (1 is best)"
+    label_axes(
+        axes,
+        x="loss; the generator's rate, and how many times that the discriminator's is",
+        y="",
+        title=title,
+        grid=False,
+    )
+    axes.tick_params(which="minor", length=0)
+    axes.tick_params(axis="x", labelsize=SMALL - 2 - 2 * (len(numbers) > 5))
+    axes.xaxis.label.set_fontsize(SMALL)
+    axes.title.set_fontsize(SMALL)
     return figure

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.inner.torch_optim import OptimizerFactory, build
 from bilevel.randomness import random_kept
 
@@ -42,6 +43,9 @@ class Memory:
 
     in_place: bool = False
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
 
 
 @final

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
-from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning
+from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning, require_kinds
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import (
@@ -91,6 +91,7 @@ class Hypernetwork(Response):
     memory: Memory = field(default_factory=Memory, repr=False)
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not self.scale >= 0.0:
             raise ValueError(f"Hypernetwork: scale={self.scale}; expected a standard deviation >= 0.")
         if self.steps < 0 or self.warmup < 0 or self.steps + self.warmup == 0:

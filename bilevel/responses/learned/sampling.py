@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.errors import require_kinds
 from bilevel.game import Follower
 from bilevel.responses.learned.ranges import Ranges
 from bilevel.tree import Variables, flatten
@@ -70,6 +71,7 @@ class Perturbations(Sampler):
     around: Mapping[str, Variables] | None = None
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.count < 1:
             raise ValueError(f"Perturbations: count={self.count}; expected at least 1.")
 
@@ -125,6 +127,7 @@ class Draws(Sampler):
     count: int = 1
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if not callable(self.function):
             raise TypeError(f"Draws: function={self.function!r}; expected a function of (others, generator).")
         if self.count < 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
 from bilevel.autodiff import concrete
+from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game
 from bilevel.inner.optimizer import require_finite
 from bilevel.inner.torch_optim import Memory
@@ -189,6 +190,9 @@ class ReverseMode(Differentiation):
     """
 
     offload: bool = False
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
 
     def follow(self, steps: Steps, start: Point, count: int) -> Followed:
         """Where the steps lead, with the graph of every one of them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
-from bilevel.errors import BilevelError, CapturedTensorError
+from bilevel.errors import BilevelError, CapturedTensorError, require_kinds
 from bilevel.game import Follower, Game
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.pushforward import Pushforward
@@ -50,6 +50,7 @@ class ForwardMode(Differentiation):
     most: int = 200
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.most < 1:
             raise ValueError(f"ForwardMode: most={self.most}; expected at least 1.")
 

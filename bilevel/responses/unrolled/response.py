@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
+from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
@@ -78,6 +79,7 @@ class Unrolled(Response):
     tolerance: float | None = 0.9
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         torch_optimizer("Unrolled", self.optimizer)
         if self.steps < 1:
             raise ValueError(f"Unrolled: steps={self.steps}; expected at least 1.")
@@ -161,7 +163,7 @@ class Unrolled(Response):
         if start.rests.projects:
             self._refuse_unprojected(start, state)
         refuse_lost(settings, start, leaves(state["variables"]), self.steps)
-        return state | {"optimizer": None, "schedule": None}
+        return state | {"optimizer": None, "schedule": None, "loss": None}
 
     def _refuse_unprojected(self, start: Follower, state: State) -> None:
         y = leaves(state["variables"])
@@ -206,7 +208,8 @@ class Unrolled(Response):
             return variables, state
         state = follower.next_state(state, y, steps.slopes, gradients=followed.gradients, products=followed.products)
         memory = [map_leaves(_only_tensors(lambda t: t.detach().clone()), slot) for slot in after]
-        return variables, state | {"optimizer": memory, "schedule": recipe.place_after}
+        seen = steps.loss if follower.tells_its_loss else None
+        return variables, state | {"optimizer": memory, "schedule": recipe.place_after, "loss": seen}
 
 
 def _only_tensors(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:

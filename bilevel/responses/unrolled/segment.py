@@ -216,9 +216,13 @@ def tried(steps: Steps, start: Point) -> tuple[list[Tensor], Sizes]:
             ends = segment.again([*own, *tensors[moving:], *xs])
     owners = [follower.game.players[member] for member in follower.game.members(follower.name)]
     copies = not follower.fixed and not all(isinstance(owner.data, list | tuple) for owner in owners)
-    sizes = Sizes(
-        graph=sum(storage.nbytes() for storage in graph.values()),
-        state=unique_bytes([*ends, *buffers]),
-        batch=unique_bytes(batch) * steps.batches if copies else 0,
+    # Processes that play together take the same segments, though their parts of a batch differ in size.
+    graph_bytes, state_bytes, batch_bytes = follower.game.largest(
+        [
+            sum(storage.nbytes() for storage in graph.values()),
+            unique_bytes([*ends, *buffers]),
+            unique_bytes(batch) * steps.batches if copies else 0,
+        ]
     )
+    sizes = Sizes(graph=graph_bytes, state=state_bytes, batch=batch_bytes)
     return captured_leaves(ends, [*own, *xs, *born.leaves]), sizes

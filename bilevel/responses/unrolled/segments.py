@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_active
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, require_kinds
 from bilevel.responses.unrolled.differentiation import Differentiation, Followed, Point, ReverseMode, Steps
 from bilevel.responses.unrolled.memory_plan import offloading, plan
 from bilevel.responses.unrolled.segment import PointForm, Record, Segment, tried
@@ -53,6 +53,7 @@ class Segments(Differentiation):
     offload: bool = False
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.count is not None and self.count < 1:
             raise ValueError(f"Segments: count={self.count}; expected at least 1, or None.")
         if self.memory is not None and not isinstance(self.memory, int | float):

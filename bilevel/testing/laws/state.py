@@ -73,7 +73,7 @@ def nothing_mutated(subject: Subject, known: KnownGame) -> None:
     """A call changes neither the state, nor the others' variables, nor the game; twice the same call, the same bits."""
     response, game, x = _response(subject).with_steps(_STEPS), known.game(), known.x0
     if response.in_place:
-        raise NotOffered("It says that it moves on the very state that it is passed.")
+        raise NotOffered("It says that it overwrites its input state and returns it.")
     state = response.init(game)
     before, start, given = snapshot(state), snapshot({n: game.initial(n) for n in game.names}), x.clone()
     one, after = _hypergradient(game, x, response, state)

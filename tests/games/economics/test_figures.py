@@ -1,4 +1,4 @@
-"""The figures of economic games: paths end at the closed forms, curves are where best answers are."""
+"""The figures of economic games: paths end at the closed forms, curves are where best responses are."""
 
 from functools import partial
 

@@ -1,0 +1,137 @@
+"""What ranks must have in common before they play: found to differ at the start, in words, and not by a deadlock."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel._version import __version__
+from bilevel.errors import ParallelError
+from bilevel.game import Game
+from bilevel.parallel.batches import sampler_of
+from bilevel.parallel.ranks import Ranks
+from bilevel.randomness import random_state
+from bilevel.tree import leaves, named_leaves
+
+Table = Mapping[str, str]
+"""What is compared -> what it is here, in words."""
+
+_TOLD = 4
+_WIDTHS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def require_agreement(ranks: Ranks, table: Table, asker: str) -> None:
+    """Raise `ParallelError` on all ranks where one of them has something else than the first."""
+    tables = ranks.everybodys(dict(table))
+    found = []
+    for key in dict.fromkeys(key for each in tables for key in each):
+        values = [each.get(key, "missing") for each in tables]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            found.append(f"{key} is {_short(values[0])} on rank 0 and {_short(values[other])} on rank {other}")
+    if found:
+        more = f", and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+        hints = {hint for key, hint in _HINTS.items() if any(text.startswith(key) for text in found)}
+        raise ParallelError(
+            f"{asker}: the ranks do not play the same game: {'; '.join(found[:_TOLD])}{more}. "
+            + " ".join(sorted(hints) or ["Start the same program with the same arguments on each."])
+        )
+
+
+_HINTS = {
+    "the start of": "Call torch.manual_seed(0) before the model is made, or load the same file on each.",
+    "torch's random numbers": "Call torch.manual_seed(0) at the start of the program, on each alike.",
+    "the first batch of": (
+        "A batch is whole on each rank, which takes its share of the rows. Where each rank reads a part of its own, "
+        "use a DistributedSampler, or DataParallel(sharded=True)."
+    ),
+    "the number of batches of": "Deal the data out evenly: a DistributedSampler repeats some examples, or drops them.",
+    "the version of": "Install the same on each machine.",
+    "the processor's": "Use machines of one kind: others round otherwise, and would decide otherwise.",
+    "the device": "Use machines of one kind: others round otherwise, and would decide otherwise.",
+    "the number of threads": "Set the same OMP_NUM_THREADS on each machine.",
+}
+
+
+def of_the_machine(device: torch.device) -> dict[str, str]:
+    """What arithmetic depends on: other kernels round otherwise, and ranks that round otherwise decide otherwise."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "the version of bilevel": __version__,
+        "the version of PyTorch": torch.__version__,
+        "the version of Python": platform.python_version(),
+        "the processor's instruction set": torch.backends.cpu.get_cpu_capability(),
+        "the device": f"{device.type}, {name}",
+        "the number of threads": str(torch.get_num_threads()),
+    }
+
+
+def of_the_game(game: Game, sharded: Iterable[str]) -> dict[str, str]:
+    """Who plays, from where, on which data."""
+    found = {"players, in order of play": ", ".join(game.names), "torch's random numbers": told(random_state())}
+    dealt = set(sharded)
+    for name, player in game.players.items():
+        forms = [f"{path}{list(leaf.shape)} {leaf.dtype}" for path, leaf in named_leaves(game.initial(name))]
+        found[f"the form of {name!r}"] = _short(", ".join(forms), 120)
+        found[f"the start of {name!r}"] = told((game.initial(name), game.buffers().get(name, {})))
+        if player.data is None:
+            continue
+        found[f"the data of {name!r}"] = f"{type(player.data).__name__}, {'sharded' if name in dealt else 'whole'}"
+        if isinstance(player.data, Sized):
+            found[f"the number of batches of {name!r}"] = _length(player.data)
+        if name not in dealt:
+            found[f"the first batch of {name!r}"] = told(game.draw(name, game.start(name))[0])
+    return found
+
+
+def require_sampler(ranks: Ranks, name: str, data: Any) -> None:
+    """Raise `ValueError` for a sampler that deals out to other ranks than these."""
+    sampler = sampler_of(data)
+    if sampler is None or (sampler.num_replicas, sampler.rank) == (ranks.size, ranks.rank):
+        return
+    raise ValueError(
+        f"DataParallel: the DistributedSampler of player {name!r} has rank={sampler.rank} of "
+        f"num_replicas={sampler.num_replicas}; this is rank {ranks.rank} of {ranks.size}. Leave both out, and it asks "
+        "the process group."
+    )
+
+
+def fingerprint(tree: Any) -> int:
+    """A number that differs, as a rule, where any bit of a tree differs; computed where its tensors are."""
+    total = 0
+    for place, leaf in enumerate(leaves(tree), start=1):
+        total = (total + place * _bits(leaf)) % 2**62
+    return total
+
+
+def told(tree: Any) -> str:
+    """What a tree of tensors and plain values is known by, in words."""
+    return f"#{fingerprint(tree):016x}"
+
+
+def _bits(leaf: Any) -> int:
+    if not isinstance(leaf, Tensor):
+        return int.from_bytes(hashlib.blake2b(repr(leaf).encode(), digest_size=7).digest())
+    plain = leaf.detach()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    whole = plain.contiguous().view(_WIDTHS[plain.element_size()]).to(torch.int64).reshape(-1)
+    # Squares as well, so that entries which trade places or differences are seen.
+    mixed = whole * 0x9E3779B1 ^ (whole >> 7)
+    places = torch.arange(1, whole.numel() + 1, device=whole.device)
+    return (int((mixed * places).sum()) + whole.numel()) % 2**62
+
+
+def _length(data: Sized) -> str:
+    try:
+        return str(len(data))
+    except TypeError:  # a loader over an iterable dataset has none
+        return "unknown"
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,117 @@
+"""A game that several processes play together, each with a part of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import transforms_left
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
+from bilevel.parallel.batches import Examples, Part, part_of
+from bilevel.parallel.pair import entered, summed
+from bilevel.parallel.ranks import Ranks
+from bilevel.randomness import global_generators, random_kept
+from bilevel.tree import Variables, join, leaves, structure_of
+
+
+@dataclass(frozen=True, eq=False)
+class Dealing:
+    """How batches and buffers are shared.
+
+    Args:
+        sharded: Players whose data are a part of their own on each rank.
+        examples: How many examples a batch holds; None: its rows.
+        advancing: Player -> the paths of the buffers, (owner, name), that its loss advances.
+    """
+
+    sharded: frozenset[str]
+    examples: Examples | None
+    advancing: Mapping[str, Sequence[tuple[str, str]]]
+
+
+@final
+class ParallelGame(Game):
+    r"""A game whose losses are means over the ranks' parts of a batch, weighted by their examples:
+
+    $$f(y, x; B) = \frac{\sum_r n_r\, f(y, x; B_r)}{\sum_r n_r}$$
+
+    `DataParallel(...).game(game)` makes it. Whatever takes a derivative of such a loss gets that of the whole, the same
+    bits on every rank: each gradient, each product with a Hessian and each mixed product is one sum over ranks. All
+    ranks must ask the same in the same order.
+    """
+
+    ranks: Ranks
+    _dealing: Dealing
+
+    @classmethod
+    def of(cls, game: Game, ranks: Ranks, dealing: Dealing) -> ParallelGame:
+        """The same game on these ranks."""
+        found = cls.__new__(cls)
+        found._parts, found.ranks, found._dealing = game._parts, ranks, dealing
+        return found
+
+    def evaluate(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """A player's loss on the whole batch, and the buffers after it, the same on all ranks."""
+        if self.members(player) != (player,):
+            return self._evaluate_group(player, variables, batch, buffers)
+        # Who is anticipated answers here, where its own derivatives are those of the whole.
+        given = self._given(player, self._parts.players[player].objective, variables)
+        inputs = entered(self.ranks, leaves(given))
+        part = self.part(player, batch)
+        with self._own_numbers():
+            share, after = super().evaluate(player, structure_of(given).build(inputs), part.batch, buffers)
+        return self._mean(share, part.weight, inputs), self._together(player, after, part.weight)
+
+    def part(self, player: str, batch: Batch) -> Part:
+        """The part of a player's batch that this rank takes."""
+        dealing, ranks = self._dealing, self.ranks
+        sharded = player in dealing.sharded
+        return part_of(player, batch, ranks.rank, ranks.size, sharded=sharded, examples=dealing.examples)
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each over all ranks, who must decide alike."""
+        return self.ranks.largest(numbers)
+
+    def require_ranks(self, asker: str) -> None:
+        """Nothing to refuse: this is how several ranks play."""
+
+    def _mean(self, share: Tensor, weight: float, inputs: Sequence[Tensor]) -> Tensor:
+        """The weighted mean of the ranks' losses."""
+        # The weights travel with the losses: ranks that know only their own part need no other message.
+        wide = share if share.element_size() >= 4 else share.float()
+        weighed = torch.stack([wide * weight, torch.full_like(wide.detach(), weight)])
+        total = summed(self.ranks, weighed, inputs)
+        return (total[0] / total[1]).to(share.dtype)
+
+    def _together(self, player: str, after: Buffers, weight: float) -> Buffers:
+        """Buffers that the loss has advanced, averaged: statistics of this rank's part are nobody else's."""
+        moved = [(o, n) for o, n in self._dealing.advancing.get(player, ()) if n in after.get(o, {})]
+        floating = [(o, n) for o, n in moved if after[o][n].is_floating_point()]
+        if not floating:
+            return after
+        own = [after[o][n].detach() for o, n in floating]
+        flat = join([*own, own[0].new_ones(1)]) * weight
+        total = self.ranks.total(flat)
+        found: Buffers = {owner: dict(tree) for owner, tree in after.items()}
+        split = torch.split(total[:-1] / total[-1], [leaf.numel() for leaf in own])
+        for (owner, name), leaf, mean in zip(floating, own, split, strict=True):
+            found[owner][name] = mean.reshape(leaf.shape)
+        return found
+
+    @contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        """Random numbers of this rank's own, so that no two ranks drop out alike; those outside go on alike on all."""
+        with transforms_left():
+            seed = int(torch.randint(2**62, ()))
+        with random_kept(self.device):
+            for generator in global_generators(self.device):
+                generator.manual_seed(seed + self.ranks.rank)
+            yield

@@ -1,0 +1,144 @@
+"""A run in one process or in several: who agrees with whom, and who writes files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel.errors import ParallelError
+from bilevel.game import Game
+from bilevel.parallel import DataParallel, ParallelGame
+from bilevel.parallel.agreement import fingerprint, require_agreement
+from bilevel.solving import checkpoint as checkpoints
+from bilevel.solving.description import Description
+from bilevel.solving.history import Observe
+from bilevel.tree import Variables
+
+
+class Alone:
+    """A run in one process."""
+
+    def __init__(self, game: Game) -> None:
+        self.game: Game = game
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return True
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """While the run goes on."""
+        yield
+
+    def agree(self, settings: Callable[[], Mapping[str, Description]]) -> None:
+        """Refuse runs of other settings elsewhere."""
+
+    def observed(self, record: Observe | None) -> Observe | None:
+        """What else a step's record tells."""
+        return record
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """The checkpoint at a path; None where there is none."""
+        return checkpoints.load(path) if path.exists() else None
+
+    def write(self, save: Callable[[], None]) -> None:
+        """Write a file, once."""
+        save()
+
+    def stopped(self, wanted: bool, parts: Mapping[str, Any]) -> bool:
+        """Whether somebody wants the run to end; `parts` are the run, which is everywhere the same."""
+        return wanted
+
+
+class Together(Alone):
+    """A run in several processes."""
+
+    game: ParallelGame
+
+    def __init__(self, game: Game, parallel: DataParallel) -> None:
+        if not isinstance(parallel, DataParallel):
+            raise TypeError(f"solve: parallel={parallel!r}; expected bilevel.DataParallel(), or None for one process.")
+        super().__init__(parallel.game(game))
+        self._ranks = self.game.ranks
+
+    @property
+    def writes(self) -> bool:
+        """The first rank does."""
+        return self._ranks.first
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Tells the others when this rank ends before its time."""
+        try:
+            yield
+        except BaseException as error:
+            self._ranks.leave(error)
+            raise
+        self._ranks.leave()
+
+    def agree(self, settings: Callable[[], Mapping[str, Description]]) -> None:
+        """Refuse, on all ranks, a run whose settings are others on one of them."""
+        require_agreement(self._ranks, _flat(self._ranks.together(settings)), "solve")
+
+    def observed(self, record: Observe | None) -> Observe | None:
+        """With what the step's derivatives have sent: bytes, and in how many sums over ranks."""
+        ranks = self._ranks
+        before = [ranks.bytes, ranks.reductions]
+
+        def counted(variables: Mapping[str, Variables]) -> Mapping[str, float]:
+            found = {"communicated": ranks.bytes - before[0], "reductions": ranks.reductions - before[1]}
+            own = {} if record is None else record(variables)
+            before[:] = [ranks.bytes, ranks.reductions]
+            return {**found, **own}
+
+        return counted
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """As the first rank reads it."""
+
+        def data() -> bytes | None:
+            found = super(Together, self).read(path)
+            if found is None:
+                return None
+            buffer = io.BytesIO()
+            torch.save(found, buffer)
+            return buffer.getvalue()
+
+        sent = self._ranks.from_first(data)
+        return None if sent is None else torch.load(io.BytesIO(sent), weights_only=True)
+
+    def write(self, save: Callable[[], None]) -> None:
+        """The first rank writes; what it could not do, all raise."""
+        self._ranks.together(save if self.writes else lambda: None)
+
+    def stopped(self, wanted: bool, parts: Mapping[str, Any]) -> bool:
+        """Raises `ParallelError` where the ranks have drifted apart."""
+        rows = self._ranks.rows([int(wanted), *(fingerprint(part) for part in parts.values())])
+        for place, name in enumerate(parts, start=1):
+            other = next((rank for rank, row in enumerate(rows) if row[place] != rows[0][place]), None)
+            if other is not None:
+                raise ParallelError(
+                    f"solve: after this step {name} of rank {other} differs from that of rank 0: from here each would "
+                    "go its own way. Something in the program is not the same on all ranks: a random number that is "
+                    "not torch's, a clock, data whose passes differ in length, SAGA's table of batches with sharded "
+                    "data, a callback that writes into the game, or kernels that are not deterministic "
+                    "(torch.use_deterministic_algorithms)."
+                )
+        return any(row[0] for row in rows)
+
+
+def _flat(tree: Description, path: str = "") -> dict[str, str]:
+    """A description as text by path."""
+    if isinstance(tree, Mapping) and tree:
+        pairs = [(f"{path}.{key}" if path else str(key), part) for key, part in tree.items()]
+    elif isinstance(tree, list) and tree:
+        pairs = [(f"{path}[{index}]", part) for index, part in enumerate(tree)]
+    else:
+        return {path: str(tree)}
+    return {key: text for inner, part in pairs for key, text in _flat(part, inner).items()}

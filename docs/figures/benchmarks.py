@@ -1,0 +1,87 @@
+"""The table of docs/benchmarks.md: what was measured, by which command, when and on what machine."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A committed file of numbers, the page that shows it, and the command that made it."""
+
+    question: str
+    page: str
+    command: str
+    file: str
+
+
+ALL = (
+    Measured("Time and memory beside torch by hand", "performance.md#equal-work",
+             "python benchmarks/equal_work/run.py", "performance/equal_work"),
+    Measured("Seconds to an accuracy", "performance.md#accuracy-for-work",
+             "python benchmarks/accuracy/run.py", "performance/accuracy"),
+    Measured("The same along a run", "performance.md#along-a-run",
+             "python benchmarks/accuracy/along.py", "performance/along"),
+    Measured("What any preconditioner could save", "performance.md#along-a-run",
+             "python benchmarks/accuracy/limits.py", "performance/limits"),
+    Measured("Means of saving work over a whole run", "performance.md#a-whole-run",
+             "python benchmarks/accuracy/whole_run.py", "performance/whole_run"),
+    Measured("Compiled products", "performance.md#equal-work",
+             "python -m benchmarks.compiled", "performance/compiled"),
+    Measured("Growth with weights, leaders, steps", "performance.md#growth",
+             "python benchmarks/growth.py", "performance/growth"),
+    Measured("Responses side by side", "choosing.md#what-was-measured",
+             "bilevel compare", "choosing/comparison"),
+    Measured("Other libraries under the same laws", "conformance.md",
+             "python benchmarks/conformance/run.py", "conformance/verdicts"),
+    Measured("Hypergradients beside search", "search.md#what-was-measured",
+             "python -m benchmarks.tuning", "search/results"),
+    Measured("Tuning in one run", "tuning.md#what-it-does-and-what-was-measured",
+             "python benchmarks/one_run.py --seeds 3", "tuning/one_run"),
+    Measured("Memory of long unrolls", "unrolling.md", "python benchmarks/memory.py", "unrolling/memory"),
+    Measured("Networks of a learned response", "networks.md", "python benchmarks/structured.py", "networks/structured"),
+    Measured("Many games at once", "many-games.md", "python benchmarks/batch.py", "many-games/batch"),
+    Measured("Many tasks at once", "tasks.md", "python benchmarks/tasks.py", "tasks/tasks"),
+    Measured("Few-shot regression", "tasks.md", "bilevel meta sinusoid", "tasks/sinusoid"),
+    Measured("Constrained followers", "functions.md", "python -m benchmarks.constrained", "constraints/qp"),
+    Measured("A network's curvature by Gauss-Newton", "curvature.md",
+             "python benchmarks/gauss_newton.py", "curvature/gauss_newton"),
+    Measured("Confidence intervals of hypergradients", "minibatches.md",
+             "python benchmarks/coverage.py", "minibatches/coverage"),
+    Measured("GANs on eight Gaussians", "gan.md", "bilevel gan ring", "gan/ring"),
+    Measured("GANs on 25 Gaussians", "gan.md", "bilevel gan grid", "gan/grid"),
+    Measured("GANs on digits", "gan.md", "bilevel gan digits mnist", "gan/digits"),
+    Measured("Wrong labels", "reweighting.md", "bilevel reweight --seeds 3", "reweighting/results"),
+    Measured("The seed paper's figures", "paper.md", "bilevel paper", "paper/fig2"),
+)  # fmt: skip
+
+
+def committed(file: Path) -> str:
+    """The day on which the numbers came into the repository; a dash where there is no history to ask."""
+    command = ["git", "log", "-1", "--format=%as", "--", str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=DOCS)
+    except OSError:
+        return "-"
+    return done.stdout.strip() or "-"
+
+
+def torch_of(found: dict) -> str:
+    """The version of torch that the file was made with."""
+    return str(found.get("versions", {}).get("torch", "-")).split("+")[0]
+
+
+def table() -> list[list[str]]:
+    """A row for each file."""
+    rows = [["Question", "Command", "Committed", "torch"]]
+    for one in ALL:
+        file = DOCS / f"{one.file}.json"
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows.append([f"[{one.question}]({one.page})", f"`{one.command}`", committed(file), torch_of(found)])
+    return rows
+
+
+PARTS = {"table": table}

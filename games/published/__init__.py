@@ -1,0 +1,1 @@
+"""Small bilevel problems of the literature with known leader values, and how many of them the library solves."""

@@ -1,0 +1,129 @@
+"""Ranks that differ are refused in words on all; one that ends or hangs ends the others; a run goes on from disk."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel.solving import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+WORDS = {
+    "response": r"responses\.weights\.steps is 2 on rank 0 and 3 on rank 1",
+    "steps": r"options\.steps is 2 on rank 0 and 3 on rank 1",
+    "start": r"the start of 'weights' is .* Call torch.manual_seed\(0\) before the model is made",
+    "length": r"the number of batches of 'weights' is 2 on rank 0 and 1 on rank 1",
+    "batch": r"the first batch of 'weights' is .* DataParallel\(sharded=True\)",
+    "players": r"players, in order of play is decay on rank 0 and other on rank 1",
+    "loss": r"the loss of player 'weights' is .* as the mean of its halves",
+    "data": r"The data of player 'weights' raised OSError at batch 2 of pass 1: the disk has gone",
+    "numbers": r"torch's random numbers is",
+    "version": r"the version of bilevel is .* on rank 0 and 0\.0\.0 on rank 1",
+}
+
+
+def test_ranks_that_differ_are_refused_in_words_on_all(played):
+    first, odd = played("disagree", 2, limit=60.0)
+    for lines in (first, odd):
+        found = {told["case"]: told for told in lines}
+        assert list(found) == list(WORDS)
+        for case, words in WORDS.items():
+            assert re.search(words, found[case]["text"]), found[case]
+    # Where one rank alone knows, the others say what it said.
+    by_case = {told["case"]: told["kind"] for told in first}
+    assert set(by_case.values()) == {"ParallelError"}
+    assert {told["case"]: told["kind"] for told in odd} | {"loss": "", "data": ""} == by_case | {"loss": "", "data": ""}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, tmp_path, size):
+    path = tmp_path / "run.pt"
+    with ranks("runs", size, str(path), "60") as started:
+        for rank in range(size):
+            assert started.said(rank) == {"step": 5}
+        started.kill(size - 1)
+        began = time.monotonic()
+        for rank in range(size - 1):
+            _, lines, _ = started.outcome(rank, limit=30.0)
+            assert f"rank {rank} of {size} waited for the others" in lines[0]["error"]
+        assert time.monotonic() - began < 20.0
+    assert checkpoint.load(path)["step"] >= 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.pt"]
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_time_limit(ranks, tmp_path):
+    path = tmp_path / "run.pt"
+    with ranks("runs", 2, str(path), "3") as started:
+        for rank in range(2):
+            assert started.said(rank) == {"step": 5}
+        started.stop(1)
+        began = time.monotonic()
+        _, lines, _ = started.outcome(0, limit=60.0)
+        assert "they did not all come within 3 s" in lines[0]["error"]
+        assert time.monotonic() - began > 2.0
+    assert checkpoint.load(path)["step"] >= 4
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(played, tmp_path):
+    path = tmp_path / "run.pt"
+    played("resumes", 3, str(path), "3")
+    played("resumes", 2, str(path), "6")
+    ((ends,),) = played("resumes", 1, str(path), "9")
+    ((whole,),) = played("resumes", 1, "", "9")
+    assert ends["steps"] == whole["steps"] == 9
+    error = (torch.tensor(ends["decay"]) - torch.tensor(whole["decay"])).norm()
+    assert error <= 1e-6 * torch.tensor(whole["decay"]).norm()  # the lists were rounded to float32 to compare
+
+
+PROGRAM = """
+import os, pathlib, sys, torch
+os.environ["RANK_OF_TEST"] = os.environ["RANK"] + "/" + os.environ["WORLD_SIZE"]
+sys.path.insert(0, sys.argv[1])
+import programs
+
+torch.manual_seed(0)
+folder = pathlib.Path(sys.argv[2])
+first = not (folder / "died").exists()
+
+def dies(step, record, variables):
+    if first and step == 5 and os.environ["RANK"] == "1":
+        (folder / "died").touch()
+        os._exit(3)
+
+solution = programs.PLAY(
+    programs.make(), steps=8, checkpoint=folder / "run.pt", checkpoint_every=2,
+    parallel=programs.bl.DataParallel(timeout=60.0), callbacks=[dies],
+)
+(folder / ("end" + os.environ["RANK"])).write_text(str(solution.variables["decay"].tolist()))
+"""
+
+
+def test_torchrun_starts_again_what_has_ended_and_it_goes_on(played, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(program), str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A session of its own: what torchrun has started ends with it.
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as started:
+        try:
+            _, errors = started.communicate(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, errors[-2000:]
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "end0").read_text() == (tmp_path / "end1").read_text()
+    assert checkpoint.load(tmp_path / "run.pt")["step"] == 8
