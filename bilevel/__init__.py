@@ -3,7 +3,8 @@
 A solution concept is what each player assumes about the others while it differentiates. A `Game` holds the players,
 a response is a differentiable map from the others' variables to a follower's own, and `solve` plays. The names that
 most programs need stand here; the rest in `bilevel.linear`, `bilevel.inner`, `bilevel.networks`, `bilevel.responses`,
-`bilevel.dynamics`, `bilevel.hyper`, `bilevel.errors`, `bilevel.testing`; what extends the library in `bilevel.extend`.
+`bilevel.dynamics`, `bilevel.hyper`, `bilevel.search`, `bilevel.errors`, `bilevel.testing`; what extends the library in
+`bilevel.extend`.
 """
 
 from bilevel import (
@@ -17,6 +18,7 @@ from bilevel import (
     linear,
     networks,
     responses,
+    search,
     testing,
     tuning,
     variance,
@@ -61,6 +63,7 @@ def __getattr__(name: str) -> object:
         variance,
         hyper,
         tuning,
+        search,
         errors,
         certificates,
         extend,

@@ -32,6 +32,7 @@ MAY = {
     "game": GROUND | {"constraints"},
     "hyper": GAME,
     "tuning": SOLVE | {"hyper"},
+    "search": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,
     "_root": GROUND | {"linear"},
