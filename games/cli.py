@@ -53,8 +53,7 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Remake a figure of the paper that learned responses come from (--list names all):
     bilevel paper fig3
 
---help explains a command's options. All but the first two write to a folder and go on after an interruption with
---resume.
+--help explains a command's options. The long ones write to a folder and go on after an interruption with --resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

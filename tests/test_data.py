@@ -238,6 +238,7 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts this process's files")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_hundred_passes_leave_no_workers_and_no_files(persistent):

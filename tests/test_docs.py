@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # README's example has the full size of its problem: it may not converge, and says so by its warnings.
 SLOW_AND_WARNING = {"README.md"}
+# Ten seconds and more.
+SLOW = {"docs/nash.md", "docs/functions.md", "docs/reweighting.md", "docs/paper.md", *SLOW_AND_WARNING}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 # Pages that show other libraries: a block whose imports are not all installed is passed over; `found` names the others.
 SHOWS_OTHERS = {"coming-from.md"}
@@ -26,7 +28,7 @@ SHOWN = {"sh", "text"}
 
 def _page(path: Path) -> object:
     name = path.relative_to(ROOT).as_posix()
-    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW_AND_WARNING else [])
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
 
 
 def blocks(path: Path) -> list[tuple[str, int, str]]:

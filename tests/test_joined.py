@@ -25,6 +25,7 @@ def closed_form(costs, demand):
     return q, [(demand - q - (m + 1) * c + rivals) / (m + 1) for c in costs[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "response",
     [
@@ -48,6 +49,7 @@ def test_a_leader_of_three_firms_that_settle_among_themselves(response):
     assert solution.history[-1]["b"] == pytest.approx(-(wanted[0] ** 2), abs=1e-6)  # profit q^2 at b = 1
 
 
+@pytest.mark.slow
 def test_a_learned_response_of_two_firms():
     game, costs, demand = oligopoly(2)
     learned = bl.Hypernetwork(partial(torch.optim.Adam, lr=5e-3), scale=0.3, warmup=3000, steps=10, tolerance=0.1)

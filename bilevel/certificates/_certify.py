@@ -9,7 +9,7 @@ import torch
 
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
-from bilevel.certificates.constrained import within_constraints, within_set
+from bilevel.certificates.constrained import Borne, shared_multipliers, within_constraints, within_set
 from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
 from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
 from bilevel.game import Game
@@ -158,7 +158,9 @@ def certify_nash(
     For every player: its own gradient is below `tolerance` times that at the game's start, and its own Hessian is
     positive definite. For a player with a domain, or functions as constraints: it keeps them, its Lagrangian's gradient
     is below that, with the multipliers that suit best, and its Lagrangian's Hessian is positive definite along those
-    that bind. Each is certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
+    that bind. Where several players have the same function as a constraint they share it, and bear it by one multiplier
+    (the variational equilibrium); give them functions of their own to ask for any generalised Nash equilibrium. Each is
+    certified, refuted or inconclusive, as in `certify`. It says nothing of a larger move: the point
     may be no Nash equilibrium globally. A player whose loss is linear in its own variables, as in a bilinear game, has
     no curvature and needs none: where its gradient vanishes no move gains, and none loses.
 
@@ -191,6 +193,7 @@ def certify_nash(
     variables, buffers, given = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     start = {name: game.initial(name) for name in game.names}
     findings: list[Finding] = []
+    borne: dict[str, Borne] = {}
     gradients = products = 0
     for name in game.names:
         drawn = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
@@ -203,7 +206,10 @@ def certify_nash(
             gradients += 2
             by_walls = game.by_walls(member)
             if game.players[member].constraints or by_walls is not game:
-                findings += within_constraints(by_walls, member, here, batch, buffers, reference, tolerance)
+                found_there, borne[member] = within_constraints(
+                    by_walls, member, here, batch, buffers, reference, tolerance
+                )
+                findings += found_there
                 continue
             if game.residual(member).projects:
                 findings += within_set(game, member, here, batch, buffers, reference, tolerance)
@@ -214,6 +220,7 @@ def certify_nash(
             second = f"{member}: second order"
             findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
             products += found.products
+    findings += shared_multipliers(game, borne, tolerance)
     return Certificate("differential Nash", tuple(findings), gradients=gradients, products=products)
 
 

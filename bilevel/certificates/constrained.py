@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.certificates.certificate import Finding
 from bilevel.certificates.verdicts import CERTIFIED, INCONCLUSIVE, REFUTED, small
-from bilevel.constraints.active_set import judged
+from bilevel.constraints.active_set import judged, lengths
 from bilevel.constraints.regularity import curvatures
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
+from bilevel.game.joint import same
 from bilevel.game.newton import curvatures as curvatures_in_set
 from bilevel.tree import Variables, flatten
 
@@ -25,8 +29,8 @@ def within_constraints(
     buffers: Buffers,
     reference: float,
     tolerance: float,
-) -> list[Finding]:
-    """Its three findings, all else held; multipliers are those that leave least of the Lagrangian's gradient."""
+) -> tuple[list[Finding], Borne]:
+    """Its three findings, all else held, and its multipliers: those that leave least of the Lagrangian's gradient."""
     others = {other: tree for other, tree in variables.items() if other != name}
     state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
     state |= game.follower(others, state, batch).first()
@@ -54,7 +58,56 @@ def within_constraints(
         standing = CERTIFIED if smallest > uncertain else REFUTED if smallest < -uncertain else INCONCLUSIVE
         bind = int(point.binding.sum()) + len(point.m)
         remark = f"smallest eigenvalue of its Lagrangian's Hessian along the {bind} that bind; largest {largest:.3g}"
-    return [feasible, first, Finding(f"{name}: second order", standing, smallest, "> 0", remark)]
+    found = [feasible, first, Finding(f"{name}: second order", standing, smallest, "> 0", remark)]
+    pushes = torch.cat([point.l, point.m]) * torch.cat([lengths(point.at.A), lengths(point.at.E)]) / point.scale
+    return found, Borne(dict(zip(programme.labels.all, torch.cat([point.l, point.m]).tolist(), strict=True)), pushes)
+
+
+@dataclass(frozen=True, eq=False)
+class Borne:
+    """A player's multipliers by its constraints' names, and how hard each of them pushes, in units of its gradients."""
+
+    multipliers: Mapping[str, float]
+    pushes: Tensor
+
+    def of(self, label: str) -> list[tuple[float, float]]:
+        """(multiplier, push) of each entry of the function that is called so."""
+        pairs = zip(self.multipliers.items(), self.pushes.tolist(), strict=True)
+        return [(value, push) for (name, value), push in pairs if name == label or name.startswith(f"{label}[")]
+
+
+def shared_multipliers(game: Game, borne: Mapping[str, Borne], tolerance: float) -> list[Finding]:
+    """Whether all who share a constraint bear it by one multiplier: a finding for each function that several have."""
+    seen: list[tuple[Any, list[tuple[str, str]]]] = []
+    for name in borne:
+        for label, function in game.players[name].constraints.items():
+            known = next((who for other, who in seen if same(other, function)), None)
+            if known is None:
+                seen.append((function, [(name, label)]))
+            else:
+                known.append((name, label))
+    found = []
+    for _, who in seen:
+        if len(who) < 2:
+            continue
+        entries = list(zip(*(borne[name].of(label) for name, label in who), strict=True))
+        # Of each entry the multipliers' spread, as hard as it pushes the one who bears most.
+        spreads = []
+        for entry in entries:
+            (low, _), (high, push) = min(entry), max(entry)
+            spreads.append(abs(push) * (high - low) / (abs(high) or 1.0))
+        worst = max(range(len(spreads)), key=spreads.__getitem__)
+        told = ", ".join(f"{value:.4g} of {name}" for (value, _), (name, _) in zip(entries[worst], who, strict=True))
+        found.append(
+            Finding(
+                f"shared {who[0][1]} of {', '.join(name for name, _ in who)}",
+                CERTIFIED if spreads[worst] <= tolerance else REFUTED,
+                spreads[worst],
+                f"<= {tolerance:g}",
+                f"one multiplier for all, as in a variational equilibrium; they are {told}",
+            )
+        )
+    return found
 
 
 def within_set(

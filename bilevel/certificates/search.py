@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient
+from bilevel.constraints.active_set import KKTPoint, judged, optimum, reached
+from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
@@ -49,7 +51,9 @@ class AloneProblem:
         self.form: Structure = game.structure(name)
         self.others = {other: v for other, v in variables.items() if other != name}
         self.rests = game.residual(name)
-        self.constraints = None
+        state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
+        state |= game.follower(self.others, state, batch).first()
+        self.constraints: Constrained | None = game.follower(self.others, state, batch).constraints
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
         self._random = random_state(game.device)
@@ -67,12 +71,34 @@ class AloneProblem:
 
     def most_gained(self, y: Tensor, mu: float) -> float:
         """How much a loss of strong convexity mu can still fall from a flat y: its lower bound, minimised."""
+        if self.constraints is not None:
+            point = self.judged(y)
+            left = point.slope + point.at.push_c.T @ point.l + point.at.push_e.T @ point.m
+            return max(0.0, float(left @ left) / (2.0 * mu) - float(point.l @ point.at.c + point.m @ point.at.e))
         parts = self.form.split(y)
         _, slopes = self.gradients(parts)
         ends = self.settled([a - b / mu for a, b in zip(parts, slopes, strict=True)], 1.0 / mu)
         way, slope = join(ends) - y, join(slopes)
         terms = [float(self.rests.term(self.game, self.name, at, self.others)) for at in (parts, ends)]
         return max(0.0, terms[0] - terms[1] - float(slope @ way) - 0.5 * mu * float(way @ way))
+
+    def judged(self, y: Tensor) -> KKTPoint:
+        """A flat y within functions, with the multipliers that suit best."""
+        assert self.constraints is not None
+        return judged(self.constraints, y.detach().to("cpu", torch.float64))
+
+    def allowed(self, y: Tensor) -> Tensor | None:
+        """Where a search that ended at a flat y stands within functions: its optimum, or y; None outside them.
+
+        An answer outside its constraints by no more than a search's own tolerance would gain what it may not have.
+        """
+        if self.constraints is None:
+            return y
+        point = optimum(self.constraints, y.detach().to("cpu", torch.float64))
+        if reached(point, self.constraints.epsilon):
+            return point.y.to(y)
+        point = self.judged(y)
+        return y if not len(point.violations) or float(point.violations.max()) <= 1e-9 else None
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The objective and its gradient in each leaf."""
@@ -125,11 +151,16 @@ def best_move(
             y = problem.form.split(start.clone())
             found, _ = minimised(solver, problem, y, None, steps=steps, threshold=0.0)
         end = join(found).detach()
-        reached = problem.value(end)
-        if math.isnan(reached) or not bool(torch.isfinite(end).all()):
+        if not bool(torch.isfinite(end).all()):
             continue
-        ran_off = reached == -math.inf or (float(end.norm()) > reach and reached < loss - 1e3 * (1.0 + abs(loss)))
-        ends.append(-math.inf if ran_off else reached)
+        within = end if float(end.norm()) > reach else problem.allowed(end)
+        if within is None:
+            continue
+        end, value = within, problem.value(within)
+        if math.isnan(value):
+            continue
+        ran_off = value == -math.inf or (float(end.norm()) > reach and value < loss - 1e3 * (1.0 + abs(loss)))
+        ends.append(-math.inf if ran_off else value)
         if ends[-1] < lowest:
             best, lowest = end, ends[-1]
     gain = loss - lowest

@@ -251,8 +251,11 @@ def _each(work: Sequence[tuple[_Part, Callable[[], Any]]], jobs: int) -> Iterato
             yield part, one()
         return
     from joblib import Parallel, delayed  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
+    from joblib.parallel import get_active_backend  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
+    as_they_end = get_active_backend()[0].supports_return_generator
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if as_they_end else "list", batch_size=1)
     for index, result in parallel(delayed(_in_process)(index, one) for index, (_, one) in enumerate(work)):
         yield work[index][0], result
 

@@ -259,13 +259,11 @@ class Game:
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games (`Games`), and say how to ask one by one."""
 
-    def require_minima(
-        self, asker: str, *, joined: bool = False, constrained: bool = False, functions: bool = True
-    ) -> None:
+    def require_minima(self, asker: str, *, joined: bool = False, constrained: bool = False) -> None:
         """Raise `ValueError` when somebody rests elsewhere than at a minimum of a loss of its own.
 
         With `joined`, players who answer together may each rest at a minimum of its own loss; with `constrained`, at
-        one within constraints, `functions` among them.
+        one within constraints.
         """
         for name in self.names:
             members = self.members(name)
@@ -276,7 +274,7 @@ class Game:
                 )
             for member in members:
                 kept, rests = bool(self._parts.players[member].constraints), self.residual(member)
-                if (kept or rests.projects) and constrained and (functions or not kept):
+                if (kept or rests.projects) and constrained:
                     continue
                 if kept or rests.projects:
                     raise ValueError(

@@ -38,11 +38,13 @@ class Driven:
         best: The entry of the best feasible evaluation, or of the least infeasible one.
         told: Why it is to be doubted, in words; None where SciPy's method has converged there.
         rejected: How many evaluations had no answer, and the last one's story.
+        steepest: The largest norm of the loss's gradient on the way.
     """
 
     best: Entry
     told: str | None
     rejected: tuple[int, str]
+    steepest: float
 
 
 def require_driven(game: Game, names: Sequence[str], name: str, method: Scipy) -> None:
@@ -173,15 +175,23 @@ def drive(
         except EnoughError:
             told = f"SciPy's {method.method} had not finished after {len(entries)} evaluations"
     best = _best(entries, ended, feasibility(epsilon))
-    return Driven(best, told, (len(rejected), rejected[-1] if rejected else ""))
+    steepest = max((float(entry["slope"].norm()) for entry in entries if "failed" not in entry), default=0.0)
+    return Driven(best, told, (len(rejected), rejected[-1] if rejected else ""), steepest)
+
+
+UNSETTLED = 0.01
+"""A Lagrangian's gradient of such a part of the loss's largest says that an end is none, or its multipliers wrong."""
 
 
 def doubts(name: str, driven: Driven, left: float) -> list[RunWarning]:
     """What to know of where SciPy's method ended, with the norm of the Lagrangian's gradient that is `left` there."""
     told = []
-    if driven.told is not None:
+    story = driven.told
+    if story is None and left > UNSETTLED * driven.steepest:
+        story = "SciPy's method was content"  # trust-constr is, while its barrier keeps it away from a wall
+    if story is not None:
         text = (
-            f"{driven.told}. At the answer, the gradient of the Lagrangian of {name!r} has norm {left:.3g}, that of "
+            f"{story}. At the answer, the gradient of the Lagrangian of {name!r} has norm {left:.3g}, that of "
             f"its loss {float(driven.best['slope'].norm()):.3g}. Give it more steps=, or another start; where a "
             "follower's constraint begins or ceases to bind the loss has a kink, which may be the optimum."
         )

@@ -162,9 +162,12 @@ class CrossValidation:
             return
         try:
             from joblib import Parallel, delayed  # type: ignore[import-untyped]
+            from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
         except ImportError as error:
             raise MissingExtraError(f"jobs={self.jobs} needs joblib ({error}). pip install 'bilevel[data]'") from error
-        parallel = Parallel(n_jobs=self.jobs, return_as="generator_unordered")
+        # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
+        how = "generator_unordered" if get_active_backend()[0].supports_return_generator else "list"
+        parallel = Parallel(n_jobs=self.jobs, return_as=how)
         yield from parallel(
             delayed(_retrain_in_process)(index, retraining, game, candidate, file) for index, (candidate, file) in work
         )

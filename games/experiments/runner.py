@@ -86,6 +86,7 @@ def run_parts(
     """
     try:
         from joblib import Parallel, delayed  # type: ignore[import-untyped]
+        from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"Running in parallel needs joblib ({error}). pip install 'bilevel[data]'") from error
     versions, pending, kept = provenance("numpy", "scipy")["versions"], [], []
@@ -101,7 +102,9 @@ def run_parts(
     yield from kept
     # The longest first, or the last one would run alone.
     pending.sort(key=lambda item: -item[2].seconds)
-    parallel = Parallel(n_jobs=min(jobs, max(1, len(pending))), return_as="generator_unordered", batch_size=1)
+    # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
+    how = "generator_unordered" if get_active_backend()[0].supports_return_generator else "list"
+    parallel = Parallel(n_jobs=min(jobs, max(1, len(pending))), return_as=how, batch_size=1)
     for index, result, seconds, failure in parallel(
         delayed(_do_part)(index, store, part, source, identity)
         for index, (store, _, part, identity) in enumerate(pending)

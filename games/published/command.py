@@ -17,7 +17,7 @@ def problems_command(
         list[str] | None,
         typer.Argument(help="Problems, or parts of their names; all when left out.", show_default=False),
     ] = None,
-    starts: Annotated[int, typer.Option(help="Where the leader starts: so many points of its box.")] = 8,
+    starts: Annotated[int, typer.Option(help="Where the leader starts: so many points of its box.")] = 6,
     steps: Annotated[int, typer.Option(help="Evaluations of the leader from each start, at most.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the starts.")] = 0,
     output: Annotated[
@@ -72,6 +72,11 @@ def problems_command(
         )
         if output is not None:
             settings = {"starts": starts, "steps": steps, "seed": seed}
-            written = {**provenance("scipy"), **settings, "results": [asdict(found) for found in results]}
+            written = {
+                **provenance("scipy"),
+                **settings,
+                "stated": len(known),
+                "results": [asdict(found) for found in results],
+            }
             output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
             console.print(f"Wrote {output}", highlight=False, markup=False)

@@ -124,7 +124,7 @@ def _points(problem: Problem, seed: int) -> Iterator[Tensor]:
         yield low + (high - low) * torch.rand(len(low), generator=generator, dtype=torch.float64)
 
 
-def solved(problem: Problem, *, starts: int = 12, steps: int = 60, seed: int = 0) -> Result:
+def solved(problem: Problem, *, starts: int = 6, steps: int = 40, seed: int = 0) -> Result:
     """Solve a problem from many starts, and judge the answer."""
     began, seen = time.perf_counter(), 0
 
@@ -177,4 +177,4 @@ def solved(problem: Problem, *, starts: int = 12, steps: int = 60, seed: int = 0
         status = "solved"
         if value < problem.best - CLOSE * size:  # so much lower by what a tie's weight leaves open is no better
             status = "better" if verdict.gap <= SURE * lower else "not optimal"
-    return ended(status, found.warnings, value, verdict)
+    return ended(status, (*found.warnings, str(found.starts)), value, verdict)

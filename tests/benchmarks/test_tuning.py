@@ -11,6 +11,7 @@ from benchmarks.tuning.__main__ import started
 from benchmarks.tuning.problems import many, ten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [ten, many])
 def test_the_game_is_the_training(made):
     """The hypergradient of steps of the game is the slope of the trials' own training, in every hyperparameter."""

@@ -124,6 +124,7 @@ def test_exploitability_searches_within_the_domain():
         bl.exploitability(cournot(1.0), held, bounds={"a": (0.0, 1.0)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["simplex", "cone", "lasso"])
 def test_exploitability_in_other_sets_and_with_terms(name):
     domain, prox = DOMAINS[name]
@@ -166,3 +167,46 @@ def test_the_families_own_formulas(known):
     differences = torch.stack([(known.value(x + h * row) - known.value(x - h * row)) / (2.0 * h) for row in rows])
     torch.testing.assert_close(slope, differences, rtol=0.0, atol=1e-8)
     assert check_hypergradient(played, RESPONSE, rtol=1e-5)
+
+
+def plant(a, b):
+    return a + b - 3.0
+
+
+def sharing(of_b=plant):
+    """Price 9 - a - b, costs 0 and 1: alone 3.33 and 2.33; one plant of 3 leaves a = 2, b = 1, l = 9 - 3 - 2 = 4."""
+    one = number(0.5)
+    return bl.Game(
+        a=bl.Player(lambda a, b: -a * (9.0 - a - b), one, inequality=plant, domain=NonNegative()),
+        b=bl.Player(lambda a, b: -b * (8.0 - a - b), one, inequality=of_b, domain=NonNegative()),
+    )
+
+
+def test_leaders_who_share_a_plant_are_certified_at_one_multiplier():
+    right, other = {"a": number(2.0), "b": number(1.0)}, {"a": number(1.8), "b": number(1.2)}
+    found = bl.certify_nash(sharing(), right)
+    assert found.standing.value == "certified", str(found)
+    assert "4 of a, 4 of b" in found.by_name["shared inequality of a, b"].remark
+    # a + b = 3 elsewhere: neither gains alone, but a bears 9 - 3 - 1.8 and b 8 - 3 - 1.2.
+    found = bl.certify_nash(sharing(), other)
+    assert found.standing.value == "refuted"
+    assert "4.2 of a, 3.8 of b" in found.by_name["shared inequality of a, b"].remark
+    assert [name for name, part in found.by_name.items() if part.standing.value == "refuted"] == [
+        "shared inequality of a, b"
+    ]
+    own = sharing(lambda a, b: a + b - 3.0)
+    assert bl.certify_nash(own, other).standing.value == "certified"  # a generalised Nash equilibrium
+
+
+def test_exploitability_searches_within_functions_and_names_who_gains():
+    convex = {"a": 2.0, "b": 2.0}
+    found = bl.exploitability(sharing(), {"a": number(2.0), "b": number(1.0)}, strong_convexity=convex, restarts=2)
+    assert found.nash_conv < 1e-12 and max(found.upper.values()) < 1e-12
+    # With b at .5 the first could make 2.5: 2.5 * 6 in place of 2 * 6.5. The second makes 1 * 5 of .5 * 5.5.
+    found = bl.exploitability(sharing(), {"a": number(2.0), "b": number(0.5)}, strong_convexity=convex, restarts=2)
+    assert abs(found.gains["a"] - 2.0) < 1e-9 and abs(found.upper["a"] - 2.0) < 1e-9
+    assert abs(found.gains["b"] - 2.25) < 1e-9 and abs(float(found.deviations["b"]) - 1.0) < 1e-9
+    with pytest.raises(ValueError, match="'a' break its constraints: inequality is 1, wanted <= 0"):
+        bl.exploitability(sharing(), {"a": number(3.0), "b": number(1.0)})
+    with pytest.raises(ValueError, match="bounds names 'a', whom functions constrain already"):
+        bl.exploitability(sharing(), {"a": number(1.0), "b": number(1.0)}, bounds={"a": (0.0, 1.0)})

@@ -69,6 +69,7 @@ def test_equalities_trees_and_functions_of_both(way):
     assert [leaf.shape for leaf in found.multipliers["x"]["inequality"]] == [(2,), (2,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("domain", "start"),
     [(bl.Box(0.0, 1.0), (0.5, 0.5)), (bl.Simplex(), (0.5, 0.5)), (bl.constraints.Ball(1.0), (0.5, 0.5))],
@@ -109,6 +110,7 @@ def test_a_capacity_that_only_the_follower_fills_and_a_constrained_follower():
     torch.testing.assert_close(found.variables["y"], tensor(1.5, 0.5), rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_leaders_with_functions_of_their_own():
     """Each sells up to what is left of 2 together, of which the first may take .5: x = .5, z = 1.5."""
     played = bl.Game(

@@ -173,6 +173,7 @@ def test_one_step_is_the_optimisers_in_the_coordinate():
     torch.testing.assert_close(found.variables["x"], init.natural(u - 0.1 * slope).detach(), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.slow
 def test_coordinates_in_a_pytree_beside_tensors_and_in_many_games(tmp_path):
     def lead(x, y):
         return (y - 0.8) ** 2 + (x["shift"] - 2.0) ** 2

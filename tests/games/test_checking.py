@@ -1,8 +1,10 @@
 """`bilevel check` and `bilevel certify`: verdicts, exit codes, JSON, and each refusal."""
 
 import json
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from games.cli import app
@@ -124,3 +126,10 @@ def test_a_response_must_be_named_once(file):
 def test_a_number_out_of_range(file, option):
     result = call("check", f"{file}:problem", *option)
     assert result.exit_code == 2 and f"Invalid value for '{option[0]}'" in result.stderr
+
+
+def test_the_page_of_commands_has_them_all():
+    """Each command, and each exit code of `bilevel check` and `certify`."""
+    page = (Path(__file__).resolve().parents[2] / "docs/commands.md").read_text(encoding="utf-8")
+    missing = [name for name in typer.main.get_command(app).commands if f"| `bilevel {name}" not in page]
+    assert missing == []

@@ -43,6 +43,7 @@ def test_losses_are_those_of_converged_followers(optimizer):
     assert found.converged.all() and found.gradients > 0
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_finds():
     played = game()
     candidates = grid(played, {"decay": torch.linspace(-1, 1, 4)})

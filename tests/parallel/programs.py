@@ -99,7 +99,8 @@ RESPONSES = {
         OPTIMUM, linear_solver=bl.ConjugateGradient(stopping=HypergradientTolerance(1e-6))
     ),
     "Scipy": bl.Implicit(bl.Scipy("L-BFGS-B")),
-    # Steps of fixed size: Adam divides what rounding leaves of a gradient that is 0 by its size, and LBFGS stops by it.
+    # Steps of fixed size: LBFGS stops by what rounding leaves. One ulp in the data moves a nudged LBFGS's hypergradient
+    # by 2.5e-4 in one process, as much as two ranks do; with SGD by 3e-14.
     "Hypernetwork": bl.Hypernetwork(partial(SGD, lr=0.1), steps=5, tolerance=None),
     "Nudged": bl.Nudged(SGD_STEPS, steps=20, nudge=1e-2, tolerance=None),
     "SingleLoop": bl.SingleLoop(partial(SGD, lr=0.3)),
@@ -209,6 +210,21 @@ def solves():
             reductions=told["reductions"],
             values=abs(one.values["weights"] - many.values["weights"]),
         )
+
+
+def drops():
+    """A loss with dropout: what each rank drops, and whether the ranks end alike."""
+    masks = []
+
+    def dropped(decay, weights, batch):
+        kept = torch.nn.functional.dropout(torch.ones_like(batch[0]), 0.5)
+        masks.append(kept.detach().sum(1).tolist())
+        return fit(decay, weights, (batch[0] * kept, batch[1]))
+
+    begin = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    data = [(torch.cat([TRAIN, TRAIN[:1]]), torch.cat([TARGET, TARGET[:1]]))]  # four rows a rank
+    solution = PLAY(make(weights=bl.Player(dropped, begin, data=data)), steps=3, parallel=bl.DataParallel(timeout=60.0))
+    tell(masks=masks[-8:], decay=solution.variables["decay"].tolist())
 
 
 PLAY = partial(bl.solve, weights=bl.Unrolled(SGD_STEPS, steps=2, tolerance=None))

@@ -38,3 +38,10 @@ def test_games_are_solved_as_by_one_process(played, size):
         assert told["values"] <= TOLERANCE, told
         assert told["steps"] == 6
         assert told["communicated"] >= 8 * told["reductions"] > 0
+
+
+@pytest.mark.slow
+def test_ranks_drop_out_each_for_itself_and_stay_alike(played):
+    (one,), (other,) = played("drops", 2)
+    assert one["decay"] == other["decay"]
+    assert one["masks"] != other["masks"]

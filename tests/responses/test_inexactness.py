@@ -36,6 +36,7 @@ def response(inexactness, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [bl.responses.Geometric(start=1e5, rate=0.7), bl.responses.AsLeaderMoves(start=1e5, power=2.0)], ids=repr
 )

@@ -182,6 +182,7 @@ def test_it_holds_the_laws_of_a_response():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variance", "left"), [(SAGA(), 1e-9), (SARAH(6), 1e-9)], ids=NAMES[1:])
 def test_variance_reduction_converges_with_constant_steps_where_plain_steps_stall(variance, left):
     """1,200 steps on six batches: plain steps end at the noise that is in a batch, times the step size."""

@@ -192,6 +192,7 @@ def test_dropout_and_minibatches_are_held() -> None:
 # Wrong -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(strategies.leader_follower())
 def test_an_error_of_a_twentieth_is_never_right(known: KnownGame) -> None:

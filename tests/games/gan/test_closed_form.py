@@ -38,6 +38,7 @@ def test_the_generator_that_anticipates_descends_the_jensen_shannon_divergence()
     assert abs(float(solution.variables["t"])) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_learned_discriminator_is_the_exact_one_to_one_per_cent():
     """One map for all generators between -1.5 and 1.5, from draws of t and the discriminator's own loss."""
     game = gaussian_game()

@@ -272,6 +272,7 @@ def same_set(found, wanted, atol):
     return len(rows) == len(wanted) and all(any(torch.allclose(r, w, rtol=0, atol=atol) for r in rows) for w in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "degenerate"), [(200, False), (20, True)])
 def test_the_equilibria_are_those_of_an_exact_enumeration_in_any_units(count, degenerate):
     """Payoffs in other units than 1 have been rounded: to 1e-4 beside an offset of 1e12, in units of 1e9 to 1e-13."""

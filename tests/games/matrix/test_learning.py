@@ -51,6 +51,7 @@ def test_averages_converge_and_last_profiles_do_not():
         assert found.nash_conv[-1] > 0.01, rule
 
 
+@pytest.mark.slow
 def test_the_optimistic_one_ends_at_the_equilibrium_itself():
     found = learn(
         named.biased_rock_paper_scissors(), EntropicMirrorDescent(1.0, optimistic=True), rounds=10_000, start=TILTED

@@ -49,6 +49,7 @@ def test_figure_4_measures_errors_near_and_far():
     assert figure4.errors(truth, found | {"end": 0.2}) == (0.5, 0.125)
 
 
+@pytest.mark.slow
 def test_figure_4_runs_with_and_without_noise():
     results = {"cross-validation": as_json(cross_validated(SOURCE, values=figure4.VALUES[::10], seed=0))}
     for name in ("perturbed", "noiseless"):
