@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from bilevel.tuning import CSVLogger, EarlyStopping, MLflowLogger, WandbLogger
 
+# Told of once, by a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:tune. the model has BatchNorm:bilevel.errors.UnreliableResponseWarning")
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 torch.manual_seed(0)
 INPUTS = torch.randn(300, 12)
@@ -55,6 +57,19 @@ def test_it_ends_better_than_it_began(tuned):
     assert max(again.found) < min(again.start)
     assert tuned.hyper["decay"] > 1e-3, "of a decay that starts far too small"
     assert "at those found" in str(again)
+
+
+def test_batch_norm_is_told_of_where_the_answer_is_learned():
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match="'?1'? for one.*GroupNorm"):
+        run(steps=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bl.errors.UnreliableResponseWarning)
+        run(steps=20, model=nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)))
+        run(
+            steps=20,
+            model=nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)),
+        )
+        run(steps=20, response=bl.Unrolled(ADAM, steps=5, tolerance=None))
 
 
 def test_the_model_given_is_left_alone_and_the_trained_one_is_whole():
