@@ -123,24 +123,30 @@ class GradientSearch:
     ) -> State:
         """The state that knows a loss, and its hypergradient in the natural values where there is one.
 
-        A loss that is NaN or infinite is one that failed: it counts as the worst that was seen, without a slope. Points
-        that were not asked for may be told. Raises `ValueError` for other names, a point outside the ranges, or a
-        gradient with NaN beside a finite loss.
+        A gradient may leave out names, whose slopes count as not seen: a learning rate beside decays. A loss that is
+        NaN or infinite is one that failed: it counts as the worst that was seen, without a slope. Points that were not
+        asked for may be told. Raises `ValueError` for other names, a point outside the ranges, or a gradient with NaN
+        beside a finite loss.
         """
-        place, nothing = self._place(point), torch.full((len(self.space),), math.nan, dtype=torch.float64)
-        slope = nothing
+        place = self._place(point)
+        slope = torch.full_like(place, math.nan)
         if gradient is not None and math.isfinite(loss):
-            self._require_names("the gradient", gradient)
-            slope = torch.tensor([float(gradient[name]) for name in self.space], dtype=torch.float64)
-            if not bool(slope.isfinite().all()):
+            if not set(gradient) <= set(self.space):
+                raise ValueError(
+                    f"GradientSearch: the gradient names {sorted(gradient)}; expected some or all of "
+                    f"{sorted(self.space)}."
+                )
+            if not all(math.isfinite(value) for value in gradient.values()):
                 raise ValueError(
                     f"GradientSearch.tell: the gradient is {dict(gradient)} beside a loss of {loss}; expected finite "
-                    "numbers. Tell gradient=None where there is none."
+                    "numbers. Leave out the names of those that are not."
                 )
             # In units of the box: dz/d(place).
             for i, (name, kind) in enumerate(self.space.items()):
-                low, high = kind.range
-                slope[i] *= float(point[name]) * math.log(high / low) if isinstance(kind, Log) else high - low
+                if name in gradient:
+                    low, high = kind.range
+                    scale = float(point[name]) * math.log(high / low) if isinstance(kind, Log) else high - low
+                    slope[i] = float(gradient[name]) * scale
         return {
             **state,
             "points": torch.cat([state["points"], place[None]]),
@@ -149,6 +155,10 @@ class GradientSearch:
             # A natural value and back: a rounding apart.
             "pending": state["pending"][(state["pending"] - place).abs().amax(1) > 1e-9],
         }
+
+    def expect(self, state: State, point: Mapping[str, float]) -> State:
+        """The state in which a point that was chosen elsewhere is waited for, as those are that were asked for."""
+        return {**state, "pending": torch.cat([state["pending"], self._place(point)[None]])}
 
     def best(self, state: State) -> tuple[dict[str, float], float]:
         """The point of the least loss, and that loss. Raises `ValueError` where no finite loss was told."""
@@ -169,7 +179,7 @@ class GradientSearch:
             slopes[values > self.cap] = math.nan
             values = values.clamp(max=self.cap)
         if self.slope_cap is not None:
-            norms = slopes.norm(dim=1, keepdim=True)
+            norms = slopes.nan_to_num(0.0).norm(dim=1, keepdim=True)
             slopes = slopes * (self.slope_cap / norms).clamp(max=1.0)
         # Failures never are the best, though a landscape may be flat.
         index = int(values.masked_fill(failed, math.inf).argmin())
@@ -258,7 +268,8 @@ def minimise(
 
     `objective` has parameters named after the space, which are 0-d float64 tensors, and returns a 0-d loss. Where that
     has a graph its gradient is taken by autograd, through a response for instance, which makes it a hypergradient;
-    where it has none the search goes by losses alone. `state` goes on from an earlier end, whose evaluations count.
+    where it has none the search goes by losses alone. A parameter that the graph does not hold, as after `.item()`,
+    and a slope that is not finite count as not seen. `state` goes on from an earlier end, whose evaluations count.
     Raises `TypeError` for names that differ or a loss that is no number, `ValueError` where every loss failed.
 
     >>> from bilevel.constraints import Interval
@@ -279,11 +290,15 @@ def minimise(
         loss = objective(**given)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"minimise: the objective returned {loss!r}; expected a tensor with one number, the loss.")
-        gradient = None
-        if loss.requires_grad and bool(loss.isfinite().all()):
-            slopes = torch.autograd.grad(loss.sum(), list(given.values()), materialize_grads=True)
-            told = {name: float(slope) for name, slope in zip(given, slopes, strict=True)}
-            gradient = told if all(math.isfinite(slope) for slope in told.values()) else None
+        gradient = {}
+        if loss.requires_grad:
+            # No zeros in the place of None: what the graph does not hold has an unknown slope, not a flat one.
+            slopes = torch.autograd.grad(loss.sum(), list(given.values()), allow_unused=True)
+            gradient = {
+                name: float(slope)
+                for name, slope in zip(given, slopes, strict=True)
+                if slope is not None and bool(slope.isfinite())
+            }
         state = search.tell(state, point, float(loss.detach()), gradient)
     values, least = search.best(state)
     return Found(values, least, state["values"].tolist(), state)

@@ -132,6 +132,16 @@ def test_a_logarithm_is_searched_by_its_slope():
     assert found.values["rate"] == pytest.approx(3e-4, rel=1e-2)
 
 
+def test_a_parameter_outside_the_graph_has_an_unknown_slope_not_a_flat_one():
+    space = {"a": bl.Interval(-1.0, 1.0, start=-0.8), "rate": bl.Interval(-1.0, 1.0, start=0.9)}
+    search = GradientSearch(space, evaluations=15)
+    found = minimise(lambda a, rate: (a - 0.5) ** 2 + (rate.item() + 0.4) ** 2, search)
+    assert found.state["slopes"][:, 0].isfinite().all()
+    assert found.state["slopes"][:, 1].isnan().all()
+    # Told as zeros, the slopes of `rate` would hold it near 0.9, where the loss is at least 1.
+    assert found.loss < 0.05
+
+
 def test_losses_that_fail_are_left_behind():
     def broken(a, b):
         return torch.where(a > 0.3, math.nan, (a - 0.2) ** 2 + b**2)
@@ -167,6 +177,8 @@ def test_what_is_wrong_is_refused():
         search.tell(search.init(), {"a": 2.0}, 1.0)
     with pytest.raises(ValueError, match=r"the point names \['b'\]; expected \['a'\]"):
         search.tell(search.init(), {"b": 0.5}, 1.0)
+    with pytest.raises(ValueError, match=r"gradient names \['b'\]; expected some or all of \['a'\]"):
+        search.tell(search.init(), {"a": 0.5}, 1.0, {"b": 1.0})
     with pytest.raises(ValueError, match="expected finite numbers"):
         search.tell(search.init(), {"a": 0.5}, 1.0, {"a": math.nan})
     with pytest.raises(ValueError, match="count=0"):
