@@ -5,10 +5,12 @@ from bilevel.certificates._exploitability import exploitability
 from bilevel.certificates._interval import HypergradientInterval, Interval, hypergradient_interval
 from bilevel.certificates.certificate import Certificate, Standing
 from bilevel.certificates.gains import Exploitability
+from bilevel.certificates.globally import GlobalAnswer, solve_globally
 
 __all__ = [
     "Certificate",
     "Exploitability",
+    "GlobalAnswer",
     "HypergradientInterval",
     "Interval",
     "Standing",
@@ -16,4 +18,5 @@ __all__ = [
     "certify_nash",
     "exploitability",
     "hypergradient_interval",
+    "solve_globally",
 ]

@@ -1,0 +1,65 @@
+"""What `solve_globally` returns."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bilevel.tree import Variables, named_leaves
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalAnswer:
+    """The best point of a bilevel programme, and what is proved of it.
+
+    Attributes:
+        value: The leader's loss there.
+        variables: By player.
+        multipliers: The follower's, in the form of what its functions return, by "inequality", "equality", "domain"
+            and "domain equality".
+        proved: Whether no other point is better by more than the tolerance.
+        reason: How it is proved, or why not.
+        optimistic: True: where the follower has several optima, it takes the one that the leader likes best.
+        worst: The leader's loss there if its follower took the one that the leader likes least, infinite where that
+            breaks the leader's functions. Where it equals `value`, the answer is the pessimistic one as well. NaN where
+            it is not known: a quadratic loss of the leader's, and a follower with several optima.
+        bound: What no point is below. It holds as far as `proved` says.
+        nodes: Of the searches, together.
+    """
+
+    value: float
+    variables: Mapping[str, Variables]
+    multipliers: Mapping[str, Variables]
+    proved: bool
+    reason: str
+    worst: float
+    bound: float
+    nodes: int
+    optimistic: bool = field(default=True)
+
+    @property
+    def gap(self) -> float:
+        """How far the value is above the bound; at least 0."""
+        return max(self.value - self.bound, 0.0)
+
+    def __str__(self) -> str:
+        """A table of the players' variables and the follower's multipliers."""
+        from rich.console import Console  # noqa: PLC0415 - only where something is printed
+        from rich.table import Table  # noqa: PLC0415
+
+        standing = "the global optimum" if self.proved else "not proved to be the global optimum"
+        table = Table(
+            title=f"{self.value:.8g}: {standing} (gap {self.gap:.2g}, {self.nodes} nodes)",
+            caption=f"{self.reason} If the follower broke ties against the leader: {self.worst:.8g}.",
+        )
+        table.add_column("what")
+        table.add_column("numbers", justify="right")
+        rows = {**self.variables, **{f"multipliers, {kind}": tree for kind, tree in self.multipliers.items()}}
+        for name, tree in rows.items():
+            for path, leaf in named_leaves(tree):
+                shown = [f"{number:.6g}" for number in leaf.reshape(-1)[:12].tolist()]
+                table.add_row(f"{name}{path}", ", ".join(shown) + (", and more" if leaf.numel() > 12 else ""))
+        text = io.StringIO()
+        Console(file=text, width=100).print(table, markup=False)
+        return text.getvalue().rstrip()
