@@ -91,6 +91,12 @@ def directed(rule: Dynamics, field: Field, state: State) -> tuple[dict[str, list
     return {player: [leaf.detach() for leaf in direction] for player, direction in found.items()}, after
 
 
+def require_positive(rule: Dynamics, option: str, value: float) -> None:
+    """Raise `ValueError` where a rule's option is no positive finite number."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{type(rule).__name__}: {option}={value}; expected a positive finite number.")
+
+
 def require_rule(rule: object) -> None:
     """Raise `TypeError` for what is no rule of play."""
     if isinstance(rule, type) and issubclass(rule, Dynamics):

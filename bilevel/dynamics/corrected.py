@@ -9,15 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.dynamics.base import Dynamics, State
+from bilevel.dynamics.base import Dynamics, State, require_positive
 from bilevel.dynamics.field import Field
 from bilevel.errors import require_kinds
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
-
-
-def _positive(rule: Dynamics, name: str, value: float) -> None:
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"{type(rule).__name__}: {name}={value}; expected a positive finite number.")
 
 
 @final
@@ -41,7 +36,7 @@ class Consensus(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _positive(self, "weight", self.weight)
+        require_positive(self, "weight", self.weight)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """xi + weight J'xi."""
@@ -74,7 +69,7 @@ class SymplecticAdjustment(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _positive(self, "weight", self.weight)
+        require_positive(self, "weight", self.weight)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """xi + lambda A'xi."""
@@ -110,7 +105,7 @@ class LookAhead(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _positive(self, "step_size", self.step_size)
+        require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """xi - step_size J_o xi."""
@@ -142,7 +137,7 @@ class Competitive(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self, linear_solver=LinearSolver)
-        _positive(self, "step_size", self.step_size)
+        require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The solution of (I + step_size J_o) d = xi."""

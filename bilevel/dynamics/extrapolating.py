@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from bilevel.dynamics.base import Dynamics, State
+from bilevel.dynamics.base import Dynamics, State, require_positive
 from bilevel.dynamics.field import Field
 from bilevel.errors import require_kinds
 
@@ -42,7 +42,7 @@ class Extragradient(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _require_positive(self, "step_size", self.step_size)
+        require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The field at the extrapolated point."""
@@ -126,8 +126,3 @@ class NegativeMomentum(Dynamics):
             for name, slopes in now.items()
         }
         return told, {"directions": {**last, **told}}
-
-
-def _require_positive(rule: Dynamics, option: str, value: float) -> None:
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"{type(rule).__name__}: {option}={value}; expected a positive finite number.")

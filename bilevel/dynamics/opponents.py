@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.dynamics.base import Dynamics, State
+from bilevel.dynamics.base import Dynamics, State, require_positive
 from bilevel.dynamics.field import Field, Leaves
 from bilevel.errors import require_kinds
 
@@ -42,7 +42,7 @@ class LOLA(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _positive(self, self.step_size)
+        require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The gradient of each player's own Taylor expansion."""
@@ -89,7 +89,7 @@ class ExactLOLA(Dynamics):
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        _positive(self, self.step_size)
+        require_positive(self, "step_size", self.step_size)
 
     def directions(self, field: Field, state: State) -> tuple[dict[str, list[Tensor]], State]:
         """The gradient of each player's loss after the others' step."""
@@ -105,11 +105,6 @@ class ExactLOLA(Dynamics):
                 there = {other: point[name] if other == name else moved[other] for other in field.names}
                 found[name] = _last(field.losses(there)[name], point[name])
         return found, state
-
-
-def _positive(rule: Dynamics, step_size: float) -> None:
-    if not 0.0 < step_size < float("inf"):
-        raise ValueError(f"{type(rule).__name__}: step_size={step_size}; expected a positive finite number.")
 
 
 def _slopes(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

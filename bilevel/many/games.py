@@ -134,11 +134,6 @@ class Games(Stack):
                     )
         return batch, after
 
-    @property
-    def record_keys(self) -> tuple[str, ...]:
-        """The median, and the worst."""
-        return ("", ".worst")
-
     def require_separable(self, dynamics: object) -> None:
         """Refuse a rule that follows the whole field by common numbers."""
         refuse_mixing_dynamics(dynamics, self.count)

@@ -151,6 +151,11 @@ class Stack(Game):
         """One game's part of a player's batch."""
         return rows_of(batch, self._dims.get(player), index)
 
+    @property
+    def record_keys(self) -> tuple[str, ...]:
+        """The median, and the worst."""
+        return ("", ".worst")
+
     def total(self, loss: Tensor) -> Tensor:
         """The sum over games: its gradient in one game's variables is that of this game's loss."""
         return loss.sum()

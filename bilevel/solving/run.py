@@ -45,7 +45,7 @@ from bilevel.solving.driven import (
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
-from bilevel.solving.horizon import FIRST, carried, cheap, due, short_horizon
+from bilevel.solving.horizon import carried, cheap, due, short_horizon
 from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
 from bilevel.solving.leader_functions import Values, broken, functions_of
 from bilevel.solving.leaders import LeaderOptimizer, Leaders, tolerated
@@ -333,7 +333,7 @@ class Run:
         if not due(step):
             return carried(log, step)  # nothing, where nothing was found
         looks = {name: response.farther for name, response in self.followers.responses.items()}
-        if len(looks) != 1 or self.game.record_keys != ("",) or step <= FIRST - 1:
+        if len(looks) != 1 or self.game.record_keys != ("",):
             return log
         ((name, look),) = looks.items()
         # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
