@@ -22,6 +22,7 @@ from bilevel.solving import checkpoint as checkpoints
 from bilevel.solving.best import best_of
 from bilevel.solving.description import Describer
 from bilevel.solving.drawn import Start, starts_of
+from bilevel.solving.end import solution
 from bilevel.solving.history import Observe, Record
 from bilevel.solving.leaders import LeaderOptimizer, tolerated
 from bilevel.solving.progress import progress_bar
@@ -245,7 +246,7 @@ def solve(
                     else:
                         while run.now.step < steps and not after(run.step()):
                             pass
-            return run.solution()
+            return solution(run)
     finally:
         game.stop_reading()
 
