@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned", "_printed", "_drawn"}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "variance", "responses"}
@@ -22,6 +22,8 @@ MAY = {
     "errors": set(),
     "_version": set(),
     "_returned": {"tree"},
+    "_printed": set(),
+    "_drawn": set(),
     "tree": set(),
     "randomness": set(),
     "second_order": {"errors"},

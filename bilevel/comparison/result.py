@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from bilevel._printed import printed
 from bilevel.comparison.charts import charts
 from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.report import page
@@ -77,15 +77,9 @@ class Comparison(Measurements):
 
     def __str__(self) -> str:
         """The table, and how many warnings there are to read."""
-        from rich.console import Console  # noqa: PLC0415
-
-        text = io.StringIO()
-        console = Console(file=text, width=100)
-        console.print(self.table())
         told = self.warnings
-        if told:
-            console.print(f"{len(told)} warnings, in .warnings; the first: {told[0]}", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+        first = [f"{len(told)} warnings, in .warnings; the first: {told[0]}"] if told else []
+        return printed(self.table(), *first)
 
     def to_json(self, path: str | Path) -> None:
         """Write all of it; `from_json` reads it again."""

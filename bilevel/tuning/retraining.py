@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from bilevel._printed import printed
 from bilevel.game import Game
 from bilevel.inner.torch_optim import build, build_scheduler
 from bilevel.randomness import random_kept
@@ -43,7 +43,6 @@ class Retrained:
 
     def __str__(self) -> str:
         """A table, a row a seed."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Validation loss of fresh trainings")
@@ -52,9 +51,7 @@ class Retrained:
         for seed, (before, after) in enumerate(zip(self.start, self.found, strict=True)):
             table.add_row(str(seed), f"{before:.4g}", f"{after:.4g}")
         table.add_row("mean", f"{statistics.fmean(self.start):.4g}", f"{statistics.fmean(self.found):.4g}")
-        text = io.StringIO()
-        Console(file=text, width=100).print(table)
-        return text.getvalue().rstrip()
+        return printed(table)
 
 
 def retrain(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel import BilevelError, BilevelWarning
+from bilevel._printed import printed
 from bilevel.errors import CheckpointError
 from bilevel.tuning import Retrained, Tuned
 from games.errors import TrainingError
@@ -231,7 +232,6 @@ def _evaluated(
 
 def table(content: Mapping[str, Any], output: Path) -> str:
     """What was found, for a person."""
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(title=f"Tuned on {content['data']}")
@@ -240,10 +240,7 @@ def table(content: Mapping[str, Any], output: Path) -> str:
     for name, value in content["hyper"].items():
         for key, found in _numbers(name, value).items():
             shown.add_row(key, f"{_numbers(name, content['start'][name])[key]:.4g}", f"{found:.4g}")
-    console = Console(width=100, record=True)
-    with console.capture() as held:
-        console.print(shown)
-    lines = [held.get().rstrip(), content["plan"]]
+    lines = [printed(shown), content["plan"]]
     for part, told in (("valid", "validation"), ("test", "test")):
         if part in content["model"]:
             of = content["model"][part]
