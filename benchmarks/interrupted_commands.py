@@ -38,7 +38,6 @@ from games.cli import app
 from games.paper import catalogue
 
 TIMES = {"seconds", "training_seconds", "machine", "jobs"}
-NOBODY = 65534
 NET = """
     from torch import nn
 
@@ -127,7 +126,7 @@ class Ended:
 class Process:
     """A command in a fork, in a session of its own."""
 
-    def __init__(self, command: Command, output: Path, log: Path, *, resume: bool, unprivileged: bool = False) -> None:
+    def __init__(self, command: Command, output: Path, log: Path, *, resume: bool) -> None:
         self.log = log
         words = ["bilevel", *shlex.split(command.words), "--output", str(output), *(["--resume"] if resume else [])]
         signals = {signal.SIGINT}  # held back until the command is there to get them
@@ -142,9 +141,6 @@ class Process:
             stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(stream, 1)
             os.dup2(stream, 2)
-            if unprivileged and os.geteuid() == 0:
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
             sys.argv = words
             try:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -173,6 +169,16 @@ def without_times(tree: Any) -> Any:
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
+def difference(found: Any, whole: Any, path: str = "") -> str:
+    """The first place where two results differ, and what stands there."""
+    if isinstance(found, dict) and isinstance(whole, dict) and found.keys() == whole.keys():
+        return next((told for key in found if (told := difference(found[key], whole[key], f"{path}.{key}"))), "")
+    if isinstance(found, list) and isinstance(whole, list) and len(found) == len(whole):
+        pairs = enumerate(zip(found, whole, strict=True))
+        return next((told for i, (a, b) in pairs if (told := difference(a, b, f"{path}[{i}]"))), "")
+    return "" if found == whole else f"{path} is {found!r}, and was {whole!r}"
+
+
 @dataclass(frozen=True)
 class Trial:
     """One command's folder, what an uninterrupted run of it wrote, and how many seconds that took."""
@@ -188,9 +194,9 @@ class Trial:
         """The folder that the command writes to."""
         return self.folder / "out"
 
-    def start(self, *, resume: bool = False, log: str = "log", unprivileged: bool = False) -> Process:
+    def start(self, *, resume: bool = False, log: str = "log") -> Process:
         """The command."""
-        return Process(self.command, self.output, self.folder / log, resume=resume, unprivileged=unprivileged)
+        return Process(self.command, self.output, self.folder / log, resume=resume)
 
     def wait(self) -> None:
         """Until some moment of the run."""
@@ -208,7 +214,9 @@ class Trial:
             return "one line"
         found = without_times(json.loads((self.output / self.command.results).read_text()))
         left = [str(path) for path in self.output.rglob("*.part")] if all(e.code >= 0 for e in before) else []
-        return "equal" if found == self.whole and not left else f"WRONG: other results, or left behind {left}"
+        if left:
+            return f"WRONG: left behind {left}"
+        return "equal" if found == self.whole else f"WRONG: {difference(found, self.whole)}"
 
 
 def stopped_by(number: int, trial: Trial) -> str:
@@ -257,16 +265,23 @@ def disk_full(trial: Trial) -> str:
 
 def read_only(trial: Trial) -> str:
     trial.output.mkdir()
-    if os.geteuid() == 0:  # whom no mode stops
-        for path in (trial.folder, trial.output):
-            os.chown(path, NOBODY, NOBODY)
-    process = trial.start(unprivileged=True)
+    if os.geteuid() == 0 and not shutil.which("mount"):
+        return "not tried: a mode does not stop root, and nothing can be mounted"
+    process = trial.start()
     trial.wait()
-    for path in (trial.output, *(p for p in trial.output.rglob("*") if p.is_dir())):
-        path.chmod(0o555)
+    folders = [trial.output, *(path for path in trial.output.rglob("*") if path.is_dir())]
+    if os.geteuid() == 0:  # whom a mode does not stop: the folder is mounted over itself
+        subprocess.run(["mount", "--bind", trial.output, trial.output], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", trial.output], check=True)
+    else:
+        for folder in folders:
+            folder.chmod(0o555)
     ended = process.ended()
-    for path in (trial.output, *(p for p in trial.output.rglob("*") if p.is_dir())):
-        path.chmod(0o755)
+    if os.geteuid() == 0:
+        subprocess.run(["umount", trial.output], check=True)
+    else:
+        for folder in folders:
+            folder.chmod(0o755)
     return trial.judged(ended)
 
 

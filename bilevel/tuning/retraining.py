@@ -108,8 +108,10 @@ def retrain(
                 if done is None:
                     with random_kept(start=seed):
                         model = _train(tuned, game, fresh(), at, count, seed)
+                    with random_kept(start=seed):  # loaders that shuffle give both the same batches
+                        loss = _validate(tuned, model, at)
                     done = {
-                        "loss": _validate(tuned, model, at),
+                        "loss": loss,
                         "model": model.state_dict() if which == "found" else {},
                     }
                     kept.keep(f"{which} {seed}", done)

@@ -61,31 +61,51 @@ def output_folder(output: Path) -> Iterator[None]:
         raise UsageError(f"--output {output}: {error.strerror or error}.") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise UsageError(f"--output {output}: no permission to write there.")
+    if fcntl is None:
+        yield
+        return
+    path = output / ".lock"
     try:
-        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = _taken(path)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"--output {output}: another process is at work there. Wait for its end, or choose another folder."
+        ) from error
     except OSError as error:
         raise UsageError(f"--output {output}: {error.strerror or error}.") from error
     try:
-        if not _taken(lock):
-            raise UsageError(
-                f"--output {output}: another process is at work there. Wait for its end, or choose another folder."
-            )
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()
         os.close(lock)
 
 
-def _taken(lock: int) -> bool:
-    """Whether this process has a file to itself; it gives it back when it ends, however it ends."""
-    if fcntl is None:
-        return True
+def _taken(path: Path) -> int:
+    """A file that is this process's alone until it ends, however it ends; `BlockingIOError` where it is another's."""
+    assert fcntl is not None
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with _without_locks():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # whoever had it took it away in between
+
+
+@contextmanager
+def _without_locks() -> Iterator[None]:
+    """Some network file systems have no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        return False
-    except OSError:  # some network file systems have no locks
-        return True
-    return True
+        raise
+    except OSError:
+        pass
 
 
 class _Terminated(KeyboardInterrupt):

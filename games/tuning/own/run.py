@@ -18,6 +18,7 @@ import bilevel as bl
 from bilevel import BilevelError, BilevelWarning
 from bilevel.errors import CheckpointError
 from bilevel.files import write_whole
+from bilevel.randomness import random_kept
 from bilevel.tuning import Retrained, Tuned
 from games.errors import TrainingError
 from games.experiments.console import UsageError, check_at_least, output_folder
@@ -208,10 +209,11 @@ def _content(
     loss: Callable[..., Tensor],
     classes: bool,
 ) -> dict[str, Any]:
-    values = {
-        "valid": _evaluated(tuned.model, data.valid, loss, classes),
-        **({} if data.test is None else {"test": _evaluated(tuned.model, data.test, loss, classes)}),
-    }
+    with random_kept(start=options.seed):  # loaders that shuffle give the same batches to a run that was resumed
+        values = {
+            "valid": _evaluated(tuned.model, data.judged, loss, classes),
+            **({} if data.test is None else {"test": _evaluated(tuned.model, data.test, loss, classes)}),
+        }
     retrained = None if again is None else {"start": list(again.start), "found": list(again.found)}
     found: dict[str, Any] = as_json(
         {

@@ -23,13 +23,17 @@ _SHARE = 5  # one example in so many is for validation, where the data do not sa
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """Batches of (inputs, labels), or what a user's loaders give; `fingerprint` differs between data."""
+    """Batches of (inputs, labels), or what a user's loaders give; `fingerprint` differs between data.
+
+    `judged` is the validation data once more, all of it, for what is told of the trained model.
+    """
 
     name: str
     train: Iterable[Any]
     valid: Iterable[Any]
     test: Iterable[Any] | None
     fingerprint: str
+    judged: Iterable[Any]
 
 
 def sets(
@@ -52,6 +56,7 @@ def sets(
         _loader(parts["valid"], 4 * batch, shuffle=True),
         None if test is None else _loader(test, 4 * batch, shuffle=False),
         digest.hexdigest()[:16],
+        _loader(parts["valid"], 4 * batch, shuffle=False),
     )
 
 
@@ -69,7 +74,7 @@ def _of_function(data: str) -> Sets:
     sizes = [_size(loader) for loader in found]
     digest = f"{data}, batches and examples {sizes}"
     train, valid, *test = found
-    return Sets(data, train, valid, test[0] if test else None, digest)
+    return Sets(data, train, valid, test[0] if test else None, digest, valid)
 
 
 def _size(loader: Any) -> list[int]:

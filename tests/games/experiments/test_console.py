@@ -22,6 +22,8 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
             pass
         with output_folder(tmp_path / "others"):
             pass
+    assert not list((tmp_path / "runs").iterdir())
+    (tmp_path / "runs" / ".lock").touch()  # of a process that was killed
     with output_folder(tmp_path / "runs"):
         pass
 
