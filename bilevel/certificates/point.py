@@ -81,6 +81,9 @@ class LeaderFollowerPoint:
         self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]
         self.residual = self.held.held_residual()
         self.random = random_state(game.device)
+        with random_kept(game.device, start=self.random):
+            here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}
+            self._moved = game.moving_from(follower, here, self.held.batch, buffers)
         self.xs = [x.detach() for x in self.held.xs]
         # The leader's own leaves among those of all the others, in the order of the flat vector.
         mine = {id(leaf) for leaf in leaves(self.others[leader])}
@@ -111,7 +114,7 @@ class LeaderFollowerPoint:
         self.gradients += 1
         variables = {**self.held.input_form.build(self._every(mine)), self.follower: self.held.form.unflatten(y)}
         with random_kept(self.game.device, start=self.random):
-            return self.game.loss(self.leader, variables, self.batch, self.buffers or None)
+            return self.game.evaluate(self.leader, variables, self.batch, self._moved(variables))[0]
 
     def _leader_at_start(self) -> float:
         """|g_x| at the start of the game, everybody at init."""
@@ -257,9 +260,9 @@ class LeaderFollowerPoint:
         with torch.enable_grad(), warnings.catch_warnings(), random_kept(self.game.device):
             warnings.simplefilter("ignore")  # what they would say is what is measured here
             answer, _ = response(self.game, tracked, start, self.held.batch)
-            mine = leaves(tracked[self.leader])
+            mine, everybody = leaves(tracked[self.leader]), {**tracked, self.follower: answer}
             slopes = torch.autograd.grad(
-                self.game.loss(self.leader, {**tracked, self.follower: answer}, self.batch, self.buffers or None),
+                self.game.evaluate(self.leader, everybody, self.batch, self._moved(everybody))[0],
                 mine,
                 retain_graph=True,
                 materialize_grads=True,

@@ -149,6 +149,11 @@ class PlayedGame(Protocol):
     ) -> tuple[Tensor, Buffers]:
         """A player's loss, and the buffers after it."""
 
+    def moments(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Tensor]:
+        """What running statistics go to on this batch, by the buffers' names; differentiable in all variables."""
+
     def call(
         self,
         player: str,

@@ -274,7 +274,8 @@ def test_a_modules_buffers_advance_once_a_call():
         state, decay = response.init(game), torch.tensor(-3.0, requires_grad=True)
         for _ in range(3):
             weights, state = response(game, {"decay": decay}, state)
-            game.loss("decay", {"decay": decay, "weights": weights}, buffers={"weights": state["buffers"]}).backward()
+            everybody = {"decay": decay, "weights": weights}
+            game.loss("decay", everybody, buffers=game.statistics(everybody, {"weights": state})).backward()
             state = response.after_backward(state, weights)
         assert int(state["buffers"]["0.num_batches_tracked"]) == 3
 
