@@ -375,6 +375,7 @@ def _require_finite(name: str, vector: Tensor, what: str) -> None:
 class _Loop(BackwardPass):
     """What a call leaves for its backward pass. `cotangent` is what that left; None before it."""
 
+    asker = "SingleLoop"
     refusal = _SECOND
 
     def __init__(
