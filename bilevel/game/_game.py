@@ -98,7 +98,7 @@ class Game:
     2.0
     """
 
-    def __init__(self, **players: Player) -> None:
+    def __init__(self, /, **players: Player) -> None:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}

@@ -27,7 +27,7 @@ RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
         *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "parallel"),
-        *("starts",),
+        *("starts", "self"),
     )
 )
 

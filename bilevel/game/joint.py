@@ -33,7 +33,17 @@ from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch
 from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, unknowns_of, walls_of
-from bilevel.game.residual import Buffers, Found, MembersGradients, OwnGradient, PlayedGame, Present, Residual, Rest
+from bilevel.game.residual import (
+    Buffers,
+    Found,
+    MembersGradients,
+    OwnGradient,
+    PlayedGame,
+    Present,
+    Residual,
+    Rest,
+    required,
+)
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -345,7 +355,15 @@ def _shared(members: Mapping[str, KKT], told: str) -> tuple[SharedFunction, ...]
                     )
                 else:
                     known[2].append(name)
-    return tuple(SharedFunction(kind, f, tuple(names)) for kind, f, names in seen if len(names) > 1)
+    found = tuple(SharedFunction(kind, f, tuple(names)) for kind, f, names in seen if len(names) > 1)
+    for part in found:
+        if "batch" in required(part.function):
+            raise ValueError(
+                f"{told}: {list(part.bearers)} share a function as {part.kind}= that takes `batch`, and each of them "
+                "has batches of its own: for one constraint there is none. Leave batch out, as by a player's "
+                "variables or numbers that it captures; or give each of them a function of its own."
+            )
+    return found
 
 
 def same(first: Callable[..., Any], second: Callable[..., Any]) -> bool:

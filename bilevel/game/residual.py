@@ -97,6 +97,9 @@ class PlayedGame(Protocol):
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games."""
 
+    def require_ranks(self, asker: str) -> None:
+        """Raise `ValueError` where this process is one of several ranks, who would drift apart in silence."""
+
     def start(self, player: str, seed: int = 0) -> Position | None:
         """The position of a player's first batch."""
 

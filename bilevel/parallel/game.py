@@ -15,6 +15,7 @@ from bilevel.autodiff import transforms_left
 from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
+from bilevel.game.processes import refuse_lone_rank
 from bilevel.parallel.batches import Examples, Part, part_of
 from bilevel.parallel.pair import entered, summed
 from bilevel.parallel.ranks import Ranks
@@ -94,7 +95,8 @@ class ParallelGame(Game):
         return self.ranks.largest(numbers)
 
     def require_ranks(self, asker: str) -> None:
-        """Nothing to refuse: this is how several ranks play."""
+        """Raise `ValueError` where it was made for one process, and this one has become one of several since."""
+        refuse_lone_rank(asker, alone=self.ranks.size > 1)
 
     def _mean(self, share: Tensor, weight: float, inputs: Sequence[Tensor]) -> Tensor:
         """The weighted mean of the ranks' losses."""
