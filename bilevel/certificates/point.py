@@ -164,7 +164,7 @@ class LeaderFollowerPoint:
         """dF/dy at y itself: f_yy again, or of players who answer together by differentiating the pullback."""
         if self.held.symmetric:
             return self._hessian(y, products)
-        return LinearOperator(lambda v: self._counted(_along(lambda w: products(w)[:1], y, [v])))
+        return LinearOperator(lambda v: self._counted(pushed_along(lambda w: products(w)[:1], y, [v])))
 
     def _counted(self, product: Tensor) -> Tensor:
         self.products += 1
@@ -273,7 +273,7 @@ class LeaderFollowerPoint:
     def directional(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """J e by the response, and -H^-1 f_yx e at its own answer, `[m]` each, in a fresh Gaussian direction e."""
         directions = [self.draw(x) for x in answer.mine]
-        moved = _along(
+        moved = pushed_along(
             lambda v: torch.autograd.grad(answer.y, answer.mine, v, create_graph=True, materialize_grads=True),
             answer.y,
             directions,
@@ -281,7 +281,7 @@ class LeaderFollowerPoint:
         at = answer.y.detach()
         with torch.enable_grad():
             _, products = pullback(self.slope, at, *self.own)
-            mixed = _along(lambda v: products(v)[1:], at, directions)
+            mixed = pushed_along(lambda v: products(v)[1:], at, directions)
         with torch.no_grad():
             wanted, _ = self._solve(self._turned(at, products), -mixed)
         return moved, wanted
@@ -367,7 +367,7 @@ def _steps(steps: int, like: Tensor) -> int:
     return max(steps, like.numel()) if like.numel() <= SMALL else steps
 
 
-def _along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
+def pushed_along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
     """The derivative along `directions`, by differentiating the pullback v -> J'v, which is linear in v."""
     with torch.enable_grad():
         v = torch.zeros_like(like).requires_grad_()

@@ -35,7 +35,7 @@ from bilevel.game.kkt import KKT
 from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
-from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
 from bilevel.game.starts import StartsAlone, formed
 from bilevel.game.statistics import Seen, moving_layers, settled, unfollowed_layers, watching
 from bilevel.randomness import random_kept
@@ -303,6 +303,24 @@ class Game:
         if not has_walls(rests.domain):
             return self
         return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
+
+    def by_functions(self: Derived, player: str, asker: str) -> Derived:
+        """The same game, in which a player rests by its KKT conditions, also if nothing constrains it.
+
+        Raises `ValueError`, beginning with `asker`, for a set that is no smooth functions, or a `prox=`.
+        """
+        rests = {member: self.by_walls(member).residual(member) for member in self.members(player)}
+        for member, own in rests.items():
+            if not isinstance(own, KKT | OwnGradient):
+                told = own.told or "a residual of its own"
+                raise ValueError(
+                    f"{asker}: {member!r} has {told}, which is no set of smooth functions. Bounds, Simplex, Halfspace, "
+                    "Affine, Ball(p=2) and products of them are. testing.check_hypergradient and certify_nash know "
+                    "the others."
+                )
+        as_kkt = {member: own if isinstance(own, KKT) else KKT(None, None) for member, own in rests.items()}
+        found = as_kkt[player] if player in as_kkt else JointKKT.of(as_kkt, f"{asker}: {player!r}")
+        return self.derived(rests={**self._parts.rests, **as_kkt, player: found})
 
     @property
     def device(self) -> torch.device:

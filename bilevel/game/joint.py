@@ -32,7 +32,7 @@ from bilevel.constraints.regularity import require_feasible
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch
-from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, unknowns_of, walls_of
+from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, stacked_values, unknowns_of, walls_of
 from bilevel.game.residual import (
     Buffers,
     Found,
@@ -177,7 +177,7 @@ class JointKKT(Residual):
         form = game.structure(player)
         variables = {**others, player: form.unflatten(y[: form.size])}
         values = self.values(game, player, variables, batch, buffers)
-        flat = flatten(list(values.values()))
+        flat = stacked_values(values, y)
         above = sum(leaf.numel() for kind, tree in values.items() if kind in INEQUALITIES for leaf in leaves(tree))
         l, m = y[form.size : form.size + above], y[form.size + above :]
         binds = l > 0.0
