@@ -38,6 +38,7 @@ class Options:
     lr: float
     epochs: int | None
     steps: int | None
+    device: str
     batch: int
     train: int | None
     valid: int | None
@@ -67,6 +68,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     check_at_least(1, **length)
     if options.plot:
         empty_figure()  # what would fail after minutes of work is tried before it
+    device = settings.device(options.device)
     build = named.function(options.model, "--model")
     factory = settings.optimizer(options.optimizer, options.lr)
     data = sets(
@@ -81,6 +83,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     model = named.called(build, options.model, "--model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {options.model} returned a {type(model).__name__}; expected an nn.Module.")
+    model = model.to(device)
     loss, classes = _checked_loss(options, model, data)
     declared = settings.hyper(options.hyper, model, classes)
     make_output_folder(options.output)
@@ -91,6 +94,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         "loss": options.loss,
         "optimizer": [options.optimizer, options.lr],
         "length": length,
+        "device": options.device,
         "batch": options.batch,
         "seed": options.seed,
     }
@@ -119,7 +123,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         try:
             tuned = tune(**length)  # type: ignore[arg-type]
             if options.retrain:
-                again = bl.retrain(tuned, seeds=options.retrain, make=build)
+                again = bl.retrain(tuned, seeds=options.retrain, make=lambda: build().to(device))
         except CheckpointError:
             raise
         except Exception as error:
@@ -154,7 +158,7 @@ def _checked_loss(options: Options, model: nn.Module, data: Sets) -> tuple[Calla
         first: Any = named.called(lambda loader=loader: next(iter(loader), None), what, "--data")
         if first is None:
             raise UsageError(f"--data {what}: the {name} loader gives no batch.")
-        batches.append(first)
+        batches.append(settings.placed(first, model))
     loss, classes = settings.loss(options.loss, batches[0])
     before = model.training
     model.eval()
@@ -217,7 +221,8 @@ def _evaluated(
     before = model.training
     model.eval()
     total = right = seen = 0.0
-    for batch in batches:
+    for drawn in batches:
+        batch = settings.placed(drawn, model)
         count = float(len(batch[1])) if isinstance(batch, tuple | list) and len(batch) == 2 else 1.0
         total += count * float(loss(model, batch))
         seen += count
