@@ -293,3 +293,14 @@ def test_the_check_and_the_certificate_hold_it_to_followers_solved_anew():
     played = game()
     response = bl.Implicit(AT_ONCE, steps=3)
     assert bool(bl.testing.check_hypergradient(played, response))
+
+
+def test_several_processes_hold_them_and_say_so():
+    played = bl.DataParallel(coupled=True).game(game())
+    response = bl.Unrolled(AT_ONCE, steps=2)
+    x = played.initial("x").requires_grad_()
+    weights, state = response(played, {"x": x}, response.init(played))
+    everybody = {"x": x, "weights": weights}
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match=r"DataParallel\(coupled=True\).*held fixed"):
+        moved = played.statistics(everybody, {"weights": state})
+    assert not any(tensor.requires_grad for tensor in moved["weights"].values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
-from bilevel.errors import BilevelError, UnreliableResponseWarning
+from bilevel.errors import BilevelError
 from bilevel.game.checks import (
     RESERVED,
     Depends,
@@ -37,7 +36,7 @@ from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
 from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
 from bilevel.game.starts import StartsAlone, formed
-from bilevel.game.statistics import Seen, moving_layers, settled, unfollowed_layers, watching
+from bilevel.game.statistics import Seen, moving_layers, settled, warn_of_standing, warn_of_unfollowed, watching
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
@@ -553,16 +552,8 @@ class Game:
             return
         for member in self.members(player):
             module = self._parts.players[member].init
-            for name, layer in unfollowed_layers(module).items() if isinstance(module, nn.Module) else ():
-                warnings.warn(
-                    f"The running statistics of {f'{member}.{name}'!r} ({type(layer).__name__}) move with the weights, "
-                    "and are held fixed where a leader's loss is differentiated, because the layer has a forward of "
-                    "its own: the hypergradient lacks that part, and may have the wrong sign. Use torch's BatchNorm as "
-                    "it is, GroupNorm or LayerNorm.",
-                    UnreliableResponseWarning,
-                    stacklevel=4,
-                )
-                return
+            if isinstance(module, nn.Module):
+                warn_of_unfollowed(member, module)
 
     def _warn_of_standing(self, player: str, variables: Mapping[str, Variables], buffers: Buffers | None) -> None:
         """Warn where a follower's statistics stand still in a loss that is to be differentiated through its answer."""
@@ -576,15 +567,7 @@ class Game:
                 continue  # no answer, but variables of its own
             kept = (buffers or {}).get(name, {})
             if not any(tensor.requires_grad for tensor in kept.values()):
-                layer = next(iter(moving_layers(module))) or type(module).__name__
-                warnings.warn(
-                    f"Game.loss of {player!r}: the running statistics of {name!r} (layer {layer!r}, and others) are "
-                    f"{'those that its module began with' if not kept else 'held fixed'}, and move with its weights: "
-                    "the hypergradient lacks that part, and may have the wrong sign. Pass buffers=game.statistics("
-                    f"variables, {{{name!r}: state}}) with the state that the response returned.",
-                    UnreliableResponseWarning,
-                    stacklevel=3,
-                )
+                warn_of_standing(player, name, module, given_none=not kept)
 
     def evaluate(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None

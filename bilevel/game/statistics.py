@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bilevel.autodiff import tracked_at_any_level
+from bilevel.errors import UnreliableResponseWarning
 
 Seen = dict[str, list[tuple[Tensor, Tensor]]]
 """A layer's name -> the mean and the variance of each batch that it normalised, in order."""
@@ -77,6 +79,33 @@ def settled(module: nn.Module, seen: Seen) -> dict[str, Tensor]:
             terms = [weight * pair[which] for weight, pair in zip(weights, pairs, strict=True)]
             found[_path(name, kind)] = sum(terms[1:], terms[0]) / sum(weights)
     return found
+
+
+def warn_of_unfollowed(player: str, module: nn.Module) -> None:
+    """Warn of the first layer that cannot be followed, where there is one."""
+    for name, layer in unfollowed_layers(module).items():
+        warnings.warn(
+            f"The running statistics of {f'{player}.{name}'!r} ({type(layer).__name__}) move with the weights, and are "
+            "held fixed where a leader's loss is differentiated, because the layer has a forward of its own: the "
+            "hypergradient lacks that part, and may have the wrong sign. Use torch's BatchNorm as it is, GroupNorm or "
+            "LayerNorm.",
+            UnreliableResponseWarning,
+            stacklevel=5,
+        )
+        return
+
+
+def warn_of_standing(leader: str, player: str, module: nn.Module, *, given_none: bool) -> None:
+    """Warn of running statistics that stand still in a leader's loss, though they could move."""
+    layer = next(iter(moving_layers(module))) or type(module).__name__
+    warnings.warn(
+        f"Game.loss of {leader!r}: the running statistics of {player!r} (layer {layer!r}, and others) are "
+        f"{'those that its module began with' if given_none else 'held fixed'}, and move with its weights: the "
+        "hypergradient lacks that part, and may have the wrong sign. Pass buffers=game.statistics(variables, "
+        f"{{{player!r}: state}}) with the state that the response returned.",
+        UnreliableResponseWarning,
+        stacklevel=4,
+    )
 
 
 def _path(layer: str, kind: str) -> str:

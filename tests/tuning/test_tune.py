@@ -128,6 +128,7 @@ def test_every_hyperparameter_stands_in_the_history_and_what_is_printed(tuned):
     frame = tuned.to_frame()
     assert len(frame) == len(tuned.history)
     assert frame["hyper.decay"].iloc[-1] == last["hyper.decay"]
+    assert tuned.numbers == {name: pytest.approx(last[f"hyper.{name}"]) for name in ("decay", "smoothing")}
     told = str(tuned)
     assert "smoothing" in told
     assert "400 training steps, 40 of them before" in told
