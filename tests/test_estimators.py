@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from sklearn.utils.estimator_checks import check_estimator
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bilevel.estimators import LogisticTuned, RidgeTuned, SquaredHingeTuned
 from bilevel.estimators.losses import Logistic, Softmax, SquaredError, SquaredHinge
@@ -205,6 +205,6 @@ def test_as_many_folds_as_rows_are_few(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ALL)
-def test_scikit_learns_own_checks(kind):
-    check_estimator(kind())
+@parametrize_with_checks([kind() for kind in ALL])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
