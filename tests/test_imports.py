@@ -49,6 +49,7 @@ MAY = {
     "certificates": SOLVE,
     "testing": SOLVE,
     "comparison": SOLVE | {"testing"},
+    "estimators": RESPONSES,
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.
 BELOW = {"errors", "experiments", "matrix", "cross_validation", "problems"}

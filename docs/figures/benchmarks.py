@@ -55,6 +55,8 @@ ALL = (
     Measured("GANs on 25 Gaussians", "gan.md", "bilevel gan grid", "gan/grid"),
     Measured("GANs on digits", "gan.md", "bilevel gan digits mnist", "gan/digits"),
     Measured("Wrong labels", "reweighting.md", "bilevel reweight --seeds 3", "reweighting/results"),
+    Measured("A penalty for each feature of a table", "estimators.md",
+             "python -m benchmarks.estimators", "estimators/results"),
     Measured("The seed paper's figures", "paper.md", "bilevel paper", "paper/fig2"),
 )  # fmt: skip
 
