@@ -308,7 +308,8 @@ class _Last(BackwardPass):
             return self.response.distance
         before, after = join(step.before.y), join(step.end)
         size = max(float(torch.linalg.vector_norm(flat)) for flat in (before, after))
-        return float(torch.finfo(before.dtype).eps) ** (1.0 / 3.0) * (size if size > 0.0 else 1.0)
+        share: float = float(torch.finfo(before.dtype).eps) ** (1.0 / 3.0)
+        return share * (size if size > 0.0 else 1.0)
 
     def _spoiled(self, here: Tensor, up: Tensor, down: Tensor, distance: float) -> bool:
         """Whether the difference is mostly its own error, which is told; that of y stands for that of x."""
