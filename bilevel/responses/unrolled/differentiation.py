@@ -99,7 +99,7 @@ class Steps:
 
     def require_finite(self, y: Sequence[Tensor]) -> None:
         """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
-        advice = "Lower the inner learning rate of Unrolled(optimizer)."
+        advice = "Lower the learning rate of its inner optimiser."
         follower, fault = self.follower, self._fault.found()
         if fault is not None:
             where = follower.where_loss_not_finite(y) or follower.where_not_finite(follower.game.norms(y))
