@@ -101,6 +101,7 @@ REFUSED = {
     ),
     "star": (lambda: game(follower=lambda *players: 0), TypeError, "cannot be named"),
     "reserved": (lambda: bl.Game(steps=bl.Player(lambda steps: steps.sum(), ZERO)), ValueError, "'steps' cannot name"),
+    "self": (lambda: bl.Game(self=bl.Player(lambda y: y.sum(), ZERO)), ValueError, "'self' cannot name"),
     "no players": (bl.Game, ValueError, "no players"),
     "not a player": (lambda: bl.Game(x=3), TypeError, "'x' is a int; expected a Player"),
 }

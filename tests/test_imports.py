@@ -35,6 +35,7 @@ MAY = {
     "game": GROUND | {"constraints"},
     "hyper": GAME,
     "tuning": SOLVE | {"hyper"},
+    "integrations": GAME | {"inner", "integrations"},
     "search": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,

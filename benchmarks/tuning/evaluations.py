@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bilevel as bl
 from benchmarks.tuning.ours import Curve
-from benchmarks.tuning.problems import ADAM, Problem, Weights
+from benchmarks.tuning.problems import Problem, Weights
 from benchmarks.tuning.search import searched
 from bilevel.search import GradientSearch
 
@@ -61,8 +61,8 @@ TPE_COMPRESSED = "TPE, compressed"
 
 def quicker(problem: Problem, setting: Evaluations) -> Problem:
     """The same with compressed trainings."""
-    rate = ADAM.keywords["lr"] * setting.speed
-    return replace(problem, optimizer=partial(torch.optim.Adam, lr=rate), steps=setting.steps)
+    usual = problem.optimizer
+    return replace(problem, optimizer=partial(usual, lr=usual.keywords["lr"] * setting.speed), steps=setting.steps)
 
 
 def compressed(problem: Problem, values: Tensor, setting: Evaluations) -> tuple[float, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
+from bilevel.game.statistics import moving_layers
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
@@ -26,7 +27,7 @@ RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
         *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "parallel"),
-        *("starts",),
+        *("starts", "self"),
     )
 )
 
@@ -144,10 +145,12 @@ class Runs:
     Args:
         kernels: What of it has one derivative only, where there is a form with two.
         strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
+        by_statistics: The other players whose modules it runs by running statistics, as BatchNorm's, that move.
     """
 
     kernels: FastKernels = field(default_factory=FastKernels)
     strangers: tuple[tuple[nn.Module, str], ...] = ()
+    by_statistics: tuple[str, ...] = ()
 
 
 Depends = Mapping[str, frozenset[str]]
@@ -203,7 +206,18 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
         through = bool(player.constraints) and any(order[other] > order[name] for other in depends[name])
         if not player.follows_loss and name not in depends[name] and not through:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, alone, runs
+    moving = {other for own in runs.values() for other in own.by_statistics if _moves(game, other, initial)}
+    kept = {name: tuple(other for other in own.by_statistics if other in moving) for name, own in runs.items()}
+    return depends, alone, {name: replace(own, by_statistics=kept[name]) for name, own in runs.items()}
+
+
+def _moves(game: PlayedGame, name: str, initial: Mapping[str, Variables]) -> bool:
+    """Whether the running statistics of a player's module depend on variables, and not on its data alone."""
+    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
+    batch, _ = game.draw(name, game.start(name))
+    with random_kept(game.device), torch.enable_grad():
+        found = game.moments(name, trial, batch, game.buffers())
+    return any(value.requires_grad for value in found.values())
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -331,7 +345,13 @@ def _dependence(
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
+    moving = {
+        other: {id(layer) for layer in moving_layers(own.init).values()}
+        for other, own in players.items()
+        if other != name and isinstance(own.init, nn.Module)
+    }
+    by_statistics = tuple(other for other, layers in moving.items() if layers & seen.by_statistics)
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)), by_statistics)
 
 
 def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:

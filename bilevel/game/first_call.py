@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bilevel.game.processes import told_of_spread
@@ -26,10 +27,12 @@ class FirstCall:
     Args:
         spread: What is told of modules that are spread over processes.
         strangers: Buffers that the call advanced, of modules that no player owns: the module, and the buffer's name.
+        by_statistics: The identities of normalising layers that it ran in evaluation mode.
     """
 
     spread: list[str] = field(default_factory=list)
     strangers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    by_statistics: set[int] = field(default_factory=set)
 
     @contextmanager
     def watched(self, owned: Collection[int], own_module: bool) -> Iterator[None]:
@@ -44,6 +47,8 @@ class FirstCall:
             told = told_of_spread(module)
             if told:
                 self.spread.append(told)
+            if isinstance(module, _NormBase) and not module.training:
+                self.by_statistics.add(id(module))
             if id(module) in owned or id(module) in taken:
                 return
             lent = {}

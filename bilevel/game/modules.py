@@ -121,7 +121,7 @@ class CallableVariables(dict[str, Tensor]):
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
         mode = self._training if training is None else training
-        with _mode(self._module, mode), _replaced(self._module, self._forwards):
+        with _mode(self._module, mode), replaced(self._module, self._forwards):
             return torch.func.functional_call(self._module, dict(self), inputs, named)
 
     @property
@@ -169,7 +169,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
+def replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
     """Let submodules run other forwards, and put back what they had."""
     taken: list[tuple[dict[str, Any], object]] = []
     try:

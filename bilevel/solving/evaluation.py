@@ -16,7 +16,7 @@ from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch, Position
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.second_order import differentiated_twice
-from bilevel.solving.followers import Answers
+from bilevel.solving.followers import Answers, with_followers
 from bilevel.solving.leader_functions import LeaderFunctions, Values
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import Variables, join, leaves, map_leaves
@@ -63,6 +63,7 @@ class StepEvaluator:
         self._random = random_state(game.device)
         self._first: FirstEvaluation | None = None
         self._answered: Mapping[str, Variables] = {}
+        self._states: Mapping[str, Any] = {}
         self.gradients = 0
 
     @property
@@ -160,7 +161,17 @@ class StepEvaluator:
         set_random_state(self._random, self.game.device)
         variables = {other: self.tree(other, leaves[other]) for other in leaves}
         seen = batch[0] if batch else self.batches[name]
-        return self.game.total(self.game.evaluate(name, variables, seen, self._buffers)[0])
+        return self.game.total(self.game.evaluate(name, variables, seen, self._moved(name, variables))[0])
+
+    def _moved(self, name: str, variables: Mapping[str, Variables]) -> Buffers:
+        """Everybody's buffers; running statistics of those whose modules a loss runs move with their variables."""
+        found = with_followers(self._buffers, self._states)
+        for other in self.game.arguments(name):
+            if other != name and self.game.moves_statistics(other, variables):
+                here = other in self.batches
+                batch = self.batches[other] if here else self.game.draw(other, self._states[other]["data"])[0]
+                found = {**found, **self.game.moving(other, variables, batch, found)}
+        return found
 
     def batch(self, name: str) -> tuple[Batch, int | None]:
         """A leader's present batch, and its pass."""
@@ -203,8 +214,9 @@ class StepEvaluator:
                 raise ValueError(self._only_once)
             set_random_state(self._random, self.game.device)
         variables, states, buffers = self._respond(self.leaders.trees(point))
-        self._answered = variables
+        self._answered, self._states = variables, states
         seen = apart(variables)
+        buffers = {**buffers, **self.game.statistics(seen, states)}
         losses, values = {}, {}
         advanced: Buffers = {}
         found: dict[str, Values] = {}

@@ -106,7 +106,7 @@ def retrain(
                     with random_kept(start=seed):
                         model = _train(tuned, game, fresh(), at, count, seed)
                     with random_kept(start=seed):  # loaders that shuffle give both the same batches
-                        loss = _validate(tuned, model, at)
+                        loss = _validate(tuned, game, model, at)
                     done = {
                         "loss": loss,
                         "model": model.state_dict() if which == "found" else {},
@@ -184,9 +184,10 @@ def _train(
 
 
 @torch.no_grad()
-def _validate(tuned: Tuned, model: nn.Module, values: Mapping[str, Variables]) -> float:
-    """The mean of the validation loss over one pass."""
-    losses = [tuned.tuning.valid_loss_at(values)(model, batch) for batch in tuned.tuning.valid_batches()]
+def _validate(tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables]) -> float:
+    """The mean of the validation loss over one pass, whose batches come to where the model is."""
+    loss, leader = tuned.tuning.valid_loss_at(values), tuned.tuning.leader
+    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader))]
     return statistics.fmean(float(loss) for loss in losses)
 
 

@@ -63,6 +63,9 @@ def tune_command(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="With --model: the optimiser's rate. [0.001]")] = None,
     epochs: Annotated[int | None, typer.Option(help="With --model: passes over the training data. [20]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --model: where it is trained: cpu, cuda, cuda:1, mps. [cpu]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="With --model and data from files. [64]")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="With --model and a folder of images: resize them to a square of so many pixels.")
@@ -102,8 +105,8 @@ def tune_command(
     with errors_in_one_line() as held, interrupt_after_step() as stop_if_asked:
         own = {
             "hyper": hyper, "loss": loss, "optimizer": optimizer, "lr": lr, "epochs": epochs,
-            "batch-size": batch_size, "image-size": image_size, "retrain": retrain, "plot": plot or None,
-            "accept-changes": accept_changes or None,
+            "device": device, "batch-size": batch_size, "image-size": image_size, "retrain": retrain,
+            "plot": plot or None, "accept-changes": accept_changes or None,
         }  # fmt: skip
         if model is not None:
             if response:
@@ -117,6 +120,7 @@ def tune_command(
                 lr=1e-3 if lr is None else lr,
                 epochs=epochs,
                 steps=steps,
+                device="cpu" if device is None else device,
                 batch=64 if batch_size is None else batch_size,
                 train=train,
                 valid=valid,

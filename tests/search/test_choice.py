@@ -160,6 +160,12 @@ def test_a_space_of_choices_alone_is_tried_out_without_a_repetition():
     assert point == {"a": 2, "b": "y"}
 
 
+def test_losses_that_are_all_the_same_do_not_keep_it_from_other_options():
+    space = {"width": bl.Choice(range(1, 10**6), log=True), "kind": bl.Choice(["a", "b", "c"])}
+    found = minimise(lambda width, kind: torch.tensor(float(kind != "c")), GradientSearch(space, evaluations=6))
+    assert found.values["kind"] == "c"
+
+
 def test_one_is_told_of_two_workers_at_the_same_point():
     search = GradientSearch({"a": bl.Choice([0, 1])})
     state = search.init()

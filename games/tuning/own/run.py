@@ -42,6 +42,7 @@ class Options:
     lr: float
     epochs: int | None
     steps: int | None
+    device: str
     batch: int
     train: int | None
     valid: int | None
@@ -72,6 +73,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     check_at_least(1, **length)
     if options.plot:
         empty_figure()  # what would fail after minutes of work is tried before it
+    device = settings.device(options.device)
     build = named.function(options.model, "--model")
     factory = settings.optimizer(options.optimizer, options.lr)
     data = sets(
@@ -86,6 +88,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     model = named.called(build, options.model, "--model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {options.model} returned a {type(model).__name__}; expected an nn.Module.")
+    model = model.to(device)
     loss, classes = _checked_loss(options, model, data)
     declared = settings.hyper(options.hyper, model, classes)
     files = named.files(options.model, options.data, options.loss, options.optimizer)
@@ -98,6 +101,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
             "loss": options.loss,
             "optimizer": [options.optimizer, options.lr],
             "length": length,
+            "device": options.device,
             "batch": options.batch,
             "seed": options.seed,
         }
@@ -119,7 +123,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
 
         def fresh() -> nn.Module:
             stop_if_asked()
-            return build()  # type: ignore[no-any-return]
+            return build().to(device)  # type: ignore[no-any-return]
 
         tune = partial(
             bl.tune,
@@ -179,7 +183,7 @@ def _checked_loss(options: Options, model: nn.Module, data: Sets) -> tuple[Calla
         first: Any = named.called(lambda loader=loader: next(iter(loader), None), what, "--data")
         if first is None:
             raise UsageError(f"--data {what}: the {name} loader gives no batch.")
-        batches.append(first)
+        batches.append(settings.placed(first, model))
     loss, classes = settings.loss(options.loss, batches[0])
     before = model.training
     model.eval()
@@ -243,7 +247,8 @@ def _evaluated(
     before = model.training
     model.eval()
     total = right = seen = 0.0
-    for batch in batches:
+    for drawn in batches:
+        batch = settings.placed(drawn, model)
         count = float(len(batch[1])) if isinstance(batch, tuple | list) and len(batch) == 2 else 1.0
         total += count * float(loss(model, batch))
         seen += count

@@ -271,6 +271,8 @@ def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, 
         (["--response", "unrolled"], "--response goes without --model"),
         (["--valid", 200], "200|201 examples were asked for"),
         (["--loss", "hinge"], "expected cross_entropy, mse"),
+        (["--device", "gpu"], "--device gpu cannot be used; here are cpu"),
+        (["--device", "cuda:63"], "--device cuda:63 cannot be used; here are cpu"),
     ],
 )
 def test_options_that_cannot_be_used(place, tmp_path, options, told):
