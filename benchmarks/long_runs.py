@@ -1,10 +1,10 @@
 """What grows over 10,000 steps of a tiny game: the process's memory, the time of a step, the checkpoint.
 
 Every response, every way of differentiating, every linear solver and every rule of play, each in a process of its own.
-Three numbers lead, three follow. Slopes are of a line through the last eight of ten rows: bytes of resident memory a
-step, the checkpoint's bytes a step beside those of the history, and how much longer a step at the end takes than one
-after a fifth of the run. The history itself takes eight bytes a number. Also `Game(...)` of up to 1,000 players,
-and a step in which all lead.
+Three numbers lead, three follow. Slopes are medians of those between any two of the last eight of ten rows: bytes of
+resident memory a step, the checkpoint's bytes a step, and how much longer, relatively, a step at the end takes than one
+after a fifth of the run. The history takes eight bytes a number, in memory and in the checkpoint. Also `Game(...)` of
+up to 1,000 players, and a step in which all lead.
 
     python -m benchmarks.long_runs --output docs/resuming/long_runs.json
 """
@@ -12,12 +12,17 @@ and a step in which all lead.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import itertools
 import json
 import os
+import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +100,7 @@ def variants() -> dict[str, Callable[[], tuple[bl.Game, dict[str, Any]]]]:
     def answered(response: bl.Response, batches: int = 1, **options: Any) -> Callable[[], Any]:
         return lambda: (ridge(batches), {"y": response, **options})
 
-    implicit = partial(bl.Implicit, tolerance=None, steps=4)
+    implicit = partial(bl.Implicit, tolerance=None, steps=2)
     conjugate = bl.ConjugateGradient
     solvers: dict[str, linear.LinearSolver] = {
         "ConjugateGradient": conjugate(),
@@ -135,10 +140,10 @@ def variants() -> dict[str, Callable[[], tuple[bl.Game, dict[str, Any]]]]:
     }
     gauss_newton = responses.GaussNewton(outputs, fit, penalty)
     return {
-        "Unrolled, ReverseMode": answered(bl.Unrolled(ADAM, steps=3)),
-        "Unrolled, Segments": answered(bl.Unrolled(ADAM, steps=3, differentiation=bl.Segments(count=2))),
-        "Unrolled, ForwardMode": answered(bl.Unrolled(ADAM, steps=3, differentiation=bl.ForwardMode())),
-        "Unrolled, minibatches": answered(bl.Unrolled(SGD, steps=3), BATCHES),
+        "Unrolled, ReverseMode": answered(bl.Unrolled(ADAM, steps=2)),
+        "Unrolled, Segments": answered(bl.Unrolled(ADAM, steps=2, differentiation=bl.Segments(count=2))),
+        "Unrolled, ForwardMode": answered(bl.Unrolled(ADAM, steps=2, differentiation=bl.ForwardMode())),
+        "Unrolled, minibatches": answered(bl.Unrolled(SGD, steps=2), BATCHES),
         **{f"Implicit, {name}": answered(implicit(SGD, linear_solver=solver)) for name, solver in solvers.items()},
         "Implicit, AdamPreconditioner": answered(
             implicit(ADAM, linear_solver=conjugate(preconditioner=linear.AdamPreconditioner()))
@@ -147,7 +152,7 @@ def variants() -> dict[str, Callable[[], tuple[bl.Game, dict[str, Any]]]]:
             implicit(torch.optim.LBFGS, linear_solver=conjugate(preconditioner=linear.LBFGSPreconditioner()))
         ),
         "Implicit, StochasticGradient": answered(
-            implicit(SGD, linear_solver=linear.StochasticGradient(step_size=0.1, max_steps=4)), BATCHES
+            implicit(SGD, linear_solver=linear.StochasticGradient(step_size=0.1, max_steps=2)), BATCHES
         ),
         "Implicit, GaussNewton": answered(implicit(SGD, curvature=gauss_newton)),
         "Implicit, Geometric": answered(bl.Implicit(SGD, steps=4, tolerance=1e-3, inexactness=responses.Geometric())),
@@ -155,7 +160,7 @@ def variants() -> dict[str, Callable[[], tuple[bl.Game, dict[str, Any]]]]:
         "Hypernetwork, in place": answered(
             bl.Hypernetwork(SGD, tolerance=None, memory=responses.Memory(in_place=True))
         ),
-        "Nudged": answered(bl.Nudged(SGD, steps=4, tolerance=None)),
+        "Nudged": answered(bl.Nudged(SGD, steps=2, tolerance=None)),
         "SingleLoop": answered(bl.SingleLoop(SGD)),
         "SingleLoop, SAGA": answered(
             bl.SingleLoop(SGD, variance=SAGA()), BATCHES, dynamics=dynamics.VarianceReduced(SAGA())
@@ -175,7 +180,10 @@ def variants() -> dict[str, Callable[[], tuple[bl.Game, dict[str, Any]]]]:
 
 
 def resident() -> int:
-    """What the process holds, in bytes."""
+    """What the process holds, in bytes, once the allocator has given back what is free."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -200,11 +208,9 @@ def rows_of(game: bl.Game, options: dict[str, Any], steps: int, path: Path) -> l
 
 
 def slope(rows: list[dict[str, float]], key: str) -> float:
-    """Of a line through the last eight, a step."""
-    last = rows[-8:]
-    xs, ys = [row["step"] for row in last], [row[key] for row in last]
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    """The median of the slopes between any two of the last eight, a step: one row that is off moves it little."""
+    pairs = itertools.combinations(rows[-8:], 2)
+    return statistics.median((b[key] - a[key]) / (b["step"] - a["step"]) for a, b in pairs)
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -213,9 +219,9 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
     return {
         "milliseconds a step": 1e3 * mean / (rows[1]["step"] - rows[0]["step"]),
         "longer": slope(rows, "seconds") * (rows[-1]["step"] - rows[2]["step"]) / mean,
+        "history bytes a step": 8 * rows[-1]["numbers"],
         "resident bytes a step": slope(rows, "resident"),
         "checkpoint bytes a step": slope(rows, "checkpoint"),
-        "beside the history": slope(rows, "checkpoint") - 8 * rows[-1]["numbers"],
     }
 
 
@@ -273,14 +279,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--only", action="append", help="variants; repeat it for several")
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file; what it has is not measured again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    found: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    if options.output is not None and options.output.exists():
+        done = json.loads(options.output.read_text(encoding="utf-8"))
+        done = done if done["steps"] == options.steps and done["versions"] == head()["versions"] else {}
+    found: dict[str, Any] = done.get("variants", {})
+    many: list[dict[str, float]] = done.get("players", [])
     failed: list[str] = []
+    for count, modules in itertools.product((125, 250, 500, 1000), (False, True)):
+        if not options.only and (count, modules) not in {(one["players"], one["modules"]) for one in many}:
+            many.append(apart(partial(players, count, modules)))
+            print(many[-1], flush=True)
     for name, make in variants().items():
-        if options.only and name not in options.only:
+        if name in found or (options.only and name not in options.only):
             continue
 
         def work(make: Callable[[], Any] = make) -> list[dict[str, float]]:
@@ -296,16 +311,10 @@ def main() -> None:
         found[name] = {**summary(rows), "rows": rows}
         told = "".join(f"{key} {value:+.4g}  " for key, value in summary(rows).items())
         print(f"{name:<32}{told}", flush=True)
-    many = []
-    for modules in (False, True):
-        for count in (125, 250, 500, 1000):
-            if not options.only:
-                many.append(apart(partial(players, count, modules)))
-                print(many[-1], flush=True)
-    if options.output is not None:
-        options.output.parent.mkdir(exist_ok=True)
-        content = {**head(), "steps": options.steps, "variants": found, "players": many}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        if options.output is not None:
+            options.output.parent.mkdir(exist_ok=True)
+            content = {**head(), "steps": options.steps, "variants": found, "players": many}
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
     if failed:
         raise SystemExit(f"These did not run to their end: {', '.join(failed)}")
 
