@@ -363,3 +363,22 @@ def test_a_game_in_another_precision():
     assert slope(made.to("cpu")).dtype == torch.float32
     with pytest.raises(TypeError, match="Game.to"):
         bl.Games(made, 2).to(dtype=D)
+
+
+def test_the_buffers_of_every_leader_advance_in_its_own_loss():
+    inputs, labels = data()
+
+    def own(first, second):
+        return cross_entropy(first(inputs), labels) + second(inputs).square().mean()
+
+    game = bl.Game(
+        first=bl.Player(own, network()),
+        second=bl.Player(lambda second: cross_entropy(second(inputs), labels), network()),
+    )
+    solution = bl.solve(game, optimizer=partial(SGD, lr=0.0), steps=3)
+    for name in ("first", "second"):
+        assert solution.buffers[name]["1.num_batches_tracked"] == 3
+        alone = network()  # at a rate of 0 the same three passes in torch
+        for _ in range(3):
+            alone(inputs)
+        assert torch.allclose(solution.buffers[name]["1.running_mean"], alone[1].running_mean)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from bilevel._printed import printed
 from bilevel.tree import Variables
 
 
@@ -86,7 +86,6 @@ class Certificate:
 
     def __str__(self) -> str:
         """A table of the findings."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title=f"{self.concept}: {self.standing.value}")
@@ -94,6 +93,4 @@ class Certificate:
             table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
         for found in self.findings:
             table.add_row(found.name, found.standing.value, f"{found.value:.3g}", found.wanted, found.remark)
-        text = io.StringIO()
-        Console(file=text, width=110).print(table, markup=False)
-        return text.getvalue().rstrip()
+        return printed(table, width=110)

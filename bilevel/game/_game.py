@@ -57,7 +57,8 @@ class Parts:
 
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
-    `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself.
+    `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
+    `modular` that somebody is a module.
     """
 
     players: Mapping[str, Player]
@@ -74,6 +75,7 @@ class Parts:
     runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
     alone: bool = False
+    modular: bool = False
 
 
 class Game:
@@ -125,6 +127,7 @@ class Game:
             starts_alone={},
             runs={},
             alone=plays_alone(),
+            modular=any(isinstance(player.init, nn.Module) for player in players.values()),
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
@@ -594,7 +597,9 @@ class Game:
             if isinstance(module, nn.Module) and isinstance(given, Mapping):
                 arguments[name] = CallableVariables(given, module, training=name == player)
         runs = self._parts.runs.get(player, _FIRST)
-        lending = lent(self._parts.players, current, arguments, runs.strangers, alone=bool(runs.kernels))
+        lending = lent(
+            self._parts.players, current, arguments, runs.strangers, alone=self._parts.modular or bool(runs.kernels)
+        )
         watched = self._watched(player, seen, current)
         with lending as advanced, runs.kernels.replaced(), ExitStack() as stack:
             for module, forwards in watched:

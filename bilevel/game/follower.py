@@ -37,8 +37,9 @@ class Follower:
         self, game: PlayedGame, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
     ) -> None:
         self.game, self.name = game, str(state["follower"])
+        known = set(game.names)
         for name in others:
-            if name not in game.names or name == self.name:
+            if name not in known or name == self.name:
                 raise ValueError(
                     f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
                     f"other players, {[n for n in game.names if n != self.name]}."

@@ -35,9 +35,9 @@ def lent(
     """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards.
 
     `strangers` are buffers of modules that no player owns, which advance too: they end as they were. What is lent is
-    one thread's at a time: the modules are the user's, and others may hold them too; with `alone` it is so in any case.
+    one thread's at a time: the modules are the user's, and others may hold them too; `alone` says that some are run.
     """
-    if not (alone or strangers) and not any(isinstance(player.init, nn.Module) for player in players.values()):
+    if not (alone or strangers):
         yield {name: {} for name in buffers}
         return
     if not _LENT.acquire(timeout=_PATIENCE):

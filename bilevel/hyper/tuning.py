@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.constraints import Coordinate
+from bilevel.constraints import Choice, Coordinate
 from bilevel.game import Game, Player
 from bilevel.game.modules import CallableVariables
 from bilevel.game.passes import Source
@@ -164,6 +164,12 @@ def _entries(hyper: Hyper) -> dict[str, Any]:
             raise TypeError(f"Tuning: hyper's {name!r} is the class {entry.__name__}; write {entry.__name__}().")
         if not isinstance(entry, Declaration):
             for leaf in leaves(entry) or [entry]:
+                if isinstance(leaf, Choice):
+                    raise TypeError(
+                        f"Tuning: hyper's {name!r} has {leaf!r}; a choice has no hypergradient. Search it around the "
+                        "run: each option is a trial with a bilevel.tune of its own, by bilevel.search.minimise or "
+                        "Optuna."
+                    )
                 if not isinstance(leaf, Coordinate | Tensor):
                     raise TypeError(
                         f"Tuning: hyper's {name!r} has {kind(leaf)}; expected a range such as bilevel.Log(1e-6, 1e-1), "

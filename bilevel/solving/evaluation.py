@@ -121,13 +121,17 @@ class StepEvaluator:
 
     def _required(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients, zeros where one is missing; all may be where the loss names neither it nor a follower."""
-        followers = [other for other in self.game.names if other not in self.leaders.names]
-        if all(grad is None for grad in grads) and self.game.reaches(name, followers):
+        if all(grad is None for grad in grads) and self._reaches(name):
             raise NonFiniteError(
                 f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "
                 "variables. Its loss must use them, or a follower's variables that respond to them."
             )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
+
+    def _reaches(self, name: str) -> bool:
+        """Whether a leader's loss was seen to depend on its own variables, or on a follower's."""
+        leading = set(self.leaders.names)
+        return self.game.reaches(name, [other for other in self.game.names if other not in leading])
 
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
@@ -213,7 +217,8 @@ class StepEvaluator:
         self._answered, self._states = variables, states
         seen = apart(variables)
         buffers = {**buffers, **self.game.statistics(seen, states)}
-        losses, values, advanced = {}, {}, buffers
+        losses, values = {}, {}
+        advanced: Buffers = {}
         found: dict[str, Values] = {}
         for name in self.leaders.names if first else wanted:
             values[name], after = self.game.evaluate(name, seen, self.batches[name], buffers)
@@ -221,7 +226,8 @@ class StepEvaluator:
             if name in self._functions:
                 found[name] = self._functions[name].values(seen, self.batches[name], buffers)
                 losses[name] = losses[name] + self._term(name, found[name])
-            advanced = {n: b for n, b in after.items() if n in self.leaders.names and b}
+            if after.get(name):  # in its own loss a module is in training mode
+                advanced[name] = after[name]
         if first:
             self._first = FirstEvaluation(
                 {name: value.detach() for name, value in values.items()},

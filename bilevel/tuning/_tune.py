@@ -43,6 +43,7 @@ def tune(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
 ) -> Tuned:
@@ -78,6 +79,7 @@ def tune(
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
         resume: Go on from the checkpoint.
+        accept_changes: Go on although losses or settings are others than the checkpoint's, with the present ones.
         progress: Show a bar.
         seed: Of data that is shuffled by the library and of the learned answer; dropout's is torch's own.
 
@@ -114,6 +116,7 @@ def tune(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        accept_changes=accept_changes,
         progress=progress,
         seed=seed,
         record=partial(_record, tuning.leader),

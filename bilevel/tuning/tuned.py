@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 
 from torch import nn
 
+from bilevel._printed import printed
 from bilevel.hyper import Tuning
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.solving import Solution
@@ -77,7 +78,6 @@ class Tuned:
 
     def __str__(self) -> str:
         """A table of the hyperparameters, then the solution's own."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Hyperparameters")
@@ -86,8 +86,4 @@ class Tuned:
         before, after = numbers("", self.start), numbers("", self.hyper)
         for name, value in after.items():
             table.add_row(name.removeprefix("."), f"{before[name]:.4g}", f"{value:.4g}")
-        console = Console(width=100, file=None, record=True)
-        with console.capture() as held:
-            console.print(table)
-            console.print(str(self.plan), highlight=False)
-        return f"{held.get().rstrip()}\n{self.solution}"
+        return f"{printed(table, str(self.plan))}\n{self.solution}"

@@ -58,6 +58,42 @@ def test_it_ends_better_than_it_began(tuned):
     assert "at those found" in str(again)
 
 
+def test_fresh_trainings_are_kept_as_they_end(tuned, tmp_path):
+    made = []
+
+    def make(stop_at=None):
+        made.append(0)
+        if len(made) == stop_at:
+            raise KeyboardInterrupt
+        return network()
+
+    whole = bl.retrain(tuned, seeds=2, steps=10, make=network)
+    kept = {"steps": 10, "checkpoint": tmp_path / "again.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        bl.retrain(tuned, seeds=2, make=partial(make, 4), **kept)
+    made.clear()
+    again = bl.retrain(tuned, seeds=2, make=make, **kept)
+    assert (again.found, again.start) == (whole.found, whole.start)
+    for model, other in zip(again.models, whole.models, strict=True):
+        assert not model.training
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+    assert len(made) == 3, "two models of trainings that had ended, and the one training that was missing"
+    with pytest.raises(bl.errors.CheckpointError, match="of other trainings: its steps was 10 and is now 11"):
+        bl.retrain(tuned, make=network, **kept | {"steps": 11})
+
+
+def test_half_a_row_of_a_killed_run_is_no_row(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_bytes(b"step,loss\n1,0.5\n2,0.25\n3,0.1")  # about to write 0.125
+    CSVLogger(path)(3, {"step": 3, "loss": 0.125}, {})
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "3,0.125"]
+    path.write_bytes(b"step,loss\n1,0.5\n1")  # of step 12, say
+    CSVLogger(path)(2, {"step": 2, "loss": 0.25}, {})
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25"]
+
+
 def test_batch_norm_is_followed_and_what_cannot_be_is_told():
     class Own(nn.BatchNorm1d):
         def forward(self, inputs):
