@@ -62,7 +62,20 @@ def batch_norm_runs() -> list[list[str]]:
     ]
 
 
-PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_norm_runs}
+def jobs() -> list[list[str]]:
+    """Test losses, a row a job, means over the splits."""
+    rows = json.loads((DOCS / "tuning" / "jobs.json").read_text(encoding="utf-8"))["rows"]
+    kinds = ("default", "start", "found", "the run itself", "random")
+    heads = ["job", "splits", "nothing tuned", "start's values", "values found", "the run itself", "ten random trials"]
+    table = [heads]
+    for name in dict.fromkeys(row["job"] for row in rows):
+        mine = [row for row in rows if row["job"] == name]
+        losses = [statistics.fmean([row[kind]["test"] for row in mine]) for kind in kinds]
+        table.append([name, str(len(mine)), *(f"{loss:.3f}" for loss in losses)])
+    return table
+
+
+PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_norm_runs, "jobs": jobs}
 
 
 def main() -> None:
