@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned"}
+GROUND = {"errors", "files", "tree", "autodiff", "randomness", "second_order", "_returned", "_printed", "_drawn"}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "variance", "responses"}
@@ -20,8 +20,11 @@ SOLVE = RESPONSES | {"dynamics", "many", "parallel", "solving"}
 # A room -> the rooms it may import. A room that is not named here fails the test.
 MAY = {
     "errors": set(),
+    "files": set(),
     "_version": set(),
     "_returned": {"tree"},
+    "_printed": set(),
+    "_drawn": set(),
     "tree": set(),
     "randomness": set(),
     "second_order": {"errors"},
@@ -32,6 +35,7 @@ MAY = {
     "game": GROUND | {"constraints"},
     "hyper": GAME,
     "tuning": SOLVE | {"hyper"},
+    "integrations": GAME | {"inner", "integrations"},
     "search": GROUND | {"constraints"},
     "linear": GROUND,
     "inner": GAME,

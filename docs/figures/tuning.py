@@ -32,7 +32,37 @@ def _numbers(losses: list[float]) -> list[str]:
     return [*(f"{loss:.3f}" for loss in losses), f"{statistics.fmean(losses):.3f}"]
 
 
-PARTS = {"one_run": one_run}
+def batch_norm() -> list[list[str]]:
+    """Each treatment's hypergradient in units of retrained differences, the least and the largest over the splits."""
+    runs = json.loads((DOCS / "tuning" / "batch_norm.json").read_text(encoding="utf-8"))
+    columns = {"decays before a BatchNorm": (0, 1), "its own, and the head's": (2, 3), "smoothing": (4,)}
+    table = [["running statistics", *columns]]
+    for name in runs["runs"][0]["claims"][str(runs["steps"])]:
+        cells = []
+        for places in columns.values():
+            shares = [
+                run["claims"][str(runs["steps"])][name][place] / run["truth"][place]
+                for run in runs["runs"]
+                for place in places
+            ]
+            cells.append(f"{min(shares):.2g} to {max(shares):.2g}")
+        table.append([name, *cells])
+    return table
+
+
+def batch_norm_runs() -> list[list[str]]:
+    """Validation and test losses, a row a split and a treatment."""
+    rows = json.loads((DOCS / "tuning" / "batch_norm_runs.json").read_text(encoding="utf-8"))["rows"]
+    heads = ["split", "running statistics", "start's values", "values found", "the run itself", "test, values found"]
+    return [heads] + [
+        [str(row["seed"]), row["statistics"]]
+        + [f"{row[kind]['valid']:.3f}" for kind in ("start", "found", "run")]
+        + [f"{row['found']['test']:.3f}"]
+        for row in rows
+    ]
+
+
+PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_norm_runs}
 
 
 def main() -> None:
