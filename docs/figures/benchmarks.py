@@ -39,6 +39,8 @@ ALL = (
              "python benchmarks/conformance/run.py", "conformance/verdicts"),
     Measured("Hypergradients beside search", "search.md#what-was-measured",
              "python -m benchmarks.tuning", "search/results"),
+    Measured("Hypergradients within a search", "search.md#a-search-that-takes-hypergradients",
+             "python -m benchmarks.tuning --slopes", "search/slopes"),
     Measured("Tuning in one run", "tuning.md#what-it-does-and-what-was-measured",
              "python benchmarks/one_run.py --seeds 3", "tuning/one_run"),
     Measured("Memory of long unrolls", "unrolling.md", "python benchmarks/memory.py", "unrolling/memory"),
