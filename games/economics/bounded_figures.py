@@ -87,10 +87,10 @@ def city_figure(roads: Network) -> Figure:
                 middle[0] + side[0], middle[1] + side[1], f"{load:.1f}", fontsize=SMALL - 2, ha="center", va="center"
             )
         for place, (start, end) in enumerate(roads.tolled):
-            x, y = 0.5 * (int(start[0]) + int(end[0])), 0.5 * (int(start[1]) + int(end[1]))
+            across, up = 0.5 * (int(start[0]) + int(end[0])), 0.5 * (int(start[1]) + int(end[1]))
             side = (0.0, -0.16) if start[1] == end[1] else (-0.3, 0.0)
             axes.text(
-                x + side[0], y + side[1], f"toll {float(toll[place]):.2f}", color=RED, fontsize=SMALL, ha="center"
+                across + side[0], up + side[1], f"toll {float(toll[place]):.2f}", color=RED, fontsize=SMALL, ha="center"
             )
         axes.set(xlim=(-0.35, 3.45), ylim=(-0.35, 3.35), xticks=[], yticks=[])
         total = float(roads.total_time(flow))

@@ -66,7 +66,8 @@ class Network:
         return [(pair, path) for pair in self.demands for path in self._between(pair)]
 
     def _between(self, pair: Pair) -> list[tuple[int, ...]]:
-        found, unfinished = [], [((), (pair[0],))]  # type: ignore[var-annotated]
+        found: list[tuple[int, ...]] = []
+        unfinished: list[tuple[tuple[int, ...], tuple[str, ...]]] = [((), (pair[0],))]
         while unfinished:
             path, seen = unfinished.pop()
             if seen[-1] == pair[1]:

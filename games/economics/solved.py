@@ -65,15 +65,13 @@ def rows() -> list[Row]:
     roads = braess()
     tolled = bl.solve(roads.game(), flow=answer, optimizer=bl.Scipy("SLSQP"), steps=30)
     closed = "closed form"
+    participation = float(contract.multipliers["terms"]["inequality"]["participation"])
     return [
         Row("capacity", "the leader's quantity", float(market.variables["firm1"]), first, closed),
         Row("capacity", "its rival's", float(market.variables["firm2"]), second, closed),
         Row("contract", "share", float(contract.variables["terms"][0]), share, closed),
         Row("contract", "fixed sum", float(contract.variables["terms"][1]), total, closed),
-        Row(
-            *("contract", "price of participation"),
-            *(float(contract.multipliers["terms"]["inequality"]["participation"]), price, closed),
-        ),
+        Row("contract", "price of participation", participation, price, closed),
         Row("guards", "the defender's loss", targets.values["coverage"], best, "a grid of 1/40"),
         Row("Braess", "total time", tolled.values["toll"], 6 * 83.0, closed),
     ]
