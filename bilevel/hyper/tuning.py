@@ -108,8 +108,8 @@ class Tuning:
                 raise
             kind_ = type(self._training.declared[idle["name"]]).__name__
             raise ValueError(
-                f"Tuning: the strength of {kind_}() for {idle['part']!r} does not act on the training loss: the model "
-                f"does not run that layer (attention drops out by itself). Name those that it runs: {kind_}(of=[...])."
+                f"{error} The model does not run {idle['part']!r} in training mode (attention drops out by itself). "
+                f"Name the layers that it runs so: {kind_}(of=[...])."
             ) from error
 
     def loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:

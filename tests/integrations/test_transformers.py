@@ -54,7 +54,7 @@ def test_a_trainers_model_is_tuned(tmp_path):
     hers = trainer(tmp_path)
     train, valid = adapter.data(hers)
     assert len(train) == 4 and len(valid) == 8
-    with pytest.raises(ValueError, match=r"attention\.self\.dropout' does not act.*Dropout\(of="):
+    with pytest.raises(ValueError, match=r"attention\.self\.dropout'\] reaches no objective.*Dropout\(of="):
         bl.hyper.Tuning(hers.model, adapter.loss, adapter.loss, train, valid, hyper=[bl.hyper.Dropout()]).game()
     tuned = bl.tune(
         hers.model,
