@@ -290,8 +290,8 @@ class _Runs:
         with torch.enable_grad():
             answer, after = answered(response, game, others, {**state, "data": places[follower]})
             batch, _ = game.draw(leader, places[leader])
-            buffers = {follower: after["buffers"]} if after.get("buffers") else None
-            value = game.total(game.loss(leader, {**others, follower: answer}, batch, buffers))
+            everybody = {**others, follower: answer}
+            value = game.total(game.loss(leader, everybody, batch, game.statistics(everybody, {follower: after})))
         slopes: Any = torch.autograd.grad(value, leaves(others[leader]), allow_unused=True, materialize_grads=True)
         report = response.report(response.after_backward(after, answer))
         self.gradients += 1 + report.gradients - before.gradients

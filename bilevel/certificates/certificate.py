@@ -55,6 +55,8 @@ class Certificate:
         corrected_bound: Bounds |corrected - exact|.
         gradients: Gradients that it cost.
         products: Hessian-vector products that it cost.
+        one_sided: At a kink of the follower's answer the hypergradient on each of its sides, by the names of the
+            constraints that bind there; empty where there is no kink.
     """
 
     concept: str
@@ -67,6 +69,7 @@ class Certificate:
     corrected_bound: float = float("nan")
     gradients: int = 0
     products: int = 0
+    one_sided: Mapping[str, Variables] = field(repr=False, default_factory=dict)
 
     @property
     def standing(self) -> Standing:

@@ -12,6 +12,7 @@ from bilevel.comparison.charts import charts
 from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.report import page
 from bilevel.comparison.rows import Reference, Row, Spread, number, plain, size
+from bilevel.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +94,7 @@ class Comparison(Measurements):
         }
         lines = json.dumps(_short(plain(content)), allow_nan=False, indent=None)
         # One run a line: a diff of two files says which of them changed.
-        Path(path).write_text(lines.replace('{"game": ', '\n{"game": ') + "\n", encoding="utf-8")
+        write_whole(Path(path), (lines.replace('{"game": ', '\n{"game": ') + "\n").encode())
 
     @staticmethod
     def from_json(path: str | Path) -> Comparison:
@@ -122,7 +123,7 @@ class Comparison(Measurements):
         Raises:
             ImportError: Without matplotlib.
         """
-        Path(path).write_text(page(self), encoding="utf-8")
+        write_whole(Path(path), page(self).encode())
 
 
 def _median(spread: Spread | None) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import CheckpointError, StopRun
+from bilevel.files import remove_abandoned
 from bilevel.game import Game
 from bilevel.inner import Scipy
 from bilevel.inner.torch_optim import SchedulerFactory
@@ -273,7 +274,7 @@ def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator
             company.write(save)
 
     if company.writes:
-        checkpoints.remove_abandoned(path)
+        remove_abandoned(path)
     company.write(save)
     try:
         yield save_if_due

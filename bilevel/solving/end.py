@@ -17,10 +17,11 @@ from bilevel.solving.driven import doubts, fitted
 from bilevel.solving.leader_functions import broken
 from bilevel.solving.leaders import tolerated
 from bilevel.solving.progress_left import hardly_begun
+from bilevel.solving.ran_away import ran_away
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, ended
 from bilevel.solving.warning_log import RunWarning, as_run_warnings, caught, logged
-from bilevel.tree import Variables, map_leaves
+from bilevel.tree import Variables, join, leaves, map_leaves
 
 
 def solution(run: Run) -> End[Any]:
@@ -35,6 +36,7 @@ def solution(run: Run) -> End[Any]:
         point = run.leaders.trees(run.leaders.points)
         variables, states, buffers = run.followers.respond(point, now.states, now.buffers)
     ends = run.followers.reports(states)
+    variables = map_leaves(lambda t: t.detach(), variables)
     values: dict[str, Tensor] = {}
     for name in run.game.names:
         values |= run.shown(name, variables, states, buffers)
@@ -43,6 +45,8 @@ def solution(run: Run) -> End[Any]:
     told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
     if far := _hardly_begun(run):
         told.append(far)
+    if away := _ran_away(run):
+        told.append(away)
     multipliers, violations, broken = _kept(run, variables, buffers)
     told += broken
     for warning in told:
@@ -105,6 +109,17 @@ def _hardly_begun(run: Run) -> RunWarning | None:
     (leader,) = run.leaders.names
     noisy = any(player.data is not None for player in run.game.players.values())
     return None if noisy else hardly_begun(leader, run.history.records())
+
+
+def _ran_away(run: Run) -> RunWarning | None:
+    """Leaders whose gradients grew all along; who is moved by SciPy looks at its loss."""
+    if run.leaders.driven or run.game.record_keys != ("",):
+        return None
+    ends = run.leaders.trees(run.leaders.points)
+    pairs = [(leaves(ends[name]), leaves(run.game.initial(name))) for name in run.leaders.names]
+    start, end = join([leaf for _, begun in pairs for leaf in begun]), join([leaf for at, _ in pairs for leaf in at])
+    apart = [float(torch.linalg.vector_norm(vector.detach().double())) for vector in (start, end - start)]
+    return ran_away(run.leaders.names, run.history.records(), *apart)
 
 
 def _still_loose(name: str, looser: float) -> RunWarning:

@@ -307,10 +307,11 @@ class Run:
         A response whose state tells the loss that its last step saw is believed: one evaluation less.
         """
         first, found = played.first, dict(played.first.losses)
+        here = map_leaves(lambda t: t.detach(), dict(first.variables))
         for name in self.followers.responses:
             seen = first.states[name].get("loss")
             told = isinstance(seen, Tensor)
-            found |= {name: seen} if told else self.shown(name, first.variables, first.states, first.buffers)
+            found |= {name: seen} if told else self.shown(name, here, first.states, first.buffers)
         return found
 
     def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:
@@ -331,7 +332,7 @@ class Run:
     ) -> dict[str, Tensor]:
         """A leader's own loss on its last batch, or a follower's on the one that comes next: shown, not used.
 
-        Of a joint player, its members'.
+        At detached variables. Of a joint player, its members'.
         """
         with torch.no_grad(), random_kept(self.game.device):
             if name in states:
@@ -339,11 +340,11 @@ class Run:
             else:
                 place = self.game.position_of_answer(name, states)
                 batch = self.last_batch(name) if place is None else self.game.draw(name, place)[0]
-            detached, current = map_leaves(lambda t: t.detach(), dict(variables)), with_followers(buffers, states)
+            current = with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: self.game.loss(name, detached, batch, current)}
-            return {m: self.game.loss(m, detached, None if batch is None else batch[m], current) for m in members}
+                return {name: self.game.loss(name, variables, batch, current)}
+            return {m: self.game.loss(m, variables, None if batch is None else batch[m], current) for m in members}
 
     def last_batch(self, leader: str) -> Batch:
         """A leader's last batch, drawn again where another process made the last step."""

@@ -54,6 +54,11 @@ class Tuned:
         """
         return self.solution.history
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What was found as plain numbers by name, `{"decay": 1e-3, "dropout.7": 0.2}`; of a large tensor quartiles."""
+        return {name.removeprefix("."): value for name, value in numbers("", self.hyper).items()}
+
     def to_frame(self) -> DataFrame:
         """The history as a data frame of pandas, a row a step."""
         try:

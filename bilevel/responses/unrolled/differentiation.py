@@ -92,8 +92,9 @@ class Steps:
         self._drawn = False
 
     def note(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-        """Take note of a step's losses and of F there, as a rule its mean gradient."""
-        self.loss, self.slopes = losses[-1].detach(), [slope.detach() for slope in slopes]
+        """Take note of a step's losses, whose mean it tells, and of F there, as a rule its mean gradient."""
+        self.loss = losses[0].detach() if len(losses) == 1 else torch.stack([loss.detach() for loss in losses]).mean(0)
+        self.slopes = [slope.detach() for slope in slopes]
         self._fault.see(losses, self.slopes)
 
     def require_finite(self, y: Sequence[Tensor]) -> None:
