@@ -61,7 +61,10 @@ class F2SA2(ValueFunctionMethod):
 
     Args:
         nudge: \(\nu\), in the unit of the follower's loss over the leader's.
-        steps: Of the rule's optimiser for both points together, from where they were.
+        steps: Of the rule's optimiser for both points together.
+        rejoin: Whether each call begins both from the point between them, where the follower is. From where they were,
+            they settle further; but the points of a network that is trained for few steps drift apart, and what is
+            between two networks is none.
 
     Source: arXiv 2509.02937.
 
@@ -72,6 +75,7 @@ class F2SA2(ValueFunctionMethod):
 
     nudge: float = 0.01
     steps: int = 10
+    rejoin: bool = False
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -82,7 +86,8 @@ class F2SA2(ValueFunctionMethod):
         """Settle on both sides; the difference."""
         nu = self.nudge
         sides: list[Weights] = [(nu, 1.0), (-nu, 1.0)]
-        starts = state.get("sides", [losses.y, losses.y])
+        between = [losses.y, losses.y]
+        starts = between if self.rejoin else state.get("sides", between)
         (up, down), memory = losses.settled(starts, sides, state.get("optimizer"), self.steps)
         losses.advance()
         above, below = losses.slopes(up, sides[0], "x"), losses.slopes(down, sides[1], "x")

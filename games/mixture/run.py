@@ -121,7 +121,8 @@ def _learned(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show, 
             nudged = bl.Nudged(ADAM, steps=INNER, nudge=1e-2, tolerance=None)
             solution = bl.solve(game, model=nudged, **options)
         else:
-            rule = ValueFunction(ADAM, method=F2SA2(nudge=0.1, steps=INNER))
+            # Two language models that go on from where they were drift apart, and the model is between them.
+            rule = ValueFunction(ADAM, method=F2SA2(nudge=0.1, steps=INNER, rejoin=True))
             solution = bl.solve(game, dynamics=rule, **options)
     # From the history, which a run that goes on has from its beginning.
     curve = [(int(record["step"]) * INNER, [record[name] for name in names]) for record in solution.history]
