@@ -12,7 +12,7 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned"}
+GROUND = {"errors", "tree", "autodiff", "randomness", "second_order", "_returned", "sharding"}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "variance", "responses"}
@@ -23,6 +23,7 @@ MAY = {
     "_version": set(),
     "_returned": {"tree"},
     "tree": set(),
+    "sharding": {"errors"},
     "randomness": set(),
     "second_order": {"errors"},
     "autodiff": {"errors", "second_order"},
@@ -37,7 +38,7 @@ MAY = {
     "inner": GAME,
     "_root": GROUND | {"linear"},
     "parallel": GAME | {"_version"},
-    "many": RESPONSES | {"dynamics", "many"},
+    "many": RESPONSES | {"dynamics", "many", "parallel"},
     "responses": RESPONSES,
     "dynamics": SOLVERS | {"variance"},
     "solving": SOLVE,
