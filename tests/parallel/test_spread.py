@@ -8,6 +8,8 @@ import torch
 
 from bilevel.solving import checkpoint
 
+pytestmark = pytest.mark.slow
+
 # As in test_data_parallel: sums over nine examples and 80 weights in another order, magnified by a linear solve.
 TOLERANCE = 1e-12
 FEW = ["ReverseMode", "Nudged", "SingleLoop", "ConjugateGradient"]
@@ -32,7 +34,6 @@ def test_responses_answer_as_with_whole_variables(played):
         assert max(held) < 0.65 * WEIGHTS  # rows are dealt out in whole
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_response_on_parts(played, size):
     lines = played("spread_answers", size, limit=300.0)
@@ -40,13 +41,11 @@ def test_every_response_on_parts(played, size):
     assert all(sum(told["held"] for told in each) == WEIGHTS for each in zip(*lines, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_modules_and_single_dtensors(played, size):
     assert check(played("spread_layouts", size)) == ["tensor parallel", "partly"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_games_of_spread_players_are_solved_as_in_one_process(played, size):
     for rank in played("spread_solves", size, ""):
@@ -57,7 +56,6 @@ def test_games_of_spread_players_are_solved_as_in_one_process(played, size):
             assert "DTensor" in told["kinds"]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_any_number_of_ranks(played, tmp_path):
     path = tmp_path / "run.pt"
     played("spread_resumes", 3, str(path), "2")

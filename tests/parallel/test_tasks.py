@@ -2,11 +2,13 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Means over five tasks in another order: a few eps of 2e-16, and Adam's first steps divide a gradient by its own size.
 TOLERANCE = 1e-12
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_tasks_are_solved_as_in_one_process(played, size):
     lines = played("tasks", size)
     assert len({str(rank) for rank in lines}) == 1
