@@ -18,6 +18,10 @@ settings.register_profile("fixed", derandomize=True, database=None)
 settings.load_profile("fixed")
 
 
+# What imports an extra at its top cannot be looked through for examples where that is not installed.
+collect_ignore = [] if importlib.util.find_spec("optuna") else ["bilevel/search/optuna.py"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--ulp SEED`: other roundings, of which tests/other_rounding.py tells."""
     parser.addoption(

@@ -15,7 +15,7 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 import bilevel as bl
 from benchmarks.head import head
 from bilevel.inner import ClosedForm, TorchOptimizer
+from bilevel.responses import GaussNewton
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 OPTIONS = TorchOptimizer(
@@ -38,6 +39,21 @@ def follow(x: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (y - x.repeat(len(y) // len(x))).square().sum() + 0.01 * y.pow(4).sum()
 
 
+def outputs(x: Tensor, y: Tensor) -> Tensor:
+    """What the first part of `follow` is a half square of."""
+    return y - x.repeat(len(y) // len(x))
+
+
+def half_square(outputs: Tensor) -> Tensor:
+    """Of them."""
+    return 0.5 * outputs.square().sum()
+
+
+def rest(y: Tensor) -> Tensor:
+    """The second part."""
+    return 0.01 * y.pow(4).sum()
+
+
 def lead(y: Tensor) -> Tensor:
     """Anything of y."""
     return (y - 3.0).square().mean()
@@ -46,6 +62,25 @@ def lead(y: Tensor) -> Tensor:
 def game_of(size: int) -> bl.Game:
     """Ten entries lead, `size` follow."""
     return bl.Game(x=bl.Player(lead, torch.ones(10)), y=bl.Player(follow, torch.zeros(size)))
+
+
+def tasks_of(size: int) -> bl.Game:
+    """Two such followers at once, each with a number of its own."""
+
+    def fit(x: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+        return follow(x, y) + (batch * y).sum()
+
+    def judge(y: Tensor, batch: Tensor) -> Tensor:
+        return lead(y) + batch.square().sum()
+
+    batch = {part: torch.tensor([[0.1], [0.2]]) for part in ("support", "query")}
+    players = {"x": bl.Player(judge, torch.ones(10)), "y": bl.Player(fit, torch.zeros(size))}
+    return bl.Tasks(**players, data=[batch]).together(batch)
+
+
+def cases(size: int) -> dict[str, tuple[Callable[[int], bl.Game], bl.Response]]:
+    """What makes the game, and the response."""
+    return {n: (tasks_of if n.startswith("Tasks") else game_of, response) for n, response in responses(size).items()}
 
 
 def responses(size: int) -> dict[str, bl.Response]:
@@ -67,7 +102,12 @@ def responses(size: int) -> dict[str, bl.Response]:
         ),
         "Implicit, ClosedForm": exact(ClosedForm(lambda x: x.repeat(size // 10))),
         "Implicit, options": exact(OPTIONS),
+        "Implicit, GaussNewton": exact(SGD, curvature=GaussNewton(outputs, half_square, rest, measure=True)),
         "Hypernetwork": bl.Hypernetwork(SGD, tolerance=None, network=bl.networks.LowRank(2)),
+        "Nudged": bl.Nudged(SGD, steps=4, tolerance=None),
+        "SingleLoop": bl.SingleLoop(partial(torch.optim.SGD, lr=0.1)),
+        "Tasks, Unrolled": bl.Unrolled(SGD, steps=4),
+        "Tasks, Implicit": exact(SGD),
     }
 
 
@@ -96,10 +136,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measured(response: bl.Response, size: int, count: int) -> list[dict[str, Any]]:
+def measured(response: bl.Response, game: bl.Game, count: int) -> list[dict[str, Any]]:
     """A row for each tenth of the calls."""
     rows = []
-    for call in calls(response, game_of(size), count):
+    for call in calls(response, game, count):
         if (call + 1) % (count // 10) == 0:
             tensors, held = live()
             rows.append({"calls": call + 1, "tensors": tensors, "bytes": held, "resident": resident()})
@@ -115,10 +155,10 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for name, response in responses(chosen.size).items():
+    for name, (made, response) in cases(chosen.size).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bl.BilevelWarning)
-            found[name] = measured(response, chosen.size, chosen.calls)
+            found[name] = measured(response, made(chosen.size), chosen.calls)
         first, last = found[name][1], found[name][-1]
         grown = (last["resident"] - first["resident"]) / (last["calls"] - first["calls"])
         told = f"tensors {first['tensors']} -> {last['tensors']}, resident {grown:+.0f} bytes a call"

@@ -27,7 +27,7 @@ from bilevel._root import root
 from bilevel._version import __version__
 from bilevel.certificates import certify, certify_nash, exploitability
 from bilevel.comparison import compare
-from bilevel.constraints import Box, Interval, Log, Positive, Simplex, Unit
+from bilevel.constraints import Box, Choice, Interval, Log, Positive, Simplex, Unit
 from bilevel.dynamics import ValueFunction
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
@@ -79,6 +79,7 @@ __all__ = [
     "BilevelError",
     "BilevelWarning",
     "Box",
+    "Choice",
     "ClosedForm",
     "ConjugateGradient",
     "DataParallel",

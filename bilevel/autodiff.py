@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -43,6 +44,13 @@ def transforms_left() -> Iterator[None]:
     """Work beside the running `torch.func` transforms, for what is no function of their inputs."""
     with torch._C._DisableFuncTorch():
         yield
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual number of PyTorch's own forward mode, outside `torch.func`."""
+    if transforms_active() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def pullback(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Pullback]:

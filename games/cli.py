@@ -9,6 +9,7 @@ import typer
 import bilevel as bl
 from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
+from games.economics.command import economics_command
 from games.gan.command import gan_command
 from games.meta.command import meta_command
 from games.mixture.command import mixture_command
@@ -47,6 +48,9 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
   Compare responses on games with known answers:
     bilevel compare --game quadratic --response "implicit CG" --response unrolled
 
+  Tolls, capacities, contracts and guards, solved beside their closed forms:
+    bilevel economics
+
   Solve bilevel problems of the literature, with the best known leader values beside:
     bilevel problems bard
 
@@ -81,6 +85,7 @@ app.command("meta")(meta_command)
 app.command("mixture")(mixture_command)
 app.command("paper")(paper_command)
 app.command("compare")(compare_command)
+app.command("economics")(economics_command)
 app.command("problems")(problems_command)
 
 

@@ -19,8 +19,20 @@ SLOW_AND_WARNING = {"README.md"}
 SLOW = {"docs/nash.md", "docs/functions.md", "docs/reweighting.md", "docs/paper.md", *SLOW_AND_WARNING}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 # Pages that show other libraries: a block whose imports are not all installed is passed over; `found` names the others.
-SHOWS_OTHERS = {"coming-from.md"}
-OTHERS = {"higher", "torchopt", "betty", "jax", "jaxopt", "optuna", "cvxpy", "cvxpylayers"}
+SHOWS_OTHERS = {"coming-from.md", "integrations.md"}
+OTHERS = {
+    "higher",
+    "torchopt",
+    "betty",
+    "jax",
+    "jaxopt",
+    "optuna",
+    "cvxpy",
+    "cvxpylayers",
+    "lightning",
+    "transformers",
+    "ray",
+}
 IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 # What is shown and not run. Anything else, such as `python notest` or `py`, is refused.
 SHOWN = {"sh", "text"}

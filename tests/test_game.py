@@ -1,6 +1,8 @@
 """Everything wrong is refused before any work, by an error that says what to do."""
 
+import cProfile
 import gc
+import pstats
 import weakref
 from functools import partial
 
@@ -99,6 +101,7 @@ REFUSED = {
     ),
     "star": (lambda: game(follower=lambda *players: 0), TypeError, "cannot be named"),
     "reserved": (lambda: bl.Game(steps=bl.Player(lambda steps: steps.sum(), ZERO)), ValueError, "'steps' cannot name"),
+    "self": (lambda: bl.Game(self=bl.Player(lambda y: y.sum(), ZERO)), ValueError, "'self' cannot name"),
     "no players": (bl.Game, ValueError, "no players"),
     "not a player": (lambda: bl.Game(x=3), TypeError, "'x' is a int; expected a Player"),
 }
@@ -346,3 +349,25 @@ def test_a_second_leader_may_tune_the_inner_optimiser():
     response = bl.Unrolled(lambda params, rate: torch.optim.SGD(params, lr=rate), steps=1, warm_start=False)
     solution = bl.solve(game, y=response, steps=1)
     assert float(solution.variables["rate"]) > 0.1  # y = 2 rate x, below its goal of 1
+
+
+def test_a_game_and_a_step_of_it_grow_with_the_players_and_not_with_their_pairs():
+    def loss_of(own, other):
+        return eval(f"lambda {own}, {other}: ({own} - 0.5 * {other} - 1.0) ** 2")  # parameters are players' names
+
+    def calls(count):
+        """How many functions Python calls in making the game, and in a step of it."""
+        names = [f"p{i}" for i in range(count)]
+        losses = [loss_of(own, other) for own, other in zip(names, names[1:] + names[:1], strict=True)]
+        players = {name: bl.Player(loss, ZERO.sum()) for name, loss in zip(names, losses, strict=True)}
+        with cProfile.Profile() as making:
+            game = bl.Game(**players)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        bl.solve(game, optimizer=optimizer, steps=1)  # whatever is imported at first use
+        with cProfile.Profile() as playing:
+            bl.solve(game, optimizer=optimizer, steps=1)
+        return pstats.Stats(making).total_calls, pstats.Stats(playing).total_calls
+
+    few, many = calls(20), calls(80)
+    # Four times as many: 4 where it is in proportion, 16 where it is by pairs; half-way between on a log scale is 8.
+    assert all(large < 6 * small for small, large in zip(few, many, strict=True)), (few, many)

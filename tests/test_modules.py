@@ -120,8 +120,9 @@ def test_calling_the_player_is_calling_the_module_functionally():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", bl.BilevelWarning)
                 weights, state = response(played, {"decay": decay}, response.init(played))
-                buffers = {"weights": state["buffers"]}
-                played.loss("decay", {"decay": decay, "weights": weights}, data(1), buffers).backward()
+                everybody = {"decay": decay, "weights": weights}
+                buffers = played.statistics(everybody, {"weights": state})
+                played.loss("decay", everybody, data(1), buffers).backward()
             slopes.append(decay.grad)
     assert torch.equal(slopes[0], slopes[2]) and torch.equal(slopes[1], slopes[3]) and slopes[0] != 0
 
@@ -219,7 +220,8 @@ def test_threads_that_share_a_module_have_the_numbers_of_one():
     def played(start):
         decay = start.clone().requires_grad_()
         weights, state = response(made, {"decay": decay}, response.init(made))
-        value = made.loss("decay", {"decay": decay, "weights": weights}, data(1), {"weights": state["buffers"]})
+        everybody = {"decay": decay, "weights": weights}
+        value = made.loss("decay", everybody, data(1), made.statistics(everybody, {"weights": state}))
         return value.detach(), torch.autograd.grad(value, decay)[0], state["buffers"]["1.running_mean"]
 
     wanted = [played(start) for start in starts]
@@ -348,9 +350,11 @@ def test_a_game_in_another_precision():
 
     def slope(game):
         decay = game.initial("decay").requires_grad_()
-        weights, _ = response(game, {"decay": decay}, response.init(game))
+        weights, state = response(game, {"decay": decay}, response.init(game))
         batch, _ = game.draw("decay", game.start("decay"))
-        return torch.autograd.grad(game.loss("decay", {"decay": decay, "weights": weights}, batch), decay)[0]
+        everybody = {"decay": decay, "weights": weights}
+        loss = game.loss("decay", everybody, batch, game.statistics(everybody, {"weights": state}))
+        return torch.autograd.grad(loss, decay)[0]
 
     assert {leaf.dtype for leaf in bl.tree.leaves([double.initial(n) for n in double.names])} == {D}
     assert double.draw("weights", double.start("weights"))[0][1].dtype == torch.int64
@@ -359,3 +363,22 @@ def test_a_game_in_another_precision():
     assert slope(made.to("cpu")).dtype == torch.float32
     with pytest.raises(TypeError, match="Game.to"):
         bl.Games(made, 2).to(dtype=D)
+
+
+def test_the_buffers_of_every_leader_advance_in_its_own_loss():
+    inputs, labels = data()
+
+    def own(first, second):
+        return cross_entropy(first(inputs), labels) + second(inputs).square().mean()
+
+    game = bl.Game(
+        first=bl.Player(own, network()),
+        second=bl.Player(lambda second: cross_entropy(second(inputs), labels), network()),
+    )
+    solution = bl.solve(game, optimizer=partial(SGD, lr=0.0), steps=3)
+    for name in ("first", "second"):
+        assert solution.buffers[name]["1.num_batches_tracked"] == 3
+        alone = network()  # at a rate of 0 the same three passes in torch
+        for _ in range(3):
+            alone(inputs)
+        assert torch.allclose(solution.buffers[name]["1.running_mean"], alone[1].running_mean)

@@ -15,9 +15,10 @@ import bilevel as bl
 
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
-early = bl.Game(
-    x=bl.Player(lambda y: y.square().sum(), torch.ones(())), y=bl.Player(lambda x, y: (y - x) ** 2, torch.ones(()))
-)
+one = torch.ones(())
+early = bl.Game(x=bl.Player(lambda y: y.square(), one), y=bl.Player(lambda x, y: (y - x).square(), one))
+settle = bl.Unrolled(torch.optim.SGD, steps=1)
+begun, shared = settle.init(early), bl.DataParallel().game(early)
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
 torch.manual_seed(0)
 inner, inputs = nn.Linear(4, 1), torch.randn(6, 4)
@@ -45,6 +46,9 @@ with bl.extend.separate_ranks():
     print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * inner(inputs)).square().mean(), torch.ones(1)))))
     print("fsdp:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * sharded(inputs)).square().mean(), torch.ones(1)))))
 game = bl.Game(x=bl.Player(lambda y: y(inputs).mean(), torch.ones(())), y=bl.Player(lambda x, y: fit(y) * x, inner))
+print("early:", told(lambda: settle(early, {"x": one}, begun)))
+print("early:", told(lambda: settle(shared, {"x": one}, begun)))
+print("early:", told(lambda: bl.solve(shared, steps=1)))
 print("ranks:", told(lambda: bl.solve(game, steps=1)))
 print("ranks:", told(lambda: bl.Implicit(torch.optim.SGD).init(game)))
 fitted = bl.Unrolled(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=1, tolerance=None)
@@ -108,3 +112,10 @@ def test_several_ranks_are_refused_unless_each_plays_alone(lines):
     assert "parallel=bilevel.DataParallel()" in solved
     assert answered.startswith("The response of player 'y': this process is one of 2 ranks")
     assert of(lines, "alone") == ["made"]
+
+
+def test_a_process_group_that_comes_after_the_game_is_noticed_in_the_next_call(lines):
+    called, shared, solved = of(lines, "early")
+    for told in (called, shared):
+        assert told.startswith("The response of player 'y': this process is one of 2 ranks")
+    assert solved.startswith("solve: this process is one of 2 ranks")

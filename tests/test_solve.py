@@ -333,3 +333,35 @@ def test_a_resumed_run_knows_what_a_look_found(tmp_path):
                 two_speeds(0.04), y=response, optimizer=partial(torch.optim.SGD, lr=1e-3), steps=steps, checkpoint=path
             )
     assert half.warnings == whole.warnings and torch.equal(half.variables["x"], whole.variables["x"])
+
+
+def turning(start=0.5):
+    """x y: the gradients turn round the equilibrium at 0, and steps along them lead outwards."""
+    half = torch.tensor(start, dtype=torch.float64)
+    return bl.Game(x=bl.Player(lambda x, y: x * y, half), y=bl.Player(lambda x, y: -x * y, half))
+
+
+def test_players_who_run_away_in_finite_numbers_are_told():
+    """Each step is (1 + .3^2)^(1/2) times as far out: from quarter to quarter (25 steps) 2.9 times, in 100 steps 74."""
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' and 'y' ran away: in 100 steps"):
+        bl.solve(turning(), optimizer=partial(torch.optim.SGD, lr=0.3), steps=100)
+
+
+def test_a_leader_whose_rate_is_too_large_is_told():
+    """A rate of 1.2 for a curvature of 2 multiplies the distance by -1.4 a step."""
+    game = bl.Game(
+        x=bl.Player(lambda y: y.square().sum(), torch.tensor([0.3], dtype=torch.float64)),
+        y=bl.Player(lambda x, y: (y - x).square().sum(), torch.tensor([0.3], dtype=torch.float64)),
+    )
+    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' ran away: in 30 steps"):
+        bl.solve(game, y=bl.Implicit(bl.ClosedForm(lambda x: x)), optimizer=partial(torch.optim.SGD, lr=1.2), steps=30)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "steps"),
+    [(bl.dynamics.Extragradient(step_size=0.3), 200), (bl.dynamics.Alternating(), 200), (None, 12)],
+    ids=["converges", "circles", "too few steps to say"],
+)
+def test_players_who_arrive_or_circle_are_not(dynamics, steps):
+    found = bl.solve(turning(), dynamics=dynamics, optimizer=partial(torch.optim.SGD, lr=0.3), steps=steps)
+    assert not found.warnings

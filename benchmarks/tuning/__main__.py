@@ -2,6 +2,7 @@
 
     python -m benchmarks.tuning --choose --output docs/search/choice.json     # settings, on seeds that are not reported
     python -m benchmarks.tuning --output docs/search/results.json             # everything; --quick: one minute's worth
+    python -m benchmarks.tuning --slopes --output docs/search/slopes.json     # `bl.search` on the ten, ten seeds
 
 Needs Optuna (`pip install 'bilevel[benchmarks]'`). Each part is written as it finishes, as a line of a file beside the
 output; the same command again goes on with the parts that are missing. Seconds are CPU seconds.
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from benchmarks.head import head
+from benchmarks.tuning.evaluations import SETTINGS, TPE_COMPRESSED, by_tpe, evaluated
 from benchmarks.tuning.ours import FORGETFUL, Curve, Setting, settings, tuned
 from benchmarks.tuning.problems import Problem, Weights, many, ten
 from benchmarks.tuning.search import TRIALS, searched, seconds_to_suggest
@@ -37,6 +39,8 @@ OWN, START = "unrolled, own weights", "start"
 SEEDS, CHOOSING = range(5), (100, 101)
 STARTS = {"ten": (100, 101, 102, 103), "many": CHOOSING}
 """Where settings are tried from: ten, from each of these on either seed; many, from the seed's own."""
+SLOPE_SEEDS = range(10)
+"""The first five are those of the others."""
 SHARE, LONG, POINTS = 20, 5, 9
 """Ours may spend a 20th of TPE's steps; all are judged after 5 times a trial's steps; a curve of ours has 9 points."""
 CHOSEN = {
@@ -115,6 +119,23 @@ def part(problem: Problem, method: str, seed: int, trials: int) -> dict[str, Any
     return found
 
 
+def by_slopes(problem: Problem, method: str, seed: int, trials: int) -> dict[str, Any]:
+    """One way of searching by whole hypergradients, or an ablation of it, on one seed; TPE's 100 trials beside it."""
+    start, losses = started(problem, seed), list[float]()
+    if method == "TPE":
+        curve, values = searched(problem, start, method, seed, trials)
+    elif method == TPE_COMPRESSED:
+        curve, values, losses = by_tpe(problem, seed)
+    else:
+        curve, values, losses = evaluated(problem, start, SETTINGS[method], seed)
+    return {
+        "curve": improvements(curve),
+        "standard": told(problem, problem.trained(values)),
+        "values": values.tolist(),
+        "compressed": [round(loss, 5) for loss in losses],
+    }
+
+
 def choose(problem: Problem, method: str, number: int, start: int, seed: int) -> dict[str, Any]:
     """One setting from one start on one seed: the validation loss at the end of the budget."""
     budget = problem.steps * TRIALS // SHARE - problem.steps
@@ -127,15 +148,24 @@ def main() -> None:
     """Run what is missing and write it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=Path("tuning.json"))
-    options.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the five")
+    options.add_argument("--seeds", type=int, default=None, help="how many of the five, or the ten")
     options.add_argument("--quick", action="store_true", help="one seed, six trials")
     options.add_argument("--choose", action="store_true", help="try the settings of our methods on seeds of their own")
+    options.add_argument("--slopes", action="store_true", help="bl.search on the ten, its ablations and TPE")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # Optuna's, of its own insides
     trials = 6 if chosen.quick else TRIALS
     names: list[tuple[str, ...]] = []
-    for seed in CHOOSING if chosen.choose else SEEDS[: 1 if chosen.quick else chosen.seeds]:
+    seeds = (CHOOSING if chosen.choose else SLOPE_SEEDS if chosen.slopes else SEEDS)[
+        : 1 if chosen.quick else chosen.seeds
+    ]
+    for seed in seeds:
+        if chosen.slopes:
+            names += [("ten", method, str(seed)) for method in (*SETTINGS, TPE_COMPRESSED)]
+            if seed not in SEEDS:  # of the others docs/search/results.json has it
+                names.append(("ten", "TPE", str(seed)))
+            continue
         for problem in PROBLEMS:
             if chosen.choose:
                 names += [
@@ -152,11 +182,15 @@ def main() -> None:
     def work(name: tuple[str, ...], problem: Problem) -> dict[str, Any]:
         if chosen.choose:
             return choose(problem, name[1], int(name[2]), int(name[3]), int(name[4]))
+        if chosen.slopes:
+            return by_slopes(problem, name[1], int(name[2]), trials)
         return part(problem, name[1], int(name[2]), trials)
 
     results = run(names, work, chosen.output.with_suffix(".jsonl"))
     written: dict[str, Any] = {**head("optuna", "numpy"), "trials": trials, "results": results}
-    if not chosen.choose:
+    if chosen.slopes:
+        written["settings"] = {name: asdict(setting) for name, setting in SETTINGS.items()}
+    elif not chosen.choose:
         written["settings"] = {" ".join(key): asdict(setting) for key, setting in CHOSEN.items()}
         written["seconds to suggest"] = {str(n): seconds_to_suggest(n) for n in (10, 785 if chosen.quick else 7850)}
     chosen.output.parent.mkdir(parents=True, exist_ok=True)

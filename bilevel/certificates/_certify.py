@@ -7,11 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
+from bilevel.certificates.alone import Settings, members_alone
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
-from bilevel.certificates.constrained import Borne, shared_multipliers, within_constraints, within_set
-from bilevel.certificates.point import LeaderFollowerPoint, Taken, own_gradient
-from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, linear, small, vanishes
+from bilevel.certificates.constrained import shared_multipliers
+from bilevel.certificates.constrained_point import ConstrainedPoint
+from bilevel.certificates.point import LeaderFollowerPoint, Taken
+from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
+from bilevel.certificates.within import certified_within, has_constraints
 from bilevel.game import Game
 from bilevel.game.data import Batch
 from bilevel.responses import Response
@@ -41,6 +44,14 @@ def certify(
     certified, refuted or inconclusive. Of followers who answer together, `game.joined(...)`, each one's own Hessian is
     held positive definite, and the linear solves are by GMRES.
 
+    Within constraints, of either: the follower keeps them, its Lagrangian is stationary and curves upwards along its
+    critical cone; the leader keeps its own, some multipliers of the right sign leave nothing of its hypergradient, and
+    the total second derivative of its Lagrangian is positive definite along its critical cone. At a kink of the
+    follower's answer all of it holds on every side, `Certificate.one_sided` has their hypergradients, and a claim is
+    held against the nearest. What lies within `tolerance` of a constraint or of a kink is taken to be at it. Where
+    constraints that bind are dependent, or have a gradient of 0, the verdict is inconclusive and not refuted. All
+    second derivatives are written down, for up to 1,000 unknowns. Source: Luo, Pang and Ralph 1996.
+
     Costs six linear solves by conjugate gradients, twice `lanczos_steps` products with the follower's Hessian, and as
     many with the leader's, of two solves each. Source: Pedregosa 2016 (arXiv 1602.02355); Fiez et al. 2020
     (arXiv 1906.01217).
@@ -59,7 +70,8 @@ def certify(
         seed: Of random directions.
 
     Raises:
-        ValueError: For missing players, wrong shapes or dtypes, NaN, or batches of players without data.
+        ValueError: For missing players, wrong shapes or dtypes, NaN, batches of players without data, a set that is no
+            smooth functions (a cone, a `prox=`), or more than 1,000 unknowns within constraints.
 
     Examples:
         >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
@@ -72,7 +84,6 @@ def certify(
     """
     game.require_one("certify")
     check_settings(tolerance, lanczos_steps)
-    game.require_minima("certify", joined=True)
     first = game.names[0] if leader is None else leader
     last = game.names[-1] if follower is None else follower
     for name in (first, last):
@@ -85,19 +96,19 @@ def certify(
         )
     if state is not None and response is None:
         raise ValueError("certify: state= is a response's; give response= as well.")
-    held = LeaderFollowerPoint(
-        game,
-        first,
-        last,
-        variables_of(game, point),
-        buffers=buffers_of(game, point),
-        batches=batches_of(game, batches),
-        seed=seed,
-    )
+    constrained = has_constraints(game, (first, last))
+    game.require_minima("certify", joined=True, constrained=constrained)
+    variables, buffers, drawn = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     claim, answer = None, None
     if hypergradient is not None:
         check_leaves(game, first, hypergradient, "the hypergradient of")
         claim = flatten(hypergradient).detach()
+    if response is not None and state is None and isinstance(point, Solution):
+        state = point.states.get(last)
+    if constrained:
+        held_within = ConstrainedPoint(game, first, last, variables, buffers=buffers, batches=drawn, seed=seed)
+        return certified_within(held_within, claim, response, state, Settings(tolerance, lanczos_steps, seed))
+    held = LeaderFollowerPoint(game, first, last, variables, buffers=buffers, batches=drawn, seed=seed)
     curvature = held.spectrum(held.y, lanczos_steps)
     slope = float(held.slope(held.y, *held.own).detach().norm())
     # A gradient of two terms as large as |H| |y| cannot be told from 0 below their rounding.
@@ -118,8 +129,7 @@ def certify(
             "differential Stackelberg", tuple(findings), gradients=held.gradients, products=held.products
         )
     if response is not None:
-        kept = point.states if isinstance(point, Solution) else {}
-        answer = held.answer(response, kept.get(last) if state is None else state)
+        answer = held.answer(response, state)
         claim = answer.gradient if claim is None else claim
     h = here.gradient if claim is None else claim
     there, left, remark = _corrected(held, here, lanczos_steps)
@@ -127,7 +137,7 @@ def certify(
     bound = math.inf if there is None else (1.0 + 1e-6) * estimate + left
     findings.append(bounded(bound, estimate, _scale(held, here if there is None else there), tolerance, remark))
     if answer is not None:
-        findings.append(faithful(held, answer))
+        findings.append(faithful(lambda: held.directional(answer)))
     findings.extend(_leader(held, there, left, tolerance, lanczos_steps))
     form = game.structure(first)
     return Certificate(
@@ -192,34 +202,16 @@ def certify_nash(
     game.require_minima("certify_nash", constrained=True, joined=True)
     variables, buffers, given = variables_of(game, point), buffers_of(game, point), batches_of(game, batches)
     start = {name: game.initial(name) for name in game.names}
-    findings: list[Finding] = []
-    borne: dict[str, Borne] = {}
-    gradients = products = 0
-    for name in game.names:
-        drawn = given[name] if name in given else game.draw(name, game.start(name, seed))[0]
-        joint = game.members(name) != (name,)
-        for member in game.members(name):
-            batch = drawn[member] if joint and drawn is not None else drawn
-            here, there = ({**at, member: at[name][member]} if joint else at for at in (variables, start))
-            own = own_gradient(game, member, here, batch, buffers)
-            reference = own_gradient(game, member, there, batch, game.buffers()).norm
-            gradients += 2
-            by_walls = game.by_walls(member)
-            if game.players[member].constraints or by_walls is not game:
-                found_there, borne[member] = within_constraints(
-                    by_walls, member, here, batch, buffers, reference, tolerance
-                )
-                findings += found_there
-                continue
-            if game.residual(member).projects:
-                findings += within_set(game, member, here, batch, buffers, reference, tolerance)
-                continue
-            found, y = own.spectrum(lanczos_steps, seed), flatten(here[member])
-            rounding = 100.0 * torch.finfo(y.dtype).eps * found.largest * float(y.norm())
-            findings.append(small(f"{member}: first order", own.norm, reference, rounding, tolerance))
-            second = f"{member}: second order"
-            findings.append(linear(second) if own.linear else definite(second, found, "of its own Hessian"))
-            products += found.products
+    drawn = {name: given[name] if name in given else game.draw(name, game.start(name, seed))[0] for name in game.names}
+    settings = Settings(tolerance, lanczos_steps, seed)
+    alone = [
+        part
+        for name in game.names
+        for part in members_alone(game, name, variables, start, drawn[name], buffers, settings)
+    ]
+    findings = [finding for part in alone for finding in part.findings]
+    borne = {part.name: part.borne for part in alone if part.borne is not None}
+    gradients, products = (sum(getattr(part, what) for part in alone) for what in ("gradients", "products"))
     findings += shared_multipliers(game, borne, tolerance)
     return Certificate("differential Nash", tuple(findings), gradients=gradients, products=products)
 

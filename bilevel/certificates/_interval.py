@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from bilevel._printed import printed
 from bilevel.certificates.arguments import check_leaves
 from bilevel.errors import BilevelWarning
 from bilevel.game import Game
@@ -78,17 +78,11 @@ class HypergradientInterval:
 
     def __str__(self) -> str:
         """A table of the entries."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
-
-        text = io.StringIO()
-        console = Console(file=text, width=100)
-        console.print(self._table())
-        console.print(
+        return printed(
+            self._table(),
             f"{self.replications} replications, {self.gradients:,} gradients and {self.products:,} Hessian-vector "
             "products. The interval is of the noise alone.",
-            highlight=False,
         )
-        return text.getvalue().rstrip()
 
     def _table(self) -> Table:
         from rich.table import Table  # noqa: PLC0415 - only where something is printed
@@ -296,8 +290,8 @@ class _Runs:
         with torch.enable_grad():
             answer, after = answered(response, game, others, {**state, "data": places[follower]})
             batch, _ = game.draw(leader, places[leader])
-            buffers = {follower: after["buffers"]} if after.get("buffers") else None
-            value = game.total(game.loss(leader, {**others, follower: answer}, batch, buffers))
+            everybody = {**others, follower: answer}
+            value = game.total(game.loss(leader, everybody, batch, game.statistics(everybody, {follower: after})))
         slopes: Any = torch.autograd.grad(value, leaves(others[leader]), allow_unused=True, materialize_grads=True)
         report = response.report(response.after_backward(after, answer))
         self.gradients += 1 + report.gradients - before.gradients

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from bilevel._printed import printed
 from bilevel.tree import Variables
 
 
@@ -55,6 +55,8 @@ class Certificate:
         corrected_bound: Bounds |corrected - exact|.
         gradients: Gradients that it cost.
         products: Hessian-vector products that it cost.
+        one_sided: At a kink of the follower's answer the hypergradient on each of its sides, by the names of the
+            constraints that bind there; empty where there is no kink.
     """
 
     concept: str
@@ -67,6 +69,7 @@ class Certificate:
     corrected_bound: float = float("nan")
     gradients: int = 0
     products: int = 0
+    one_sided: Mapping[str, Variables] = field(repr=False, default_factory=dict)
 
     @property
     def standing(self) -> Standing:
@@ -86,7 +89,6 @@ class Certificate:
 
     def __str__(self) -> str:
         """A table of the findings."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title=f"{self.concept}: {self.standing.value}")
@@ -94,6 +96,4 @@ class Certificate:
             table.add_column(column, justify="right" if column == "number" else "left", overflow="fold")
         for found in self.findings:
             table.add_row(found.name, found.standing.value, f"{found.value:.3g}", found.wanted, found.remark)
-        text = io.StringIO()
-        Console(file=text, width=110).print(table, markup=False)
-        return text.getvalue().rstrip()
+        return printed(table, width=110)

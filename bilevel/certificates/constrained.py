@@ -12,13 +12,25 @@ from torch import Tensor
 
 from bilevel.certificates.certificate import Finding
 from bilevel.certificates.verdicts import CERTIFIED, INCONCLUSIVE, REFUTED, small
-from bilevel.constraints.active_set import judged, lengths
-from bilevel.constraints.regularity import curvatures
-from bilevel.game import Buffers, Game
+from bilevel.constraints.active_set import KKTPoint, judged, lengths
+from bilevel.constraints.critical_cone import lowest_on_cone
+from bilevel.constraints.regularity import weak
+from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.joint import same
 from bilevel.game.newton import curvatures as curvatures_in_set
 from bilevel.tree import Variables, flatten
+
+
+def held_alone(game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Follower:
+    """A player as one who follows all others, who stand still; with what its residual needs to be known first."""
+    others = {other: tree for other, tree in variables.items() if other != name}
+    state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
+    first = game.follower(others, state, batch)
+    state |= first.first()
+    if first.rests.needs_scale:
+        state["scale"] = first.measured_scale(first.form.split(flatten(variables[name]).detach()))
+    return game.follower(others, state, batch)
 
 
 def within_constraints(
@@ -31,10 +43,7 @@ def within_constraints(
     tolerance: float,
 ) -> tuple[list[Finding], Borne]:
     """Its three findings, all else held, and its multipliers: those that leave least of the Lagrangian's gradient."""
-    others = {other: tree for other, tree in variables.items() if other != name}
-    state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
-    state |= game.follower(others, state, batch).first()
-    programme = game.follower(others, state, batch).constraints
+    programme = held_alone(game, name, variables, batch, buffers).constraints
     assert programme is not None
     point = judged(programme, flatten(variables[name]).detach().to("cpu", torch.float64))
     broken = float(point.violations.max())
@@ -50,17 +59,26 @@ def within_constraints(
     left = float((point.slope + point.at.push_c.T @ point.l + point.at.push_e.T @ point.m).norm())
     rounding = 100.0 * programme.epsilon * point.scale
     first = small(f"{name}: first order", left, reference, rounding, tolerance)
-    smallest, largest = curvatures(point)
-    if math.isnan(smallest):
-        standing, remark = INCONCLUSIVE, "too many variables for their Hessian to be written down"
-    else:
-        uncertain = 100.0 * len(point.y) * programme.epsilon * max(abs(smallest), abs(largest))
-        standing = CERTIFIED if smallest > uncertain else REFUTED if smallest < -uncertain else INCONCLUSIVE
-        bind = int(point.binding.sum()) + len(point.m)
-        remark = f"smallest eigenvalue of its Lagrangian's Hessian along the {bind} that bind; largest {largest:.3g}"
-    found = [feasible, first, Finding(f"{name}: second order", standing, smallest, "> 0", remark)]
+    found = [feasible, first, _second_order(name, point, programme.epsilon)]
     pushes = torch.cat([point.l, point.m]) * torch.cat([lengths(point.at.A), lengths(point.at.E)]) / point.scale
     return found, Borne(dict(zip(programme.labels.all, torch.cat([point.l, point.m]).tolist(), strict=True)), pushes)
+
+
+def _second_order(name: str, point: KKTPoint, epsilon: float) -> Finding:
+    """Whether its Lagrangian curves upwards along its critical cone."""
+    second = f"{name}: second order"
+    if point.hessian is None:
+        remark = "too many variables for their Hessian to be written down"
+        return Finding(second, INCONCLUSIVE, math.nan, "> 0", remark)
+    about = weak(point, epsilon)
+    rows = torch.cat([point.at.A[point.binding & ~about], point.at.E])
+    smallest, largest = lowest_on_cone(point.hessian, rows, point.at.A[about])
+    uncertain = 100.0 * len(point.y) * epsilon * max(abs(smallest), abs(largest))
+    standing = CERTIFIED if smallest > uncertain else REFUTED if smallest < -uncertain else INCONCLUSIVE
+    remark = f"smallest eigenvalue of its Lagrangian's Hessian along the {len(rows)} that bind; largest {largest:.3g}"
+    if bool(about.any()):
+        remark += f"; {int(about.sum())} bind with a multiplier of 0, and halve the directions"
+    return Finding(second, standing, smallest, "> 0", remark)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +138,11 @@ def within_set(
     tolerance: float,
 ) -> list[Finding]:
     """The three findings of a player with a domain that is no smooth functions, or with a non-smooth term."""
-    others = {other: tree for other, tree in variables.items() if other != name}
-    state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
-    y = flatten(variables[name]).detach()
-    first = game.follower(others, state, batch)
-    state["scale"] = first.measured_scale(first.form.split(y))
-    held = game.follower(others, state, batch)
+    held, y = held_alone(game, name, variables, batch, buffers), flatten(variables[name]).detach()
     with torch.no_grad():
         _, slopes = held.field(held.form.split(y))
         left = float(held.norm(held.at_rest(held.form.split(y), slopes)))
-        inside = held.rests.outside(game, name, held.form.split(y), others) / (1.0 + float(y.abs().max()))
+        inside = held.rests.outside(game, name, held.form.split(y), held.others) / (1.0 + float(y.abs().max()))
     feasible = Finding(
         f"{name}: feasible",
         CERTIFIED if inside <= tolerance else REFUTED,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bilevel._printed import printed
 from bilevel.tree import Variables
 
 
@@ -58,7 +58,6 @@ class Exploitability:
 
     def __str__(self) -> str:
         """A table of the gains."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(
@@ -70,6 +69,4 @@ class Exploitability:
         for name, gain in self.gains.items():
             highest = f"{self.upper[name]:.4g}" if math.isfinite(self.upper[name]) else "not known"
             table.add_row(name, f"{self.losses[name]:.4g}", f"{gain:.4g}", highest, self.starts[name])
-        text = io.StringIO()
-        Console(file=text, width=100).print(table, markup=False)
-        return text.getvalue().rstrip()
+        return printed(table)

@@ -81,6 +81,9 @@ class LeaderFollowerPoint:
         self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]
         self.residual = self.held.held_residual()
         self.random = random_state(game.device)
+        with random_kept(game.device, start=self.random):
+            here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}
+            self._moved = game.moving_from(follower, here, self.held.batch, buffers)
         self.xs = [x.detach() for x in self.held.xs]
         # The leader's own leaves among those of all the others, in the order of the flat vector.
         mine = {id(leaf) for leaf in leaves(self.others[leader])}
@@ -111,7 +114,7 @@ class LeaderFollowerPoint:
         self.gradients += 1
         variables = {**self.held.input_form.build(self._every(mine)), self.follower: self.held.form.unflatten(y)}
         with random_kept(self.game.device, start=self.random):
-            return self.game.loss(self.leader, variables, self.batch, self.buffers or None)
+            return self.game.evaluate(self.leader, variables, self.batch, self._moved(variables))[0]
 
     def _leader_at_start(self) -> float:
         """|g_x| at the start of the game, everybody at init."""
@@ -161,7 +164,7 @@ class LeaderFollowerPoint:
         """dF/dy at y itself: f_yy again, or of players who answer together by differentiating the pullback."""
         if self.held.symmetric:
             return self._hessian(y, products)
-        return LinearOperator(lambda v: self._counted(_along(lambda w: products(w)[:1], y, [v])))
+        return LinearOperator(lambda v: self._counted(pushed_along(lambda w: products(w)[:1], y, [v])))
 
     def _counted(self, product: Tensor) -> Tensor:
         self.products += 1
@@ -257,9 +260,9 @@ class LeaderFollowerPoint:
         with torch.enable_grad(), warnings.catch_warnings(), random_kept(self.game.device):
             warnings.simplefilter("ignore")  # what they would say is what is measured here
             answer, _ = response(self.game, tracked, start, self.held.batch)
-            mine = leaves(tracked[self.leader])
+            mine, everybody = leaves(tracked[self.leader]), {**tracked, self.follower: answer}
             slopes = torch.autograd.grad(
-                self.game.loss(self.leader, {**tracked, self.follower: answer}, self.batch, self.buffers or None),
+                self.game.evaluate(self.leader, everybody, self.batch, self._moved(everybody))[0],
                 mine,
                 retain_graph=True,
                 materialize_grads=True,
@@ -270,7 +273,7 @@ class LeaderFollowerPoint:
     def directional(self, answer: Answer) -> tuple[Tensor, Tensor]:
         """J e by the response, and -H^-1 f_yx e at its own answer, `[m]` each, in a fresh Gaussian direction e."""
         directions = [self.draw(x) for x in answer.mine]
-        moved = _along(
+        moved = pushed_along(
             lambda v: torch.autograd.grad(answer.y, answer.mine, v, create_graph=True, materialize_grads=True),
             answer.y,
             directions,
@@ -278,7 +281,7 @@ class LeaderFollowerPoint:
         at = answer.y.detach()
         with torch.enable_grad():
             _, products = pullback(self.slope, at, *self.own)
-            mixed = _along(lambda v: products(v)[1:], at, directions)
+            mixed = pushed_along(lambda v: products(v)[1:], at, directions)
         with torch.no_grad():
             wanted, _ = self._solve(self._turned(at, products), -mixed)
         return moved, wanted
@@ -364,7 +367,7 @@ def _steps(steps: int, like: Tensor) -> int:
     return max(steps, like.numel()) if like.numel() <= SMALL else steps
 
 
-def _along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
+def pushed_along(pulled: Callable[[Tensor], tuple[Tensor, ...]], like: Tensor, directions: list[Tensor]) -> Tensor:
     """The derivative along `directions`, by differentiating the pullback v -> J'v, which is linear in v."""
     with torch.enable_grad():
         v = torch.zeros_like(like).requires_grad_()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import gradient
+from bilevel.certificates.constrained import held_alone
 from bilevel.constraints.active_set import KKTPoint, judged, optimum, reached
 from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelWarning
@@ -51,9 +52,7 @@ class AloneProblem:
         self.form: Structure = game.structure(name)
         self.others = {other: v for other, v in variables.items() if other != name}
         self.rests = game.residual(name)
-        state = {"follower": name, "data": None, "buffers": buffers.get(name, {})}
-        state |= game.follower(self.others, state, batch).first()
-        self.constraints: Constrained | None = game.follower(self.others, state, batch).constraints
+        self.constraints: Constrained | None = held_alone(game, name, variables, batch, buffers).constraints
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
         self._random = random_state(game.device)

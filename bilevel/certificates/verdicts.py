@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from bilevel.certificates.certificate import Finding, Standing
-from bilevel.certificates.point import Answer, LeaderFollowerPoint, Taken
+from bilevel.certificates.point import Taken
 from bilevel.errors import BilevelError
 from bilevel.linear.lanczos import Spectrum
 
@@ -72,12 +72,12 @@ def vanishes(name: str, there: Taken, left: float, scale: float, tolerance: floa
 _COSINE, _RATIOS, _DRAWS = 0.95, (0.8, 1.25), 5
 
 
-def faithful(held: LeaderFollowerPoint, answer: Answer) -> Finding:
-    """The response's derivative against -H^-1 f_yx in fresh directions of the leader, and their spread."""
+def faithful(directional: Callable[[], tuple[Tensor, Tensor]]) -> Finding:
+    """The response's derivative against the optimum's in fresh directions of the leader, and their spread."""
     name, wanted_text = "response's derivative", f"cosine >= {_COSINE}, size {_RATIOS[0]} to {_RATIOS[1]}"
     cosines, ratios = [], []
     for _ in range(_DRAWS):
-        pair = attempt(lambda: held.directional(answer))
+        pair = attempt(directional)
         if pair is None:
             reason = "the response's own answer is at no strict minimum"
             return Finding(name, INCONCLUSIVE, math.nan, wanted_text, reason)

@@ -21,6 +21,7 @@ from bilevel.comparison.measurements import Laws
 from bilevel.comparison.result import Comparison
 from bilevel.comparison.rows import Reference, Row, plain
 from bilevel.dynamics import Dynamics
+from bilevel.files import remove_abandoned, write_whole
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses import Response
@@ -187,9 +188,9 @@ class _Part:
             return
         file = self.file(self.folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(f".{os.getpid()}.half")
-        half.write_text(json.dumps({"identity": known_by, "result": plain(result)}, allow_nan=False) + "\n")
-        os.replace(half, file)
+        content = json.dumps({"identity": known_by, "result": plain(result)}, allow_nan=False)
+        remove_abandoned(file)
+        write_whole(file, f"{content}\n".encode())
 
     def file(self, folder: Path, name: str) -> Path:
         """Where the run of a response, or the reference, is kept."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bilevel._drawn import blank
 from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.rows import Row, Spread, number, size
 
@@ -172,18 +173,6 @@ def _memory(comparison: Measurements) -> Chart:
 
 
 # How they look -------------------------------------------------------------------------------------------------------
-
-
-def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches on a clear ground; raises `ImportError` without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(f"Figures need matplotlib ({error}). pip install 'bilevel[data]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _grid(comparison: Measurements, draw: Callable[[Axes, str], None], *, x: str, y: str) -> Figure:

@@ -83,8 +83,9 @@ def hypergradient(setting: Setting, response: Response) -> Hypergradient:
     others[leader] = map_leaves(lambda leaf: leaf.requires_grad_(), others[leader])
     with torch.enable_grad():
         answer, state = response(game, others, state, batches[setting.follower])
-        buffers = {setting.follower: state["buffers"]} if state.get("buffers") else None
-        value = game.loss(leader, {**others, setting.follower: answer}, batches[leader], buffers)
+        everybody = {**others, setting.follower: answer}
+        buffers = game.statistics(everybody, {setting.follower: state}, batches)
+        value = game.loss(leader, everybody, batches[leader], buffers)
     slopes = torch.autograd.grad(value, leaves(others[leader]), allow_unused=True, materialize_grads=True)
     seconds = _clock(game.device) - began
     report = response.report(response.after_backward(state, answer))
@@ -140,7 +141,9 @@ class Valuation:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", BilevelWarning)
             answer, self.state = self.response(game, others, self.state, setting.held(follower))
-            loss = game.loss(setting.leader, {**others, follower: answer}, setting.held(setting.leader))
+            everybody = {**others, follower: answer}
+            buffers = game.statistics(everybody, {follower: self.state})
+            loss = game.loss(setting.leader, everybody, setting.held(setting.leader), buffers)
         return _finite(float(loss))
 
 

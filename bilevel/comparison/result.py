@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from bilevel._printed import printed
 from bilevel.comparison.charts import charts
 from bilevel.comparison.measurements import Measurements
 from bilevel.comparison.report import page
 from bilevel.comparison.rows import Reference, Row, Spread, number, plain, size
+from bilevel.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,15 +78,9 @@ class Comparison(Measurements):
 
     def __str__(self) -> str:
         """The table, and how many warnings there are to read."""
-        from rich.console import Console  # noqa: PLC0415
-
-        text = io.StringIO()
-        console = Console(file=text, width=100)
-        console.print(self.table())
         told = self.warnings
-        if told:
-            console.print(f"{len(told)} warnings, in .warnings; the first: {told[0]}", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+        first = [f"{len(told)} warnings, in .warnings; the first: {told[0]}"] if told else []
+        return printed(self.table(), *first)
 
     def to_json(self, path: str | Path) -> None:
         """Write all of it; `from_json` reads it again."""
@@ -99,7 +94,7 @@ class Comparison(Measurements):
         }
         lines = json.dumps(_short(plain(content)), allow_nan=False, indent=None)
         # One run a line: a diff of two files says which of them changed.
-        Path(path).write_text(lines.replace('{"game": ', '\n{"game": ') + "\n", encoding="utf-8")
+        write_whole(Path(path), (lines.replace('{"game": ', '\n{"game": ') + "\n").encode())
 
     @staticmethod
     def from_json(path: str | Path) -> Comparison:
@@ -128,7 +123,7 @@ class Comparison(Measurements):
         Raises:
             ImportError: Without matplotlib.
         """
-        Path(path).write_text(page(self), encoding="utf-8")
+        write_whole(Path(path), page(self).encode())
 
 
 def _median(spread: Spread | None) -> str:

@@ -1,6 +1,7 @@
 """Where players may be: sets with a projection, terms with a proximal map, coordinates, and functions."""
 
 from bilevel.constraints.base import ConstraintSet, Penalty, ProximalMap
+from bilevel.constraints.choice import Choice
 from bilevel.constraints.coordinates import Coordinate, Interval, Log, Positive, Unit
 from bilevel.constraints.functions import Constrained, Labels, Linearised
 from bilevel.constraints.lagrangian import AugmentedLagrangian
@@ -23,6 +24,7 @@ __all__ = [
     "AugmentedLagrangian",
     "Ball",
     "Box",
+    "Choice",
     "Constrained",
     "ConstraintSet",
     "Coordinate",

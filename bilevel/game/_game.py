@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -31,12 +31,14 @@ from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
 from bilevel.game.joint import JointKKT
 from bilevel.game.kkt import KKT
-from bilevel.game.modules import CallableVariables, lent
+from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
-from bilevel.game.residual import Buffers, MembersGradients, Residual
+from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
 from bilevel.game.shards import Shards, refuse_layouts, spread
 from bilevel.game.starts import StartsAlone, formed
+from bilevel.game.statistics import Seen, moving_layers, settled, warn_of_standing, warn_of_unfollowed, watching
+from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, told_of_loss
 from bilevel.sharding.unsharded import Saving
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
@@ -59,6 +61,7 @@ class Parts:
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
     `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
     `shards` tells of players whose variables are spread over the ranks.
+    `modular` that somebody is a module.
     """
 
     players: Mapping[str, Player]
@@ -76,6 +79,7 @@ class Parts:
     rests: Mapping[str, Residual] = field(default_factory=dict)
     alone: bool = False
     shards: Mapping[str, Shards] = field(default_factory=dict)
+    modular: bool = False
 
 
 class Game:
@@ -97,7 +101,7 @@ class Game:
     2.0
     """
 
-    def __init__(self, **players: Player) -> None:
+    def __init__(self, /, **players: Player) -> None:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
@@ -130,6 +134,7 @@ class Game:
             runs={},
             alone=plays_alone(),
             shards=shards,
+            modular=any(isinstance(player.init, nn.Module) for player in players.values()),
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
@@ -305,6 +310,24 @@ class Game:
             return self
         return self.derived(rests={**self._parts.rests, player: KKT(None, None, rests.domain)})
 
+    def by_functions(self: Derived, player: str, asker: str) -> Derived:
+        """The same game, in which a player rests by its KKT conditions, also if nothing constrains it.
+
+        Raises `ValueError`, beginning with `asker`, for a set that is no smooth functions, or a `prox=`.
+        """
+        rests = {member: self.by_walls(member).residual(member) for member in self.members(player)}
+        for member, own in rests.items():
+            if not isinstance(own, KKT | OwnGradient):
+                told = own.told or "a residual of its own"
+                raise ValueError(
+                    f"{asker}: {member!r} has {told}, which is no set of smooth functions. Bounds, Simplex, Halfspace, "
+                    "Affine, Ball(p=2) and products of them are. testing.check_hypergradient and certify_nash know "
+                    "the others."
+                )
+        as_kkt = {member: own if isinstance(own, KKT) else KKT(None, None) for member, own in rests.items()}
+        found = as_kkt[player] if player in as_kkt else JointKKT.of(as_kkt, f"{asker}: {player!r}")
+        return self.derived(rests={**self._parts.rests, **as_kkt, player: found})
+
     @property
     def device(self) -> torch.device:
         """Where everybody's variables live."""
@@ -458,8 +481,133 @@ class Game:
     def loss(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> Tensor:
-        """A player's loss, a 0-d tensor, at everybody's variables."""
+        """A player's loss, a 0-d tensor, at everybody's variables.
+
+        `buffers` are those of the players' modules: of followers `statistics(variables, states)`, by default what the
+        modules began with. Warns where the loss runs the BatchNorm of a follower whose statistics stand still, though
+        its variables are an answer that is to be differentiated.
+        """
+        self._warn_of_standing(player, variables, buffers)
         return self.evaluate(player, variables, batch, buffers)[0]
+
+    def statistics(
+        self,
+        variables: Mapping[str, Variables],
+        states: Mapping[str, Mapping[str, Any]],
+        batches: Mapping[str, Batch] | None = None,
+    ) -> Buffers:
+        r"""The followers' buffers as a leader's loss takes them: running statistics s move with the weights.
+
+        A leader's loss runs a follower's module in evaluation mode. BatchNorm then goes by its running statistics,
+        which are a mean over the follower's own batches and so a function of its weights y, and of what the follower's
+        loss does to its inputs. Their values are those of the states; their derivative is that of a batch's own
+        moments, which running statistics have where they have settled:
+
+        $$
+        s = s_{	ext{kept}}, \qquad rac{ds}{d(x, y)} = rac{d}{d(x, y)} \operatorname{moments}(x, y; 	ext{batch})
+        $$
+
+        Of other buffers the values alone. Costs an evaluation of the follower's loss, with its graph, if a module has
+        such statistics and its variables are on a graph; else nothing.
+
+        Args:
+            variables: Everybody's; the followers' as their responses gave them.
+            states: Follower -> the response's state that came with them.
+            batches: Follower -> a batch of its data; default: its next one.
+
+        Examples:
+            >>> def lead(x, y): return (y - 1).square()
+            >>> game = Game(x=Player(lead, torch.tensor(0.0)), y=Player(lambda x, y: (x - y) ** 2, torch.tensor(0.0)))
+            >>> game.statistics({name: game.initial(name) for name in game.names}, {})
+            {}
+        """
+        found: Buffers = {}
+        for name, state in states.items():
+            if not state.get("buffers"):
+                continue
+            found[name] = dict(state["buffers"])
+            self._warn_of_unfollowed(name, variables)
+            if self.moves_statistics(name, variables):
+                given = name in (batches or {})
+                batch = (batches or {})[name] if given else self.draw(name, state.get("data"))[0]
+                found |= self.moving(name, variables, batch, found)
+        return found
+
+    def moves_statistics(self, player: str, variables: Mapping[str, Variables]) -> bool:
+        """Whether somebody goes by running statistics of a player's module, which move with variables on a graph."""
+        return any(
+            member in runs.by_statistics for member in self.members(player) for runs in self._parts.runs.values()
+        ) and _on_graph(variables)
+
+    def moving(self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Buffers:
+        """A player's buffers among `buffers`, whose running statistics have the derivative of this batch's moments."""
+        found = dict(buffers.get(player, {}))
+        with random_kept(self.device):
+            moments = self.moments(player, variables, batch, buffers)
+        for path, now in moments.items():
+            found[path] = found[path] + (now - now.detach()).to(found[path].dtype)
+        return {player: found}
+
+    def moving_from(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> Callable[[Mapping[str, Variables]], Buffers]:
+        """`moving` as a function of everybody's variables, which has its value at these, and moves away from it."""
+        with torch.no_grad(), random_kept(self.device):
+            there = self.moments(player, variables, batch, buffers)
+
+        def moved(variables: Mapping[str, Variables]) -> Buffers:
+            found = dict(buffers.get(player, {}))
+            if there:
+                with random_kept(self.device):
+                    here = self.moments(player, variables, batch, buffers)
+                found |= {path: found[path] + (now - there[path]).to(found[path].dtype) for path, now in here.items()}
+            return {**buffers, player: found}
+
+        return moved
+
+    def moments(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Tensor]:
+        """What running statistics go to on this batch, by the buffers' names; differentiable in all variables."""
+        found: dict[str, Tensor] = {}
+        for member in self.members(player):
+            module = self._parts.players[member].init
+            if isinstance(module, nn.Module) and moving_layers(module):
+                own = batch if member == player or batch is None else batch[member]
+                prefix = "" if member == player else f"{member}."
+                told = self._moments(member, variables, own, buffers)
+                found |= {prefix + path: value for path, value in told.items()}
+        return found
+
+    def _moments(
+        self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Tensor]:
+        own, seen = self._parts.players[member], Seen()
+        self._called(member, own.objective, variables, batch, buffers, {}, seen)
+        return settled(own.init, seen)
+
+    def _warn_of_unfollowed(self, player: str, variables: Mapping[str, Variables]) -> None:
+        """Warn of running statistics that move, which are held fixed where a leader's loss is differentiated."""
+        if not _on_graph(variables):
+            return
+        for member in self.members(player):
+            module = self._parts.players[member].init
+            if isinstance(module, nn.Module):
+                warn_of_unfollowed(member, module)
+
+    def _warn_of_standing(self, player: str, variables: Mapping[str, Variables], buffers: Buffers | None) -> None:
+        """Warn where a follower's statistics stand still in a loss that is to be differentiated through its answer."""
+        if not torch.is_grad_enabled():
+            return
+        for name in self._parts.runs.get(player, _FIRST).by_statistics:
+            module, given = self._parts.players[name].init, variables.get(name)
+            if given is None:
+                continue
+            if not any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves(given)):
+                continue  # no answer, but variables of its own
+            kept = (buffers or {}).get(name, {})
+            if not any(tensor.requires_grad for tensor in kept.values()):
+                warn_of_standing(player, name, module, given_none=not kept)
 
     def evaluate(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
@@ -484,18 +632,36 @@ class Game:
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """A function called as the player's objective is: with everybody it names, `batch`, and what is `extra`."""
+        return self._called(player, function, variables, batch, buffers, extra)
+
+    def _called(
+        self,
+        player: str,
+        function: Callable[..., Any],
+        variables: Mapping[str, Variables],
+        batch: Batch,
+        buffers: Buffers | None,
+        extra: Mapping[str, Variables],
+        seen: Seen | None = None,
+    ) -> tuple[Variables, Buffers]:
+        """`call`; what the player's own normalising layers see is written down in `seen`."""
         arguments = self._given(player, function, variables)
         if "batch" in self._named(player, function):
             arguments["batch"] = batch
+        groups = self._parts.groups
+        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
         for name, given in arguments.items():
             module = self._parts.players[name].init if name in self._parts.players else None
             if isinstance(module, nn.Module) and isinstance(given, Mapping):
                 arguments[name] = CallableVariables(given, module, training=name == player)
-        groups = self._parts.groups
-        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
         runs = self._parts.runs.get(player, _FIRST)
-        lending = lent(self._parts.players, current, arguments, runs.strangers, alone=bool(runs.kernels))
-        with lending as advanced, runs.kernels.replaced(), self.saving():
+        lending = lent(
+            self._parts.players, current, arguments, runs.strangers, alone=self._parts.modular or bool(runs.kernels)
+        )
+        watched = self._watched(player, seen, current)
+        with lending as advanced, runs.kernels.replaced(), self.saving(), ExitStack() as stack:
+            for module, forwards in watched:
+                stack.enter_context(replaced(module, forwards))
             try:
                 found = function(**arguments, **extra)
             except RuntimeError as error:
@@ -504,6 +670,14 @@ class Game:
                     raise BilevelError(f"Player {player!r}: {told}") from error
                 raise
         return found, groups.joined(advanced, self.names)
+
+    def _watched(self, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """The modules whose normalising layers do more than usual while a player's function is called."""
+        found: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        for name, own in self._parts.players.items():  # of players who share a module the last one lends its buffers
+            if isinstance(own.init, nn.Module) and buffers[name]:
+                found[id(own.init)] = (own.init, watching(own.init, seen if name == player else None, buffers[name]))
+        return [(module, forwards) for module, forwards in found.values() if forwards]
 
     def coordinates(self, player: str) -> list[Coordinate | None]:
         """The range of each leaf of a player's variables that has one; [] where none has."""
@@ -662,6 +836,12 @@ class Game:
             "initial": {**parts.initial, name: initial},
             "structures": {**parts.structures, name: structure_of(initial)},
         }
+
+
+def _on_graph(variables: Mapping[str, Variables]) -> bool:
+    """Whether somebody is to be differentiated in these."""
+    found = leaves(dict(variables)) if torch.is_grad_enabled() else []
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in found)
 
 
 def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:

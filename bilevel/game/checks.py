@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
+from bilevel.game.statistics import moving_layers
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
 from bilevel.sharding.tensor import entries
@@ -27,7 +28,7 @@ RESERVED = frozenset(
     (
         *("batch", "game", "optimizer", "steps", "scheduler", "clip_norm", "callbacks", "checkpoint"),
         *("checkpoint_every", "resume", "accept_changes", "progress", "seed", "dynamics", "record", "parallel"),
-        *("starts",),
+        *("starts", "self"),
     )
 )
 
@@ -145,10 +146,12 @@ class Runs:
     Args:
         kernels: What of it has one derivative only, where there is a form with two.
         strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
+        by_statistics: The other players whose modules it runs by running statistics, as BatchNorm's, that move.
     """
 
     kernels: FastKernels = field(default_factory=FastKernels)
     strangers: tuple[tuple[nn.Module, str], ...] = ()
+    by_statistics: tuple[str, ...] = ()
 
 
 Depends = Mapping[str, frozenset[str]]
@@ -163,11 +166,15 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
             "numbers are wanted alone, torch.no_grad() serves."
         )
     initial = {name: game.initial(name) for name in players}
+    owned, order = _Owned.of(players), {name: place for place, name in enumerate(players)}
     reached: dict[str, set[str]] = {name: set() for name in players}
     depends: dict[str, frozenset[str]] = {}
     runs: dict[str, Runs] = {}
     for name in players:
-        in_loss, in_residual, runs[name] = _dependence(game, name, players, initial)
+        # Who is not named is not looked at: in a game of a thousand players a loss names a few.
+        named = {name, *(member for other in game.arguments(name) for member in game.members(other))}
+        given = {other: initial[other] for other in sorted(named, key=order.__getitem__)}
+        in_loss, in_residual, runs[name] = _dependence(game, name, players, given, owned)
         # Whether a function of players uses all of them is not looked at: it is named after them alone.
         for other in players[name].option_players:
             paths = {path for path, _ in named_leaves(initial[other])}
@@ -197,11 +204,21 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
     for name, player in players.items():
         # A loss may leave its player's variables out: a leader may act through others, or have nothing to gain. What
         # vanishes where somebody rests says where that is.
-        later = list(players)[list(players).index(name) + 1 :]
-        through = bool(player.constraints) and any(other in depends[name] for other in later)
+        through = bool(player.constraints) and any(order[other] > order[name] for other in depends[name])
         if not player.follows_loss and name not in depends[name] and not through:
             raise ValueError(_chooses_nothing(name, players))
-    return depends, alone, runs
+    moving = {other for own in runs.values() for other in own.by_statistics if _moves(game, other, initial)}
+    kept = {name: tuple(other for other in own.by_statistics if other in moving) for name, own in runs.items()}
+    return depends, alone, {name: replace(own, by_statistics=kept[name]) for name, own in runs.items()}
+
+
+def _moves(game: PlayedGame, name: str, initial: Mapping[str, Variables]) -> bool:
+    """Whether the running statistics of a player's module depend on variables, and not on its data alone."""
+    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
+    batch, _ = game.draw(name, game.start(name))
+    with random_kept(game.device), torch.enable_grad():
+        found = game.moments(name, trial, batch, game.buffers())
+    return any(value.requires_grad for value in found.values())
 
 
 def check_follower(name: str, members: Sequence[str], players: Mapping[str, Player], depends: Depends) -> None:
@@ -247,10 +264,30 @@ Paths = dict[str, set[str]]
 """Player -> the paths of those of its leaves that something depends on."""
 
 
+@dataclass(frozen=True)
+class _Owned:
+    """The modules that are players: ids of all their parts, and of each parameter the player and its name there."""
+
+    parts: frozenset[int]
+    parameters: Mapping[int, tuple[str, str]]
+
+    @staticmethod
+    def of(players: Mapping[str, Player]) -> _Owned:
+        modules = {name: player.init for name, player in players.items() if isinstance(player.init, nn.Module)}
+        return _Owned(
+            frozenset(id(part) for module in modules.values() for part in module.modules()),
+            {id(p): (name, path) for name, module in modules.items() for path, p in module.named_parameters()},
+        )
+
+
 def _dependence(
-    game: PlayedGame, name: str, players: Mapping[str, Player], initial: Mapping[str, Variables]
+    game: PlayedGame,
+    name: str,
+    players: Mapping[str, Player],
+    initial: Mapping[str, Variables],
+    owned: _Owned,
 ) -> tuple[Paths, Paths, Runs]:
-    """What a player's loss depends on, what its residual does, and what they run.
+    """What a player's loss depends on, what its residual does, and what they run; `initial`: of whom these name.
 
     Refuses losses that nothing can be done with.
     """
@@ -261,7 +298,7 @@ def _dependence(
         called = [players[other].init for other in game.arguments(name)]
         modules = [module for module in called if isinstance(module, nn.Module)]
         try:
-            with seen.watched(players, own_module=bool(modules)):
+            with seen.watched(owned.parts, own_module=bool(modules)):
                 loss = game.loss(name, trial, batch)
         except Exception as error:
             _refuse_spread(name, seen)
@@ -281,7 +318,7 @@ def _dependence(
             f"Player {name!r}: its objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar "
             "(shape ()). Take .sum() or .mean()."
         )
-    _refuse_own_parameters(name, loss, players, trial)
+    _refuse_own_parameters(name, loss, owned, trial)
     if not loss.requires_grad:
         raise ValueError(
             f"Player {name!r}: its loss is not differentiable in any player's variables (dtype {loss.dtype}, no "
@@ -298,16 +335,24 @@ def _dependence(
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
     own = players[name].residual is not None
-    with seen.watched(players, own_module=bool(modules)):
+    with seen.watched(owned.parts, own_module=bool(modules)):
         rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
         for what, function in players[name].constraints.items():
-            for other, paths in _constraint_dependence(game, players, name, what, function, trial, batch).items():
+            for other, paths in _constraint_dependence(
+                game, players, owned, name, what, function, trial, batch
+            ).items():
                 rests.setdefault(other, set()).update(paths)
     _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)))
+    moving = {
+        other: {id(layer) for layer in moving_layers(own.init).values()}
+        for other, own in players.items()
+        if other != name and isinstance(own.init, nn.Module)
+    }
+    by_statistics = tuple(other for other, layers in moving.items() if layers & seen.by_statistics)
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)), by_statistics)
 
 
 def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
@@ -431,6 +476,7 @@ def _first_call(name: str, residual: Callable[[], list[Tensor]], batch: object) 
 def _constraint_dependence(
     game: PlayedGame,
     players: Mapping[str, Player],
+    owned: _Owned,
     name: str,
     what: str,
     function: Callable[..., Any],
@@ -472,26 +518,18 @@ def _constraint_dependence(
             )
         for other, paths in reached.items():
             found.setdefault(other, set()).update(paths)
-    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), players, trial)
+    _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), owned, trial)
     return found
 
 
-def _refuse_own_parameters(
-    name: str, loss: Tensor, players: Mapping[str, Player], trial: Mapping[str, Variables]
-) -> None:
+def _refuse_own_parameters(name: str, loss: Tensor, owned: _Owned, trial: Mapping[str, Variables]) -> None:
     """Refuse a loss that calls a player's module with the module's own parameters in place of the argument."""
-    owned = {
-        id(parameter): (other, path)
-        for other, player in players.items()
-        if isinstance(player.init, nn.Module)
-        for path, parameter in player.init.named_parameters()
-    }
-    if not owned:
+    if not owned.parameters:
         return
     passed = [leaf for variables in trial.values() for leaf in leaves(variables)]
     for leaf in captured_leaves([loss], passed):
-        if id(leaf) in owned:
-            other, path = owned[id(leaf)]
+        if id(leaf) in owned.parameters:
+            other, path = owned.parameters[id(leaf)]
             raise ValueError(
                 f"Player {name!r}: its objective uses {path!r} of the module of player {other!r} itself, and not the "
                 f"argument `{other}`: what the game moves would never be seen. Call the argument to run the module: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bilevel.game.player import Player
 from bilevel.game.processes import told_of_spread
 
 _HOOKED = "a player's module saves tensors by hooks"
@@ -27,25 +27,28 @@ class FirstCall:
     Args:
         spread: What is told of modules that are spread over processes.
         strangers: Buffers that the call advanced, of modules that no player owns: the module, and the buffer's name.
+        by_statistics: The identities of normalising layers that it ran in evaluation mode.
     """
 
     spread: list[str] = field(default_factory=list)
     strangers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    by_statistics: set[int] = field(default_factory=set)
 
     @contextmanager
-    def watched(self, players: Mapping[str, Player], own_module: bool) -> Iterator[None]:
+    def watched(self, owned: Collection[int], own_module: bool) -> Iterator[None]:
         """Watch the modules that are called; those that no player owns keep their buffers.
 
-        `own_module`: whether the loss runs a module that is a player, which must not be checkpointed.
+        `owned`: the ids of the modules that players own, with all their parts. `own_module`: whether the loss runs a
+        module that is a player, which must not be checkpointed.
         """
-        modules = [player.init for player in players.values() if isinstance(player.init, nn.Module)]
-        owned = {id(part) for module in modules for part in module.modules()}
         taken: dict[int, tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = {}
 
         def note(module: nn.Module, _: Any) -> None:
             told = told_of_spread(module)
             if told:
                 self.spread.append(told)
+            if isinstance(module, _NormBase) and not module.training:
+                self.by_statistics.add(id(module))
             if id(module) in owned or id(module) in taken:
                 return
             lent = {}

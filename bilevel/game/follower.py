@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel._returned import described
-from bilevel.autodiff import concrete, pullback, transforms_active
+from bilevel.autodiff import concrete, has_tangent, pullback, transforms_active
 from bilevel.constraints.functions import Constrained
-from bilevel.errors import NonFiniteError
+from bilevel.errors import BilevelError, NonFiniteError
 from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
 from bilevel.game.residual import Buffers, Kinks, PlayedGame, Rest
@@ -38,13 +38,23 @@ class Follower:
         self, game: PlayedGame, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
     ) -> None:
         self.game, self.name = game, str(state["follower"])
+        # In each call: a process group may have come after the game and the state.
+        game.require_ranks(f"The response of player {self.name!r}")
+        known = set(game.names)
         for name in others:
-            if name not in game.names or name == self.name:
+            if name not in known or name == self.name:
                 raise ValueError(
                     f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
                     f"other players, {[n for n in game.names if n != self.name]}."
                 )
             game.check(name, others[name])
+            # Steps and backward passes of the library's own would lose them, and a state would keep them.
+            if any(has_tangent(leaf) for leaf in leaves(others[name])):
+                raise BilevelError(
+                    f"The response of player {self.name!r} was given variables of {name!r} with tangents of "
+                    "torch.autograd.forward_ad, as torch.autograd.functional.jacobian(strategy='forward-mode') makes "
+                    "them. For derivatives in forward mode call it inside torch.func.jvp or torch.func.jacfwd."
+                )
         missing = [n for n in game.arguments(self.name) if n != self.name and n not in others]
         missing = [n for n in missing if n not in game.anticipated]
         if missing:

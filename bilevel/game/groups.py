@@ -24,13 +24,18 @@ class Groups:
 
     def joined(self, buffers: Buffers, order: Sequence[str]) -> Buffers:
         """Buffers by player in the order of play; a joint player's under its own name, `member.path`."""
-        found = {name: tensors for name, tensors in buffers.items() if name in order}
+        if not self.members:
+            return dict(buffers)
+        playing = set(order)
+        found = {name: tensors for name, tensors in buffers.items() if name in playing}
         for group, members in self.members.items():
             found[group] = {f"{m}.{path}": t for m in members for path, t in buffers.get(m, {}).items()}
         return found
 
     def parted(self, buffers: Buffers) -> Buffers:
         """The other way round: buffers by member."""
+        if not self.members:
+            return buffers
         found: Buffers = {}
         for name, tensors in buffers.items():
             if name not in self.members:

@@ -32,8 +32,18 @@ from bilevel.constraints.regularity import require_feasible
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch
-from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, unknowns_of, walls_of
-from bilevel.game.residual import Buffers, Found, MembersGradients, OwnGradient, PlayedGame, Present, Residual, Rest
+from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, stacked_values, unknowns_of, walls_of
+from bilevel.game.residual import (
+    Buffers,
+    Found,
+    MembersGradients,
+    OwnGradient,
+    PlayedGame,
+    Present,
+    Residual,
+    Rest,
+    required,
+)
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -167,7 +177,7 @@ class JointKKT(Residual):
         form = game.structure(player)
         variables = {**others, player: form.unflatten(y[: form.size])}
         values = self.values(game, player, variables, batch, buffers)
-        flat = flatten(list(values.values()))
+        flat = stacked_values(values, y)
         above = sum(leaf.numel() for kind, tree in values.items() if kind in INEQUALITIES for leaf in leaves(tree))
         l, m = y[form.size : form.size + above], y[form.size + above :]
         binds = l > 0.0
@@ -345,7 +355,15 @@ def _shared(members: Mapping[str, KKT], told: str) -> tuple[SharedFunction, ...]
                     )
                 else:
                     known[2].append(name)
-    return tuple(SharedFunction(kind, f, tuple(names)) for kind, f, names in seen if len(names) > 1)
+    found = tuple(SharedFunction(kind, f, tuple(names)) for kind, f, names in seen if len(names) > 1)
+    for part in found:
+        if "batch" in required(part.function):
+            raise ValueError(
+                f"{told}: {list(part.bearers)} share a function as {part.kind}= that takes `batch`, and each of them "
+                "has batches of its own: for one constraint there is none. Leave batch out, as by a player's "
+                "variables or numbers that it captures; or give each of them a function of its own."
+            )
+    return found
 
 
 def same(first: Callable[..., Any], second: Callable[..., Any]) -> bool:

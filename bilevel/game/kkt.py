@@ -159,6 +159,11 @@ def in_order(found: Mapping[str, Variables]) -> dict[str, Variables]:
     return {kind: found[kind] for kind in (*INEQUALITIES, *EQUALITIES) if kind in found and leaves(found[kind])}
 
 
+def stacked_values(found: Mapping[str, Variables], like: Tensor) -> Tensor:
+    """Values of constraints as one vector `[m + p]`, of length 0 where there are none."""
+    return flatten(list(found.values())) if found else like[:0]
+
+
 def walls_of(game: PlayedGame, player: str, domain: ConstraintSet, variables: Mapping[str, Variables]) -> Walls:
     """The walls of a player's domain where everybody is."""
     given, known = {name: game.value(name, variables) for name in domain.players}, not domain.players
@@ -231,7 +236,7 @@ class FollowerProgramme:
         def stacked(y: Tensor) -> Tensor:
             found = self.values(y)
             self._below = sum(flatten(found[kind]).numel() for kind in INEQUALITIES if kind in found)
-            return flatten(list(found.values()))
+            return stacked_values(found, y)
 
         value, rows = (plain(part) for part in jacobian(stacked, self.own(y)))
         m = self._below
@@ -242,7 +247,7 @@ class FollowerProgramme:
         weights = torch.cat([inequality, equality])
 
         def lagrangian(y: Tensor) -> Tensor:
-            return self._loss(y) + (weights.to(y) * flatten(list(self.values(y).values()))).sum()
+            return self._loss(y) + (weights.to(y) * stacked_values(self.values(y), y)).sum()
 
         with torch.enable_grad():
             _, rows = jacobian(lambda y: gradient(lagrangian, y)[1][0], self.own(y))

@@ -35,9 +35,9 @@ def lent(
     """Lend the modules clones of `buffers`; yields the dict that holds the advanced ones afterwards.
 
     `strangers` are buffers of modules that no player owns, which advance too: they end as they were. What is lent is
-    one thread's at a time: the modules are the user's, and others may hold them too; with `alone` it is so in any case.
+    one thread's at a time: the modules are the user's, and others may hold them too; `alone` says that some are run.
     """
-    if not (alone or strangers) and not any(isinstance(player.init, nn.Module) for player in players.values()):
+    if not (alone or strangers):
         yield {name: {} for name in buffers}
         return
     if not _LENT.acquire(timeout=_PATIENCE):
@@ -121,7 +121,7 @@ class CallableVariables(dict[str, Tensor]):
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
         mode = self._training if training is None else training
-        with _mode(self._module, mode), _replaced(self._module, self._forwards):
+        with _mode(self._module, mode), replaced(self._module, self._forwards):
             return torch.func.functional_call(self._module, dict(self), inputs, named)
 
     @property
@@ -169,7 +169,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
+def replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
     """Let submodules run other forwards, and put back what they had."""
     taken: list[tuple[dict[str, Any], object]] = []
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.constraints import Box, ConstraintSet, Coordinate, Penalty
+from bilevel.constraints import Box, Choice, ConstraintSet, Coordinate, Penalty
 from bilevel.constraints.functions import EQUALITY, INEQUALITY, Functions, named_functions
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
@@ -88,6 +88,8 @@ class Player:
             check_data("Player: data", self.data)
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
+        else:
+            _refuse_choices(self.init)
         self._check_constraints()
         self._check_functions()
         if self.start is not None:
@@ -265,6 +267,16 @@ class Player:
 
 def _ranges(init: Variables) -> list[Coordinate | None]:
     return [leaf if isinstance(leaf, Coordinate) else None for leaf in leaves(init)]
+
+
+def _refuse_choices(init: Variables) -> None:
+    for leaf in leaves(init):
+        if isinstance(leaf, Choice):
+            raise TypeError(
+                f"Player: init has {leaf!r}; a choice has no derivative, and no optimiser steps from one option to the "
+                "next. Try its options around the game, by bilevel.search.minimise or Optuna, and give the player a "
+                "tensor or a range, such as bilevel.Log(1e-6, 1e-1)."
+            )
 
 
 def _refuse_uninitialised(module: nn.Module) -> None:

@@ -101,6 +101,9 @@ class PlayedGame(Protocol):
     def require_one(self, asker: str) -> None:
         """Raise `TypeError` when this stands for many games."""
 
+    def require_ranks(self, asker: str) -> None:
+        """Raise `ValueError` where this process is one of several ranks, who would drift apart in silence."""
+
     def start(self, player: str, seed: int = 0) -> Position | None:
         """The position of a player's first batch."""
 
@@ -152,6 +155,11 @@ class PlayedGame(Protocol):
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
     ) -> tuple[Tensor, Buffers]:
         """A player's loss, and the buffers after it."""
+
+    def moments(
+        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Tensor]:
+        """What running statistics go to on this batch, by the buffers' names; differentiable in all variables."""
 
     def call(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.constraints import Coordinate
+from bilevel.constraints import Choice, Coordinate
 from bilevel.game import Game, Player
 from bilevel.game.modules import CallableVariables
 from bilevel.game.passes import Source
@@ -21,6 +22,10 @@ from bilevel.tree import Variables, leaves
 
 Hyper = Sequence[Declaration] | Mapping[str, Any]
 """Declarations; or, by name, declarations and the parameters of the training loss with their ranges or tensors."""
+
+
+_IDLE = re.compile(r"init\['(?P<name>\w+)'\]\['(?P<part>.+)'\] reaches no objective")
+"""How a game refuses one of a declaration's strengths that acts on nothing."""
 
 
 class Tuning:
@@ -91,12 +96,21 @@ class Tuning:
         validation = valid_loss
         if any(name in required(valid_loss) for name in self._plain):
             validation = _Objective(valid_loss, self.follower, self.leader, self._plain, {})
-        return Game(
-            **{
-                self.leader: Player(validation, init=self.init, data=valid_data),
-                self.follower: Player(self._training, init=self._model, data=train_data),
-            }
-        )
+        players = {
+            self.leader: Player(validation, init=self.init, data=valid_data),
+            self.follower: Player(self._training, init=self._model, data=train_data),
+        }
+        try:
+            return Game(**players)
+        except ValueError as error:
+            idle = _IDLE.search(str(error))
+            if idle is None or idle["name"] in self._plain:
+                raise
+            kind_ = type(self._training.declared[idle["name"]]).__name__
+            raise ValueError(
+                f"Tuning: the strength of {kind_}() for {idle['part']!r} does not act on the training loss: the model "
+                f"does not run that layer (attention drops out by itself). Name those that it runs: {kind_}(of=[...])."
+            ) from error
 
     def loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:
         """The training loss at fixed hyperparameters, `loss(model, batch)`, for a training loop of one's own.
@@ -112,13 +126,6 @@ class Tuning:
         """The validation loss at fixed hyperparameters, likewise."""
         loss = _Objective(self._valid_loss, self.follower, self.leader, self._plain, {})
         return _of_module(loss.at(values))
-
-    def valid_batches(self) -> Iterable[Any]:
-        """One pass over the validation data; a single None without any."""
-        data: Any = self._data[1]
-        if data is None:
-            return [None]
-        return data if isinstance(data, Iterable) else data()
 
 
 def _of_module(loss: Loss) -> Callable[[nn.Module, Any], Tensor]:
@@ -157,6 +164,12 @@ def _entries(hyper: Hyper) -> dict[str, Any]:
             raise TypeError(f"Tuning: hyper's {name!r} is the class {entry.__name__}; write {entry.__name__}().")
         if not isinstance(entry, Declaration):
             for leaf in leaves(entry) or [entry]:
+                if isinstance(leaf, Choice):
+                    raise TypeError(
+                        f"Tuning: hyper's {name!r} has {leaf!r}; a choice has no hypergradient. Search it around the "
+                        "run: each option is a trial with a bilevel.tune of its own, by bilevel.search.minimise or "
+                        "Optuna."
+                    )
                 if not isinstance(leaf, Coordinate | Tensor):
                     raise TypeError(
                         f"Tuning: hyper's {name!r} has {kind(leaf)}; expected a range such as bilevel.Log(1e-6, 1e-1), "

@@ -224,7 +224,7 @@ class TorchOptimizer(InnerSolver):
             slopes = self.mean(slopes)
             with torch.no_grad():
                 norm = float(_norm(problem.at_rest(parameters, slopes)))
-            require_finite(problem.name, loss, norm, step, steps)
+            require_finite(problem.name, loss / self.accumulate, norm, step, steps)
             if norm <= threshold:
                 break
             with torch.no_grad():

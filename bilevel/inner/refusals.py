@@ -44,9 +44,9 @@ def refuse_undifferentiable(optimizer: optim.Optimizer) -> None:
         return
     can = ", ".join(known.__name__ for known in SEEDS)
     raise TypeError(
-        f"Unrolled cannot differentiate through {kind.__name__}: {why}. Use one of {can}; write its step as a "
-        f"function, class {kind.__name__}(bilevel.inner.DifferentiableOptimizer); or use Implicit, which takes any "
-        "optimiser."
+        f"Unrolled and LastStep cannot differentiate through {kind.__name__}: {why}. Use one of {can}; write its "
+        f"step as a function, class {kind.__name__}(bilevel.inner.DifferentiableOptimizer); or use Implicit, which "
+        "takes any optimiser."
     )
 
 

@@ -71,6 +71,17 @@ class Stack(Game):
             player, self._given(player, function, variables), batch, buffers, extra,
         )  # fmt: skip
 
+    def _moments(
+        self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
+    ) -> dict[str, Tensor]:
+        """In each game those of its own, `[count, ...]`."""
+        given = self._given(member, self._parts.players[member].objective, variables)
+        found: Any = self._at_once(
+            lambda given, batch, current, _: (self._one._moments(member, given, batch, current), {}),
+            member, given, batch, buffers, {},
+        )[0]  # fmt: skip
+        return found  # type: ignore[no-any-return]
+
     def _at_once(
         self,
         function: Callable[..., tuple[Variables, Buffers]],

@@ -40,7 +40,8 @@ class DataParallel:
     Args:
         sharded: Whether each rank's data are a part of its own; None: those with a `DistributedSampler` are.
         examples: From a part of a batch to how many examples a loss is a mean over; None: its rows.
-        coupled: Accept losses that are no means over examples (BatchNorm): each part is then a batch of its own.
+        coupled: Accept losses that are no means over examples (BatchNorm): each part is then a batch of its own, and
+            a hypergradient holds running statistics fixed.
         timeout: Seconds after which a rank that others wait for is given up, by `ParallelError` on these.
 
     Raises:

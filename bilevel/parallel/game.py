@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import transforms_left
+from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
+from bilevel.game.processes import refuse_lone_rank
 from bilevel.game.shards import resettled
 from bilevel.parallel.batches import Examples, Part, part_of
 from bilevel.parallel.pair import entered, weighted_mean
@@ -84,6 +87,17 @@ class ParallelGame(Game):
         """Players whose data are a part of their own on each rank."""
         return self._dealing.sharded
 
+    def moving(self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Buffers:
+        """A player's buffers as they are: each rank normalises by statistics of its own, whose path is left out."""
+        warnings.warn(
+            f"DataParallel(coupled=True): the running statistics of {player!r} are held fixed while a leader's loss is "
+            "differentiated, and move with its weights: the hypergradient lacks that part, and may have the wrong "
+            "sign. Use GroupNorm or LayerNorm, or one process.",
+            UnreliableResponseWarning,
+            stacklevel=3,
+        )
+        return {player: dict(buffers.get(player, {}))}
+
     def part(self, player: str, batch: Batch) -> Part:
         """The part of a player's batch that this rank takes."""
         dealing, ranks = self._dealing, self.ranks
@@ -95,7 +109,8 @@ class ParallelGame(Game):
         return self.ranks.largest(numbers)
 
     def require_ranks(self, asker: str) -> None:
-        """Nothing to refuse: this is how several ranks play."""
+        """Raise `ValueError` where it was made for one process, and this one has become one of several since."""
+        refuse_lone_rank(asker, alone=self.ranks.size > 1)
 
     def _together(self, player: str, after: Buffers, weight: float) -> Buffers:
         """Buffers that the loss has advanced, averaged: statistics of this rank's part are nobody else's."""

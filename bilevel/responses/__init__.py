@@ -5,6 +5,7 @@ from bilevel.responses.batches import AllBatches, Batches, FreshBatches, HeldBat
 from bilevel.responses.curvature import Curvature, GaussNewton, Hessian
 from bilevel.responses.implicit import Implicit
 from bilevel.responses.inexactness import AsLeaderMoves, Geometric, Inexactness
+from bilevel.responses.last_step import LastStep
 from bilevel.responses.learned import Draws, Hypernetwork, Memory, Perturbations, Sampler
 from bilevel.responses.nudged import Nudged
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report, Steps
@@ -29,6 +30,7 @@ __all__ = [
     "Hypernetwork",
     "Implicit",
     "Inexactness",
+    "LastStep",
     "Memory",
     "Nudged",
     "Optimum",

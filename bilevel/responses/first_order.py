@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import below_transforms, transforms_active
+from bilevel.autodiff import below_transforms, row_by_row, transforms_active
+from bilevel.errors import BilevelError
 
 
 class BackwardPass(ABC):
     """What the backward pass through an answer does; a class of its own, so that no pytree opens it."""
 
+    asker: str
+    """The response, in words."""
     refusal: str
     """What is said where a second derivative is asked for."""
 
@@ -54,6 +57,9 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = grads
+        rows = row_by_row(lambda row: _Attached.backward(ctx, row), cotangent)
+        if rows is not None:
+            return rows  # type: ignore[no-any-return]
         backward_pass: BackwardPass = ctx.backward_pass
         count: int = ctx.count
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
@@ -71,3 +77,10 @@ class _Attached(torch.autograd.Function):
         for index, derivative in zip(wanted, found, strict=True):
             result[3 + index] = derivative
         return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise BilevelError(
+            f"{ctx.backward_pass.asker} has its derivative by a backward pass alone, and one in forward mode was asked "
+            "for (torch.func.jvp, jacfwd or hessian). Use torch.func.vjp or jacrev; or Implicit, which has both."
+        )

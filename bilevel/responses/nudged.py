@@ -269,6 +269,7 @@ class _Settled(BackwardPass):
     `displacement`, `shares` and `gradients` are what the last backward pass left.
     """
 
+    asker = "Nudged"
     refusal = _SECOND
 
     def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any) -> None:

@@ -35,6 +35,7 @@ _SECOND = (
 )
 _LONG = 100  # steps over which the adjoint's equation is averaged before it is warned of
 _POOR = 0.9  # of that average: an adjoint of 0 leaves 1
+_SOON, _AWAY = 10, 10.0  # steps after which an average of so much tells of one that runs away
 
 
 @final
@@ -71,7 +72,7 @@ class SingleLoop(Response):
 
     Warns:
         NonConvergenceWarning: When the means of \(g_{yy} v + f_y\) and of \(f_y\) over the last hundred steps tell of
-            an adjoint that is about as wrong as 0.
+            an adjoint that is about as wrong as 0, or over the first ten and more of one ten times as wrong.
 
     Source: Dagréou et al. 2022 (SOBA and SABA, arXiv 2201.13409) and 2024 (SRBA, arXiv 2302.08766); the leader's moving
     average of MA-SOBA, Chen et al. 2023 (arXiv 2306.12067), is torch's SGD with momentum and dampening 1 - theta.
@@ -251,14 +252,15 @@ class SingleLoop(Response):
     def _tell(name: str, state: State) -> None:
         # Of the means of the vectors, in which the noise of single batches is small.
         adjoint = state["adjoint"]
-        if adjoint["count"] < _LONG:
+        count = int(adjoint["count"])
+        if count < _SOON:
             return
         left, slope = (float(torch.linalg.vector_norm(adjoint[key])) for key in ("left", "slope"))
-        if left >= _POOR * slope and slope > 0.0:
+        if left >= (_POOR if count >= _LONG else _AWAY) * slope and slope > 0.0:
             message = (
-                f"SingleLoop: on average over the last {_LONG} steps the adjoint of player {name!r} has left "
-                f"{left / slope:.3g} of its equation; an adjoint of 0 would leave 1. The hypergradient is not to be "
-                "trusted. Give adjoint= another learning rate, or lower that of the leader."
+                f"SingleLoop: on average over the last {min(count, _LONG)} steps the adjoint of player {name!r} has "
+                f"left {left / slope:.3g} of its equation; an adjoint of 0 would leave 1. The hypergradient is not to "
+                "be trusted. Give adjoint= another learning rate, or lower that of optimizer= or of the leader."
             )
             warnings.warn(NonConvergenceWarning(message), stacklevel=3)
 
@@ -393,6 +395,7 @@ def _require_finite(name: str, vector: Tensor, what: str) -> None:
 class _Loop(BackwardPass):
     """What a call leaves for its backward pass. `cotangent` is what that left; None before it."""
 
+    asker = "SingleLoop"
     refusal = _SECOND
 
     def __init__(

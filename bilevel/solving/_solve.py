@@ -11,6 +11,7 @@ import torch
 
 from bilevel.dynamics import Dynamics, Simultaneous
 from bilevel.errors import CheckpointError, StopRun
+from bilevel.files import remove_abandoned
 from bilevel.game import Game
 from bilevel.inner import Scipy
 from bilevel.inner.torch_optim import SchedulerFactory
@@ -22,6 +23,7 @@ from bilevel.solving import checkpoint as checkpoints
 from bilevel.solving.best import best_of
 from bilevel.solving.description import Describer
 from bilevel.solving.drawn import Start, starts_of
+from bilevel.solving.end import solution
 from bilevel.solving.history import Observe, Record
 from bilevel.solving.leaders import LeaderOptimizer, tolerated
 from bilevel.solving.progress import progress_bar
@@ -245,7 +247,7 @@ def solve(
                     else:
                         while run.now.step < steps and not after(run.step()):
                             pass
-            return run.solution()
+            return solution(run)
     finally:
         game.stop_reading()
 
@@ -276,7 +278,7 @@ def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator
             save_together()
 
     if company.writes:
-        checkpoints.remove_abandoned(path)
+        remove_abandoned(path)
     save_together()
     try:
         yield save_if_due

@@ -1,17 +1,12 @@
 """A file of plain data and tensors: written whole or not at all, checked when read, read without running code.
 
-The file is `torch.save`'s, with a digest of its bytes after its end. It is written under a name of its own beside the
-target, brought to the disk, and then put in the target's place at once.
+The file is `torch.save`'s, with a digest of its bytes after its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import secrets
-import stat
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +14,12 @@ from typing import Any
 import torch
 
 from bilevel.errors import CheckpointError
+from bilevel.files import write_whole
 
 FORMAT = 3
 
 _MARK = b"bilevel.sha256."
 _END = len(_MARK) + hashlib.sha256().digest_size
-_ABANDONED = 3600.0  # seconds after which nobody is still writing a file: a save takes seconds
 
 
 def save(path: Path, content: Mapping[str, Any], *, check: bool = False) -> None:
@@ -50,8 +45,7 @@ def save(path: Path, content: Mapping[str, Any], *, check: bool = False) -> None
             "schedulers may hold tensors, numbers, strings, lists and dicts."
         ) from error
     try:
-        target = Path(os.path.realpath(path))
-        _replace(target, data + _MARK + hashlib.sha256(data).digest())
+        write_whole(path, data + _MARK + hashlib.sha256(data).digest())
     except OSError as error:
         raise CheckpointError(
             f"Cannot write the checkpoint {path}: {error.strerror or error}. What was there before is whole."
@@ -95,44 +89,3 @@ def _encoded(content: Mapping[str, Any]) -> bytes:
 
 def _decoded(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def _replace(target: Path, data: bytes) -> None:
-    """Put a file of these bytes in a target's place; nothing is left beside it when that fails."""
-    mode = 0o666
-    if target.exists():
-        if not os.access(target, os.W_OK):  # a file may be replaced where it may not be written
-            raise PermissionError(13, "Permission denied, the file is read-only")
-        mode = stat.S_IMODE(target.stat().st_mode)
-    beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the folder's entry too; elsewhere a folder cannot be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def remove_abandoned(path: Path) -> None:
-    """Remove what a process that was killed while it wrote has left beside a checkpoint."""
-    target = Path(os.path.realpath(path))
-    for beside in target.parent.glob(f"{_literal(target.name)}.*.part"):
-        try:
-            if time.time() - beside.stat().st_mtime > _ABANDONED:
-                beside.unlink()
-        except OSError:  # another process was quicker, or it is not ours to remove
-            continue
-
-
-def _literal(name: str) -> str:
-    """A name as a pattern that matches itself alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -16,7 +16,7 @@ from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch, Position
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.second_order import differentiated_twice
-from bilevel.solving.followers import Answers
+from bilevel.solving.followers import Answers, with_followers
 from bilevel.solving.leader_functions import LeaderFunctions, Values
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import Variables, join, leaves, map_leaves
@@ -63,6 +63,7 @@ class StepEvaluator:
         self._random = random_state(game.device)
         self._first: FirstEvaluation | None = None
         self._answered: Mapping[str, Variables] = {}
+        self._states: Mapping[str, Any] = {}
         self.gradients = 0
 
     @property
@@ -120,13 +121,17 @@ class StepEvaluator:
 
     def _required(self, name: str, point: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients, zeros where one is missing; all may be where the loss names neither it nor a follower."""
-        followers = [other for other in self.game.names if other not in self.leaders.names]
-        if all(grad is None for grad in grads) and self.game.reaches(name, followers):
+        if all(grad is None for grad in grads) and self._reaches(name):
             raise NonFiniteError(
                 f"Player {name!r}: its hypergradient is missing, not zero: no path leads from its loss to its "
                 "variables. Its loss must use them, or a follower's variables that respond to them."
             )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(point, grads, strict=True)]
+
+    def _reaches(self, name: str) -> bool:
+        """Whether a leader's loss was seen to depend on its own variables, or on a follower's."""
+        leading = set(self.leaders.names)
+        return self.game.reaches(name, [other for other in self.game.names if other not in leading])
 
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
@@ -156,7 +161,17 @@ class StepEvaluator:
         set_random_state(self._random, self.game.device)
         variables = {other: self.tree(other, leaves[other]) for other in leaves}
         seen = batch[0] if batch else self.batches[name]
-        return self.game.total(self.game.evaluate(name, variables, seen, self._buffers)[0])
+        return self.game.total(self.game.evaluate(name, variables, seen, self._moved(name, variables))[0])
+
+    def _moved(self, name: str, variables: Mapping[str, Variables]) -> Buffers:
+        """Everybody's buffers; running statistics of those whose modules a loss runs move with their variables."""
+        found = with_followers(self._buffers, self._states)
+        for other in self.game.arguments(name):
+            if other != name and self.game.moves_statistics(other, variables):
+                here = other in self.batches
+                batch = self.batches[other] if here else self.game.draw(other, self._states[other]["data"])[0]
+                found = {**found, **self.game.moving(other, variables, batch, found)}
+        return found
 
     def batch(self, name: str) -> tuple[Batch, int | None]:
         """A leader's present batch, and its pass."""
@@ -199,9 +214,11 @@ class StepEvaluator:
                 raise ValueError(self._only_once)
             set_random_state(self._random, self.game.device)
         variables, states, buffers = self._respond(self.leaders.trees(point))
-        self._answered = variables
+        self._answered, self._states = variables, states
         seen = apart(variables)
-        losses, values, advanced = {}, {}, buffers
+        buffers = {**buffers, **self.game.statistics(seen, states)}
+        losses, values = {}, {}
+        advanced: Buffers = {}
         found: dict[str, Values] = {}
         for name in self.leaders.names if first else wanted:
             values[name], after = self.game.evaluate(name, seen, self.batches[name], buffers)
@@ -209,7 +226,8 @@ class StepEvaluator:
             if name in self._functions:
                 found[name] = self._functions[name].values(seen, self.batches[name], buffers)
                 losses[name] = losses[name] + self._term(name, found[name])
-            advanced = {n: b for n, b in after.items() if n in self.leaders.names and b}
+            if after.get(name):  # in its own loss a module is in training mode
+                advanced[name] = after[name]
         if first:
             self._first = FirstEvaluation(
                 {name: value.detach() for name, value in values.items()},

@@ -57,10 +57,12 @@ class Followers:
     def init(self, seed: int) -> dict[str, State]:
         """The states before the first call, the last player's first."""
         states: dict[str, State] = {}
+        view = self._game
         for name, response in reversed(list(self.responses.items())):
-            state = response.init(self.views(states)[name], follower=name, seed=seed)
+            state = response.init(view, follower=name, seed=seed)
             require_instance(state, dict, f"{type(response).__name__}.init: the state of {name!r}", "fresh_state(...)")
             states[name] = state
+            view = self._foreseen(view, name, state)
         return states
 
     def respond(self, point: Mapping[str, Variables], states: States, buffers: Buffers) -> Answers:
@@ -84,22 +86,20 @@ class Followers:
         """The game as each follower sees it: those who move after it answer by their responses, from these states."""
         views: dict[str, Game] = {}
         view = self._game
-        for name, response in reversed(list(self.responses.items())):
+        for name in reversed(list(self.responses)):
             views[name] = view
-            if name in states:
-
-                def answer(
-                    variables: Mapping[str, Variables],
-                    name: str = name,
-                    response: Response = response,
-                    inner: Game = view,
-                ) -> Variables:
-                    earlier = self._game.names[: self._game.names.index(name)]
-                    given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
-                    return answered(response, inner, given, states[name])[0]
-
-                view = view.anticipate(**{name: answer})
+            view = self._foreseen(view, name, states[name])
         return views
+
+    def _foreseen(self, view: Game, name: str, state: State) -> Game:
+        """A view of the game in which a follower answers by its response, from this state."""
+
+        def answer(variables: Mapping[str, Variables]) -> Variables:
+            earlier = self._game.names[: self._game.names.index(name)]
+            given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
+            return answered(self.responses[name], view, given, state)[0]
+
+        return view.anticipate(**{name: answer})
 
 
 def with_followers(buffers: Buffers, states: Mapping[str, Any]) -> Buffers:

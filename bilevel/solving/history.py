@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def refuse_ambiguous(
     keys = [*RUN_KEYS, *map(loss_key, players), *(f"{name}.stationarity" for name in followers)]
     keys += [f"{name}.violation" for name in constrained]
     keys = [f"{key}{ending}" for ending in endings for key in keys]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = sorted(key for key, count in Counter(keys).items() if count > 1)
     if twice:
         raise ValueError(f"solve: the records would hold two numbers under {twice[0]!r}. Rename the player.")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError, BilevelWarning, UnreliableResponseWarning
 from bilevel.game import Game
+from bilevel.randomness import random_kept
 from bilevel.responses.base import FartherLook
-from bilevel.solving.warning_log import Log, caught
+from bilevel.solving.followers import Followers
+from bilevel.solving.history import History
+from bilevel.solving.warning_log import Log, caught, logged
 
 FIRST, SPACING = 16, 4
 """Leader steps in which it is looked: 16, 64, 256, ..."""
@@ -31,7 +35,7 @@ def due(step: int) -> bool:
     return step == FIRST
 
 
-def cheap(game: Game, follower: str) -> bool:
+def _cheap(game: Game, follower: str) -> bool:
     """Whether a follower's next batches can be looked at twice: there are none, or a list of them."""
     return all(
         data is None or isinstance(data, list | tuple)
@@ -39,7 +43,7 @@ def cheap(game: Game, follower: str) -> bool:
     )
 
 
-def short_horizon(
+def _short_horizon(
     follower: str, look: FartherLook, own: Callable[[], Tensor], farther: Callable[[], Tensor], first: float
 ) -> BilevelWarning | None:
     """A warning where the longer horizon's hypergradient `[n]` is another one; `first` is the first step's norm."""
@@ -64,6 +68,24 @@ def short_horizon(
         f"{size:.3g}. What only a few steps gain is not what the leader wants in the end: regularisation, for one, is "
         "driven to an edge. Give it more steps=, use Implicit, or accept it by tolerance=None."
     )
+
+
+def looked_farther(
+    game: Game, followers: Followers, history: History, step: int, log: Log, slopes: Callable[[Followers], Tensor]
+) -> Log:
+    """The log with what a longer look from where the players are has found; `slopes` are the leaders' through it."""
+    looks = {name: response.farther for name, response in followers.responses.items()}
+    if len(looks) != 1 or game.record_keys != ("",):
+        return log
+    ((name, look),) = looks.items()
+    # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
+    if look is None or not _cheap(game, name) or game.starts_alone(name):
+        return log
+    first = history.records()[0]["gradient_norm"]
+    farther = Followers(game, {name: look.response})
+    with random_kept(game.device):
+        found = _short_horizon(name, look, partial(slopes, followers), partial(slopes, farther), first)
+    return logged(log, [] if found is None else [found], step)
 
 
 def carried(log: Log, step: int) -> Log:

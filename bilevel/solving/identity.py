@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bilevel.dynamics import Dynamics
+from bilevel.errors import CheckpointError
 from bilevel.game import Game
 from bilevel.responses import Response
 from bilevel.sharding.tensor import shape_of
@@ -61,14 +63,30 @@ def identity(
     return {"form": form, "settings": settings}
 
 
-def changed_form(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Change]:
-    """What a run cannot go on with."""
-    return differences(saved["form"], present["form"])
+def differ(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    """Whether two runs differ in anything that they are known by."""
+    return any(differences(saved[part], present[part]) for part in ("form", "settings"))
 
 
-def changed_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Change]:
-    """What a run can go on with, by consent."""
-    return differences(saved["settings"], present["settings"])
+def accepted(saved: Mapping[str, Any], present: Mapping[str, Any], path: Path, *, accept_changes: bool) -> list[Change]:
+    """The settings in which the run that a checkpoint is of was another.
+
+    Raises:
+        CheckpointError: when its form was another, or its settings and that is not accepted.
+    """
+    form = differences(saved["form"], present["form"])
+    if form:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another run: {in_words(form)}. A run cannot change that. Pass another "
+            "checkpoint=, or resume=False to overwrite it."
+        )
+    settings = differences(saved["settings"], present["settings"])
+    if settings and not accept_changes:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another run: {in_words(settings)}. Pass accept_changes=True to go on with "
+            "what is now, another checkpoint=, or resume=False to overwrite it."
+        )
+    return settings
 
 
 def in_words(changes: list[Change]) -> str:
@@ -81,6 +99,12 @@ def in_words(changes: list[Change]) -> str:
             told.append(f"its {path} was {saved} and is now {present}")
     more = len(changes) - _TOLD
     return ", ".join(told) + (f", and {more} more" if more > 0 else "")
+
+
+def touches(paths: list[str], part: str, name: str) -> bool:
+    """Whether a change is in this part of this player's settings."""
+    whole = f"{part}.{name}"
+    return any(path in (part, whole) or path.startswith((f"{whole}.", f"{whole}[")) for path in paths)
 
 
 _TOLD = 5

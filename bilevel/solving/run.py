@@ -1,13 +1,11 @@
-"""One run of solve: where it is after each whole step, how one step moves it, how it is saved and how it ends."""
+"""One run of solve: where it is after each whole step, how one step moves it, and how it is saved."""
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from bilevel.dynamics.base import directed, require_rule
 from bilevel.errors import (
     CheckpointError,
     ConstraintError,
-    NonConvergenceWarning,
     NonFiniteError,
     SingularSystemError,
 )
-from bilevel.game import Buffers, Game, Size
+from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.randomness import random_kept, random_state, set_random_state
@@ -36,7 +33,6 @@ from bilevel.solving.driven import (
     Entry,
     Search,
     bounds_of,
-    doubts,
     drive,
     fitted,
     flat,
@@ -46,49 +42,13 @@ from bilevel.solving.driven import (
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
-from bilevel.solving.horizon import carried, cheap, due, short_horizon
-from bilevel.solving.identity import changed_form, changed_settings, identity, in_words
-from bilevel.solving.leader_functions import Values, broken, functions_of
-from bilevel.solving.leaders import LeaderOptimizer, Leaders, tolerated
-from bilevel.solving.progress_left import hardly_begun
-from bilevel.solving.solution import End, ended
-from bilevel.solving.warning_log import Log, RunWarning, as_run_warnings, caught, logged
+from bilevel.solving.horizon import carried, due, looked_farther
+from bilevel.solving.identity import accepted, differ, identity, in_words, touches
+from bilevel.solving.leader_functions import Values, functions_of
+from bilevel.solving.leaders import LeaderOptimizer, Leaders
+from bilevel.solving.moment import Moment
+from bilevel.solving.warning_log import Log, caught, logged
 from bilevel.tree import Variables, join, map_leaves
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where a run is after a whole step; the leaders' variables and optimisers, which move in place, are apart.
-
-    Args:
-        step: how many steps were made.
-        states: follower -> its response's state.
-        positions: leader -> the place of its next batch.
-        drawn: leader -> the place of its last batch.
-        buffers: player -> its module's buffers.
-        memory: of the dynamics.
-        random: the global random numbers' states.
-        gradients: of the leaders.
-        products: of the dynamics.
-        seconds: of the steps.
-        warned: the responses' warnings.
-        changes: settings that the run was resumed with, other than those that it began with.
-        lagrangians: leader with functions -> its multipliers and its penalty.
-    """
-
-    states: States
-    positions: Mapping[str, Position | None]
-    drawn: Mapping[str, Position | None]
-    buffers: Buffers
-    random: Mapping[str, Tensor]
-    step: int = 0
-    memory: dict[str, Any] = field(default_factory=dict)
-    gradients: int = 0
-    products: int = 0
-    seconds: float = 0.0
-    warned: Log = field(default_factory=dict)
-    changes: tuple[str, ...] = ()
-    lagrangians: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class Run:
@@ -139,7 +99,7 @@ class Run:
             for name, lagrangian in self.leaders.lagrangians.items()
         }
         self.now = Moment(states, start, start, buffers, random_state(game.device), lagrangians=lagrangians)
-        self._driven: Driven | None = None
+        self.driven: Driven | None = None
         self.history = History()
         self.whole = True
         self._batches: dict[str, Batch] = {}  # the leaders' last
@@ -179,16 +139,7 @@ class Run:
         self.whole = not self._only_once
         drawn = {name: self.game.draw(name, now.positions[name]) for name in leading}
         self._batches = {name: batch for name, (batch, _) in drawn.items()}
-        played = StepEvaluator(
-            self.game,
-            self.leaders,
-            lambda point: self.followers.respond(point, now.states, now.buffers),
-            drawn,
-            now.buffers,
-            self._only_once,
-            self.functions,
-            self._term,
-        )
+        played = self._evaluator(drawn)
         memory, warned, products = now.memory, now.warned, now.products
         looked = time.perf_counter()
         warned = self._looked_farther(warned)
@@ -243,6 +194,20 @@ class Run:
         self.whole = True
         return record
 
+    def _evaluator(self, drawn: Mapping[str, tuple[Batch, Position | None]]) -> StepEvaluator:
+        """A step's evaluations, from the followers' present states."""
+        now = self.now
+        return StepEvaluator(
+            self.game,
+            self.leaders,
+            lambda point: self.followers.respond(point, now.states, now.buffers),
+            drawn,
+            now.buffers,
+            self._only_once,
+            self.functions,
+            self._term,
+        )
+
     # Leaders' functions ----------------------------------------------------------------------------------------------
 
     def _term(self, name: str, values: Values) -> Tensor:
@@ -264,7 +229,7 @@ class Run:
         What an interrupted run has evaluated is known, and not evaluated again.
         """
         ((name, method),) = self.leaders.driven.items()
-        if self._driven is not None:
+        if self.driven is not None:
             return
         known = list(self.now.memory.get("evaluations", []))
 
@@ -279,8 +244,8 @@ class Run:
 
         epsilon = torch.finfo(self.game.like.dtype).eps
         search = Search(flat(self.leaders.start(name)), bounds_of(self.game, name), self.functions[name].walls())
-        self._driven = drive(method, search, evaluate, known, epsilon)
-        self.leaders.place(name, self.leaders.split(name, self._driven.best["x"]), self.now.step)
+        self.driven = drive(method, search, evaluate, known, epsilon)
+        self.leaders.place(name, self.leaders.split(name, self.driven.best["x"]), self.now.step)
 
     def _look(self, name: str, x: Tensor) -> Entry:
         """One evaluation of a leader's programme at `x: [n]`, which is a step; where a follower has no answer, none."""
@@ -289,16 +254,7 @@ class Run:
         self.leaders.place(name, self.leaders.split(name, x), now.step + 1)
         drawn = {name: self.game.draw(name, now.positions[name])}
         self._batches = {name: drawn[name][0]}
-        played = StepEvaluator(
-            self.game,
-            self.leaders,
-            lambda point: self.followers.respond(point, now.states, now.buffers),
-            drawn,
-            now.buffers,
-            self._only_once,
-            self.functions,
-            self._term,
-        )
+        played = self._evaluator(drawn)
         known = list(now.memory.get("evaluations", []))
         with caught() as new:
             try:
@@ -335,19 +291,7 @@ class Run:
         step = self.now.step + 1
         if not due(step):
             return carried(log, step)  # nothing, where nothing was found
-        looks = {name: response.farther for name, response in self.followers.responses.items()}
-        if len(looks) != 1 or self.game.record_keys != ("",):
-            return log
-        ((name, look),) = looks.items()
-        # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
-        if look is None or not cheap(self.game, name) or self.game.starts_alone(name):
-            return log
-        first = self.history.records()[0]["gradient_norm"]
-        farther = Followers(self.game, {name: look.response})
-        with random_kept(self.game.device):
-            own, other = (partial(self._slopes, followers) for followers in (self.followers, farther))
-            found = short_horizon(name, look, own, other, first)
-        return logged(log, [] if found is None else [found], step)
+        return looked_farther(self.game, self.followers, self.history, step, log, self._slopes)
 
     def _slopes(self, followers: Followers) -> Tensor:
         """The leaders' own gradients `[n]` where they are, through other responses' answers; nothing is kept."""
@@ -366,10 +310,11 @@ class Run:
         A response whose state tells the loss that its last step saw is believed: one evaluation less.
         """
         first, found = played.first, dict(played.first.losses)
+        here = map_leaves(lambda t: t.detach(), dict(first.variables))
         for name in self.followers.responses:
             seen = first.states[name].get("loss")
             told = isinstance(seen, Tensor)
-            found |= {name: seen} if told else self._shown(name, first.variables, first.states, first.buffers)
+            found |= {name: seen} if told else self.shown(name, here, first.states, first.buffers)
         return found
 
     def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:
@@ -381,36 +326,36 @@ class Run:
             record |= summary(f"{name}.stationarity", state["stationarity"])
         for name, number in self.dynamics.report(after.memory).items():
             record |= {f"dynamics.{name}": float(number)}
-        gradients, products = self._work(after, after.states)
+        gradients, products = self.work(after, after.states)
         record |= {"gradients": gradients, "products": products, "seconds": after.seconds}
         return record | {"work": gradients + products}
 
-    def _shown(
+    def shown(
         self, name: str, variables: Mapping[str, Variables], states: Mapping[str, State], buffers: Buffers
     ) -> dict[str, Tensor]:
         """A leader's own loss on its last batch, or a follower's on the one that comes next: shown, not used.
 
-        Of a joint player, its members'.
+        At detached variables. Of a joint player, its members'.
         """
         with torch.no_grad(), random_kept(self.game.device):
             if name in states:
                 batch, _ = self.game.draw(name, states[name]["data"])
             else:
                 place = self.game.position_of_answer(name, states)
-                batch = self._last_batch(name) if place is None else self.game.draw(name, place)[0]
-            detached, current = map_leaves(lambda t: t.detach(), dict(variables)), with_followers(buffers, states)
+                batch = self.last_batch(name) if place is None else self.game.draw(name, place)[0]
+            current = with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: self.game.loss(name, detached, batch, current)}
-            return {m: self.game.loss(m, detached, None if batch is None else batch[m], current) for m in members}
+                return {name: self.game.loss(name, variables, batch, current)}
+            return {m: self.game.loss(m, variables, None if batch is None else batch[m], current) for m in members}
 
-    def _last_batch(self, leader: str) -> Batch:
+    def last_batch(self, leader: str) -> Batch:
         """A leader's last batch, drawn again where another process made the last step."""
         if leader not in self._batches:
             self._batches[leader], _ = self.game.draw(leader, self.now.drawn[leader])
         return self._batches[leader]
 
-    def _work(self, moment: Moment, states: States) -> tuple[int, int]:
+    def work(self, moment: Moment, states: States) -> tuple[int, int]:
         """Gradients and Hessian-vector products so far, the followers' as these states report them."""
         reports = self.followers.reports(states).values()
         gradients = moment.gradients + sum(report.gradients for report in reports)
@@ -441,25 +386,14 @@ class Run:
                 f"{path} is no checkpoint of solve: it has no {missing[0]!r}. Pass another checkpoint=, or "
                 "resume=False to overwrite it."
             )
-        form = changed_form(saved["identity"], self.identity)
-        settings = [] if form else changed_settings(saved["identity"], self.identity)
-        if saved["step"] == 0 and (form or settings):
+        if saved["step"] == 0 and differ(saved["identity"], self.identity):
             return  # nothing was done yet
-        if form:
-            raise CheckpointError(
-                f"{path} is a checkpoint of another run: {in_words(form)}. A run cannot change that. Pass another "
-                "checkpoint=, or resume=False to overwrite it."
-            )
-        if settings and not accept_changes:
-            raise CheckpointError(
-                f"{path} is a checkpoint of another run: {in_words(settings)}. Pass accept_changes=True to go on with "
-                "what is now, another checkpoint=, or resume=False to overwrite it."
-            )
+        settings = accepted(saved["identity"], self.identity, path, accept_changes=accept_changes)
         self._require_spread(saved, path)
         self.history, self._batches = History(saved["history"]), {}
         moment = Moment(**{name: saved[name] for name in Moment.__dataclass_fields__})
         paths = [path for path, *_ in settings]
-        changed = [n for n in self.leaders.names if _touches(paths, "optimizer", n) or _touches(paths, "scheduler", n)]
+        changed = [n for n in self.leaders.names if touches(paths, "optimizer", n) or touches(paths, "scheduler", n)]
         self.leaders.restore(saved["leaders"], moment.step, changed)
         set_random_state(moment.random, self.game.device)
         self.now = self._with_present_settings(moment, paths, in_words(settings)) if settings else moment
@@ -479,9 +413,9 @@ class Run:
         """A moment of a run with other settings, as one of this run; no work that was done is forgotten."""
         states = dict(moment.states)
         for name, response in self.followers.responses.items():
-            if _touches(paths, "responses", name):
+            if touches(paths, "responses", name):
                 states[name] = response.adopt(states[name], self.now.states[name])
-        last, (gradients, products) = self.history.records()[-1], self._work(moment, states)
+        last, (gradients, products) = self.history.records()[-1], self.work(moment, states)
         return replace(
             moment,
             states=states,
@@ -490,92 +424,6 @@ class Run:
             products=moment.products + int(last["products"]) - products,
             changes=(*moment.changes, f"Resumed at step {moment.step} with other settings: {changes}."),
         )
-
-    # The end ---------------------------------------------------------------------------------------------------------
-
-    def solution(self) -> End[Any]:
-        """The leaders where they are and the followers' answer to them; warns of what still holds."""
-        if self.leaders.driven:
-            self.drive(0, lambda record: True)  # where it was not driven to its end: from what is known
-        now = self.now
-        # The last derivative belongs to the last step, the answer here needs none; a learned slope is judged here too.
-        steps = self.followers.reports(now.states)
-        _, products = self._work(now, now.states)
-        with torch.no_grad(), random_kept(self.game.device), caught() as new:
-            point = self.leaders.trees(self.leaders.points)
-            variables, states, buffers = self.followers.respond(point, now.states, now.buffers)
-        ends = self.followers.reports(states)
-        values: dict[str, Tensor] = {}
-        for name in self.game.names:
-            values |= self._shown(name, variables, states, buffers)
-        told = [RunWarning(text) for text in now.changes]
-        told += as_run_warnings(logged(now.warned, new, now.step + 1, counted=False), now.step)
-        told += [_still_loose(name, report.loosened) for name, report in steps.items() if report.loosened > 1.0]
-        if far := self._hardly_begun():
-            told.append(far)
-        multipliers, violations, broken = self._kept(variables, buffers)
-        told += broken
-        for warning in told:
-            if warning.category is not None:
-                warnings.warn(warning.text, warning.category, stacklevel=3)
-        residuals = {n: steps[n].residual if _unknown(ends[n].residual) else ends[n].residual for n in ends}
-        return ended(
-            self.game,
-            errors={n: report.error for n, report in steps.items() if not math.isnan(report.error)},
-            warned=told,
-            values=values,
-            variables=self.game.given_back(
-                map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in self.game.names})
-            ),
-            history=self.history.records(),
-            stationarity={name: report.stationarity for name, report in ends.items()},
-            residuals={n: residual for n, residual in residuals.items() if residual is not None},
-            gradients=now.gradients + sum(report.gradients for report in ends.values()),
-            products=products,
-            seconds=now.seconds,
-            states=states,
-            buffers=buffers,
-            multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")}
-            | multipliers,
-            violations=violations,
-        )
-
-    def _kept(
-        self, variables: Mapping[str, Variables], buffers: Buffers
-    ) -> tuple[dict[str, Mapping[str, Variables]], dict[str, Any], list[RunWarning]]:
-        """The leaders' multipliers and violations where they ended, and warnings of those that are broken."""
-        found: dict[str, Mapping[str, Variables]] = {}
-        off: dict[str, Any] = {}
-        told: list[RunWarning] = []
-        epsilon = torch.finfo(self.game.like.dtype).eps
-        for name, functions in self.functions.items():
-            with torch.no_grad(), random_kept(self.game.device):
-                values = functions.values(variables, self._last_batch(name), buffers)
-            if name in self.leaders.driven:
-                assert self._driven is not None
-                l, m, left = fitted(self._driven.best)
-                l, m, tolerance = l[None], m[None], tolerated(self.leaders.driven[name], epsilon)
-                told += doubts(name, self._driven, left)
-            else:
-                lagrangian = self.leaders.lagrangians[name]
-                l, m = lagrangian.multipliers(dict(self.now.lagrangians[name]), *functions.rows(values))
-                tolerance = tolerated(lagrangian, epsilon)
-            if not values:
-                continue
-            found[name] = functions.formed(values, l, m)
-            violation = functions.violation(values)
-            off[name] = violation if violation.ndim else float(violation)
-            if bool((violation > tolerance).any()):
-                told.append(broken(functions, values, violation, tolerance))
-        return found, off, told
-
-    def _hardly_begun(self) -> RunWarning | None:
-        """A single leader who is as far from an end as at the start; of several, a loss need not fall."""
-        if len(self.leaders.names) != 1 or self.game.record_keys != ("",) or self.functions:
-            return None
-        (leader,) = self.leaders.names
-        noisy = any(player.data is not None for player in self.game.players.values())
-        return None if noisy else hardly_begun(leader, self.history.records())
 
 
 class _NoLook:
@@ -606,22 +454,3 @@ def _observed(observe: Observe, variables: Mapping[str, Variables], record: Reco
         ):
             raise TypeError(f"solve: record= returned {name!r} as a {type(number).__name__}; expected a number.")
     return {name: float(number) for name, number in found.items()}
-
-
-def _touches(paths: list[str], part: str, name: str) -> bool:
-    """Whether a change is in this part of this player's settings."""
-    whole = f"{part}.{name}"
-    return any(path in (part, whole) or path.startswith((f"{whole}.", f"{whole}[")) for path in paths)
-
-
-def _still_loose(name: str, looser: float) -> RunWarning:
-    """A follower whose last tolerances were not yet those that were asked for."""
-    text = (
-        f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its tolerances: "
-        "the leader's last step was taken with that. Give it more steps, or a faster schedule."
-    )
-    return RunWarning(text, category=NonConvergenceWarning)
-
-
-def _unknown(residual: Size | None) -> bool:
-    return isinstance(residual, float) and math.isnan(residual)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
+from bilevel._printed import printed
 from bilevel.game import Game
 from bilevel.solving.history import loss_key
 from bilevel.solving.loading import load_into
@@ -48,24 +48,15 @@ class End(ABC, Generic[Number]):
 
     def _printed(self, table: Table, each: str = "", told: Sequence[str] = ()) -> str:
         """A table with the work under it, of what `each` was, what else is told, and the warnings."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
-
-        text = io.StringIO()
-        console = Console(file=text, width=100)
-        console.print(table)
         work = (
             f"{self.gradients:,} gradients{' and' if each else ','} {self.products:,} Hessian-vector products, {each}"
         )
-        console.print(f"{work}{self.seconds:.1f} s", highlight=False)
+        lines = [f"{work}{self.seconds:.1f} s"]
         if self.history and "gradient_norm" in self.history[0]:  # one among many games has none of its own
             norms = self.history[0]["gradient_norm"], self.history[-1]["gradient_norm"]
             share = f", {norms[1] / norms[0]:.2g} of that at the start" if norms[0] > 0.0 else ""
-            console.print(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}", highlight=False)
-        for line in told:
-            console.print(line, highlight=False, markup=False)
-        for warning in self.warnings:
-            console.print(f"Warning: {warning}", highlight=False, markup=False)
-        return text.getvalue().rstrip()
+            lines.append(f"norm of the leaders' gradient in the last step: {norms[1]:.5g}{share}")
+        return printed(table, *lines, *told, *(f"Warning: {warning}" for warning in self.warnings))
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bilevel._printed import printed
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses import Response
 from bilevel.testing.subject import FunctionSubject, ResponseSubject, Subject
@@ -43,7 +43,6 @@ class LawReport:
         return not self.failures
 
     def __str__(self) -> str:
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title=self.subject)
@@ -52,9 +51,7 @@ class LawReport:
         for row in self.rows:
             what = row.note if row.game is None else f"{row.note}\n{row.game}"
             table.add_row(row.law, row.verdict, str(row.examples or ""), what)
-        text = io.StringIO()
-        Console(file=text, width=120).print(table, markup=False)
-        return text.getvalue().rstrip()
+        return printed(table, width=120)
 
 
 def check_response(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -72,7 +72,7 @@ def claimed(held: LeaderFollowerLosses, response: Response, x: Tensor, state: St
             answer, after = _answer(held, response, leaf, state)
             y = flatten(answer).detach()
             if after.get("buffers"):
-                held = LeaderFollowerLosses(**{**vars(held), "buffers": {held.follower: after["buffers"]}})
+                held = replace(held, buffers={held.follower: after["buffers"]}, at=(x, y))
             loss = held.loss(held.leader, leaf, flatten(answer))
             slope = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
             after = response.after_backward(after, answer)

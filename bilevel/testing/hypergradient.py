@@ -127,7 +127,7 @@ def check_hypergradient(
     Costs about six re-solved followers a direction.
 
     Args:
-        game: Your own; batches, buffers and random numbers stand still.
+        game: Your own; batches and random numbers stand still, and running statistics move with the weights.
         response: The follower's.
         leader: Default: the first player.
         follower: Default: the last player.

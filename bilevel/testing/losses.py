@@ -14,7 +14,7 @@ from bilevel.constraints import Constrained
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.randomness import random_kept
-from bilevel.tree import Variables, leaves, map_leaves
+from bilevel.tree import Variables, flatten, leaves, map_leaves
 
 Product = Callable[[Tensor], Tensor]
 
@@ -53,6 +53,18 @@ class LeaderFollowerLosses:
     others: Mapping[str, Variables]
     batches: Mapping[str, Batch]
     buffers: Buffers
+    """Those that the follower's module has at `at`."""
+    at: tuple[Tensor, Tensor] | None = None
+    """The x and y at which running statistics are those of `buffers`; by default, where everybody begins."""
+
+    @functools.cached_property
+    def _moved(self) -> Callable[[Mapping[str, Variables]], Buffers]:
+        """The buffers as a function of everybody's variables: running statistics move with the follower's."""
+        names = (self.leader, self.follower)
+        at = [flatten(self.game.initial(name)) for name in names] if self.at is None else self.at
+        own = {name: self.game.structure(name).unflatten(x.detach()) for name, x in zip(names, at, strict=True)}
+        batch = self.batches.get(self.follower)
+        return self.game.moving_from(self.follower, {**self.others, **own}, batch, self.buffers)
 
     def loss(self, player: str, x: Tensor, y: Tensor) -> Tensor:
         """A player's loss, a 0-d tensor."""
@@ -60,7 +72,9 @@ class LeaderFollowerLosses:
             self.leader: self.game.structure(self.leader).unflatten(x),
             self.follower: self.game.structure(self.follower).unflatten(y),
         }
-        return self.game.loss(player, {**self.others, **moving}, self.batches.get(player), self.buffers)
+        variables = {**self.others, **moving}
+        buffers = self._moved(variables) if player == self.leader and self.buffers else self.buffers
+        return self.game.evaluate(player, variables, self.batches.get(player), buffers)[0]
 
     def value(self, x: Tensor, y: Tensor) -> float:
         """The leader's loss."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bilevel.errors import UnreliableResponseWarning
 from bilevel.game.passes import Source
 from bilevel.hyper import Tuning
 from bilevel.hyper.tuning import Hyper
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, require_factory
-from bilevel.responses import Hypernetwork, Response
+from bilevel.responses import Response
 from bilevel.solving import Solution, solve
 from bilevel.solving.history import Record
 from bilevel.tuning.rule import Plan, plan
@@ -46,6 +43,7 @@ def tune(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = True,
+    accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
 ) -> Tuned:
@@ -81,14 +79,12 @@ def tune(
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
         resume: Go on from the checkpoint.
+        accept_changes: Go on although losses or settings are others than the checkpoint's, with the present ones.
         progress: Show a bar.
         seed: Of data that is shuffled by the library and of the learned answer; dropout's is torch's own.
 
     Raises:
         TypeError, ValueError: Before any work, for what cannot be tuned, trained or iterated.
-
-    Warns:
-        UnreliableResponseWarning: Of BatchNorm, whose running statistics a learned answer holds fixed.
 
     Source: MacKay et al. 2019 (arXiv 1903.03088), around the present value as in arXiv 2010.13514.
 
@@ -108,8 +104,6 @@ def tune(
     chosen = plan(optimizer, scheduler, response, leader, every, _steps(epochs, steps, train_data))
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
-    if isinstance(chosen.response, Hypernetwork):
-        _warn_of_batch_norm(model)
     # The start of a fresh run: a resumed one does not begin there.
     start = game.initial(tuning.leader)
     responses: Any = {tuning.follower: chosen.response}
@@ -122,6 +116,7 @@ def tune(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        accept_changes=accept_changes,
         progress=progress,
         seed=seed,
         record=partial(_record, tuning.leader),
@@ -130,20 +125,6 @@ def tune(
     trained = copy.deepcopy(model)
     solution.load_into(trained, tuning.follower)
     return Tuned(trained, solution.variables[tuning.leader], start, solution, chosen, tuning, optimizer, scheduler)
-
-
-def _warn_of_batch_norm(model: nn.Module) -> None:
-    """Say that a learned answer does not move running statistics, by which the validation loss goes."""
-    kept = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if kept:
-        warnings.warn(
-            f"tune: the model has BatchNorm, {kept[0] or type(model).__name__!r} for one. The learned answer moves its "
-            "weights and holds its running statistics fixed, by which the validation loss goes, and has led to values "
-            "worse than those at the start. Judge what is found by bilevel.retrain(tuned), use GroupNorm or LayerNorm, "
-            "or give another response=.",
-            UnreliableResponseWarning,
-            stacklevel=3,
-        )
 
 
 def _record(leader: str, variables: Mapping[str, Any]) -> dict[str, float]:

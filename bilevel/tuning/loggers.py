@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel.files import write_whole
 from bilevel.solving.history import Record
 from bilevel.tuning.values import numbers
 
@@ -43,17 +45,17 @@ class CSVLogger:
             return
         before = self._before(step) if step > 1 and self.path.exists() else []
         self._columns = list(row)
-        half = self.path.with_suffix(f"{self.path.suffix}.{os.getpid()}.half")
-        with half.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*before, row])
-        os.replace(half, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*before, row])
+        write_whole(self.path, text.getvalue().encode())
 
     def _before(self, step: int) -> list[dict[str, str]]:
         """The rows of earlier steps, which a run that goes on from a checkpoint keeps."""
-        with self.path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        # What a process that was killed was about to write has no end of its line, and is no row.
+        whole = [line for line in self.path.read_bytes().decode().splitlines(keepends=True) if line.endswith("\n")]
+        rows = list(csv.DictReader(whole))
         if rows and "step" not in rows[0]:
             raise ValueError(f"CSVLogger: {self.path} is no file of a run: it has no column 'step'. Give another path.")
         return [row for row in rows if int(float(row["step"])) < step]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bilevel._drawn import blank
 from bilevel.constraints import Log
 from bilevel.hyper import Tuning
 from bilevel.tree import leaves
@@ -22,16 +23,10 @@ _COLUMNS = 3
 
 def figure(history: Sequence[Mapping[str, float]], plan: Plan, tuning: Tuning) -> Figure:
     """The losses above, a panel for each hyperparameter below; steps are those of training."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("Tuned.plot needs matplotlib: pip install matplotlib, or bilevel[data].") from error
     steps = [plan.warmup + record["step"] * plan.every for record in history]
     names = list(tuning.init)
     rows = 1 + math.ceil(len(names) / _COLUMNS)
-    drawn = Figure(figsize=(10.0, 3.2 + 2.4 * (rows - 1)), layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = blank(10.0, 3.2 + 2.4 * (rows - 1))
     grid = drawn.add_gridspec(rows, min(_COLUMNS, len(names)), height_ratios=[1.3] + [1.0] * (rows - 1))
     above = drawn.add_subplot(grid[0, :])
     ends: list[tuple[float, str, str]] = []

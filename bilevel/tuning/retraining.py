@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
+from bilevel._printed import printed
+from bilevel.errors import CheckpointError
 from bilevel.game import Game
 from bilevel.inner.torch_optim import build, build_scheduler
 from bilevel.randomness import random_kept
+from bilevel.solving.checkpoint import load, save
+from bilevel.solving.description import Describer, differences
+from bilevel.solving.identity import in_words
 from bilevel.tree import Variables
 from bilevel.tuning.tuned import Tuned
 
@@ -43,7 +48,6 @@ class Retrained:
 
     def __str__(self) -> str:
         """A table, a row a seed."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Validation loss of fresh trainings")
@@ -52,9 +56,7 @@ class Retrained:
         for seed, (before, after) in enumerate(zip(self.start, self.found, strict=True)):
             table.add_row(str(seed), f"{before:.4g}", f"{after:.4g}")
         table.add_row("mean", f"{statistics.fmean(self.start):.4g}", f"{statistics.fmean(self.found):.4g}")
-        text = io.StringIO()
-        Console(file=text, width=100).print(table)
-        return text.getvalue().rstrip()
+        return printed(table)
 
 
 def retrain(
@@ -64,6 +66,7 @@ def retrain(
     steps: int | None = None,
     make: Callable[[], nn.Module] | None = None,
     values: Mapping[str, Variables] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Retrained:
     """Train fresh models at the hyperparameters that a run of `tune` has found, and at those that it started from.
 
@@ -78,8 +81,10 @@ def retrain(
         make: Makes a fresh model; default: a copy of the given one, each of whose layers is asked to
             `reset_parameters()`.
         values: Others than those found.
+        checkpoint: A file that keeps each training as it ends; what it has is not done again. More `seeds` may follow.
 
     Raises:
+        CheckpointError: For a file of other trainings: of other values, another length or another model.
         ValueError: For a layer with parameters of its own that cannot be reset; then give `make`.
 
     Costs 2 `seeds` trainings.
@@ -92,17 +97,68 @@ def retrain(
     losses: dict[str, list[float]] = {"found": [], "start": []}
     models: list[nn.Module] = []
     game = tuned.tuning.game()
+    kept = _Kept.of(None if checkpoint is None else Path(checkpoint), tuned, game, given, count)
     try:
         for seed in range(seeds):
             for which, at in given.items():
-                with random_kept(start=seed):
-                    model = _train(tuned, game, fresh(), at, count, seed)
-                losses[which].append(_validate(tuned, model, at))
+                done = kept.trainings.get(f"{which} {seed}")
+                if done is None:
+                    with random_kept(start=seed):
+                        model = _train(tuned, game, fresh(), at, count, seed)
+                    with random_kept(start=seed):  # loaders that shuffle give both the same batches
+                        loss = _validate(tuned, game, model, at)
+                    done = {
+                        "loss": loss,
+                        "model": model.state_dict() if which == "found" else {},
+                    }
+                    kept.keep(f"{which} {seed}", done)
+                elif which == "found":
+                    with random_kept(start=seed):
+                        model = fresh().eval()
+                    model.load_state_dict(done["model"])
+                losses[which].append(done["loss"])
                 if which == "found":
                     models.append(model)
     finally:
         game.stop_reading()
     return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models))
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The trainings that have ended, by which values and seed, in a file where there is one."""
+
+    path: Path | None
+    identity: Mapping[str, Any]
+    trainings: dict[str, dict[str, Any]]
+
+    @staticmethod
+    def of(
+        path: Path | None, tuned: Tuned, game: Game, values: Mapping[str, Mapping[str, Variables]], steps: int
+    ) -> _Kept:
+        describer = Describer()
+        identity = {
+            "values": {which: describer.describe(at) for which, at in values.items()},
+            "steps": steps,
+            "model": describer.describe(tuned.model),
+            "losses": {name: describer.describe(player.objective) for name, player in game.players.items()},
+            "optimizer": Describer(list(tuned.model.parameters())).optimizer(tuned.optimizer),
+        }
+        if path is None or not path.exists():
+            return _Kept(path, identity, {})
+        saved = load(path)
+        if saved.get("identity") != identity:
+            told = in_words(differences(saved.get("identity", {}), identity)) or "it is of something else"
+            raise CheckpointError(
+                f"retrain: {path} is a checkpoint of other trainings: {told}. Pass another checkpoint=, or delete it."
+            )
+        return _Kept(path, identity, dict(saved["trainings"]))
+
+    def keep(self, name: str, training: dict[str, Any]) -> None:
+        """One that has ended."""
+        self.trainings[name] = training
+        if self.path is not None:
+            save(self.path, {"identity": dict(self.identity), "trainings": self.trainings})
 
 
 def _train(
@@ -128,9 +184,10 @@ def _train(
 
 
 @torch.no_grad()
-def _validate(tuned: Tuned, model: nn.Module, values: Mapping[str, Variables]) -> float:
-    """The mean of the validation loss over one pass."""
-    losses = [tuned.tuning.valid_loss_at(values)(model, batch) for batch in tuned.tuning.valid_batches()]
+def _validate(tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables]) -> float:
+    """The mean of the validation loss over one pass, whose batches come to where the model is."""
+    loss, leader = tuned.tuning.valid_loss_at(values), tuned.tuning.leader
+    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader))]
     return statistics.fmean(float(loss) for loss in losses)
 
 

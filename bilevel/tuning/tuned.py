@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 
 from torch import nn
 
+from bilevel._printed import printed
 from bilevel.hyper import Tuning
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.solving import Solution
@@ -53,6 +54,11 @@ class Tuned:
         """
         return self.solution.history
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What was found as plain numbers by name, `{"decay": 1e-3, "dropout.7": 0.2}`; of a large tensor quartiles."""
+        return {name.removeprefix("."): value for name, value in numbers("", self.hyper).items()}
+
     def to_frame(self) -> DataFrame:
         """The history as a data frame of pandas, a row a step."""
         try:
@@ -72,7 +78,6 @@ class Tuned:
 
     def __str__(self) -> str:
         """A table of the hyperparameters, then the solution's own."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Hyperparameters")
@@ -81,8 +86,4 @@ class Tuned:
         before, after = numbers("", self.start), numbers("", self.hyper)
         for name, value in after.items():
             table.add_row(name.removeprefix("."), f"{before[name]:.4g}", f"{value:.4g}")
-        console = Console(width=100, file=None, record=True)
-        with console.capture() as held:
-            console.print(table)
-            console.print(str(self.plan), highlight=False)
-        return f"{held.get().rstrip()}\n{self.solution}"
+        return f"{printed(table, str(self.plan))}\n{self.solution}"

@@ -39,6 +39,8 @@ ALL = (
              "python benchmarks/conformance/run.py", "conformance/verdicts"),
     Measured("Hypergradients beside search", "search.md#what-was-measured",
              "python -m benchmarks.tuning", "search/results"),
+    Measured("Hypergradients within a search", "search.md#a-search-that-takes-hypergradients",
+             "python -m benchmarks.tuning --slopes", "search/slopes"),
     Measured("Tuning in one run", "tuning.md#what-it-does-and-what-was-measured",
              "python benchmarks/one_run.py --seeds 3", "tuning/one_run"),
     Measured("Memory of long unrolls", "unrolling.md", "python benchmarks/memory.py", "unrolling/memory"),
@@ -55,6 +57,8 @@ ALL = (
     Measured("GANs on 25 Gaussians", "gan.md", "bilevel gan grid", "gan/grid"),
     Measured("GANs on digits", "gan.md", "bilevel gan digits mnist", "gan/digits"),
     Measured("Wrong labels", "reweighting.md", "bilevel reweight --seeds 3", "reweighting/results"),
+    Measured("A penalty for each feature of a table", "estimators.md",
+             "python -m benchmarks.estimators", "estimators/results"),
     Measured("The seed paper's figures", "paper.md", "bilevel paper", "paper/fig2"),
 )  # fmt: skip
 

@@ -92,6 +92,7 @@ LOOKS = {
     "implicit Nyström": (ORANGE, "D"),
     "implicit identity": (SKY, "P"),
     "nudged": ("#7a7a7a", "p"),
+    "last step": ("#b05ca8", "h"),
     "single loop": ("#7a5c00", "*"),
     "hypernetwork": (BLACK, "X"),
 }

@@ -110,6 +110,44 @@ def main_table(found: dict[str, Any], problem: str) -> Rows:
     return [heads, *rows]
 
 
+def slopes_table(found: dict[str, Any], theirs: dict[str, Any]) -> Rows:
+    """The search that takes hypergradients, and what is left of it without a part: beside TPE on the same seeds."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, result in [*found["results"].items(), *theirs["results"].items()]:
+        method, seed = key.split(" ", 1)[1].rsplit(" ", 1)
+        if key.startswith("ten ") and (method == "TPE" or key in found["results"]):
+            runs.setdefault(method, {})[seed] = result
+    aims = {seed: run["curve"][-1][2] for seed, run in runs["TPE"].items()}
+    rows = []
+    for method, results in runs.items():
+        ends = {seed: run["curve"][-1] for seed, run in results.items()}
+        at = sum(end[2] <= aims[seed] for seed, end in ends.items())
+        near = sum(end[2] <= 1.01 * aims[seed] for seed, end in ends.items())
+        rows.append(
+            [
+                method,
+                f"{statistics.median(end[0] for end in ends.values()):,.0f}",
+                f"{statistics.median(end[1] for end in ends.values()):.1f}",
+                spread([run["standard"]["valid"] for run in results.values()]),
+                spread([run["standard"]["test"] for run in results.values()]),
+                f"{at} of {len(ends)}" if method != "TPE" else "",
+                f"{near} of {len(ends)}" if method != "TPE" else "",
+            ]
+        )
+    return [["method", "steps", "CPU s", "validation", "test", "seeds at TPE's loss", "within 1 %"], *rows]
+
+
+def slopes_by_seed(found: dict[str, Any], theirs: dict[str, Any]) -> Rows:
+    """The validation loss of each seed."""
+    methods = ("TPE", "slopes, a tenth", "slopes, a twentieth")
+    merged = {**theirs["results"], **found["results"]}
+    seeds = sorted({int(key.rsplit(" ", 1)[1]) for key in found["results"]})
+    rows = [
+        [method, *[f"{merged[f'ten {method} {seed}']['curve'][-1][2]:.4f}" for seed in seeds]] for method in methods
+    ]
+    return [["seed", *map(str, seeds)], *rows]
+
+
 def converged_table(found: dict[str, Any], problem: str) -> Rows:
     """The same hyperparameters after a training of five times the steps."""
     rows = [
@@ -179,6 +217,9 @@ PARTS = {
     "measured": of("results", measured),
     "suggesting": of("results", suggesting),
     "tried": of("choice", tried),
+    "slopes": of("slopes", lambda found: slopes_table(found, read("results"))),
+    "slopes_by_seed": of("slopes", lambda found: slopes_by_seed(found, read("results"))),
+    "slope_seeds": of("slopes", lambda found: str(len({key.rsplit(" ", 1)[1] for key in found["results"]}))),
     **{problem: of("results", partial(main_table, problem=problem)) for problem in ("ten", "many")},
     **{f"{p}_converged": of("results", partial(converged_table, problem=p)) for p in ("ten", "many")},
     **{f"{p}_own": of("results", partial(own_table, problem=p)) for p in ("ten", "many")},

@@ -32,7 +32,50 @@ def _numbers(losses: list[float]) -> list[str]:
     return [*(f"{loss:.3f}" for loss in losses), f"{statistics.fmean(losses):.3f}"]
 
 
-PARTS = {"one_run": one_run}
+def batch_norm() -> list[list[str]]:
+    """Each treatment's hypergradient in units of retrained differences, the least and the largest over the splits."""
+    runs = json.loads((DOCS / "tuning" / "batch_norm.json").read_text(encoding="utf-8"))
+    columns = {"decays before a BatchNorm": (0, 1), "its own, and the head's": (2, 3), "smoothing": (4,)}
+    table = [["running statistics", *columns]]
+    for name in runs["runs"][0]["claims"][str(runs["steps"])]:
+        cells = []
+        for places in columns.values():
+            shares = [
+                run["claims"][str(runs["steps"])][name][place] / run["truth"][place]
+                for run in runs["runs"]
+                for place in places
+            ]
+            cells.append(f"{min(shares):.2g} to {max(shares):.2g}")
+        table.append([name, *cells])
+    return table
+
+
+def batch_norm_runs() -> list[list[str]]:
+    """Validation and test losses, a row a split and a treatment."""
+    rows = json.loads((DOCS / "tuning" / "batch_norm_runs.json").read_text(encoding="utf-8"))["rows"]
+    heads = ["split", "running statistics", "start's values", "values found", "the run itself", "test, values found"]
+    return [heads] + [
+        [str(row["seed"]), row["statistics"]]
+        + [f"{row[kind]['valid']:.3f}" for kind in ("start", "found", "run")]
+        + [f"{row['found']['test']:.3f}"]
+        for row in rows
+    ]
+
+
+def jobs() -> list[list[str]]:
+    """Test losses, a row a job, means over the splits."""
+    rows = json.loads((DOCS / "tuning" / "jobs.json").read_text(encoding="utf-8"))["rows"]
+    kinds = ("default", "start", "found", "the run itself", "random")
+    heads = ["job", "splits", "nothing tuned", "start's values", "values found", "the run itself", "ten random trials"]
+    table = [heads]
+    for name in dict.fromkeys(row["job"] for row in rows):
+        mine = [row for row in rows if row["job"] == name]
+        losses = [statistics.fmean([row[kind]["test"] for row in mine]) for kind in kinds]
+        table.append([name, str(len(mine)), *(f"{loss:.3f}" for loss in losses)])
+    return table
+
+
+PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_norm_runs, "jobs": jobs}
 
 
 def main() -> None:

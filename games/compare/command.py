@@ -12,7 +12,7 @@ from bilevel import BilevelError
 from bilevel.comparison import Comparison
 from games.compare.run import run_suite, write_report
 from games.compare.suite import cases, responses
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
 
 
 def compare_command(
@@ -36,12 +36,12 @@ def compare_command(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Compare responses on games with known answers and on tuning: error, value, work, seconds, memory."""
-    with errors_in_one_line():
+    with errors_in_one_line("what is finished") as held:
         games = chosen_names(game, cases(), "game", option="--game")
         names = chosen_names(response, responses(cases()), "response", option="--response")
         check_at_least(1, seeds=seeds, steps=steps, jobs=jobs)
         check_at_least(0, laws=laws)
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         found = run_suite(
             games=games,
             names=names,

@@ -35,6 +35,7 @@ SMALL: dict[str, Callable[[], bl.Response]] = {
     "implicit Nyström": lambda: _implicit(bl.Nystrom(rank=20, damping=1e-2)),
     "implicit identity": lambda: _implicit(bl.linear.Identity()),
     "nudged": lambda: bl.Nudged(_INNER, steps=100, tolerance=1e-8),
+    "last step": lambda: bl.responses.LastStep(_INNER, steps=100),
     "single loop": lambda: bl.SingleLoop(_INNER),
     "hypernetwork": lambda: bl.Hypernetwork(partial(Adam, lr=1e-2), scale=0.1, warmup=200),
 }

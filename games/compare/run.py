@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bilevel as bl
+from bilevel.files import write_whole
 from games.compare.laws import check_laws
 from games.compare.suite import cases, responses
 from games.errors import MissingExtraError
-from games.experiments.style import empty_figure
+from games.experiments.style import empty_figure, save_figure
 
 DPI = 120
 
@@ -57,9 +58,9 @@ def write_report(comparison: bl.comparison.Comparison, folder: Path) -> list[str
     """Write comparison.json, comparison.html, table.txt and a PNG a figure; their names."""
     comparison.to_json(folder / "comparison.json")
     comparison.to_html(folder / "comparison.html")
-    (folder / "table.txt").write_text(f"{comparison}\n", encoding="utf-8")
+    write_whole(folder / "table.txt", f"{comparison}\n".encode())
     names = ["table.txt", "comparison.json", "comparison.html"]
     for name, figure in comparison.figures().items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+        save_figure(figure, folder / f"{name}.png", dpi=DPI, facecolor="white")
         names.append(f"{name}.png")
     return names

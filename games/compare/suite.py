@@ -104,6 +104,7 @@ def responses(chosen: Mapping[str, Case]) -> dict[str, dict[str, bl.Response | b
         "implicit Nyström": lambda case: _implicit(case, bl.Nystrom(rank=20, damping=1e-2)),
         "implicit identity": lambda case: _implicit(case, bl.linear.Identity()),
         "nudged": lambda case: bl.Nudged(case.solver, steps=case.steps, tolerance=1e-6),
+        "last step": lambda case: bl.responses.LastStep(case.inner, steps=case.steps),
         "single loop": lambda case: bl.SingleLoop(case.inner),
         "hypernetwork": lambda case: bl.Hypernetwork(
             partial(Adam, lr=case.rate),

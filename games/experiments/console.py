@@ -1,4 +1,4 @@
-"""What every command shares: its options' checks, errors in one line, and Ctrl-C that waits for a checkpoint."""
+"""What every command shares: checks of options, errors in one line, Ctrl-C and SIGTERM that wait for a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import typer
 
 from bilevel import BilevelError
 from bilevel.errors import CheckpointError
 from games.errors import DataError, MissingExtraError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UsageError(Exception):
@@ -41,8 +47,12 @@ def check_at_least(least: int, **options: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
 
 
-def make_output_folder(output: Path) -> None:
-    """Make the folder of --output; raises `UsageError` when that cannot be done, or nothing can be written there."""
+@contextmanager
+def output_folder(output: Path) -> Iterator[None]:
+    """Make the folder of --output, and keep it to this process while it works there.
+
+    Raises `UsageError` when that cannot be done, nothing can be written there, or another process works there.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -51,20 +61,75 @@ def make_output_folder(output: Path) -> None:
         raise UsageError(f"--output {output}: {error.strerror or error}.") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise UsageError(f"--output {output}: no permission to write there.")
+    if fcntl is None:
+        yield
+        return
+    path = output / ".lock"
+    try:
+        lock = _taken(path)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"--output {output}: another process is at work there. Wait for its end, or choose another folder."
+        ) from error
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(lock)
+
+
+def _taken(path: Path) -> int:
+    """A file that is this process's alone until it ends, however it ends; `BlockingIOError` where it is another's."""
+    assert fcntl is not None
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with _without_locks():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # whoever had it took it away in between
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed, 130 for Ctrl-C."""
+def _without_locks() -> Iterator[None]:
+    """Some network file systems have no locks."""
     try:
         yield
-    except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
-        _fail(error, 2)
-    except BilevelError as error:
-        _fail(error, 1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command with --resume goes on from the last step.", err=True)
-        raise typer.Exit(130) from None
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends before it takes a machine away; handled as Ctrl-C is."""
+
+
+@contextmanager
+def errors_in_one_line(goes_on_from: str = "the last step") -> Iterator[ExitStack]:
+    """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed.
+
+    For Ctrl-C the code is 130, for SIGTERM 143, and the line tells what --resume `goes_on_from`; nothing where it is
+    empty. Yields what holds contexts up to the command's end.
+    """
+    with _handled(signal.SIGTERM, _terminate), ExitStack() as held:
+        try:
+            yield held
+        except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
+            _fail(error, 2)
+        except BilevelError as error:
+            _fail(error, 1)
+        except KeyboardInterrupt as pressed:
+            advice = f" The same command with --resume goes on from {goes_on_from}." if goes_on_from else ""
+            typer.echo(f"Interrupted.{advice}", err=True)
+            raise typer.Exit(143 if isinstance(pressed, _Terminated) else 130) from None
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -74,28 +139,41 @@ def _fail(error: Exception, code: int) -> None:
 
 @contextmanager
 def interrupt_after_step() -> Iterator[Callable[[], None]]:
-    """Let the first Ctrl-C wait for the end of a step, so that a checkpoint is of a whole one; the second does not.
+    """Let the first Ctrl-C or SIGTERM wait for the end of a step, so that a checkpoint is of a whole one.
 
-    Yields what to call after each step: it raises `KeyboardInterrupt` when Ctrl-C was pressed.
+    The second does not wait. Yields what to call after each step: it raises `KeyboardInterrupt` when one has come.
     """
-    pressed: list[int] = []
+    pressed: list[type[KeyboardInterrupt]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        kind = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-        print("\nStopping after this step; Ctrl-C again to stop now.", file=sys.stderr)
+            raise kind
+        pressed.append(kind)
+        with suppress(RuntimeError):  # the signal came while stderr was being written
+            print("\nStopping after this step; Ctrl-C again to stop now.", file=sys.stderr)
 
     def check() -> None:
         if pressed:
-            raise KeyboardInterrupt
+            raise pressed[0]
 
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread, where signals do not arrive
+    with _handled(signal.SIGINT, handle), _handled(signal.SIGTERM, handle):
         yield check
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a signal call `handle`."""
+    try:
+        before = signal.signal(number, handle)
+    except ValueError:  # not in the main thread, where signals do not arrive
+        yield
         return
     try:
-        yield check
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)

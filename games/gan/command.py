@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
 
 
 def gan_command(
@@ -39,12 +39,12 @@ def gan_command(
     from games.gan.mixture_experiment import rows
     from games.gan.run import mixtures
 
-    with errors_in_one_line():
+    with errors_in_one_line("what is finished") as held:
         check_at_least(1, seeds=seeds, evaluations=evaluations, jobs=jobs)
         methods = tuple(chosen_names(method, METHODS, "method", option="--method"))
         known = experiments(seeds=seeds, evaluations=evaluations, methods=methods)
         chosen = [known[name] for name in chosen_names(names or ("ring", "grid"), known, "experiment")]
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
         console = Console()
         for name, results in found.items():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
 
 
 def meta_command(
@@ -39,14 +39,14 @@ def meta_command(
     from games.experiments.progress import run_with_progress
     from games.meta.catalogue import experiments, rows
 
-    with errors_in_one_line():
+    with errors_in_one_line("what is finished") as held:
         check_at_least(1, steps=steps, tasks=tasks, jobs=jobs)
         check_at_least(2, held_out=held_out)
         counts = list(dict.fromkeys(shots or (5, 10, 20)))
         check_at_least(1, shots=min(counts))
         known = experiments(shots=counts, steps=steps, tasks=tasks, held_out=held_out, seed=seed)
         chosen = [known[name] for name in chosen_names(names, known, "experiment")]
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
         console = Console()
         for name, results in found.items():

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+from games.experiments.console import (
+    check_at_least,
+    chosen_names,
+    errors_in_one_line,
+    interrupt_after_step,
+    output_folder,
+)
+from games.experiments.store import Store, digest
 from games.experiments.style import empty_figure
 from games.experiments.threads import choose_threads
 from games.mixture.problem import Corpus, Sizes
 from games.mixture.report import cells, write
-from games.mixture.run import INNER, METHODS, Row, Show, run
-from games.mixture.texts import sources
+from games.mixture.run import INNER, METHODS, Row, Show, row_of, run
+from games.mixture.texts import Source, sources
 
 
 def mixture_command(
@@ -30,31 +38,45 @@ def mixture_command(
     each: Annotated[int, typer.Option(help="Pieces of each source in a batch.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON in place of the table.")] = False,
-    output: Annotated[Path, typer.Option(readable=False, help="Folder for results.json and shares.png.")] = Path(
-        "runs/mixture"
-    ),
+    output: Annotated[
+        Path, typer.Option(readable=False, help="Folder for results.json, shares.png and checkpoints.")
+    ] = Path("runs/mixture"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
 ) -> None:
     """Learn how much of each source a small language model is trained on, in the training run itself."""
     from rich.console import Console
     from rich.table import Table
 
-    with errors_in_one_line():
+    with errors_in_one_line() as held, interrupt_after_step() as stop_if_asked:
         names = chosen_names(method, METHODS, "method", option="--method")
         check_at_least(INNER, steps=steps)
         check_at_least(1, each=each)
         check_at_least(2, length=length)
         check_at_least(20 * (length + 1), characters=characters)
         empty_figure()  # what would fail after minutes of work is tried before it
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         choose_threads(0.0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        corpus = Corpus(sources(characters, seed=seed), Sizes(length=length, each=each), device)
+        read = sources(characters, seed=seed)
+        corpus = Corpus(read, Sizes(length=length, each=each), device)
+        settings = {"steps": steps, "characters": characters, "length": length, "each": each, "seed": seed}
+        store, known_by = Store(output / "parts"), {**settings, "device": str(device), "texts": _digest_of(read)}
+        kept = {name: store.load(name, known_by) if resume else None for name in names}
+        files = {
+            name: store.checkpoint(name, known_by, steps=steps // INNER, resume=resume)
+            for name, result in kept.items()  # all, before the first: an interrupted run leaves nothing of an older one
+            if result is None
+        }
         rows: list[Row] = []
         with _bars(steps) as begin:
             for name in names:
-                rows.append(run(name, corpus, steps=steps, seed=seed, show=begin(name)))
+                result = kept[name]
+                if result is None:
+                    show = _stopping(begin(name), stop_if_asked)
+                    row = run(name, corpus, steps=steps, seed=seed, show=show, checkpoint=files[name])
+                    result = store.save(name, known_by, asdict(row))
+                rows.append(row_of(result))
         labels, noisy = [s.name for s in corpus.sources], [s.noise for s in corpus.sources]
-        settings = {"steps": steps, "characters": characters, "length": length, "each": each, "seed": seed}
         made = write(output, labels, noisy, rows, {**settings, "device": str(device)})
         if as_json:
             typer.echo(json.dumps(made))
@@ -65,6 +87,18 @@ def mixture_command(
             table.add_row(*line)
         console.print(table)
         console.print(f"Wrote results.json and, of learned mixtures, shares.png to {output}", highlight=False)
+
+
+def _digest_of(read: Sequence[Source]) -> str:
+    return digest(*(part.numpy().tobytes() for source in read for part in (source.train, source.held_out, source.test)))
+
+
+def _stopping(show: Show, stop_if_asked: Callable[[], None]) -> Show:
+    def shown(step: int, loss: float, shares: Sequence[float]) -> None:
+        show(step, loss, shares)
+        stop_if_asked()
+
+    return shown
 
 
 @contextmanager

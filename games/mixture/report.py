@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from games.experiments.provenance import provenance
 from games.experiments.store import as_json, write_json
-from games.experiments.style import COLOURS, DPI, LINES, SMALL, empty_figure, label_axes
+from games.experiments.style import COLOURS, LINES, SMALL, empty_figure, label_axes, save_figure
 from games.mixture.run import Row
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write(
     write_json(output / "results.json", made, indent=1)
     learned = [row for row in rows if row.curve]
     if learned:
-        figure(names, noisy, learned).savefig(output / "shares.png", dpi=DPI)
+        save_figure(figure(names, noisy, learned), output / "shares.png")
     return made
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,8 +59,17 @@ class Row:
     warnings: tuple[str, ...] = ()
 
 
-def run(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show) -> Row:
-    """One method, or one given mixture, for so many training steps of the model."""
+def row_of(content: Mapping[str, Any]) -> Row:
+    """A row from what a file has of it."""
+    curve = [(int(step), list(shares)) for step, shares in content["curve"]]
+    return Row(**{**content, "curve": curve, "warnings": tuple(content["warnings"])})
+
+
+def run(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show, checkpoint: Path | None = None) -> Row:
+    """One method, or one given mixture, for so many training steps of the model.
+
+    `checkpoint` is a file of `Store.checkpoint`, from which a method that learns goes on, bit for bit.
+    """
     began = time.perf_counter()
     if method in GIVEN:
         clean = torch.tensor([not source.noise for source in corpus.sources], device=corpus.device)
@@ -68,8 +78,8 @@ def run(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show) -> Ro
             given = torch.where(clean, given, -torch.inf)
         row = _given(method, corpus, given, steps=steps, seed=seed, show=show)
     else:
-        row = _learned(method, corpus, steps=steps, seed=seed, show=show)
-    seconds = time.perf_counter() - began
+        row = _learned(method, corpus, steps=steps, seed=seed, show=show, checkpoint=checkpoint)
+    seconds = row.seconds or time.perf_counter() - began
     return Row(**{**vars(row), "seconds": seconds})
 
 
@@ -89,18 +99,20 @@ def _given(method: str, corpus: Corpus, mixture: Tensor, *, steps: int, seed: in
     return Row(method, shares, _judged(corpus, model, dict(model.named_parameters())), steps, steps, 0.0)
 
 
-def _learned(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show) -> Row:
+def _learned(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show, checkpoint: Path | None) -> Row:
     game, moves = corpus.game(seed), max(1, steps // INNER)
-    curve: list[tuple[int, list[float]]] = []
+    names = [f"share {index}" for index in range(len(corpus.sources))]
+
+    def shares(variables: Mapping[str, Any]) -> dict[str, float]:
+        return dict(zip(names, torch.softmax(variables["mixture"], 0).tolist(), strict=True))
 
     def look(step: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
-        shares = torch.softmax(variables["mixture"], 0).tolist()
-        curve.append((step * INNER, shares))
-        show(step * INNER, record["mixture"], shares)
+        show(step * INNER, record["mixture"], [record[name] for name in names])
 
     leader = partial(torch.optim.Adam, **LEADERS[method])
     falling = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.05, total_iters=moves)
-    options: dict[str, Any] = {"steps": moves, "seed": seed, "callbacks": (look,)}
+    options: dict[str, Any] = {"steps": moves, "seed": seed, "callbacks": (look,), "record": shares}
+    options["checkpoint"] = checkpoint
     options |= {"optimizer": leader, "scheduler": falling}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.BilevelWarning)  # they are in the solution
@@ -111,9 +123,11 @@ def _learned(method: str, corpus: Corpus, *, steps: int, seed: int, show: Show) 
         else:
             rule = ValueFunction(ADAM, method=F2SA2(nudge=0.1, steps=INNER))
             solution = bl.solve(game, dynamics=rule, **options)
+    # From the history, which a run that goes on has from its beginning.
+    curve = [(int(record["step"]) * INNER, [record[name] for name in names]) for record in solution.history]
     noisy = [index for index, source in enumerate(corpus.sources) if source.noise]
     loss = _judged(corpus, corpus.model(seed), solution.variables["model"])
-    found = Row(method, curve[-1][1], loss, moves * INNER, solution.gradients, 0.0, curve)
+    found = Row(method, curve[-1][1], loss, moves * INNER, solution.gradients, solution.seconds, curve)
     return Row(**{**vars(found), "below": below(curve, noisy), "warnings": solution.warnings})
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, make_output_folder
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
 
 
 def paper_command(
@@ -28,12 +28,12 @@ def paper_command(
     from games.paper import catalogue
 
     known = catalogue.experiments()
-    with errors_in_one_line():
+    with errors_in_one_line("what is finished") as held:
         if list_:
             for experiment in known.values():
                 typer.echo(f"{experiment.name:<16}{experiment.title}")
             return
         chosen = chosen_names(names, known, "experiment")
         check_at_least(1, jobs=jobs)
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         run_with_progress([known[name] for name in chosen], data, output, jobs=jobs, resume=resume)

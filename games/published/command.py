@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bilevel.files import write_whole
 from games.experiments.console import check_at_least, chosen_names, errors_in_one_line
 
 
@@ -35,7 +36,7 @@ def problems_command(
     from games.published.run import solved
 
     console = Console()
-    with errors_in_one_line():
+    with errors_in_one_line(""):
         check_at_least(1, starts=starts, steps=steps)
         known = problems()
         parts = [name for name in known if any(part.lower() in name.lower() for part in names or [])]
@@ -78,5 +79,5 @@ def problems_command(
                 "stated": len(known),
                 "results": [asdict(found) for found in results],
             }
-            output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+            write_whole(output, (json.dumps(written, indent=1) + "\n").encode())
             console.print(f"Wrote {output}", highlight=False, markup=False)

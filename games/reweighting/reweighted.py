@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bilevel as bl
 from bilevel.tree import Variables
 from games.errors import MissingExtraError
-from games.experiments.style import SMALL, empty_figure
+from games.experiments.style import SMALL, empty_figure, save_figure
 from games.reweighting.weighting import LabelNetwork, Weighting
 
 if TYPE_CHECKING:
@@ -117,5 +117,5 @@ class Reweighted:
             axes.set_title(f"{classes[label] if classes else label}  {float(self.weights[index]):.1g}", fontsize=SMALL)
             axes.axis("off")
         target = Path(path)
-        figure.savefig(target, dpi=110)
+        save_figure(figure, target, dpi=110)
         return target

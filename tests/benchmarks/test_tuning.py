@@ -8,6 +8,7 @@ import torch
 
 import bilevel as bl
 from benchmarks.tuning.__main__ import started
+from benchmarks.tuning.evaluations import Evaluations, compressed, evaluated, quicker
 from benchmarks.tuning.problems import many, ten
 
 
@@ -39,3 +40,28 @@ def test_nothing_leaves_its_box():
     torch.testing.assert_close(problem.values(far), torch.where(far < 0, problem.low, problem.high))
     inside = problem.low + 0.3
     torch.testing.assert_close(problem.values(problem.coordinates(inside)), inside)
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_the_slope_of_its_compressed_training():
+    problem = replace(ten(0, dtype=torch.float64), optimizer=partial(torch.optim.SGD, lr=0.02))
+    setting = Evaluations(3, steps=4, speed=3.0)
+    values = 0.5 * (problem.low + problem.high)
+    loss, slope = compressed(problem, values, setting)
+    fast = quicker(problem, setting)
+    assert loss == pytest.approx(fast.valid_loss(values), rel=1e-12)
+    for direction in torch.eye(10, dtype=torch.float64):
+        # As above.
+        wanted = (fast.valid_loss(values + 1e-4 * direction) - fast.valid_loss(values - 1e-4 * direction)) / 2e-4
+        assert float(slope @ direction) == pytest.approx(wanted, rel=1e-4, abs=1e-10)
+
+
+@pytest.mark.slow
+def test_the_search_by_slopes_counts_its_steps_and_stays_in_the_box():
+    problem = ten(0)
+    curve, values, losses = evaluated(problem, started(problem, 0), Evaluations(2, steps=3, speed=2.0), 0)
+    # Twice 3 steps and a gradient of the validation loss, twice; and the real training.
+    assert curve[-1][0] == 2 * 7 + 200
+    assert curve[-1][2] == problem.valid_loss(values)
+    assert len(losses) == 2
+    assert bool(((values >= problem.low) & (values <= problem.high)).all())

@@ -142,8 +142,8 @@ def test_exploitability_in_other_sets_and_with_terms(name):
 
 
 def test_certify_says_who_knows_constraints():
-    with pytest.raises(ValueError, match="certify: 'y' has the domain Box.*check_hypergradient and certify_nash"):
-        bl.certify(game("box"), {"x": X, "y": torch.zeros(3, dtype=D)})
+    with pytest.raises(ValueError, match="certify: 'y' has the domain Second.*check_hypergradient and certify_nash"):
+        bl.certify(game("cone"), {"x": X, "y": torch.zeros(3, dtype=D)})
 
 
 MIXED = ((1.0, 0.5), (-0.5, 0.25), (0.25, 0.0))

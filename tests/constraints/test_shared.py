@@ -320,3 +320,19 @@ def test_a_player_at_a_maximum_of_its_own_is_refused():
 def test_contradicting_constraints_are_named():
     with pytest.raises(bl.errors.InfeasibleError, match="inequality"):
         answer(firms([plant, lambda b: 5.0 - b], [plant, lambda c: -c]))
+
+
+def test_a_shared_function_of_a_batch_is_refused():
+    """Each of them has batches of its own, and one constraint has one: that of the first would be taken in silence."""
+
+    def room(b, c, batch):
+        return b + c - batch
+
+    one = tensor(1.0)
+    game = bl.Game(
+        a=bl.Player(lambda a, b, c: -a * (12.0 - a - b - c), 4.0 * one),
+        b=bl.Player(lambda a, b, c: -b * (12.0 - a - b - c), one, inequality=room, data=[tensor(4.0)]),
+        c=bl.Player(lambda a, b, c: -c * (11.0 - a - b - c), one, inequality=room, data=[tensor(3.0)]),
+    )
+    with pytest.raises(ValueError, match=r"\['b', 'c'\] share a function as inequality= that takes `batch`"):
+        game.joined(firms=("b", "c"))

@@ -52,3 +52,63 @@ def test_what_a_response_does_not_offer_it_refuses_in_words():
         bare.with_budget(3)
     with pytest.raises(TypeError, match="Bare has no torch.optim optimiser to replace"):
         bare.with_inner_optimizer(torch.optim.SGD)
+
+
+POINT = torch.tensor([0.3, 0.2], dtype=torch.float64)
+GAME = bl.Game(
+    x=bl.Player(lambda y: y.square().sum(), POINT), y=bl.Player(lambda x, y: (y - x.sin()).square().sum(), POINT)
+)
+DESCENT = partial(SGD, lr=0.4)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        *(
+            bl.Unrolled(DESCENT, steps=4, differentiation=how)
+            for how in (bl.ReverseMode(), bl.ForwardMode(), bl.Segments())
+        ),
+        bl.Implicit(DESCENT),
+        bl.Nudged(DESCENT),
+        bl.SingleLoop(DESCENT),
+        bl.Hypernetwork(partial(Adam, lr=0.1), tolerance=None),
+    ],
+)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_dual_numbers_outside_torch_func_are_refused(response, vectorize):
+    state = response.init(GAME)
+
+    def answer(x):
+        return response(GAME, {"x": x}, state)[0]
+
+    with pytest.raises(RuntimeError, match=r"variables of 'x' with tangents of torch.autograd.forward_ad"):
+        if vectorize:
+            torch.autograd.functional.jacobian(answer, POINT, vectorize=True, strategy="forward-mode")
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                answer(torch.autograd.forward_ad.make_dual(POINT, torch.ones_like(POINT)))
+
+
+def test_a_jacobian_by_batched_backward_passes():
+    response = bl.Nudged(DESCENT, steps=200, tolerance=1e-9)
+    x = POINT.clone().requires_grad_()
+    y, _ = response(GAME, {"x": x}, response.init(GAME))
+    rows = torch.eye(2, dtype=torch.float64)
+    (found,) = torch.autograd.grad(y, x, rows, is_grads_batched=True)
+    # The loss is quadratic in y, so that the nudge's own error is 0; solves stop at 1e-9 of it.
+    torch.testing.assert_close(found, torch.diag(POINT.cos()), rtol=0.0, atol=1e-6)
+
+
+def test_a_single_loop_has_one_adjoint_for_batched_cotangents_as_well():
+    response = bl.SingleLoop(DESCENT)
+    x = POINT.clone().requires_grad_()
+    y, _ = response(GAME, {"x": x}, response.init(GAME))
+    with pytest.raises(ValueError, match="differentiated twice, with different cotangents"):
+        torch.autograd.grad(y, x, torch.eye(2, dtype=torch.float64), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("response", [bl.Nudged(DESCENT), bl.SingleLoop(DESCENT)])
+def test_what_has_a_backward_pass_alone_says_so_in_forward_mode(response):
+    state = response.init(GAME)
+    with pytest.raises(RuntimeError, match=r"Nudged|SingleLoop has its derivative by a backward pass alone"):
+        torch.func.jacfwd(lambda x: response(GAME, {"x": x}, state)[0])(POINT)

@@ -85,8 +85,9 @@ def test_a_gradient_that_is_no_gradient_of_its_loss_is_noticed():
         slopes.append(slope)
         states.append(state)
     assert_close(slopes[1], slopes[0], rtol=1e-12)
-    # One more product a step for the transposed graph, and three for the check that failed at once; else 24 + 10.
-    assert states[1]["products"] == 24 + 8 + 3
+    # One more product a step for the transposed graph, and seven for the check that failed at once, four of which
+    # ask whether it is rounding; else 24 + 10.
+    assert states[1]["products"] == 24 + 8 + 7
 
 
 def test_joint_followers():
@@ -197,3 +198,37 @@ def test_rounding_near_a_loss_of_zero_is_no_asymmetry():
         slopes.append(hypergradient(game, response, torch.zeros(4))[0])
     # Three hundred steps in float32, whose Hessians reach 10: 300 eps times that.
     torch.testing.assert_close(slopes[1], slopes[0], rtol=4e-4, atol=1e-6)
+
+
+def test_a_softmax_that_is_saturated_from_the_start_is_no_asymmetry():
+    # Its Hessian is the rounding of probabilities next to 0 and 1 in all steps; in the last one of the 264th it is more
+    # than what the first step saw.
+    def follow(x, y):
+        return torch.nn.functional.cross_entropy((y * x)[None], torch.tensor([0]))
+
+    for seed in (*range(10), *range(260, 270)):
+        numbers = torch.Generator().manual_seed(seed)
+        start = torch.randn(3, generator=numbers) * 10.0
+        start[0] = start[0].abs() + 10.0
+        x = 1.0 + 0.1 * torch.randn(3, generator=numbers)
+        game = bl.Game(x=bl.Player(lambda x, y: y.square().sum() + x.square().sum(), x), y=bl.Player(follow, start))
+        slopes = []
+        for how in (bl.ReverseMode(), bl.ForwardMode()):
+            response = bl.Unrolled(partial(optim.SGD, lr=5.0), steps=6, differentiation=how)
+            slopes.append(hypergradient(game, response, x)[0])
+        # Six steps of rate 5, each with eps of rounding in second derivatives of size |y| = 30; a slope of 2 |y|.
+        torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=6 * 5 * 30 * 60 * 1.2e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_a_scheduled_rate_that_is_a_tensor(momentum):
+    def factory(params):
+        return optim.SGD(params, lr=torch.tensor(0.05, dtype=D), momentum=momentum)
+
+    halved = bl.inner.TorchOptimizer(factory, scheduler=partial(optim.lr_scheduler.StepLR, step_size=2, gamma=0.5))
+    game, slopes = wide_game(), []
+    for how in (bl.ReverseMode(), bl.ForwardMode(), bl.Segments(count=2)):
+        response = bl.Unrolled(halved, steps=7, differentiation=how)
+        slopes.append(hypergradient(game, response, torch.full((3,), -3.0, dtype=D))[0])
+    for slope in slopes[1:]:
+        assert_close(slope, slopes[0], rtol=1e-12)

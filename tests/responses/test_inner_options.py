@@ -468,3 +468,14 @@ def test_a_player_who_would_get_no_derivative_is_refused(factory, told):
     )
     with pytest.raises(TypeError, match=told):
         bl.Unrolled(factory, steps=5).init(game)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_the_loss_that_is_told_is_the_mean_over_a_steps_batches(mode):
+    response = bl.Unrolled(TorchOptimizer(SGD, accumulate=3), steps=2, differentiation=mode)
+    x = X.clone().requires_grad_()
+    _, state = response(GAME, {"x": x}, response.init(GAME))
+    before, _ = bl.Unrolled(TorchOptimizer(SGD, accumulate=3), steps=1)(GAME, {"x": x}, response.init(GAME))
+    # The second step's batches are the fourth, the first and the second.
+    wanted = sum(follow(x, before, BATCHES[i]) for i in (3, 0, 1)) / 3
+    torch.testing.assert_close(state["loss"], wanted.detach())

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from benchmarks.leaks import calls, game_of, live, responses
+from benchmarks.leaks import calls, cases, game_of, live
 
 SIZE = 20
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
-@pytest.mark.parametrize("response", responses(SIZE).values(), ids=responses(SIZE))
-def test_live_tensors_do_not_grow_with_the_calls(response):
-    found = {call: live() for call in calls(response, game_of(SIZE), 30) if call in (9, 29)}
+@pytest.mark.parametrize(("made", "response"), cases(SIZE).values(), ids=cases(SIZE))
+def test_live_tensors_do_not_grow_with_the_calls(made, response):
+    found = {call: live() for call in calls(response, made(SIZE), 30) if call in (9, 29)}
     assert found[9] == found[29]
 
 

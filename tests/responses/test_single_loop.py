@@ -274,7 +274,8 @@ def test_a_modules_buffers_advance_once_a_call():
         state, decay = response.init(game), torch.tensor(-3.0, requires_grad=True)
         for _ in range(3):
             weights, state = response(game, {"decay": decay}, state)
-            game.loss("decay", {"decay": decay, "weights": weights}, buffers={"weights": state["buffers"]}).backward()
+            everybody = {"decay": decay, "weights": weights}
+            game.loss("decay", everybody, buffers=game.statistics(everybody, {"weights": state})).backward()
             state = response.after_backward(state, weights)
         assert int(state["buffers"]["0.num_batches_tracked"]) == 3
 
@@ -317,6 +318,26 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(slope.sum(), x)
 
 
+def test_a_loop_that_runs_away_is_told_before_a_hundred_steps():
+    """A rate of 5 for curvatures of 1 multiplies what is left of both equations by 4 a step."""
+    game = bl.Game(
+        x=bl.Player(lambda y: (y - 1.0).square().sum(), torch.ones(2)),
+        y=bl.Player(lambda x, y: 0.5 * (y - x).square().sum(), torch.zeros(2)),
+    )
+    response, x = bl.SingleLoop(partial(SGD, lr=5.0)), torch.ones(2, requires_grad=True)
+    state = response.init(game)
+
+    def step(state):
+        y, after = response(game, {"x": x}, state)
+        torch.autograd.grad(game.loss("x", {"x": x, "y": y}), x)
+        return response.after_backward(after, y)
+
+    for _ in range(10):
+        state = step(state)
+    with pytest.warns(NonConvergenceWarning, match="on average over the last 10 steps the adjoint of player 'y'"):
+        step(state)
+
+
 def test_an_adjoint_that_learns_nothing_is_told():
     response = bl.SingleLoop(partial(SGD, lr=0.3), adjoint=partial(SGD, lr=1e-6))
     leader = partial(SGD, lr=0.01)
@@ -327,7 +348,8 @@ def test_an_adjoint_that_learns_nothing_is_told():
 
 def test_a_step_too_large_is_named():
     game, response = game_of(batches_of()), bl.SingleLoop(partial(SGD, lr=1e3))
-    with pytest.raises(NonFiniteError, match="below 2 over the largest curvature"):
+    running_away = pytest.warns(NonConvergenceWarning, match="the adjoint of player 'y' has left")
+    with running_away, pytest.raises(NonFiniteError, match="below 2 over the largest curvature"):
         steps_at(response, game, torch.ones(SIZE, dtype=torch.float64), 200)
 
 

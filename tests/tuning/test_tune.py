@@ -14,7 +14,6 @@ import bilevel as bl
 from bilevel.tuning import CSVLogger, EarlyStopping, MLflowLogger, WandbLogger
 
 # Told of once, by a test of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:tune. the model has BatchNorm:bilevel.errors.UnreliableResponseWarning")
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 torch.manual_seed(0)
 INPUTS = torch.randn(300, 12)
@@ -59,17 +58,56 @@ def test_it_ends_better_than_it_began(tuned):
     assert "at those found" in str(again)
 
 
-def test_batch_norm_is_told_of_where_the_answer_is_learned():
-    with pytest.warns(bl.errors.UnreliableResponseWarning, match="'?1'? for one.*GroupNorm"):
-        run(steps=20)
+def test_fresh_trainings_are_kept_as_they_end(tuned, tmp_path):
+    made = []
+
+    def make(stop_at=None):
+        made.append(0)
+        if len(made) == stop_at:
+            raise KeyboardInterrupt
+        return network()
+
+    whole = bl.retrain(tuned, seeds=2, steps=10, make=network)
+    kept = {"steps": 10, "checkpoint": tmp_path / "again.pt"}
+    with pytest.raises(KeyboardInterrupt):
+        bl.retrain(tuned, seeds=2, make=partial(make, 4), **kept)
+    made.clear()
+    again = bl.retrain(tuned, seeds=2, make=make, **kept)
+    assert (again.found, again.start) == (whole.found, whole.start)
+    for model, other in zip(again.models, whole.models, strict=True):
+        assert not model.training
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+    assert len(made) == 3, "two models of trainings that had ended, and the one training that was missing"
+    with pytest.raises(bl.errors.CheckpointError, match="of other trainings: its steps was 10 and is now 11"):
+        bl.retrain(tuned, make=network, **kept | {"steps": 11})
+
+
+def test_half_a_row_of_a_killed_run_is_no_row(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_bytes(b"step,loss\n1,0.5\n2,0.25\n3,0.1")  # about to write 0.125
+    CSVLogger(path)(3, {"step": 3, "loss": 0.125}, {})
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "3,0.125"]
+    path.write_bytes(b"step,loss\n1,0.5\n1")  # of step 12, say
+    CSVLogger(path)(2, {"step": 2, "loss": 0.25}, {})
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25"]
+
+
+def test_batch_norm_is_followed_and_what_cannot_be_is_told():
+    class Own(nn.BatchNorm1d):
+        def forward(self, inputs):
+            return super().forward(inputs)
+
+    def network(layer):
+        return nn.Sequential(nn.Linear(12, 8), layer, nn.Linear(8, 2))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", bl.errors.UnreliableResponseWarning)
-        run(steps=20, model=nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)))
-        run(
-            steps=20,
-            model=nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2)),
-        )
-        run(steps=20, response=bl.Unrolled(ADAM, steps=5, tolerance=None))
+        for layer in (nn.BatchNorm1d(8), nn.LayerNorm(8), nn.BatchNorm1d(8, track_running_stats=False)):
+            run(steps=20, model=network(layer))
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match=r"statistics of 'weights\.1' \(Own\).*GroupNorm"):
+        run(steps=20, model=network(Own(8)))
 
 
 def test_the_model_given_is_left_alone_and_the_trained_one_is_whole():
@@ -90,6 +128,7 @@ def test_every_hyperparameter_stands_in_the_history_and_what_is_printed(tuned):
     frame = tuned.to_frame()
     assert len(frame) == len(tuned.history)
     assert frame["hyper.decay"].iloc[-1] == last["hyper.decay"]
+    assert tuned.numbers == {name: pytest.approx(last[f"hyper.{name}"]) for name in ("decay", "smoothing")}
     told = str(tuned)
     assert "smoothing" in told
     assert "400 training steps, 40 of them before" in told

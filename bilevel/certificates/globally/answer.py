@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bilevel._printed import printed
 from bilevel.tree import Variables, named_leaves
 
 
@@ -45,7 +45,6 @@ class GlobalAnswer:
 
     def __str__(self) -> str:
         """A table of the players' variables and the follower's multipliers."""
-        from rich.console import Console  # noqa: PLC0415 - only where something is printed
         from rich.table import Table  # noqa: PLC0415
 
         standing = "the global optimum" if self.proved else "not proved to be the global optimum"
@@ -60,6 +59,4 @@ class GlobalAnswer:
             for path, leaf in named_leaves(tree):
                 shown = [f"{number:.6g}" for number in leaf.reshape(-1)[:12].tolist()]
                 table.add_row(f"{name}{path}", ", ".join(shown) + (", and more" if leaf.numel() > 12 else ""))
-        text = io.StringIO()
-        Console(file=text, width=100).print(table, markup=False)
-        return text.getvalue().rstrip()
+        return printed(table)

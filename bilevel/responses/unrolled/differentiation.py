@@ -92,13 +92,14 @@ class Steps:
         self._drawn = False
 
     def note(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-        """Take note of a step's losses and of F there, as a rule its mean gradient."""
-        self.loss, self.slopes = losses[-1].detach(), [slope.detach() for slope in slopes]
+        """Take note of a step's losses, whose mean it tells, and of F there, as a rule its mean gradient."""
+        self.loss = losses[0].detach() if len(losses) == 1 else torch.stack([loss.detach() for loss in losses]).mean(0)
+        self.slopes = [slope.detach() for slope in slopes]
         self._fault.see(losses, self.slopes)
 
     def require_finite(self, y: Sequence[Tensor]) -> None:
         """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
-        advice = "Lower the inner learning rate of Unrolled(optimizer)."
+        advice = "Lower the learning rate of its inner optimiser."
         follower, fault = self.follower, self._fault.found()
         if fault is not None:
             where = follower.where_loss_not_finite(y) or follower.where_not_finite(follower.game.norms(y))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, optim
 
+from bilevel.inner.schedule import applied
 from bilevel.inner.seeds import SEEDS
 from bilevel.inner.torch_optim import Memory
 from bilevel.responses.unrolled.differentiation import Point, Steps, detach_memory
@@ -87,6 +88,7 @@ class _Linear(Tangents):
         self._columns = [[torch.zeros_like(leaf) for leaf in start.y] for _ in range(entries)]
         names = leaf_names(follower.form.build(start.y), follower.name)
         self._optimizers = [steps.recipe.settings.build(column, names) for column in self._columns]
+        self._originals = [dict(group) for group in self._optimizers[0].param_groups]
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["foreach"] = False
@@ -104,10 +106,11 @@ class _Linear(Tangents):
         """The leaves after one step."""
         fresh = self._stepper.memory is None
         changes = self._stepper.next_changes()
+        settings = applied(changes, self._originals)  # a rate that is a tensor is scheduled as a function of it
         for column, optimizer, moved in zip(self._columns, self._optimizers, along, strict=True):
             slope_of = dict(zip(map(id, column), moved, strict=True))
             for index, group in enumerate(optimizer.param_groups):
-                group |= {} if changes is None else changes[index]
+                group |= settings[index]
                 for tangent in group["params"]:
                     tangent.grad = slope_of[id(tangent)]
                     if tangent not in optimizer.state:  # the first step: as memory begins, so does its derivative

@@ -44,6 +44,21 @@ def function(text: str, option: str) -> Callable[..., Any]:
     return called
 
 
+def files(*options: str | None) -> dict[str, Path]:
+    """The files that options name as `path.py:function`, and what these have imported from beside or below them."""
+    found: dict[str, Path] = {}
+    for text in options:
+        if text is None or not is_named(text):
+            continue
+        whole = Path(text.rpartition(":")[0]).resolve()
+        found[whole.name] = whole
+        for module in list(sys.modules.values()):
+            path = Path(getattr(module, "__file__", None) or "")
+            if path.is_relative_to(whole.parent) and path.is_file() and _is_users(str(path)):
+                found[str(path.relative_to(whole.parent))] = path
+    return dict(sorted(found.items()))
+
+
 def called(call: Callable[..., Any], text: str, option: str) -> Any:
     """What a user's function returns; raises `UsageError` for its exceptions, with the line where they arose."""
     try:
@@ -60,7 +75,9 @@ def told(error: BaseException) -> str:
 
 
 def _is_users(filename: str) -> bool:
-    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in _OTHERS)
+    path = Path(filename)
+    installed = "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in _OTHERS)
+    return not filename.startswith("<") and not installed
 
 
 def _module(path: Path, what: str) -> ModuleType:

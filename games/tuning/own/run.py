@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel import BilevelError, BilevelWarning
+from bilevel._printed import printed
 from bilevel.errors import CheckpointError
+from bilevel.files import write_whole
+from bilevel.randomness import random_kept
 from bilevel.tuning import Retrained, Tuned
 from games.errors import TrainingError
-from games.experiments.console import UsageError, check_at_least, make_output_folder
+from games.experiments.console import UsageError, check_at_least, output_folder
 from games.experiments.provenance import provenance
-from games.experiments.store import Store, as_json, write_json
-from games.experiments.style import empty_figure
+from games.experiments.store import Store, as_json, digest, write_json
+from games.experiments.style import empty_figure, save_figure
 from games.tuning.own import named, settings
 from games.tuning.own.sets import Sets, sets
 
@@ -38,6 +42,7 @@ class Options:
     lr: float
     epochs: int | None
     steps: int | None
+    device: str
     batch: int
     train: int | None
     valid: int | None
@@ -46,6 +51,7 @@ class Options:
     seed: int
     output: Path
     resume: bool
+    accept_changes: bool
     plot: bool
 
 
@@ -67,6 +73,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     check_at_least(1, **length)
     if options.plot:
         empty_figure()  # what would fail after minutes of work is tried before it
+    device = settings.device(options.device)
     build = named.function(options.model, "--model")
     factory = settings.optimizer(options.optimizer, options.lr)
     data = sets(
@@ -81,60 +88,82 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     model = named.called(build, options.model, "--model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {options.model} returned a {type(model).__name__}; expected an nn.Module.")
+    model = model.to(device)
     loss, classes = _checked_loss(options, model, data)
     declared = settings.hyper(options.hyper, model, classes)
-    make_output_folder(options.output)
-    identity = {
-        "model": options.model,
-        "data": data.fingerprint,
-        "hyper": {name: repr(entry) for name, entry in declared.items()},
-        "loss": options.loss,
-        "optimizer": [options.optimizer, options.lr],
-        "length": length,
-        "batch": options.batch,
-        "seed": options.seed,
-    }
-    checkpoint = Store(options.output).checkpoint("tune", identity, steps=2**62, resume=options.resume)
+    files = named.files(options.model, options.data, options.loss, options.optimizer)
+    with output_folder(options.output):
+        identity = {
+            "model": options.model,
+            "files": {name: digest(path.read_bytes()) for name, path in files.items()},
+            "data": data.fingerprint,
+            "hyper": {name: repr(entry) for name, entry in declared.items()},
+            "loss": options.loss,
+            "optimizer": [options.optimizer, options.lr],
+            "length": length,
+            "device": options.device,
+            "batch": options.batch,
+            "seed": options.seed,
+        }
+        checkpoint = Store(options.output).checkpoint(
+            "tune",
+            identity,
+            steps=2**62,
+            resume=options.resume,
+            accepted=("files",) if options.accept_changes else (),
+            hint="Put back what was there, or pass --accept-changes to go on with what is there now.",
+        )
 
-    def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
-        stop_if_asked()
+        kept = options.output / "retrain.pt"
+        if not options.resume:
+            kept.unlink(missing_ok=True)
 
-    tune = partial(
-        bl.tune,
-        model,
-        loss,
-        loss,
-        data.train,
-        data.valid,
-        hyper=declared,
-        optimizer=factory,
-        callbacks=(step,),
-        checkpoint=checkpoint,
-        progress=not quiet,
-        seed=options.seed,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BilevelWarning)  # they are in the solution, and told at the end
-        before, tuned, again = _version(checkpoint), None, None
-        try:
-            tuned = tune(**length)  # type: ignore[arg-type]
-            if options.retrain:
-                again = bl.retrain(tuned, seeds=options.retrain, make=build)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            # The run writes its checkpoint as it begins, after all that it refuses.
-            if tuned is None and _version(checkpoint) == before:
-                raise UsageError(named.told(error)) from error
-            if isinstance(error, BilevelError):
+        def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
+            stop_if_asked()
+
+        def fresh() -> nn.Module:
+            stop_if_asked()
+            return build().to(device)  # type: ignore[no-any-return]
+
+        tune = partial(
+            bl.tune,
+            model,
+            loss,
+            loss,
+            data.train,
+            data.valid,
+            hyper=declared,
+            optimizer=factory,
+            callbacks=(step,),
+            checkpoint=checkpoint,
+            accept_changes=options.accept_changes,
+            progress=not quiet,
+            seed=options.seed,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BilevelWarning)  # they are in the solution, and told at the end
+            before, tuned, again = _version(checkpoint), None, None
+            try:
+                tuned = tune(**length)  # type: ignore[arg-type]
+                if options.retrain:
+                    again = bl.retrain(tuned, seeds=options.retrain, make=fresh, checkpoint=kept)
+            except CheckpointError:
                 raise
-            raise TrainingError(f"The training failed: {named.told(error)}") from error
-    content = _content(options, identity, data, tuned, again, loss, classes)
-    write_json(options.output / "results.json", content, indent=1)
-    torch.save(tuned.model.state_dict(), options.output / "model.pt")
-    if options.plot:
-        tuned.plot(options.output / "run.png")
-    return content
+            except Exception as error:
+                # The run writes its checkpoint as it begins, after all that it refuses.
+                if tuned is None and _version(checkpoint) == before:
+                    raise UsageError(named.told(error)) from error
+                if isinstance(error, BilevelError):
+                    raise
+                raise TrainingError(f"The training failed: {named.told(error)}") from error
+        content = _content(options, identity, data, tuned, again, loss, classes)
+        write_json(options.output / "results.json", content, indent=1)
+        buffer = io.BytesIO()
+        torch.save(tuned.model.state_dict(), buffer)
+        write_whole(options.output / "model.pt", buffer.getvalue())
+        if options.plot:
+            save_figure(tuned.plot(), options.output / "run.png")
+        return content
 
 
 def _version(file: Path) -> tuple[int, int] | None:
@@ -154,7 +183,7 @@ def _checked_loss(options: Options, model: nn.Module, data: Sets) -> tuple[Calla
         first: Any = named.called(lambda loader=loader: next(iter(loader), None), what, "--data")
         if first is None:
             raise UsageError(f"--data {what}: the {name} loader gives no batch.")
-        batches.append(first)
+        batches.append(settings.placed(first, model))
     loss, classes = settings.loss(options.loss, batches[0])
     before = model.training
     model.eval()
@@ -185,10 +214,11 @@ def _content(
     loss: Callable[..., Tensor],
     classes: bool,
 ) -> dict[str, Any]:
-    values = {
-        "valid": _evaluated(tuned.model, data.valid, loss, classes),
-        **({} if data.test is None else {"test": _evaluated(tuned.model, data.test, loss, classes)}),
-    }
+    with random_kept(start=options.seed):  # loaders that shuffle give the same batches to a run that was resumed
+        values = {
+            "valid": _evaluated(tuned.model, data.judged, loss, classes),
+            **({} if data.test is None else {"test": _evaluated(tuned.model, data.test, loss, classes)}),
+        }
     retrained = None if again is None else {"start": list(again.start), "found": list(again.found)}
     found: dict[str, Any] = as_json(
         {
@@ -217,7 +247,8 @@ def _evaluated(
     before = model.training
     model.eval()
     total = right = seen = 0.0
-    for batch in batches:
+    for drawn in batches:
+        batch = settings.placed(drawn, model)
         count = float(len(batch[1])) if isinstance(batch, tuple | list) and len(batch) == 2 else 1.0
         total += count * float(loss(model, batch))
         seen += count
@@ -231,7 +262,6 @@ def _evaluated(
 
 def table(content: Mapping[str, Any], output: Path) -> str:
     """What was found, for a person."""
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table(title=f"Tuned on {content['data']}")
@@ -240,10 +270,7 @@ def table(content: Mapping[str, Any], output: Path) -> str:
     for name, value in content["hyper"].items():
         for key, found in _numbers(name, value).items():
             shown.add_row(key, f"{_numbers(name, content['start'][name])[key]:.4g}", f"{found:.4g}")
-    console = Console(width=100, record=True)
-    with console.capture() as held:
-        console.print(shown)
-    lines = [held.get().rstrip(), content["plan"]]
+    lines = [printed(shown), content["plan"]]
     for part, told in (("valid", "validation"), ("test", "test")):
         if part in content["model"]:
             of = content["model"][part]

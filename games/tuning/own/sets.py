@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +23,17 @@ _SHARE = 5  # one example in so many is for validation, where the data do not sa
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """Batches of (inputs, labels), or what a user's loaders give; `fingerprint` differs between data."""
+    """Batches of (inputs, labels), or what a user's loaders give; `fingerprint` differs between data.
+
+    `judged` is the validation data once more, all of it, for what is told of the trained model.
+    """
 
     name: str
     train: Iterable[Any]
     valid: Iterable[Any]
     test: Iterable[Any] | None
     fingerprint: str
+    judged: Iterable[Any]
 
 
 def sets(
@@ -52,6 +56,7 @@ def sets(
         _loader(parts["valid"], 4 * batch, shuffle=True),
         None if test is None else _loader(test, 4 * batch, shuffle=False),
         digest.hexdigest()[:16],
+        _loader(parts["valid"], 4 * batch, shuffle=False),
     )
 
 
@@ -66,10 +71,20 @@ def _of_function(data: str) -> Sets:
                 f"--data {data} returned a {type(loader).__name__} for {name}; expected a DataLoader, a list of "
                 "batches, or what else can be iterated again and again."
             )
-    file = Path(data.rpartition(":")[0])
-    digest = hashlib.sha256(file.read_bytes() + data.encode()).hexdigest()[:16]
+    sizes = [_size(loader) for loader in found]
+    digest = f"{data}, batches and examples {sizes}"
     train, valid, *test = found
-    return Sets(data, train, valid, test[0] if test else None, digest)
+    return Sets(data, train, valid, test[0] if test else None, digest, valid)
+
+
+def _size(loader: Any) -> list[int]:
+    """How many batches a loader has, and how many examples, as far as it says."""
+    found: list[int] = []
+    parts: list[Any] = [loader, getattr(loader, "dataset", None)]
+    for part in parts:
+        with suppress(TypeError):
+            found.append(len(part))
+    return found
 
 
 def _cut(name: str, parts: dict[str, Examples], train: int | None, valid: int | None, seed: int) -> dict[str, Examples]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 import bilevel as bl
 from bilevel.hyper import Declaration, dropout_layers
@@ -36,6 +37,26 @@ _OPTIMIZERS: Final[dict[str, Any]] = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
 }
+
+
+def device(name: str) -> torch.device:
+    """Where the model is trained; refuses what this machine, or this build of PyTorch, does not have."""
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        has = [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
+        raise UsageError(
+            f"--device {name} cannot be used; here are {', '.join(['cpu', *has])}. (PyTorch says: "
+            f"{str(error).splitlines()[0][:120]})"
+        ) from error
+    return found
+
+
+def placed(batch: Any, model: nn.Module) -> Any:
+    """A batch where the model is."""
+    like = next(model.parameters(), None)
+    return batch if like is None else tree_map_only(Tensor, lambda tensor: tensor.to(like.device), batch)
 
 
 def hyper(given: Sequence[str] | None, model: nn.Module, cross_entropy: bool) -> dict[str, Declaration]:

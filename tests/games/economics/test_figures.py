@@ -7,6 +7,7 @@ import torch
 from torch import optim
 
 import bilevel as bl
+from games.economics.bounded_figures import bounded_figures
 from games.economics.figures import figures, path_of_play, surfaces
 from games.economics.oligopoly import Cournot
 
@@ -34,3 +35,4 @@ def test_slopes_vanish_on_the_reaction_curves():
 @pytest.mark.slow
 def test_every_kind_of_game_has_a_figure():
     assert set(figures()) == {"cournot", "bertrand", "toll", "contract", "security"}
+    assert set(bounded_figures()) == {"capacity", "braess", "city", "signed", "budget"}

@@ -66,6 +66,21 @@ def test_resuming_does_only_what_is_missing_or_has_changed(tmp_path):
     assert sorted(done) == [("a", True), ("b", True)]
 
 
+def test_resuming_does_anew_what_was_done_with_other_data(tmp_path):
+    source, folder = DigitSource(tmp_path / "data"), tmp_path / "runs"
+    source.folder.mkdir()
+    file = source.folder / "train-images-idx3-ubyte"
+    file.write_bytes(b"some")
+    made, done = experiment(a={"value": 2.0}), []
+    for content in (b"some", b"some", b"other"):  # of the same name, in the same place
+        file.write_bytes(content)
+        run_experiments(
+            [made], source, folder, jobs=1, resume=True,
+            on_part=lambda one: done.append(one.seconds > 0), on_experiment=lambda one: None,
+        )  # fmt: skip
+    assert done == [True, False, True]
+
+
 def test_a_part_that_fails_stops_no_other(tmp_path):
     done, (finished,) = run(experiment(a={"value": 2.0, "fail": True}, b={"value": 3.0}), tmp_path)
     assert len(done) == 2 and finished.figure is None

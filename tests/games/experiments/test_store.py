@@ -1,6 +1,8 @@
 """The store: a finished result is found again, another is not; a checkpoint of another run is refused, and kept."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from bilevel.errors import CheckpointError
 from bilevel.solving import checkpoint as checkpoints
-from games.experiments.store import Store, as_json, write_json
+from games.experiments.store import Store, as_json, digest, write_json
 
 ONE = {"settings": {"rate": 0.1}, "data": (1, 2)}
 
@@ -66,3 +68,31 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path, besid
         file.with_suffix(".json").write_text(beside)
     with pytest.raises(CheckpointError, match="does not say what run"):
         store.checkpoint("run", ONE, steps=5, resume=True)
+
+
+def test_a_file_that_has_changed_is_told_in_words_and_may_be_accepted(tmp_path):
+    store = Store(tmp_path)
+    before = {"seed": 1, "files": {"net.py": digest(b"one"), "parts/old.py": digest(b"two")}}
+    after = {"seed": 1, "files": {"net.py": digest(b"three"), "parts/new.py": digest(b"two")}}
+    file = store.checkpoint("run", before, steps=5, resume=True)
+    checkpoints.save(file, {"step": 3})
+    told = r"another run: net.py has another content now, parts/old.py was there alone, parts/new.py is new. Say so\.$"
+    for accepted in ((), ("seed",)):
+        with pytest.raises(CheckpointError, match=told):
+            store.checkpoint("run", after, steps=5, resume=True, accepted=accepted, hint="Say so.")
+    with pytest.raises(CheckpointError, match="another run: seed 1, here 2"):
+        store.checkpoint("run", {**after, "seed": 2}, steps=5, resume=True, accepted=("files",))
+    assert store.checkpoint("run", after, steps=5, resume=True, accepted=("files",)) == file
+    assert store.checkpoint("run", after, steps=5, resume=True) == file, "it is of this run from now on"
+
+
+def test_nothing_is_left_beside_a_file_that_could_not_be_written(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"x": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.json'$"):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert os.listdir(tmp_path) == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

@@ -1,6 +1,8 @@
 """The mixture's texts, its game, and a short run of each method."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -95,3 +97,38 @@ def test_the_command_prints_and_writes(tmp_path):
     assert json.loads(printed.stdout)["rows"][0]["method"] == "uniform"
     assert CliRunner().invoke(app, ["mixture", "--method", "magic"]).exit_code == 2
     assert CliRunner().invoke(app, ["mixture", "--steps", "3"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_where_one_ends_that_was_not(tmp_path, monkeypatch):
+    from games.mixture import command
+
+    def call(folder, *options):
+        small = ["--characters", "20000", "--length", "8", "--each", "2", "--steps", "60"]
+        return CliRunner().invoke(app, ["mixture", *small, "--output", str(folder), *options])
+
+    def rows(folder):
+        found = json.loads((folder / "results.json").read_text())["rows"]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+    assert call(tmp_path / "whole").exit_code == 0
+    played, run = [], command.run
+
+    def pressed(method, *arguments, show, **options):
+        played.append(method)
+
+        def shown(step, *rest):
+            if method == "ValueFunction" and step == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+            show(step, *rest)
+
+        return run(method, *arguments, show=shown, **options)
+
+    monkeypatch.setattr(command, "run", pressed)
+    stopped = call(tmp_path / "parts")
+    assert stopped.exit_code == 143 and "--resume goes on from the last step" in stopped.stderr
+    assert played == ["Nudged", "ValueFunction"]
+    monkeypatch.setattr(command, "run", lambda method, *a, **o: played.append(method) or run(method, *a, **o))
+    assert call(tmp_path / "parts", "--resume").exit_code == 0
+    assert played == ["Nudged", "ValueFunction", "ValueFunction", "uniform", "oracle"], "what is done is not done again"
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """`bilevel tune --model`: a model and data of one's own, and each refusal in one line."""
 
+import importlib
 import json
 import os
 import signal
@@ -164,6 +165,41 @@ def test_control_c_and_resume_equal_a_run_that_was_not_stopped(place, tmp_path, 
     assert results(tmp_path) == results(whole[1])
 
 
+def test_a_model_file_that_has_changed_is_refused_and_may_be_accepted(tmp_path):
+    (tmp_path / "changing_parts.py").write_text("hidden = 4\n")
+    net = tmp_path / "changing_net.py"
+    net.write_text(
+        "from torch import nn\nfrom changing_parts import hidden\n"
+        "def build(): return nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 3))\n"
+    )
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(90, 6))
+    np.savez(tmp_path / "classes.npz", x=x, y=x[:, :3].argmax(1))
+
+    def tune(*options):
+        """As in a process of its own, which reads the files anew."""
+        for name in ("changing_net", "changing_parts"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        given = ["--model", f"{net}:build", "--data", tmp_path / "classes.npz", "--output", tmp_path / "out", *options]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "dont_write_bytecode", True)
+            return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["tune", "--steps", "10", *map(str, given)])
+
+    assert tune().exit_code == 0
+    (tmp_path / "changing_parts.py").write_text("hidden = 4  # units\n")
+    line = refused(tune("--resume"))
+    assert "another run: changing_parts.py has another content now. Put back what was there, or pass --accept" in line
+    assert tune("--resume", "--accept-changes").exit_code == 0
+    assert tune("--resume").exit_code == 0
+    net.write_text(net.read_text().replace("Tanh", "ReLU"))  # of the same form, which no shape tells
+    assert "changing_net.py has another content now" in refused(tune("--resume"))
+    assert "--accept-changes needs --model" in refused(
+        CliRunner().invoke(app, ["tune", "--accept-changes", "--output", str(tmp_path / "other")])
+    )
+
+
 def refused(result):
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
@@ -235,6 +271,8 @@ def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, 
         (["--response", "unrolled"], "--response goes without --model"),
         (["--valid", 200], "200|201 examples were asked for"),
         (["--loss", "hinge"], "expected cross_entropy, mse"),
+        (["--device", "gpu"], "--device gpu cannot be used; here are cpu"),
+        (["--device", "cuda:63"], "--device cuda:63 cannot be used; here are cpu"),
     ],
 )
 def test_options_that_cannot_be_used(place, tmp_path, options, told):

@@ -1,0 +1,8 @@
+"""scikit-learn estimators for tables, with a penalty for each feature tuned by hypergradients.
+
+`pip install 'bilevel[sklearn]'` brings scikit-learn, which nothing else of the library imports.
+"""
+
+from bilevel.estimators.models import LogisticTuned, RidgeTuned, SquaredHingeTuned
+
+__all__ = ["LogisticTuned", "RidgeTuned", "SquaredHingeTuned"]

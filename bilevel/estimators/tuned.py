@@ -1,0 +1,146 @@
+"""Penalties that follow the hypergradient of a cross-validated loss: many stacks of folds, each with its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from bilevel.estimators.blocks import KnownBlocks
+from bilevel.estimators.newton import Table, fitted, logs_of
+from bilevel.game import Game, Player
+from bilevel.inner import ClosedForm
+from bilevel.responses import Implicit
+
+LOWEST, HIGHEST = 1e-5, 1e6
+"""The range of a single penalty, in units of the rows' total count: features have variance 1."""
+_FARTHEST = 12.0
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    r"""Cross-validated losses, each with penalties of its own, as one game.
+
+    The leader has the logarithms of the penalties, the follower the weights in all folds:
+
+    $$
+    \min_{l, \delta}\; \frac{1}{c_s} \sum_k \sum_{i \in \text{fold } k} \ell(x_i^\top w_k^*, y_i)
+        + \frac{|\delta|^2}{2 \sigma_s^2}
+    \qquad
+    w_k^* = \arg\min_w \sum_{i \notin \text{fold } k} \ell(x_i^\top w, y_i) + \frac12 \sum_j e^{l + \delta_{g(j)}} w_j^2
+    $$
+
+    Args:
+        table: The rows.
+        train: How often fold k of stack s counts each row while it is fitted, `[stack, folds, n]`.
+        valid: The same, while it is judged.
+        spread: sigma, `[stack]`; 0 holds all deviations at 0.
+        unit: c, `[stack]`: 1 for a negative log-likelihood.
+    """
+
+    table: Table
+    train: Tensor
+    valid: Tensor
+    spread: Tensor
+    unit: Tensor
+
+    def optimum(self, logs: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weights `[stack, folds, q, m]` at penalties `logs: [stack, groups]`, and the folds' Hessians there."""
+        stack, folds, n = self.train.shape
+        shape = (stack * folds, self.table.inputs.shape[1], self.table.targets.shape[1])
+        begun = self.train.new_zeros(shape) if start is None else start.reshape(shape)
+        own = self.table.penalties(logs).repeat_interleave(folds, 0)
+        weights, matrices = fitted(self.table, self.train.reshape(-1, n), own, begun)
+        return weights.view(stack, folds, *shape[1:]), matrices
+
+    def losses(self, weights: Tensor) -> Tensor:
+        """What all held-out rows lose together, `[stack]`."""
+        rows = self.table.loss.rows(self.table.inputs @ weights, self.table.targets)
+        lost: Tensor = (self.valid * rows).sum((-2, -1))
+        return lost
+
+    def game(self, level: Tensor, deviation: Tensor) -> Game:
+        """The game from these logarithms: `level: [stack, 1]`, `deviation: [stack, groups]`."""
+        # A deviation that is held has no term, whatever number stands here.
+        spread = torch.where(self.spread > 0.0, self.spread, 1.0)[:, None]
+
+        def held_out(penalties: Any, weights: Tensor) -> Tensor:
+            prior = 0.5 * (penalties["deviation"] / spread).square().sum(-1)
+            total: Tensor = (self.losses(weights) / self.unit + prior).sum()
+            return total
+
+        def penalised(penalties: Any, weights: Tensor) -> Tensor:
+            own = self.table.penalties(logs_of(penalties))[:, None]
+            return self.table.objective(weights, self.train, own).sum()
+
+        start = torch.zeros(*self.train.shape[:2], self.table.inputs.shape[1], self.table.targets.shape[1])
+        return Game(
+            penalties=Player(held_out, {"level": level, "deviation": deviation}),
+            weights=Player(penalised, start.to(self.train)),
+        )
+
+    def hypergradient(
+        self, game: Game, level: Tensor, deviation: Tensor, start: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The leader's total loss, its derivatives by name, and the weights, from which the next call may start.
+
+        The weights are exact, and so is the linear solve: Newton's last matrices are the folds' own. The response
+        measures both.
+        """
+        leader = {"level": level.clone().requires_grad_(), "deviation": deviation.clone().requires_grad_()}
+        found, matrices = self.optimum(logs_of({"level": level, "deviation": deviation}), start)
+        response = Implicit(ClosedForm(lambda: found), tolerance=1e-6, linear_solver=KnownBlocks(matrices=matrices))
+        weights, _ = response(game, {"penalties": leader}, response.init(game))
+        loss = game.loss("penalties", {"penalties": leader, "weights": weights}, None)
+        slopes = torch.autograd.grad(loss, list(leader.values()))
+        return loss.detach(), dict(zip(leader, slopes, strict=True)), found
+
+    def descended(self, level: Tensor, deviation: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+        """Level and deviations where L-BFGS ends, from these."""
+        game, moves = self.game(level, deviation), (self.spread > 0.0)[:, None]
+        weights: Tensor | None = None
+        stack = len(level)
+
+        def evaluated(flat: Any) -> tuple[float, Any]:
+            nonlocal weights
+            both = torch.from_numpy(np.ascontiguousarray(flat)).to(level).view(stack, -1)
+            loss, slopes, weights = self.hypergradient(game, both[:, :1], both[:, 1:] * moves, weights)
+            slope = torch.cat([slopes["level"], slopes["deviation"] * moves], dim=1)
+            return float(loss), slope.reshape(-1).numpy()
+
+        start = torch.cat([level, deviation * moves], dim=1)
+        size = float(self.train[0].sum(-1).max())
+        low, high = np.log(LOWEST * size), np.log(HIGHEST * size)
+        bounds = [(low, high) if j == 0 else (-_FARTHEST, _FARTHEST) for j in range(start.shape[1])] * stack
+        done = minimize(
+            evaluated,
+            start.reshape(-1).numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": steps, "ftol": 1e-9, "gtol": 1e-4},
+        )
+        both = torch.from_numpy(done.x).to(level).view(stack, -1)
+        return both[:, :1], both[:, 1:] * moves
+
+    def chosen(self, rows: Tensor) -> Stack:
+        """Some of its rows, in this order."""
+        return replace(
+            self, train=self.train[rows], valid=self.valid[rows], spread=self.spread[rows], unit=self.unit[rows]
+        )
+
+
+def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the single penalty of least cross-validated loss, `[stack, 1]`, and that loss `[stack]`."""
+    groups = int(stack.table.groups.max()) + 1
+    losses, weights = [], None
+    for value in reversed(grid.tolist()):  # from the strongest, where the optimum is nearest to 0
+        logs = stack.train.new_full((len(stack.train), groups), value)
+        weights, _ = stack.optimum(logs, weights)
+        losses.append(stack.losses(weights))
+    found = torch.stack(losses).min(0)
+    return grid.flip(0)[found.indices][:, None], found.values

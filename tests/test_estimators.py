@@ -1,0 +1,210 @@
+"""Linear models with a penalty for each feature."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+from sklearn.base import clone
+from sklearn.datasets import make_regression
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from bilevel.estimators import LogisticTuned, RidgeTuned, SquaredHingeTuned
+from bilevel.estimators.losses import Logistic, Softmax, SquaredError, SquaredHinge
+from bilevel.estimators.newton import Table, fitted
+from bilevel.estimators.selection import folds_of
+from bilevel.estimators.tuned import Stack
+
+ALL = (RidgeTuned, LogisticTuned, SquaredHingeTuned)
+
+
+def stack_of(loss, *, groups=(0, 1, 2, 0), rows=30, seed=0):
+    """Two stacks of three folds, with targets as the loss takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(rows, len(groups) + 1, generator=generator, dtype=torch.float64)
+    inputs[:, -1] = 1.0
+    noisy = inputs[:, :3] + 0.7 * torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    one_hot = torch.nn.functional.one_hot(noisy.argmax(1), 3).double()
+    targets = {
+        SquaredError: noisy[:, :1],
+        Logistic: (noisy[:, :1] > 0.0).double(),
+        Softmax: one_hot,
+        SquaredHinge: 2.0 * one_hot - 1.0,
+    }[type(loss)]
+    folds = torch.arange(rows) % 3
+    valid = torch.stack([(folds == k).double() for k in range(3)])
+    train = torch.stack([1.0 - valid, (1.0 - valid) * (torch.arange(rows) < 24)])
+    spread, unit = torch.tensor([0.8, 2.0]).double(), torch.tensor([1.0, 0.7]).double()
+    return Stack(Table(inputs, targets, torch.tensor(groups), loss), train, valid.expand(2, 3, rows), spread, unit)
+
+
+@pytest.mark.parametrize(
+    "loss", [SquaredError(), Logistic(), Softmax(), SquaredHinge()], ids=lambda x: type(x).__name__
+)
+def test_the_hypergradient_is_that_of_refitted_folds(loss):
+    stack = stack_of(loss)
+    level = torch.tensor([[0.3], [1.1]]).double()
+    deviation = torch.tensor([[0.2, -0.5, 0.7], [0.0, 1.0, -1.0]]).double()
+    game = stack.game(level, deviation)
+    value, slopes, _ = stack.hypergradient(game, level, deviation)
+
+    def total(level, deviation):
+        weights, _ = stack.optimum(level + deviation)
+        prior = 0.5 * (deviation / stack.spread[:, None]).square().sum()
+        return (stack.losses(weights) / stack.unit).sum() + prior
+
+    torch.testing.assert_close(value, total(level, deviation), rtol=1e-12, atol=0.0)
+    # Central differences: truncation h^2, and rounding of a total of some tens by 1e-15 / h; 1e-8 and 1e-9 at 1e-4.
+    h = 1e-4
+    for name, at in (("level", level), ("deviation", deviation)):
+        for place in np.ndindex(*at.shape):
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = at.clone()
+                moved[place] += sign * h
+                ends.append(total(*((moved, deviation) if name == "level" else (level, moved))))
+            difference = (ends[0] - ends[1]) / (2.0 * h)
+            assert abs(float(slopes[name][place] - difference)) <= 1e-6 * max(1.0, abs(float(difference)))
+
+
+@pytest.mark.parametrize(
+    "loss", [SquaredError(), Logistic(), Softmax(), SquaredHinge()], ids=lambda x: type(x).__name__
+)
+def test_a_losss_derivatives_are_its_own(loss):
+    stack = stack_of(loss)
+    scores = torch.linspace(-1.9, 2.1, stack.table.targets.numel(), dtype=torch.float64).view_as(stack.table.targets)
+    scores.requires_grad_()
+    slopes, second = loss.derivatives(scores.detach(), stack.table.targets)
+    total = loss.rows(scores, stack.table.targets).sum()
+    (first,) = torch.autograd.grad(total, scores, create_graph=True)
+    torch.testing.assert_close(slopes, first.detach())
+    for column in range(scores.shape[1]):
+        (row,) = torch.autograd.grad(first[:, column].sum(), scores, retain_graph=True)
+        torch.testing.assert_close(second[:, column], row)
+
+
+def test_ridge_weights_are_the_closed_form():
+    table = stack_of(SquaredError()).table
+    counts = torch.ones(1, 30, dtype=torch.float64)
+    penalties = table.penalties(torch.tensor([[0.1, 1.0, -2.0]]).double())
+    weights, matrices = fitted(table, counts, penalties, torch.zeros(1, 5, 1, dtype=torch.float64))
+    matrix = table.inputs.T @ table.inputs + penalties[0].diag()
+    torch.testing.assert_close(matrices[0], matrix)
+    torch.testing.assert_close(weights[0], torch.linalg.solve(matrix, table.inputs.T @ table.targets))
+
+
+@pytest.fixture
+def rows():
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((120, 12)) * np.logspace(-2, 2, 12)
+    scores = X[:, 0] * 100.0 + X[:, 1] * 30.0 + 0.5 * generator.standard_normal(120)
+    return X, scores
+
+
+@pytest.mark.parametrize(
+    ("tuned", "theirs"),
+    [
+        (RidgeTuned(spreads=()), lambda penalty: Ridge(alpha=penalty)),
+        (LogisticTuned(spreads=()), lambda penalty: LogisticRegression(C=1.0 / penalty, tol=1e-10, max_iter=10_000)),
+    ],
+    ids=["ridge", "logistic"],
+)
+def test_a_single_penalty_is_scikit_learns(rows, tuned, theirs):
+    X, scores = rows
+    y = scores + 5.0 if isinstance(tuned, RidgeTuned) else scores > 0.0
+    tuned.fit(X, y)
+    assert np.ptp(tuned.penalties_) == 0.0
+    pipeline = make_pipeline(StandardScaler(), theirs(tuned.single_penalty_)).fit(X, y)
+    found = tuned.predict(X) if isinstance(tuned, RidgeTuned) else tuned.decision_function(X)
+    wanted = pipeline.predict(X) if isinstance(tuned, RidgeTuned) else pipeline.decision_function(X)
+    # Their solver ends at a gradient of 1e-10; our intercept has a penalty of 1e-6 beside a curvature of some rows.
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_squared_hinge_is_linear_svcs(rows):
+    X, scores = rows
+    X, y = X / X.std(0), scores > 0.0
+    tuned = SquaredHingeTuned(spreads=(), fit_intercept=False).fit(X, y)
+    theirs = LinearSVC(C=0.5 / tuned.single_penalty_, fit_intercept=False, tol=1e-12, max_iter=1_000_000, dual=False)
+    # Both features and weights are as they are: the scale is that of X.std(0) = 1.
+    np.testing.assert_allclose(tuned.decision_function(X), theirs.fit(X, y).decision_function(X), rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_matter_are_penalised_less_and_predictions_improve():
+    # 8 of 60 columns matter, far more than the noise: the test error falls by a quarter.
+    X, y, truth = make_regression(200, 60, n_informative=8, noise=60.0, coef=True, random_state=0)
+    X, X_test, y, y_test = train_test_split(X, (y - y.mean()) / y.std(), test_size=0.3, random_state=0)
+    tuned, single = RidgeTuned().fit(X, y), RidgeTuned(spreads=()).fit(X, y)
+    assert tuned.spread_ > 0.0
+    assert np.median(tuned.penalties_[truth != 0.0]) < np.median(tuned.penalties_[truth == 0.0])
+    tuned_error, single_error = (((m.predict(X_test) - y_test) ** 2).mean() for m in (tuned, single))
+    assert tuned_error < 0.9 * single_error
+
+
+def test_a_group_shares_its_penalty(rows):
+    X, scores = rows
+    groups = ["signal"] * 2 + ["rest"] * 10
+    tuned = RidgeTuned(groups=groups, spreads=(2.0,)).fit(X, scores)
+    assert np.ptp(tuned.penalties_[:2]) == 0.0
+    assert np.ptp(tuned.penalties_[2:]) == 0.0
+
+
+def test_a_clone_and_a_pickle_fit_and_predict_the_same(rows):
+    X, scores = rows
+    tuned = RidgeTuned(spreads=(1.0,), folds=3, max_steps=5).fit(X, scores)
+    again = clone(tuned)
+    assert again.get_params() == tuned.get_params()
+    np.testing.assert_array_equal(again.fit(X, scores).coef_, tuned.coef_)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tuned)).predict(X), tuned.predict(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"folds": 1}, "folds=1; expected an integer of at least 2"),
+        ({"spreads": (0.0,)}, "expected finite numbers above 0"),
+        ({"spreads": (np.nan,)}, "expected finite numbers above 0"),
+        ({"groups": [0, 1]}, r"groups has shape \(2,\); expected a label for each of 12 features"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"random_state": None}, "random_state=None"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(rows, options, told):
+    X, scores = rows
+    with pytest.raises(ValueError, match=told):
+        RidgeTuned(**options).fit(X, scores)
+
+
+def test_what_is_not_fitted_says_so(rows):
+    with pytest.raises(NotFittedError):
+        RidgeTuned().predict(rows[0])
+    with pytest.raises(ValueError, match="1 class"):
+        LogisticTuned().fit(rows[0], np.zeros(120))
+
+
+def test_folds_hold_each_class_in_equal_parts():
+    labels = np.repeat([0, 1], [10, 20])
+    fold = folds_of(labels, np.arange(30), 5, 0)
+    for k in range(5):
+        assert np.bincount(labels[fold == k]).tolist() == [2, 4]
+
+
+def test_as_many_folds_as_rows_are_few(rows):
+    X, scores = rows
+    tuned = RidgeTuned(folds=20, max_steps=2, spreads=(1.0,)).fit(X[:20, :3], scores[:20])
+    assert tuned.held_out_losses_.shape == (2,)
+    assert RidgeTuned().fit(X[:19], scores[:19]).spreads_.tolist() == [0.0]
+
+
+@pytest.mark.slow
+@parametrize_with_checks([kind() for kind in ALL])
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
