@@ -27,6 +27,7 @@ from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, 
 from bilevel.linear.base import SolvesLinearSystems
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import Shapes
+from bilevel.sharding.tensor import entries
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
 FlatResidual = Callable[..., Tensor]
@@ -81,7 +82,7 @@ class Receipt:
     @staticmethod
     def blank(like: Tensor, solver: SolvesLinearSystems | None = None, shapes: Shapes | None = None) -> Receipt:
         """A receipt for `like: [n]` unknowns, leaves of these shapes, before any backward solve."""
-        nothing = torch.full_like(like[0], torch.nan)
+        nothing = like.new_full((), torch.nan)
         memory = {} if solver is None else solver.init(like, shapes)
         return Receipt(torch.empty_like(like[:0]), nothing, torch.zeros((), dtype=torch.int64), nothing.clone(), memory)
 
@@ -328,7 +329,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolu
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     receipt = None if transforms_active() else system.receipt
     with torch.no_grad():
-        start = receipt.adjoint if receipt is not None and receipt.adjoint.numel() else None
+        start = receipt.adjoint if receipt is not None and entries(receipt.adjoint) else None
         memory = None if receipt is None else receipt.memory
         found = system.solver.solve(operator, rhs if receipt is None else rhs.detach(), start, memory=memory)
         if receipt is not None:

@@ -27,13 +27,15 @@ class BatchMean(Protocol):
         owner: Whose data they are, for errors.
         batch: The present one; None without data.
         epoch: The pass that it is of; None where that is not known.
-        point: Where the step is, `[p]`.
     """
 
     owner: str
     batch: Any
     epoch: int | None
-    point: Tensor
+
+    @property
+    def point(self) -> Tensor:
+        """Where the step is, `[p]`."""
 
     def here(self) -> Tensor:
         """What the present batch says at the present point."""

@@ -12,7 +12,18 @@ import pytest
 import bilevel
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "files", "tree", "autodiff", "randomness", "second_order", "_returned", "_printed", "_drawn"}
+GROUND = {
+    "errors",
+    "files",
+    "tree",
+    "autodiff",
+    "randomness",
+    "second_order",
+    "_returned",
+    "_printed",
+    "_drawn",
+    "sharding",
+}
 GAME = GROUND | {"constraints", "game"}
 SOLVERS = GAME | {"linear", "inner"}
 RESPONSES = SOLVERS | {"_root", "networks", "variance", "responses"}
@@ -26,6 +37,7 @@ MAY = {
     "_printed": set(),
     "_drawn": set(),
     "tree": set(),
+    "sharding": {"errors"},
     "randomness": set(),
     "second_order": {"errors"},
     "autodiff": {"errors", "second_order"},
@@ -41,7 +53,7 @@ MAY = {
     "inner": GAME,
     "_root": GROUND | {"linear"},
     "parallel": GAME | {"_version"},
-    "many": RESPONSES | {"dynamics", "many"},
+    "many": RESPONSES | {"dynamics", "many", "parallel"},
     "responses": RESPONSES,
     "dynamics": SOLVERS | {"variance"},
     "solving": SOLVE,

@@ -14,6 +14,7 @@ from torch import distributed as dist, nn
 import bilevel as bl
 
 rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
 one = torch.ones(())
 early = bl.Game(x=bl.Player(lambda y: y.square(), one), y=bl.Player(lambda x, y: (y - x).square(), one))
 settle = bl.Unrolled(torch.optim.SGD, steps=1)
@@ -25,10 +26,8 @@ wrapped = nn.parallel.DistributedDataParallel(inner)
 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 mesh = init_device_mesh("cpu", (2,))
-spread = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
 sharded = fully_shard(nn.Linear(4, 1), mesh=mesh)
 fit = lambda y: y(inputs).square().mean()
 
@@ -45,15 +44,16 @@ with bl.extend.separate_ranks():
     print("within:", told(lambda: bl.Game(y=bl.Player(fit, nn.Sequential(wrapped)))))
     print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * wrapped(inputs)).square().mean(), torch.ones(1)))))
     print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * inner(inputs)).square().mean(), torch.ones(1)))))
-    print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread))))
-    print("dtensor:", told(lambda: bl.Game(y=bl.Player(lambda y: y.square().sum(), spread.full_tensor()))))
-    print("fsdp:", told(lambda: bl.Game(y=bl.Player(fit, sharded))))
+    print("fsdp:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * sharded(inputs)).square().mean(), torch.ones(1)))))
 game = bl.Game(x=bl.Player(lambda y: y(inputs).mean(), torch.ones(())), y=bl.Player(lambda x, y: fit(y) * x, inner))
 print("early:", told(lambda: settle(early, {"x": one}, begun)))
 print("early:", told(lambda: settle(shared, {"x": one}, begun)))
 print("early:", told(lambda: bl.solve(shared, steps=1)))
 print("ranks:", told(lambda: bl.solve(game, steps=1)))
 print("ranks:", told(lambda: bl.Implicit(torch.optim.SGD).init(game)))
+fitted = bl.Unrolled(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=1, tolerance=None)
+print("older:", told(lambda: bl.solve(early, y=fitted, steps=1)))
+print("older:", told(lambda: bl.solve(early, y=fitted, steps=1, parallel=bl.DataParallel(timeout=60.0))))
 dist.destroy_process_group()
 print("alone:", told(lambda: bl.solve(game, steps=1)))
 """
@@ -96,11 +96,14 @@ def test_a_wrapped_module_in_a_loss_is_refused(lines):
     assert served == "made"
 
 
-def test_sharded_parameters_are_refused(lines):
-    refused, served = of(lines, "dtensor")
-    assert refused.startswith("Player 'y': init is a DTensor")
+def test_a_sharded_module_that_is_no_player_is_refused(lines):
+    assert "is sharded by fully_shard, and no player's" in of(lines, "fsdp")[0]
+
+
+def test_a_game_that_is_older_than_the_process_group_is_refused_when_it_is_solved(lines):
+    refused, served = of(lines, "older")
+    assert refused.startswith("solve: this process is one of 2 ranks")
     assert served == "made"
-    assert of(lines, "fsdp")[0].startswith("Player 'y': its module is sharded by FSDP")
 
 
 def test_several_ranks_are_refused_unless_each_plays_alone(lines):

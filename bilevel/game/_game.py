@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -35,10 +35,12 @@ from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
 from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
+from bilevel.game.shards import Shards, refuse_layouts, spread
 from bilevel.game.starts import StartsAlone, formed
 from bilevel.game.statistics import Seen, moving_layers, settled, warn_of_standing, warn_of_unfollowed, watching
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, told_of_loss
+from bilevel.sharding.unsharded import Saving
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
 Anticipated = Callable[[Mapping[str, Variables]], Variables]
@@ -58,6 +60,7 @@ class Parts:
     `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
     `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
+    `shards` tells of players whose variables are spread over the ranks.
     `modular` that somebody is a module.
     """
 
@@ -75,6 +78,7 @@ class Parts:
     runs: Mapping[str, Runs]
     rests: Mapping[str, Residual] = field(default_factory=dict)
     alone: bool = False
+    shards: Mapping[str, Shards] = field(default_factory=dict)
     modular: bool = False
 
 
@@ -101,7 +105,9 @@ class Game:
         check_names(players)
         like = _first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
-        refuse_spread(players, initial)
+        refuse_spread(players)
+        refuse_layouts(players, initial)
+        players, initial, shards = spread(players, initial)
         check_variables(initial)
         check_domains(players, initial)
         self._parts = Parts(
@@ -127,6 +133,7 @@ class Game:
             starts_alone={},
             runs={},
             alone=plays_alone(),
+            shards=shards,
             modular=any(isinstance(player.init, nn.Module) for player in players.values()),
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
@@ -338,6 +345,39 @@ class Game:
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together: 0-d, or `[count]` of many games."""
         return norm(join(tensors))
+
+    def alike(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a follower's state is the same in all processes that play this game together."""
+        return state
+
+    def is_spread(self, player: str) -> bool:
+        """Whether each rank holds a part of a player's variables."""
+        return any(member in self._parts.shards for member in self.members(player))
+
+    def require_whole(self, asker: str, players: Iterable[str] = ()) -> None:
+        """Raise `TypeError` where the variables of a player, or of one of these, are spread over ranks."""
+        for name in players or self.names:
+            if self.is_spread(name):
+                raise TypeError(
+                    f"{asker} works on whole vectors, and those of player {name!r} are spread over the ranks. Use "
+                    "Unrolled, Nudged, SingleLoop, or Implicit with ConjugateGradient() or Neumann(), or a player "
+                    "whose variables each rank holds whole: the module before fully_shard, init.full_tensor()."
+                )
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Where autograd saves what several derivatives need: of spread variables this rank's part."""
+        return Saving() if self._parts.shards else nullcontext()
+
+    def given_back(self, variables: Mapping[str, Variables]) -> dict[str, Variables]:
+        """Everybody's variables as their users know them: those who are spread over ranks as the DTensors they were."""
+        found = dict(variables)
+        for name, shards in self._parts.shards.items():
+            owner = self._parts.groups.owner(name)
+            if owner in found:
+                own = found[owner] if owner == name else found[owner][name]
+                back = shards.given_back(own)
+                found[owner] = back if owner == name else {**found[owner], name: back}
+        return found
 
     def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
         """The norm of the leaves of those whom a follower answers to: 0-d, or one a game.
@@ -619,7 +659,7 @@ class Game:
             self._parts.players, current, arguments, runs.strangers, alone=self._parts.modular or bool(runs.kernels)
         )
         watched = self._watched(player, seen, current)
-        with lending as advanced, runs.kernels.replaced(), ExitStack() as stack:
+        with lending as advanced, runs.kernels.replaced(), self.saving(), ExitStack() as stack:
             for module, forwards in watched:
                 stack.enter_context(replaced(module, forwards))
             try:
@@ -718,9 +758,21 @@ class Game:
     def _given(
         self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
     ) -> dict[str, Variables]:
-        """The players' variables that a function is called with."""
+        """The players' variables that a function is called with, whole."""
+        given = self._values(player, function, variables)
+        return {name: self._assembled(name, tree, shared=False) for name, tree in given.items()}
+
+    def _values(
+        self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
+    ) -> dict[str, Variables]:
+        """The players' variables that a function is called with, as they are held."""
         named = [name for name in self._named(player, function) if name in self._parts.players]
         return {name: self.value(name, variables) for name in named}
+
+    def _assembled(self, name: str, variables: Variables, *, shared: bool) -> Variables:
+        """A player's variables as a loss takes them: whole where it uses them, if ranks hold parts."""
+        found = self._parts.shards.get(name)
+        return variables if found is None else found.assembled(variables, shared=shared)
 
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""

@@ -20,6 +20,7 @@ from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.game.statistics import moving_layers
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
+from bilevel.sharding.tensor import entries
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves
 
 # Words that a call of an objective or of solve() already uses; a player of that name could never be addressed.
@@ -104,7 +105,7 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 )
             if not leaf.is_floating_point():
                 raise TypeError(f"{where} has dtype {leaf.dtype}; expected a floating dtype: use init.float().")
-            if leaf.numel() == 0:
+            if entries(leaf) == 0:
                 raise ValueError(f"{where} is empty, shape {tuple(leaf.shape)}; expected at least one entry.")
             kinds.setdefault((leaf.dtype, leaf.device), where)
     if len(kinds) > 1:

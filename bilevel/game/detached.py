@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bilevel.sharding.tensor import noise_like
 from bilevel.tree import Variables, leaves, structure_of
 
 Point = Mapping[str, Variables]
@@ -22,7 +23,7 @@ def refuse_detached(name: str, residual: Callable[[Point], Sequence[Tensor]], st
     generator = torch.Generator().manual_seed(0)
 
     def drawn(leaf: Tensor) -> Tensor:
-        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+        return noise_like(leaf, generator)
 
     # A little way off: players like to start at a bound, where F has a kink.
     place = {n: [t.detach() + 1e-2 * (1.0 + t.detach().abs()) * drawn(t) for t in leaves(v)] for n, v in start.items()}

@@ -18,6 +18,7 @@ from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
 from bilevel.game.residual import Buffers, Kinks, PlayedGame, Rest
 from bilevel.randomness import random_kept, random_state
+from bilevel.sharding.tensor import noise_like
 from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
 
 Size = Any
@@ -261,7 +262,7 @@ class Follower:
             flat = join([leaf.detach() for leaf in y])
             value, pulled = pullback(slope, flat)
             steep, length = self.norm(self.form.split(value.detach())), self.norm(list(y))
-            v = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat)
+            v = noise_like(flat, generator)
             norms = game.norms(self.form.split(v)) * float(value.requires_grad)  # a linear loss has no curvature
             for _ in range(products if value.requires_grad else 0):
                 unit = [leaf / spread(torch.where(norms > 0.0, norms, 1.0), leaf) for leaf in self.form.split(v)]

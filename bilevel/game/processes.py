@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bilevel.game.player import Player
-from bilevel.tree import Variables, named_leaves
+from bilevel.sharding.modules import is_fully_sharded
 
 _SEPARATE: ContextVar[bool] = ContextVar("separate_ranks", default=False)
 
@@ -32,21 +32,15 @@ def separate_ranks() -> Iterator[None]:
         _SEPARATE.reset(token)
 
 
-def refuse_spread(players: Mapping[str, Player], initial: Mapping[str, Variables]) -> None:
-    """Raise `ValueError` for a module or a tensor that is spread over processes."""
+def refuse_spread(players: Mapping[str, Player]) -> None:
+    """Raise `ValueError` for a module that something else spreads over processes or devices."""
     for name, player in players.items():
         if isinstance(player.init, nn.Module):
             for path, part in player.init.named_modules():
-                told = told_of_spread(part)
+                told = "" if is_fully_sharded(part) else told_of_spread(part)
                 if told:
                     where = f"{path!r} in its module" if path else "its module"
                     raise ValueError(f"Player {name!r}: {where} is {told}")
-        for path, leaf in named_leaves(initial[name]):
-            if isinstance(leaf, _loaded("torch.distributed.tensor", "DTensor")):
-                raise ValueError(
-                    f"Player {name!r}: init{path} is a DTensor, spread over processes, and the game would be played "
-                    "with this rank's part or not at all. Pass the whole: init.full_tensor()."
-                )
 
 
 def plays_alone() -> bool:
@@ -81,17 +75,22 @@ def told_of_spread(module: nn.Module) -> str:
             "place of the player's variables. Pass the module that it wraps, model.module, and start a process for "
             "each GPU: solve(..., parallel=bilevel.DataParallel())."
         )
-    if isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel")):
+    if isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")):
         return (
-            "sharded by FSDP, whose parameters have no second derivative and no gradient outside backward(). Pass the "
-            "module as it was before fully_shard(...)."
+            "sharded by fully_shard, and no player's: its hooks have no second derivative. Make it the init= of a "
+            "player, who is then spread over the ranks, or use the module as it was before fully_shard."
+        )
+    if isinstance(module, loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
+        return (
+            "wrapped by FullyShardedDataParallel, whose parameters have no second derivative and no gradient outside "
+            "backward(). Use torch.distributed.fsdp.fully_shard(module), and parallel=bilevel.DataParallel()."
         )
     return ""
 
 
-def _loaded(module: str, *names: str) -> tuple[type, ...]:
+def loaded(module: str, *names: str) -> tuple[type, ...]:
     """Classes of a module of torch's, if somebody has imported it; nothing is of them otherwise."""
     return tuple(vars(sys.modules[module])[name] for name in names) if module in sys.modules else ()
 
 
-__all__ = ["plays_alone", "refuse_lone_rank", "refuse_spread", "separate_ranks", "told_of_spread"]
+__all__ = ["loaded", "plays_alone", "refuse_lone_rank", "refuse_spread", "separate_ranks", "told_of_spread"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, final
@@ -90,6 +91,9 @@ class PlayedGame(Protocol):
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves taken together."""
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Where autograd saves what several derivatives need."""
 
     def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
         """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
@@ -393,7 +397,8 @@ class OwnGradient(Residual):
             after.update(advanced)
             return game.total(value)
 
-        value, found = gradient(loss, *y)
+        with game.saving():
+            value, found = gradient(loss, *y)
         return value, list(found), {name: after[name] for name in buffers if name in after}
 
     def flat(
@@ -412,7 +417,8 @@ class OwnGradient(Residual):
             variables = {**others, player: form.unflatten(y)}
             return game.total(game.evaluate(player, variables, batch, buffers)[0])
 
-        value, (slope,) = gradient(loss, y)
+        with game.saving():
+            value, (slope,) = gradient(loss, y)
         return value, slope
 
 

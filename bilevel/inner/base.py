@@ -14,6 +14,7 @@ from bilevel.constraints.functions import Constrained
 from bilevel.game.data import Batch
 from bilevel.game.residual import OwnGradient, Residual
 from bilevel.inner.torch_optim import require_factory
+from bilevel.sharding import ShardedTensor
 from bilevel.tree import Structure, Variables, leaf_names
 
 
@@ -131,6 +132,11 @@ class InnerSolver(ABC):
         """Whether it settles several players within constraints, whose programme does not `minimises`."""
         return False
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether variables may be spread over ranks: it takes sums and norms of them, and acts on each entry alone."""
+        return False
+
     @final
     def refuse(self, problem: Problem, asker: str) -> None:
         """Raise `TypeError` for a constrained follower whose constraints this solver would not see."""
@@ -193,6 +199,11 @@ def minimised(
             wrote into `y`, into its memory or into the other players' variables.
     """
     name, lent = f"{type(solver).__name__}.minimise", Lent()
+    if not solver.takes_parts and any(isinstance(leaf, ShardedTensor) for leaf in y):
+        raise TypeError(
+            f"{name} works on whole vectors, and those of player {problem.name!r} are spread over the ranks. Use a "
+            "torch.optim optimiser."
+        )
     given, kept = lent.out("the leaves y to start from", y), lent.out("the memory that it was given", memory)
     for player, variables in problem.others.items():
         lent.out(f"the variables of player {player!r}", variables)

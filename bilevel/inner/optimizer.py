@@ -180,8 +180,15 @@ class TorchOptimizer(InnerSolver):
             assert not callable(self.clip_norm)
             limit = torch.as_tensor(self.clip_norm, dtype=found[0].dtype, device=found[0].device).reshape(())
             share = (limit / (norm(found) + 1e-6)).clamp(max=1.0)
+            if share.ndim == 0:
+                return [slope * share for slope in found]
             found = [slope * share.reshape(share.shape + (1,) * (slope.ndim - share.ndim)) for slope in found]
         return found
+
+    @property
+    def takes_parts(self) -> bool:
+        """Yes: what an optimiser sums over all entries is summed over all ranks, and what else mixes them raises."""
+        return True
 
     def minimise(
         self, problem: Problem, y: list[Tensor], memory: Any, *, steps: int, threshold: float

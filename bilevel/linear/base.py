@@ -19,6 +19,7 @@ from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteErr
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
 from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
+from bilevel.sharding.tensor import entries as entries_of
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,11 @@ class LinearSolver(ABC):
     @property
     def takes_random(self) -> bool:
         """Whether it takes an operator whose products are each with another sample of A, such as a fresh batch's."""
+        return False
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether its vectors may be spread over ranks: it takes products, sums and dot products of them alone."""
         return False
 
     @property
@@ -280,7 +286,7 @@ class LinearSolver(ABC):
     def _size(self, rhs: Tensor, initial: Tensor | None) -> Tensor:
         """|rhs|, a 0-d tensor, of a system that can be solved; refuse others."""
         name = type(self).__name__
-        if rhs.dim() != 1 or rhs.numel() == 0 or not rhs.is_floating_point():
+        if rhs.dim() != 1 or entries_of(rhs) == 0 or not rhs.is_floating_point():
             raise ValueError(
                 f"{name} was given a right-hand side {list(rhs.shape)} of {rhs.dtype}; it wants one floating-point "
                 "vector [n], n >= 1. Flatten what you have, and use torch.func.vmap for several systems."

@@ -19,6 +19,7 @@ from bilevel.linear.preconditioner import Applied, Preconditioner, begun, guarde
 from bilevel.linear.refinement import default_steps, refine
 from bilevel.linear.stopping import Stopping, Watch
 from bilevel.linear.system import Candidate, LinearSystem, Memory
+from bilevel.sharding.tensor import entries as entries_of
 
 
 @final
@@ -98,6 +99,13 @@ class ConjugateGradient(LinearSolver):
         """Whether its preconditioner does."""
         return isinstance(self.preconditioner, Preconditioner) and self.preconditioner.from_optimizer
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether its preconditioner does."""
+        return self.preconditioner is None or (
+            isinstance(self.preconditioner, Preconditioner) and self.preconditioner.takes_parts
+        )
+
     def loosened(self, factor: float) -> LinearSolver:
         """The same solver with `rtol`, and that of `stopping`, this many times larger, up to 1/2."""
         looser = super().loosened(factor)
@@ -117,7 +125,7 @@ class ConjugateGradient(LinearSolver):
 
     def iterate(self, system: LinearSystem) -> Candidate:
         """By conjugate gradients, corrected from the true residual as long as that helps."""
-        limit = default_steps(system.rhs.numel()) if self.max_steps is None else self.max_steps
+        limit = default_steps(entries_of(system.rhs)) if self.max_steps is None else self.max_steps
         watch = None if self.stopping is None else self.stopping.watch(system.interest)
         given, memory, pairs = self.preconditioner, system.memory, 0
         if isinstance(given, Preconditioner):

@@ -60,6 +60,11 @@ class AdamPreconditioner(Preconditioner):
         """It is."""
         return True
 
+    @property
+    def takes_parts(self) -> bool:
+        """Yes: each entry has a number of its own."""
+        return True
+
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Second moments `[n]`, 0 while there are none."""
         return {"moments": torch.zeros_like(like)}

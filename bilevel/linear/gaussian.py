@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.sharding.tensor import ShardedTensor, part_of
+
 
 class _Request:
     """What to draw; not a pytree, so that vmap hands it over whole."""
@@ -38,6 +40,12 @@ class _Gaussian(torch.autograd.Function):
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers `shape`, of the dtype and on the device of `like`, the same ones for the same seed."""
+    """Standard normal numbers `shape`, of the dtype and on the device of `like`, the same ones for the same seed.
+
+    Beside a vector of which each rank holds a part, this rank's part of those that one process would draw.
+    """
+    if isinstance(like, ShardedTensor) and shape == tuple(like.shape):
+        whole: Tensor = gaussian((like.entries,), like.local, seed)
+        return part_of(whole, like)
     drawn: Tensor = _Gaussian.apply(like, _Request(shape, seed))  # type: ignore[no-untyped-call]
     return drawn

@@ -15,6 +15,7 @@ from bilevel.linear.base import LinearSolver
 from bilevel.linear.norms import norm
 from bilevel.linear.refinement import default_steps, refine
 from bilevel.linear.system import Candidate, LinearSystem
+from bilevel.sharding.tensor import entries as entries_of
 
 
 @final
@@ -75,7 +76,7 @@ class GMRES(LinearSolver):
         def correct(residual: Tensor, left: Tensor, target: Tensor, most: int) -> tuple[Tensor, int]:
             return _correction(system.matvec, residual, left, target, min(most, self.restart))
 
-        limit = default_steps(system.rhs.numel()) if self.max_steps is None else self.max_steps
+        limit = default_steps(entries_of(system.rhs)) if self.max_steps is None else self.max_steps
         # Slow is not stalled; a restart that gains nothing will gain nothing again.
         return refine(system, correct, max_steps=limit, stalled=0.999)
 

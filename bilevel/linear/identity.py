@@ -51,6 +51,11 @@ class Identity(LinearSolver):
         """It has no steps to take more of."""
         return "another scale, another solver"
 
+    @property
+    def takes_parts(self) -> bool:
+        """Yes."""
+        return True
+
     def iterate(self, system: LinearSystem) -> Candidate:
         """scale * rhs."""
         return system.measure(self.scale * system.rhs)

@@ -88,7 +88,12 @@ class Neumann(LinearSolver):
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The largest eigenvalue, 0 while it is not known, and for how many systems it has served."""
-        return {"largest": torch.zeros_like(like[0]), "served": torch.zeros((), dtype=torch.int64)}
+        return {"largest": like.new_zeros(()), "served": torch.zeros((), dtype=torch.int64)}
+
+    @property
+    def takes_parts(self) -> bool:
+        """Yes."""
+        return True
 
     def iterate(self, system: LinearSystem) -> Candidate:
         """The series, with the eigenvalue that is kept; where its residual grows, with one that is found anew."""
@@ -156,7 +161,7 @@ class Neumann(LinearSolver):
         # |A v| / |v| bounds the largest eigenvalue from below only when A is symmetric.
         unchecked = self.power_steps == 0 or not system.symmetric or system.operator.random
         if given is not None and unchecked:
-            return torch.full_like(system.rhs[0], given), memory, False
+            return system.rhs.new_full((), given), memory, False
         served = int(memory["served"])
         kept = not anew and 0 < served < self.every
         largest = memory["largest"] if kept else self._largest_eigenvalue(system)
@@ -175,10 +180,10 @@ class Neumann(LinearSolver):
                 f"Neumann(step_size={given:g}) diverges: the largest eigenvalue, {largest_seen:.3g} or more, "
                 f"bounds it by {bound:.3g}. Take half of that, or None to have it estimated."
             )
-        return torch.full_like(system.rhs[0], given), memory, kept
+        return system.rhs.new_full((), given), memory, kept
 
     def _largest_eigenvalue(self, system: LinearSystem) -> Tensor:
-        vector = gaussian((system.rhs.numel(),), system.rhs, self.seed)
+        vector = gaussian(tuple(system.rhs.shape), system.rhs, self.seed)
         size = norm(vector)
         for _ in range(self.power_steps):
             vector = system.matvec(vector / torch.where(size > 0.0, size, 1.0))

@@ -59,6 +59,11 @@ class Preconditioner(ABC):
         return memory
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether its vectors may be spread over ranks."""
+        return False
+
+    @property
     def from_optimizer(self) -> bool:
         """Whether it knows nothing but what it is informed of."""
         return False
@@ -153,6 +158,11 @@ class Diagonal(Preconditioner):
             raise ValueError(
                 f"{self}: expected probes of at least 2, refresh of at least 0, and forgetting between 0 and 1."
             )
+
+    @property
+    def takes_parts(self) -> bool:
+        """Yes: each entry has a number of its own."""
+        return True
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Weighted sums of v * A v and of its square, how much they weigh, and how many systems there were."""

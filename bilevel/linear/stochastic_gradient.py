@@ -70,6 +70,11 @@ class StochasticGradient(LinearSolver):
         """More steps."""
         return "more max_steps, a larger step_size"
 
+    @property
+    def takes_parts(self) -> bool:
+        """Yes."""
+        return True
+
     def iterate(self, system: LinearSystem) -> Candidate:
         """The steps, and their mean."""
         kept = max(1, round(self.averaged * self.max_steps))

@@ -3,5 +3,6 @@
 from bilevel.many.games import Games
 from bilevel.many.task_batch import TaskBatch
 from bilevel.many.tasks import Adapted, Tasks
+from bilevel.many.tasks_of_ranks import TasksOfRanks
 
-__all__ = ["Adapted", "Games", "TaskBatch", "Tasks"]
+__all__ = ["Adapted", "Games", "TaskBatch", "Tasks", "TasksOfRanks"]

@@ -70,7 +70,8 @@ class EachTask(Response):
         name = tasks.task
         place = tasks.start_of_tasks(seed)
         batch, _ = tasks.draw_tasks(place)
-        fresh = self.response.init(tasks.together(batch), follower=name, seed=seed)
+        with tasks.apart():
+            fresh = self.response.init(tasks.together(batch), follower=name, seed=seed)
         kept = None
         if tasks.clients is not None:
             if not self.response.behaviour.warm:
@@ -108,16 +109,18 @@ class EachTask(Response):
         if batch is None:
             batch, after = tasks.draw_tasks(place)
         stack: TaskBatch = tasks.together(batch)
-        fresh = state["fresh"]
-        if len(leaves(fresh["variables"])[0]) != stack.count:  # as a last batch may be smaller
-            fresh = self.response.init(stack, follower=state["follower"])
-        kept, clients = state["kept"], batch.get(CLIENT)
-        if kept is not None:
-            fresh = {**fresh, "variables": map_leaves(lambda leaf: leaf[clients.to(leaf.device)], kept)}
-        answer, inner = self.response(stack, others, fresh, batch.get(SUPPORT))
+        kept, clients, given = state["kept"], batch.get(CLIENT), tasks.entered(others)
+        with tasks.apart():
+            fresh = state["fresh"]
+            if len(leaves(fresh["variables"])[0]) != stack.count:  # as a last batch may be smaller
+                fresh = self.response.init(stack, follower=state["follower"])
+            if kept is not None:
+                fresh = {**fresh, "variables": map_leaves(lambda leaf: leaf[clients.to(leaf.device)], kept)}
+            answer, inner = self.response(stack, given, fresh, batch.get(SUPPORT))
         before = self.report(state)
         if kept is not None:
-            kept = map_leaves(lambda all_, new: _written(all_, new, clients), kept, inner["variables"])
+            clients, new = tasks.of_all((clients, inner["variables"]))
+            kept = map_leaves(lambda all_, new: _written(all_, new, clients), kept, new)
         return answer, {
             **state,
             "variables": inner["variables"],
@@ -126,7 +129,7 @@ class EachTask(Response):
             "next": after,
             "gradients": before.gradients,
             "products": before.products,
-            "stationarity": inner["stationarity"],
+            "stationarity": tasks.of_all(inner["stationarity"]),
             "inner": inner,
             "kept": kept,
         }
@@ -138,9 +141,8 @@ class EachTask(Response):
     def report(self, state: State) -> Report:
         """What `response` reports of the last batch, with the work of all of them."""
         inner = self.response.report(state["inner"])
-        return replace(
-            inner, gradients=state["gradients"] + inner.gradients, products=state["products"] + inner.products
-        )
+        work = {"gradients": state["gradients"] + inner.gradients, "products": state["products"] + inner.products}
+        return replace(inner, stationarity=state["stationarity"], **work)
 
 
 def _written(kept: Tensor, new: Tensor, clients: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Games(Stack):
                 f"Games: game is {game!r}; expected one Game, without anticipated players: their responses are given "
                 "to solve()."
             )
+        game.require_whole("Games")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"Games: count={count!r}; expected the number of games, at least 1.")
         tuned = [name for name, player in game.players.items() if player.optimizer_hyper]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
@@ -24,7 +25,6 @@ from bilevel.tree import Variables, detached, leaves, map_leaves
 Kind = TypeVar("Kind")
 
 
-@final
 class Tasks(Game):
     r"""One leader, and in each step a batch of tasks: each has a follower and data of its own.
 
@@ -101,12 +101,14 @@ class Tasks(Game):
         if not parts:
             raise ValueError("Tasks: no objective takes `batch`, so that all tasks would be the same.")
         self._form, self._clients, self._last = TaskForm(tuple(parts), clients), clients, follower
+        self._source = data
         self._tasks = Stream("tasks", data).mapped(self._form.batch)
         first = self._tasks.draw(Stream.start())[0]
         part = {name: SUPPORT if name == follower else QUERY for name in players}
         one = {name: [rows_of(first[part[name]], 0, 0)] if name in takers else None for name in players}
         self._one = Game(**{name: replace(player, data=one[name]) for name, player in players.items()})
         self._one.require_follower(follower)
+        self._one.require_whole("Tasks")
         self._parts = replace(
             self._one._parts,
             streams={name: self._tasks.mapped(_Part(part[name])) for name in players if name in takers},
@@ -121,6 +123,11 @@ class Tasks(Game):
         return self._clients
 
     @property
+    def source(self) -> Source:
+        """Its data, as they were given."""
+        return self._source
+
+    @property
     def task(self) -> str:
         """The player who follows in each task."""
         return self._last
@@ -132,6 +139,18 @@ class Tasks(Game):
     def draw_tasks(self, position: Position) -> tuple[dict[str, Batch], Position]:
         """The batch of tasks at a position, and the next position."""
         return self._tasks.draw(position)
+
+    def entered(self, variables: Mapping[str, Variables]) -> Mapping[str, Variables]:
+        """The leaders' variables as the followers of these tasks take them."""
+        return variables
+
+    def apart(self) -> AbstractContextManager[object]:
+        """While something is done for these tasks: of the ranks of a process group each does it for its own."""
+        return nullcontext()
+
+    def of_all(self, rows: Variables) -> Variables:
+        """What is `[tasks, ...]`, of all the tasks of a batch."""
+        return rows
 
     def together(self, batch: Any) -> TaskBatch:
         """The tasks of a batch as a game, for a loop of one's own."""

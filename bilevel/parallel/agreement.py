@@ -16,6 +16,8 @@ from bilevel.game import Game
 from bilevel.parallel.batches import sampler_of
 from bilevel.parallel.ranks import Ranks
 from bilevel.randomness import random_state
+from bilevel.sharding import ShardedTensor
+from bilevel.sharding.tensor import shape_of
 from bilevel.tree import leaves, named_leaves
 
 Table = Mapping[str, str]
@@ -76,7 +78,7 @@ def of_the_game(game: Game, sharded: Iterable[str]) -> dict[str, str]:
     found = {"players, in order of play": ", ".join(game.names), "torch's random numbers": told(random_state())}
     dealt = set(sharded)
     for name, player in game.players.items():
-        forms = [f"{path}{list(leaf.shape)} {leaf.dtype}" for path, leaf in named_leaves(game.initial(name))]
+        forms = [f"{path}{shape_of(leaf)} {leaf.dtype}" for path, leaf in named_leaves(game.initial(name))]
         found[f"the form of {name!r}"] = _short(", ".join(forms), 120)
         found[f"the start of {name!r}"] = told((game.initial(name), game.buffers().get(name, {})))
         if player.data is None:
@@ -102,7 +104,10 @@ def require_sampler(ranks: Ranks, name: str, data: Any) -> None:
 
 
 def fingerprint(tree: Any) -> int:
-    """A number that differs, as a rule, where any bit of a tree differs; computed where its tensors are."""
+    """A number that differs, as a rule, where any bit of a tree differs; computed where its tensors are.
+
+    Parts of spread tensors are left out: they differ from rank to rank.
+    """
     total = 0
     for place, leaf in enumerate(leaves(tree), start=1):
         total = (total + place * _bits(leaf)) % 2**62
@@ -115,6 +120,8 @@ def told(tree: Any) -> str:
 
 
 def _bits(leaf: Any) -> int:
+    if isinstance(leaf, ShardedTensor):
+        return 0
     if not isinstance(leaf, Tensor):
         return int.from_bytes(hashlib.blake2b(repr(leaf).encode(), digest_size=7).digest())
     plain = leaf.detach()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from functools import singledispatch
+from typing import Any, final
 
 from bilevel.errors import ParallelError, require_kinds
 from bilevel.game import Game
@@ -73,33 +74,44 @@ class DataParallel:
                 f"DataParallel: examples={self.examples!r}; expected a function from a batch to a number, or None."
             )
 
-    def game(self, game: Game) -> ParallelGame:
+    def game(self, game: Game) -> Any:
         """The game as these ranks play it together; all of them must ask for it, and ask it alike.
 
-        Raises, on all ranks, where they disagree or where a loss cannot be shared.
+        Of `Tasks` each rank plays a share of every batch of tasks. Raises, on all ranks, where they disagree or where
+        a loss cannot be shared.
         """
-        if type(game) is not Game:
-            raise TypeError(
-                f"DataParallel: the game is {type(game).__name__}; expected a Game. Many games at once and tasks are "
-                "played in one process; parts of a sweep each by a rank, inside bilevel.extend.separate_ranks()."
-            )
         ranks = Ranks(game.device, self.timeout)
         try:
             require_agreement(ranks, of_the_machine(game.device), "DataParallel")
-            dealing = ranks.together(lambda: self._dealing(game, ranks))
+            found = ranks.together(lambda: shared(game, ranks, self))
             # Not before each knows its own data: those that are dealt out differ.
-            require_agreement(ranks, ranks.together(lambda: of_the_game(game, dealing.sharded)), "DataParallel")
+            require_agreement(ranks, ranks.together(lambda: of_the_game(game, found.sharded)), "DataParallel")
         except BaseException as error:
             ranks.leave(error if not isinstance(error, ParallelError) else None)
             raise
-        return ParallelGame.of(game, ranks, dealing)
+        return found
 
-    def _dealing(self, game: Game, ranks: Ranks) -> Dealing:
-        players = game.players
-        with_data = [name for name, player in players.items() if player.data is not None]
-        sharded = [n for n in with_data if (is_sharded(players[n].data) if self.sharded is None else self.sharded)]
-        refuse_functions_of_batches(players)
-        for name in with_data:
-            require_sampler(ranks, name, players[name].data)
-        advancing = {n: tried(game, n, examples=self.examples, coupled=self.coupled) for n in players}
-        return Dealing(frozenset(sharded), self.examples, advancing)
+
+@singledispatch
+def shared(game: object, ranks: Ranks, parallel: DataParallel) -> Any:
+    """A game as ranks play it together; rooms above this one register kinds of games of their own."""
+    raise TypeError(f"DataParallel: the game is a {type(game).__name__}; expected a Game, or Tasks.")
+
+
+@shared.register
+def _(game: Game, ranks: Ranks, parallel: DataParallel) -> ParallelGame:
+    """One game, each of whose batches is dealt out."""
+    if type(game) is not Game:
+        raise TypeError(
+            f"DataParallel: the game is {type(game).__name__}; expected a Game, or Tasks. Many games at once are "
+            "played in one process, or a part of them by each rank, inside bilevel.extend.separate_ranks()."
+        )
+    players = game.players
+    with_data = [name for name, player in players.items() if player.data is not None]
+    given = parallel.sharded
+    sharded = frozenset(n for n in with_data if (is_sharded(players[n].data) if given is None else given))
+    refuse_functions_of_batches(players)
+    for name in with_data:
+        require_sampler(ranks, name, players[name].data)
+    advancing = {n: tried(game, n, examples=parallel.examples, coupled=parallel.coupled) for n in players}
+    return ParallelGame.of(game, ranks, Dealing(sharded, parallel.examples, advancing))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -16,10 +16,12 @@ from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.game.processes import refuse_lone_rank
+from bilevel.game.shards import resettled
 from bilevel.parallel.batches import Examples, Part, part_of
-from bilevel.parallel.pair import entered, summed
+from bilevel.parallel.pair import entered, weighted_mean
 from bilevel.parallel.ranks import Ranks
 from bilevel.randomness import global_generators, random_kept
+from bilevel.sharding import ShardedTensor
 from bilevel.tree import Variables, join, leaves, structure_of
 
 
@@ -56,7 +58,8 @@ class ParallelGame(Game):
     def of(cls, game: Game, ranks: Ranks, dealing: Dealing) -> ParallelGame:
         """The same game on these ranks."""
         found = cls.__new__(cls)
-        found._parts, found.ranks, found._dealing = game._parts, ranks, dealing
+        parts = replace(game._parts, initial=resettled(game._parts.initial, ranks))
+        found._parts, found.ranks, found._dealing = parts, ranks, dealing
         return found
 
     def evaluate(
@@ -66,12 +69,23 @@ class ParallelGame(Game):
         if self.members(player) != (player,):
             return self._evaluate_group(player, variables, batch, buffers)
         # Who is anticipated answers here, where its own derivatives are those of the whole.
-        given = self._given(player, self._parts.players[player].objective, variables)
-        inputs = entered(self.ranks, leaves(given))
+        given = self._values(player, self._parts.players[player].objective, variables)
+        form, inputs = structure_of(given), leaves(given)
+        # What is spread enters where it is put together; the rest here.
+        whole = [index for index, leaf in enumerate(inputs) if not isinstance(leaf, ShardedTensor)]
+        for index, leaf in zip(whole, entered(self.ranks, [inputs[index] for index in whole]), strict=True):
+            inputs[index] = leaf
         part = self.part(player, batch)
-        with self._own_numbers():
-            share, after = super().evaluate(player, structure_of(given).build(inputs), part.batch, buffers)
-        return self._mean(share, part.weight, inputs), self._together(player, after, part.weight)
+        taken = {name: self._assembled(name, tree, shared=True) for name, tree in form.build(inputs).items()}
+        with own_numbers(self.ranks.rank, self.device):
+            share, after = super().evaluate(player, taken, part.batch, buffers)
+        mean = weighted_mean(self.ranks, share, part.weight, inputs)
+        return mean, self._together(player, after, part.weight)
+
+    @property
+    def sharded(self) -> frozenset[str]:
+        """Players whose data are a part of their own on each rank."""
+        return self._dealing.sharded
 
     def moving(self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Buffers:
         """A player's buffers as they are: each rank normalises by statistics of its own, whose path is left out."""
@@ -98,14 +112,6 @@ class ParallelGame(Game):
         """Raise `ValueError` where it was made for one process, and this one has become one of several since."""
         refuse_lone_rank(asker, alone=self.ranks.size > 1)
 
-    def _mean(self, share: Tensor, weight: float, inputs: Sequence[Tensor]) -> Tensor:
-        """The weighted mean of the ranks' losses."""
-        # The weights travel with the losses: ranks that know only their own part need no other message.
-        wide = share if share.element_size() >= 4 else share.float()
-        weighed = torch.stack([wide * weight, torch.full_like(wide.detach(), weight)])
-        total = summed(self.ranks, weighed, inputs)
-        return (total[0] / total[1]).to(share.dtype)
-
     def _together(self, player: str, after: Buffers, weight: float) -> Buffers:
         """Buffers that the loss has advanced, averaged: statistics of this rank's part are nobody else's."""
         moved = [(o, n) for o, n in self._dealing.advancing.get(player, ()) if n in after.get(o, {})]
@@ -121,12 +127,13 @@ class ParallelGame(Game):
             found[owner][name] = mean.reshape(leaf.shape)
         return found
 
-    @contextmanager
-    def _own_numbers(self) -> Iterator[None]:
-        """Random numbers of this rank's own, so that no two ranks drop out alike; those outside go on alike on all."""
-        with transforms_left():
-            seed = int(torch.randint(2**62, ()))
-        with random_kept(self.device):
-            for generator in global_generators(self.device):
-                generator.manual_seed(seed + self.ranks.rank)
-            yield
+
+@contextmanager
+def own_numbers(rank: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a rank's own, so that no two ranks drop out alike; those outside go on alike on all."""
+    with transforms_left():
+        seed = int(torch.randint(2**62, ()))
+    with random_kept(device):
+        for generator in global_generators(device):
+            generator.manual_seed(seed + rank)
+        yield

@@ -37,6 +37,15 @@ def summed(ranks: Ranks, share: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return _Summed.apply(ranks, share, *inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def weighted_mean(ranks: Ranks, share: Tensor, weight: float, inputs: Sequence[Tensor]) -> Tensor:
+    """The mean of the ranks' losses, weighted; each a function of what has `entered`, `inputs`."""
+    # The weights travel with the losses: ranks that know only their own part need no other message.
+    wide = share if share.element_size() >= 4 else share.float()
+    weighed = torch.stack([wide * weight, torch.full_like(wide.detach(), weight)])
+    total = summed(ranks, weighed, inputs)
+    return (total[0] / total[1]).to(share.dtype)
+
+
 class _Entered(torch.autograd.Function):
     @staticmethod
     def forward(ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from bilevel.errors import ParallelError
+from bilevel.game.shards import gathered
 
 Kind = TypeVar("Kind")
 
@@ -60,6 +61,25 @@ class Ranks:
         self.bytes += found.nbytes
         self.reductions += 1
         return found.to(tensor.dtype)
+
+    def greatest(self, tensor: Tensor) -> Tensor:
+        """The largest over all ranks of each number of a tensor."""
+        found = tensor.detach().clone().contiguous()
+        if self.size > 1:
+            self._guarded(lambda: distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._group))
+        return found
+
+    def parts(self, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Every rank's vector, of these lengths."""
+        if self.size == 1:
+            return [tensor]
+
+        def gather(found: list[Tensor], own: Tensor) -> None:
+            self._guarded(lambda: distributed.all_gather(found, own, group=self._group))
+            self.bytes += own.nbytes * self.size
+            self.reductions += 1
+
+        return gathered(tensor, sizes, gather)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all ranks."""

@@ -16,6 +16,7 @@ from bilevel.game.data import Batch
 from bilevel.game.player import Player
 from bilevel.parallel.batches import Examples, rows, rows_in, weight
 from bilevel.randomness import random_kept, random_state
+from bilevel.sharding.tensor import noise_like
 from bilevel.tree import Variables, leaves, map_leaves
 
 _DRAWS = 8  # of a loss with dropout
@@ -172,7 +173,7 @@ def _moved(device: torch.device) -> Any:
     generator = torch.Generator().manual_seed(0)
 
     def move(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+        noise = noise_like(leaf, generator)
         return leaf * (1.0 + _MOVE * noise) + _MOVE * noise * (leaf == 0.0)
 
     return move

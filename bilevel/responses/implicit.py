@@ -161,6 +161,10 @@ class Implicit(Response):
                 f"{type(linear).__name__} needs a positive definite one. Leave linear_solver= out, or use "
                 "linear.Dense() for a few hundred unknowns, or GMRES()."
             )
+        if game.is_spread(start.name) and not inner.takes_parts:
+            game.require_whole(f"Implicit({inner!r})", [start.name])
+        if game.is_spread(start.name) and not linear.takes_parts:
+            game.require_whole(f"Implicit(linear_solver={linear!r})", [start.name])
         self.batches.require(game, start, linear)
         self.curvature.require(start)
         solver, flat, shapes = start.adapted_linear(linear), start.as_unknowns(state), start.unknowns.shapes

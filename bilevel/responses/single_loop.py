@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -128,6 +129,8 @@ class SingleLoop(Response):
         """The state before the first call; refuses captured tensors and hyperparameters of the inner optimisers."""
         state = fresh_state(game, follower, seed)
         name, y = state["follower"], leaves(state["variables"])
+        if self.variance is not None:
+            game.require_whole(f"SingleLoop(variance={self.variance!r})", [name, *game.arguments(name)])
         for steps in (self._y_steps, self._v_steps):
             refuse_optimizer_hyper(self, game, name, steps)
             built = steps.build([leaf.clone() for leaf in y], leaf_names(state["variables"], name))
@@ -224,12 +227,14 @@ class SingleLoop(Response):
         """What y, v and the leader step along, and what the variance reduction remembers."""
         mean = _Batches(game, follower, flatten(state["variables"]), state["adjoint"]["v"])
         if self.variance is None:
-            whole, memory = mean.here(), state["variance"]
+            parts, memory = mean.parts_here(), state["variance"]
         else:
             whole, memory = self.variance.direction(mean, state["variance"])
+            parts = mean.split(whole)
         if not transforms_active():
-            _require_finite(follower.name, whole, "a direction of its single loop")
-        own, product, *mixed = mean.split(whole)
+            for part in parts:
+                _require_finite(follower.name, part.reshape(-1), "a direction of its single loop")
+        own, product, *mixed = parts
         follower.buffers = mean.buffers
         return _Directions(own, product, mixed, mean.evaluations), memory
 
@@ -282,10 +287,15 @@ class _Batches:
         self.epoch: int | None = position["epoch"] if known else None
         self._xs = [x.detach() for x in follower.xs]
         self._shapes = [y.shape, v.shape, *(x.shape for x in self._xs)]
-        self.point = join([y, v, *self._xs])
+        self._where = [y, v, *self._xs]
         self._random = random_state(game.device)
         self.buffers: Buffers = follower.buffers
         self.evaluations = 0
+
+    @cached_property
+    def point(self) -> Tensor:
+        """Y, v and the others' leaves, as one vector."""
+        return join(self._where)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """y, v and the others' leaves of a point; F, F_y'v and F_x'v of a direction."""
@@ -294,7 +304,11 @@ class _Batches:
 
     def here(self) -> Tensor:
         """On the step's batch, where it is; the module's buffers advance."""
-        found, self.buffers = self._evaluate(self.point, self.batch)
+        return join(self.parts_here())
+
+    def parts_here(self) -> list[Tensor]:
+        """The same, F, F_y'v and F_x'v apart: those who play may hold parts of their vectors, or all of them."""
+        found, self.buffers = self._parts(self._where, self.batch)
         return found
 
     def at(self, point: Tensor) -> Tensor:
@@ -316,8 +330,12 @@ class _Batches:
         return total / count
 
     def _evaluate(self, point: Tensor, batch: Batch) -> tuple[Tensor, Buffers]:
+        found, buffers = self._parts(self.split(point), batch)
+        return join(found), buffers
+
+    def _parts(self, where: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], Buffers]:
         follower = self._follower
-        y, v, *xs = self.split(point)
+        y, v, *xs = where
         self.evaluations += 1
         buffers: Buffers = {}
 
@@ -330,7 +348,7 @@ class _Batches:
 
         with torch.no_grad():
             value, products = pullback(residual, y, *xs)
-            return join([value.detach(), *products(v)]).detach(), buffers
+            return [part.detach() for part in (value, *products(v))], buffers
 
 
 class _Form:

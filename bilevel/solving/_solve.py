@@ -264,29 +264,33 @@ def _saving(company: Alone, run: Run, path: Path | None, every: int) -> Iterator
         return
     steps = [-1]
 
-    def save() -> None:
+    def save(state: Mapping[str, Any]) -> None:
         # The second is the first with everything in it that later ones have.
-        checkpoints.save(path, run.state(), check=len(steps) < 3)
+        checkpoints.save(path, state, check=len(steps) < 3)
         steps.append(run.now.step)
+
+    def save_together() -> None:
+        state = company.stored(run.state())
+        company.write(lambda: save(state))
 
     def save_if_due() -> None:
         if run.now.step % every == 0:
-            company.write(save)
+            save_together()
 
     if company.writes:
         remove_abandoned(path)
-    company.write(save)
+    save_together()
     try:
         yield save_if_due
     except CheckpointError:
         raise  # it would fail once more
     except BaseException:
         # Alone: the others may not be there any more.
-        if company.writes and run.whole and run.now.step > steps[-1]:
-            save()
+        if run.whole and run.now.step > steps[-1] and company.can_save(run.state()):
+            save(run.state())
         raise
     if run.now.step % every != 0:
-        company.write(save)
+        save_together()
 
 
 def _call(callbacks: Sequence[Callback], run: Run, record: Record) -> bool:

@@ -58,7 +58,9 @@ def solution(run: Run) -> End[Any]:
         errors={n: report.error for n, report in steps.items() if not math.isnan(report.error)},
         warned=told,
         values=values,
-        variables=map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in run.game.names}),
+        variables=run.game.given_back(
+            map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in run.game.names})
+        ),
         history=run.history.records(),
         stationarity={name: report.stationarity for name, report in ends.items()},
         residuals={n: residual for n, residual in residuals.items() if residual is not None},

@@ -11,6 +11,7 @@ from bilevel.dynamics import Dynamics
 from bilevel.errors import CheckpointError
 from bilevel.game import Game
 from bilevel.responses import Response
+from bilevel.sharding.tensor import shape_of
 from bilevel.solving.description import Describer, Description, differences
 from bilevel.solving.leaders import Leaders
 from bilevel.tree import leaves, map_leaves, named_leaves
@@ -119,4 +120,4 @@ def _form(game: Game, name: str) -> dict[str, Description]:
 
 
 def _shape(tensor: Any) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape_of(tensor)}"

@@ -26,6 +26,7 @@ from bilevel.game.data import Batch, Position
 from bilevel.inner.torch_optim import SchedulerFactory
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses import Response, State
+from bilevel.sharding.storing import has_parts
 from bilevel.solving.driven import (
     Driven,
     EnoughError,
@@ -118,14 +119,16 @@ class Run:
     def shared(self) -> dict[str, Any]:
         """What is the same in all processes that play together, by what it is called."""
         leaders = {f"the leader {name!r}": point for name, point in self.leaders.points.items()}
-        states = {f"the state of follower {name!r}": state for name, state in self.now.states.items()}
+        alike = self.game.alike
+        states = {f"the state of follower {name!r}": alike(state) for name, state in self.now.states.items()}
         places = {"the place in the data": dict(self.now.positions), "the random numbers": dict(self.now.random)}
         return {**leaders, **states, **places}
 
     def _variables(self, states: States) -> dict[str, Variables]:
         leading = self.leaders.trees(self.leaders.points)
         given = {n: states[n]["variables"] if n in states else leading[n] for n in self.game.names}
-        return {name: map_leaves(lambda t: t.detach().clone(), tree) for name, tree in given.items()}
+        copied = {name: map_leaves(lambda t: t.detach().clone(), tree) for name, tree in given.items()}
+        return self.game.given_back(copied)
 
     # A step ----------------------------------------------------------------------------------------------------------
 
@@ -386,6 +389,7 @@ class Run:
         if saved["step"] == 0 and differ(saved["identity"], self.identity):
             return  # nothing was done yet
         settings = accepted(saved["identity"], self.identity, path, accept_changes=accept_changes)
+        self._require_spread(saved, path)
         self.history, self._batches = History(saved["history"]), {}
         moment = Moment(**{name: saved[name] for name in Moment.__dataclass_fields__})
         paths = [path for path, *_ in settings]
@@ -393,6 +397,17 @@ class Run:
         self.leaders.restore(saved["leaders"], moment.step, changed)
         set_random_state(moment.random, self.game.device)
         self.now = self._with_present_settings(moment, paths, in_words(settings)) if settings else moment
+
+    def _require_spread(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Refuse what was saved with variables held whole where they are spread now."""
+        present = {**{n: state["variables"] for n, state in self.now.states.items()}, **self.leaders.points}
+        before = {**{n: state["variables"] for n, state in saved["states"].items()}, **saved["leaders"]["points"]}
+        for name, tree in present.items():
+            if has_parts(tree) and not has_parts(before[name]):
+                raise CheckpointError(
+                    f"{path} was saved while each rank held the variables of {name!r} whole; now they are spread over "
+                    "the ranks. Go on with the module as it was before fully_shard."
+                )
 
     def _with_present_settings(self, moment: Moment, paths: list[str], changes: str) -> Moment:
         """A moment of a run with other settings, as one of this run; no work that was done is forgotten."""

@@ -14,6 +14,7 @@ from bilevel.errors import ParallelError
 from bilevel.game import Game
 from bilevel.parallel import DataParallel, ParallelGame
 from bilevel.parallel.agreement import fingerprint, require_agreement
+from bilevel.sharding.storing import has_parts, parted, whole
 from bilevel.solving import checkpoint as checkpoints
 from bilevel.solving.description import Description
 from bilevel.solving.history import Observe
@@ -45,7 +46,16 @@ class Alone:
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """The checkpoint at a path; None where there is none."""
-        return checkpoints.load(path) if path.exists() else None
+        found = checkpoints.load(path) if path.exists() else None
+        return None if found is None else parted(found, None, self.game.device)
+
+    def stored(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A run as it is written; all processes must ask."""
+        return state
+
+    def can_save(self, state: Mapping[str, Any]) -> bool:
+        """Whether this process can save a run by itself."""
+        return True
 
     def write(self, save: Callable[[], None]) -> None:
         """Write a file, once."""
@@ -103,7 +113,7 @@ class Together(Alone):
         """As the first rank reads it."""
 
         def data() -> bytes | None:
-            found = super(Together, self).read(path)
+            found = checkpoints.load(path) if path.exists() else None
             if found is None:
                 return None
             buffer = io.BytesIO()
@@ -111,7 +121,18 @@ class Together(Alone):
             return buffer.getvalue()
 
         sent = self._ranks.from_first(data)
-        return None if sent is None else torch.load(io.BytesIO(sent), weights_only=True)
+        if sent is None:
+            return None
+        content = torch.load(io.BytesIO(sent), weights_only=True)
+        return dict(parted(content, self._ranks, self.game.device))
+
+    def stored(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With spread tensors whole, on the first rank."""
+        return whole(state, keep=self.writes) if has_parts(state) else state
+
+    def can_save(self, state: Mapping[str, Any]) -> bool:
+        """Whether this is the first rank, and all of the run is here."""
+        return self.writes and not has_parts(state)
 
     def write(self, save: Callable[[], None]) -> None:
         """The first rank writes; what it could not do, all raise."""

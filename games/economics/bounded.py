@@ -85,8 +85,8 @@ class SignedContract:
     The incentive is the follower's optimum and participation a function of the leader's, neither of them a penalty.
     Source: Holmstrom and Milgrom 1987; Innes 1990 for limited liability.
 
-    >>> SignedContract(1.0, 1.0, 1.0, outside=0.0, least=-1.0).best()  # share, sum, multiplier of participation
-    (0.5, 0.0, 1.0)
+    >>> SignedContract(1.0, 0.0, 1.0, outside=0.5, least=-1.0).best()  # share, sum, multiplier of participation
+    (1.0, 0.0, 1.0)
     """
 
     cost: float

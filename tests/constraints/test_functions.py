@@ -514,12 +514,6 @@ def test_conjugate_gradients_are_refused_and_others_agree():
     close(slope, wanted)
 
 
-def test_certify_refuses_by_name():
-    game = game_with(inequality=lambda y: y - 1.0)
-    with pytest.raises(ValueError, match="'y' has functions as constraints"):
-        bl.certify(game, {"x": tensor(2.0, 1.0), "y": tensor(1.0, 1.0)})
-
-
 REFUSED = {
     "no function": ({"inequality": 1.0}, TypeError, "inequality is a float; expected a function"),
     "nobody's name": ({"equality": lambda z: z}, ValueError, "its equality has a parameter 'z', which names no player"),

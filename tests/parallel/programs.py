@@ -4,9 +4,11 @@ import json
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+import torch.utils.checkpoint
 from torch import distributed as dist
 from torch.optim import LBFGS, SGD, Adam
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -313,6 +315,375 @@ def resumes(path, steps):
     game = make(weights=bl.Player(fit, begin, data=loader))
     solution = PLAY(game, steps=int(steps), checkpoint=path or None, **options)
     tell(decay=solution.variables["decay"].tolist(), steps=len(solution.history))
+
+
+# Modules that are not plain ------------------------------------------------------------------------------------------
+
+
+class Attends(torch.nn.Module):
+    """Fused attention over pairs of features, within each example."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.query, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        parts = self.query(inputs).reshape(-1, 1, 2, 2)
+        return self.head(torch.nn.functional.scaled_dot_product_attention(parts, parts, parts).reshape(-1, 4))
+
+
+class Quantises(torch.nn.Module):
+    """A layer whose weight is rounded to eighths, with the straight-through gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = torch.nn.Linear(4, 1)
+
+    def forward(self, inputs):
+        weight = torch.fake_quantize_per_tensor_affine(self.head.weight, 0.125, 0, -128, 127)
+        return torch.nn.functional.linear(inputs, weight, self.head.bias)
+
+
+def modules():
+    """Each kind of module on these ranks and in one process; or what it is refused with."""
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+    def made(model, around, run):
+        def judge(weights, batch):
+            inputs, targets = batch
+            with around():
+                return (run(weights, inputs)[:, 0] - targets).float().square().mean()
+
+        def fit(decay, weights, batch):
+            return judge(weights, batch) + bl.penalty(weights, decay.exp())
+
+        train, valid = [[(x.float(), y.float())] for x, y in ((TRAIN, TARGET), (VALID, WANTED))]
+        return bl.Game(
+            decay=bl.Player(judge, torch.tensor(-1.0), data=valid), weights=bl.Player(fit, model, data=train)
+        )
+
+    def again(y, inputs):
+        return torch.utils.checkpoint.checkpoint(y, inputs, use_reentrant=False)
+
+    def called(y, inputs):
+        return y(inputs)
+
+    cases = {
+        "autocast": (plain, half, called),
+        "compiled": (torch.compile(plain, backend="eager"), nullcontext, called),
+        "attention": (Attends(), nullcontext, called),
+        "fake quantisation": (Quantises(), nullcontext, called),
+        "checkpoint": (plain, nullcontext, again),
+        "BatchNorm": (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)), nullcontext, called),
+    }
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=3, tolerance=None)
+    for name, case in cases.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with bl.extend.separate_ranks():
+                    one, _ = hypergradients(made(*case), response)
+                many, _ = hypergradients(bl.DataParallel(timeout=60.0).game(made(*case)), response)
+                tell(case=name, error=float((one - many).norm() / one.norm()), text="")
+            except (ValueError, TypeError, bl.errors.BilevelError) as error:
+                tell(case=name, error=0.0, text=str(error))
+
+
+# Variables that are spread over the ranks ----------------------------------------------------------------------------
+
+INPUTS, LABELS = drawn(9, 5, 5), torch.tensor([0, 1, 2, 0, 1, 0, 0, 2, 1])
+HELD, HELD_LABELS = drawn(7, 5, 6), torch.arange(7) % 3
+
+
+def net():
+    """Layers whose rows no number of ranks from two to four deals out evenly."""
+    torch.manual_seed(1)
+    layers = torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)
+    return torch.nn.Sequential(*layers).double()
+
+
+def fit_net(decay, weights, batch):
+    inputs, labels = batch
+    return torch.nn.functional.cross_entropy(weights(inputs), labels) + bl.penalty(weights, 2.0 * decay.exp())
+
+
+def judge_net(weights, batch):
+    inputs, labels = batch
+    return torch.nn.functional.cross_entropy(weights(inputs), labels)
+
+
+def net_game(module):
+    return bl.Game(
+        decay=bl.Player(judge_net, torch.tensor(-3.0, dtype=torch.float64), data=[(HELD, HELD_LABELS)]),
+        weights=bl.Player(fit_net, module, data=[(INPUTS, LABELS)]),
+    )
+
+
+def mesh():
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (SIZE,))
+
+
+def fully_sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    module = net()
+    for part in (module[0], module[2], module):
+        fully_shard(part, mesh=mesh())
+    return module
+
+
+def tensor_parallel():
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    return parallelize_module(net(), mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def partly():
+    """One weight is a DTensor, cut along its columns; the others each rank holds whole."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    start = dict(net().named_parameters())
+    return {**start, "2.weight": distribute_tensor(start["2.weight"].detach(), mesh(), [Shard(1)])}
+
+
+def called(weights, batch):
+    return torch.func.functional_call(net().to("meta"), dict(weights), batch)
+
+
+def fit_tree(decay, weights, batch):
+    inputs, labels = batch
+    loss = torch.nn.functional.cross_entropy(called(weights, inputs), labels)
+    return loss + bl.penalty(weights, 2.0 * decay.exp())
+
+
+def judge_tree(weights, batch):
+    inputs, labels = batch
+    return torch.nn.functional.cross_entropy(called(weights, inputs), labels)
+
+
+def tree_game(tree):
+    return bl.Game(
+        decay=bl.Player(judge_tree, torch.tensor(-3.0, dtype=torch.float64), data=[(HELD, HELD_LABELS)]),
+        weights=bl.Player(fit_tree, tree, data=[(INPUTS, LABELS)]),
+    )
+
+
+PLAIN_SGD = partial(SGD, lr=0.3)
+
+
+def on_parts(linear_solver):
+    inner = partial(SGD, lr=0.3, momentum=0.5)
+    return bl.Implicit(inner, steps=20, tolerance=None, linear_solver=linear_solver)
+
+
+ON_PARTS = {
+    "ReverseMode": bl.Unrolled(partial(SGD, lr=0.3, momentum=0.5), steps=4),
+    "Adam": bl.Unrolled(partial(Adam, lr=0.05), steps=4),
+    "clipped": bl.Unrolled(TorchOptimizer(PLAIN_SGD, clip_norm=0.1), steps=4),
+    "Segments": bl.Unrolled(PLAIN_SGD, steps=4, differentiation=bl.Segments(count=2)),
+    "Nudged": bl.Nudged(PLAIN_SGD, steps=10, nudge=1e-2, tolerance=None),
+    "SingleLoop": bl.SingleLoop(PLAIN_SGD),
+    # Steps of fixed size, but for one: when LBFGS stops, rounding decides. Damped, for the network is at no optimum.
+    "LBFGS": bl.Implicit(OPTIMUM, tolerance=None, linear_solver=Identity()),
+    "ConjugateGradient": on_parts(bl.ConjugateGradient(damping=1.0)),
+    "Diagonal": on_parts(bl.ConjugateGradient(damping=1.0, preconditioner=Diagonal())),
+    "Neumann": on_parts(bl.Neumann(max_steps=20, damping=1.0)),
+}
+
+
+def compared(alone, shared, response):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        one, _ = hypergradients(alone, response)
+        torch.manual_seed(0)
+        many, state = hypergradients(shared, response)
+    return float((one - many).norm() / one.norm()), same_bits(shared, many), state
+
+
+def spread_answers(*names):
+    with bl.extend.separate_ranks():
+        alone = net_game(net())
+    shared = bl.DataParallel(timeout=60.0).game(net_game(fully_sharded()))
+    for name in names or ON_PARTS:
+        error, same, state = compared(alone, shared, ON_PARTS[name])
+        held = sum(leaf.numel() for leaf in leaves(state["variables"]))
+        tell(response=name, error=error, same=same, held=held)
+
+
+def spread_layouts():
+    with bl.extend.separate_ranks():
+        alone = net_game(net())
+    games = {"tensor parallel": lambda: net_game(tensor_parallel()), "partly": lambda: tree_game(partly())}
+    for name, made in games.items():
+        shared = bl.DataParallel(timeout=60.0).game(made())
+        error, same, _ = compared(alone, shared, ON_PARTS["ReverseMode"])
+        tell(response=name, error=error, same=same)
+
+
+def whole(tree):
+    return [leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf for leaf in leaves(tree)]
+
+
+def spread_solves(path):
+    """By a response, and two networks at once."""
+    with bl.extend.separate_ranks():
+        one = PLAY_NET(net_game(net()), steps=4)
+        duel = bl.solve(adversaries(net(), net()), steps=4)
+    many = PLAY_NET(net_game(fully_sharded()), steps=4, parallel=bl.DataParallel(timeout=60.0))
+    both = bl.solve(adversaries(fully_sharded(), fully_sharded()), steps=4, parallel=bl.DataParallel(timeout=60.0))
+    for name, first, second in (("response", one, many), ("simultaneous", duel, both)):
+        pairs = list(zip(whole(first.variables), whole(second.variables), strict=True))
+        tell(
+            case=name,
+            error=max(float((a - b).norm() / a.norm()) for a, b in pairs),
+            values=max(abs(first.values[n] - second.values[n]) for n in first.values),
+            kinds=sorted({type(leaf).__name__ for leaf in leaves(second.variables)}),
+        )
+
+
+def adversaries(first, second):
+    def lead(first, second, batch):
+        inputs, labels = batch
+        return torch.nn.functional.cross_entropy(first(inputs) - second(inputs), labels)
+
+    def follow(first, second, batch):
+        inputs, labels = batch
+        return torch.nn.functional.cross_entropy(second(inputs) + 0.1 * first(inputs), 2 - labels)
+
+    return bl.Game(
+        first=bl.Player(lead, first, data=[(INPUTS, LABELS)]),
+        second=bl.Player(follow, second, data=[(HELD, LABELS[:7])]),
+    )
+
+
+def PLAY_NET(game, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bl.solve(game, weights=ON_PARTS["Adam"], **options)
+
+
+def spread_resumes(path, steps):
+    options = {} if SIZE == 1 else {"parallel": bl.DataParallel(timeout=60.0)}
+    game = net_game(net() if SIZE == 1 else fully_sharded())
+    solution = PLAY_NET(game, steps=int(steps), checkpoint=path or None, **options)
+    weights = torch.cat([leaf.reshape(-1) for leaf in whole(solution.variables["weights"])])
+    tell(decay=float(solution.variables["decay"]), weights=weights.tolist(), steps=len(solution.history))
+
+
+def spread_refusals():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def told(case, make):
+        try:
+            made = make()
+        except (ValueError, TypeError, bl.errors.BilevelError) as error:
+            tell(case=case, text=str(error), kind=type(error).__name__)
+        else:
+            tell(case=case, text="", kind="", made=str(type(made).__name__))
+
+    def square(y):
+        return y.square().sum()
+
+    grid = init_device_mesh("cpu", (1, SIZE), mesh_dim_names=("a", "b"))
+    cut = distribute_tensor(torch.ones(4, 2), grid, [Shard(0), Shard(1)])
+    one = distribute_tensor(torch.ones(4, 2), mesh(), [Shard(0)])
+    half = fully_shard(net(), mesh=mesh(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    gathered = fully_sharded()
+    gathered.unshard()
+    for part in (gathered[0], gathered[2]):
+        part.unshard()
+    told("mesh", lambda: bl.Game(y=bl.Player(square, cut)))
+    told("domain", lambda: bl.Game(y=bl.Player(square, one, domain=bl.Box(0.0, 2.0))))
+    told("policy", lambda: net_game(half))
+    told("gathered", lambda: net_game(gathered))
+    game = net_game(fully_sharded())
+    told("alone", lambda: bl.solve(game, weights=ON_PARTS["Adam"], steps=1))
+    shared = bl.DataParallel(timeout=60.0).game(game)
+    for name, response in {
+        "Hypernetwork": bl.Hypernetwork(PLAIN_SGD, steps=1),
+        "GMRES": bl.Implicit(PLAIN_SGD, linear_solver=bl.GMRES()),
+        "ForwardMode": bl.Unrolled(PLAIN_SGD, steps=1, differentiation=bl.ForwardMode()),
+        "Scipy": bl.Implicit(bl.Scipy("L-BFGS-B")),
+    }.items():
+        told(name, lambda response=response: response.init(shared))
+    told("Games", lambda: bl.Games(game, 2))
+    # What acts along one dimension of a part would act on this rank's alone.
+    weight = shared.initial("weights")["0.weight"]
+    told("product", lambda: weight @ weight.T)
+    told("beside", lambda: weight + torch.ones(weight.shape, dtype=torch.float64))
+    tell(case="sums", text=str(float(weight.square().sum())), kind="")
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+# Batches of 5, 5 and 4 tasks: no number of ranks from two to four deals all of them out evenly.
+SINES = [
+    {"support": (drawn(n, 6, 10 + n), drawn(n, 6, 20)), "query": (drawn(n, 4, 30), drawn(n, 4, 40))} for n in (5, 4)
+]
+
+
+def curve(weights, inputs):
+    return torch.tanh(inputs[:, None] * weights["a"]) @ weights["b"]
+
+
+def fit_task(meta, task, batch):
+    inputs, targets = batch
+    return (curve(task, inputs) - targets).square().mean() + 5.0 * sum(
+        (task[name] - meta[name]).square().sum() for name in meta
+    )
+
+
+def judge_task(task, batch):
+    inputs, targets = batch
+    return (curve(task, inputs) - targets).square().mean()
+
+
+def tasks_game(data, **options):
+    start = {"a": drawn(3, 1, 50)[:, 0], "b": drawn(3, 1, 60)[:, 0]}
+    task = {"start": lambda meta: meta} if "clients" not in options else {}
+    return bl.Tasks(meta=bl.Player(judge_task, start), task=bl.Player(fit_task, start, **task), data=data, **options)
+
+
+def tasks():
+    numbered = [
+        {**batch, "client": (torch.arange(len(batch["query"][0])) + 2 * place) % 6} for place, batch in enumerate(SINES)
+    ]
+    cases = {
+        "maml": (SINES, {}, bl.Unrolled(partial(SGD, lr=0.05), steps=2)),
+        "imaml": (SINES, {}, bl.Implicit(partial(SGD, lr=0.05), steps=200, tolerance=None)),
+        "clients": (numbered, {"clients": 6}, bl.Unrolled(partial(SGD, lr=0.05), steps=2)),
+    }
+    for name, (data, options, response) in cases.items():
+        with bl.extend.separate_ranks():
+            one = bl.solve(tasks_game(data, **options), task=response, steps=5)
+        many = bl.solve(tasks_game(data, **options), task=response, steps=5, parallel=bl.DataParallel(timeout=60.0))
+        pairs = [(one.variables["meta"][key], many.variables["meta"][key]) for key in ("a", "b")]
+        last = [(one.variables["task"][key], many.variables["task"][key]) for key in ("a", "b")]
+        tell(
+            case=name,
+            error=max(float((a - b).norm() / a.norm()) for a, b in pairs + last),
+            values=max(abs(one.values[player] - many.values[player]) for player in one.values),
+            history=max(abs(a["meta"] - b["meta"]) for a, b in zip(one.history, many.history, strict=True)),
+            worst=max(
+                abs(a["task.stationarity.worst"] - b["task.stationarity.worst"])
+                for a, b in zip(one.history, many.history, strict=True)
+            ),
+            sent=many.history[-1]["communicated"],
+        )
+
+
+def few_tasks():
+    few = [{part: tuple(leaf[:1] for leaf in SINES[0][part]) for part in ("support", "query")}]
+    try:
+        bl.solve(tasks_game(few), task=bl.Unrolled(PLAIN_SGD, steps=1), steps=1, parallel=bl.DataParallel(timeout=60.0))
+    except bl.errors.ParallelError as error:
+        tell(text=str(error))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def net():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
-def hypergradient(model, around=nullcontext, run=lambda y, inputs: y(inputs)):
+def hypergradient(model, around=nullcontext, run=lambda y, inputs: y(inputs), quiet=True):
     """That of a weight decay's logarithm, after three steps."""
 
     def judge(y):
@@ -35,7 +35,8 @@ def hypergradient(model, around=nullcontext, run=lambda y, inputs: y(inputs)):
     response = bl.Unrolled(partial(torch.optim.SGD, lr=0.1), steps=3)
     decay = torch.tensor(-1.0, requires_grad=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bl.BilevelWarning)  # a kernel that is replaced is told
+        if quiet:
+            warnings.simplefilter("ignore", bl.BilevelWarning)  # a kernel that is replaced is told
         answer, _ = response(game, {"decay": decay}, response.init(game))
     game.loss("decay", {"decay": decay, "y": answer}).backward()
     return decay.grad
@@ -43,6 +44,30 @@ def hypergradient(model, around=nullcontext, run=lambda y, inputs: y(inputs)):
 
 def test_a_compiled_module_is_run_uncompiled():
     assert torch.allclose(hypergradient(torch.compile(net(), backend="eager")), hypergradient(net()), rtol=1e-5)
+
+
+def test_a_compiled_module_is_told_of():
+    model = net()
+    model.compile(backend="eager")
+    with pytest.warns(bl.BilevelWarning, match="what torch.compile made runs uncompiled"):
+        hypergradient(model, quiet=False)
+
+
+def test_fake_quantisation_has_the_derivative_of_its_straight_through_gradient():
+    def rounded(y, inputs, quantise):
+        weight, bias = y["0.weight"], y["0.bias"]
+        return nn.functional.linear(inputs, quantise(weight), bias)
+
+    def fake(weight):
+        return torch.fake_quantize_per_tensor_affine(weight, 0.125, 0, -128, 127)
+
+    def straight(weight):
+        return weight + (fake(weight) - weight).detach()
+
+    model = nn.Sequential(nn.Linear(4, 1))
+    first, second = (hypergradient(model, run=partial(rounded, quantise=how)) for how in (fake, straight))
+    assert float(second) != 0.0
+    assert torch.allclose(first, second, rtol=1e-5)
 
 
 def test_autocast_inside_a_loss_gives_the_hypergradient_of_half_precision():
@@ -94,3 +119,21 @@ def test_inference_mode_is_refused():
 def test_data_parallel_of_torch_is_refused():
     with pytest.raises(ValueError, match=r"wrapped by nn.DataParallel, .* Pass the module that it wraps"):
         hypergradient(nn.DataParallel(net()))
+
+
+# Two ranks: a dozen roundings of 2^-8 in bfloat16, and some ten of 6e-8 in float32 through three steps.
+ON_RANKS = {"autocast": 12 * 2.0**-8, "compiled": 1e-5, "attention": 1e-5, "fake quantisation": 1e-5}
+REFUSED_ON_RANKS = {"checkpoint": "under torch.utils.checkpoint", "BatchNorm": "Its BatchNorm ('1')"}
+
+
+@pytest.mark.slow
+def test_modules_that_are_not_plain_on_two_ranks(played):
+    lines = played("modules", 2)
+    assert lines[0] == lines[1]
+    found = {told["case"]: told for told in lines[0]}
+    assert list(found) == [*ON_RANKS, *REFUSED_ON_RANKS]
+    for case, tolerance in ON_RANKS.items():
+        assert not found[case]["text"], found[case]
+        assert found[case]["error"] <= tolerance, found[case]
+    for case, words in REFUSED_ON_RANKS.items():
+        assert words in found[case]["text"]

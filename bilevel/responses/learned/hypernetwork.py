@@ -174,6 +174,7 @@ class Hypernetwork(Response):
     def init(self, game: Game, *, follower: str | None = None, seed: int = 0) -> State:
         """The state before the first call: the follower's init as w0, and the network's own init from `seed`."""
         state = fresh_state(game, follower, seed)
+        game.require_whole("Hypernetwork", [state["follower"], *game.arguments(state["follower"])])
         refuse_optimizer_hyper(self, game, state["follower"], self.optimizer)
         begins = at_start(game, state)
         refuse_captured(begins, state)

@@ -17,6 +17,7 @@ from bilevel.responses.unrolled.pushforward import Pushforward
 from bilevel.responses.unrolled.segment import tried
 from bilevel.responses.unrolled.tangents import moving_tangents
 from bilevel.second_order import differentiated_twice
+from bilevel.sharding.tensor import noise_like
 
 _ROUNDINGS = 100.0
 """So many times the rounding of one product two of them may be apart: it is a sample of few entries."""
@@ -64,6 +65,7 @@ class ForwardMode(Differentiation):
     def require(self, game: Game) -> None:
         """Refuse many games at once: it carries a derivative for every leader's entry, of all of them."""
         game.require_one("ForwardMode, which carries a derivative for every leader's entry,")
+        game.require_whole("ForwardMode")
 
     def require_follower(self, follower: Follower) -> None:
         """Refuse projected steps: it carries the derivative through the optimiser's step alone."""
@@ -223,7 +225,7 @@ class _Carried:
         """One of y and one of x."""
         generator = torch.Generator().manual_seed(0)
         places, size = [*self.y, *self.chosen], len(self.y)
-        random = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in places]
+        random = [noise_like(t, generator) for t in places]
         zero = [torch.zeros_like(t) for t in places]
         return [[*random[:size], *zero[size:]], [*zero[:size], *random[size:]]]
 

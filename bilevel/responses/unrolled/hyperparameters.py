@@ -12,6 +12,7 @@ from bilevel.game import Follower
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.torch_optim import has_tensor
 from bilevel.responses.unrolled.recipe import Recipe
+from bilevel.sharding.tensor import noise_like
 from bilevel.tree import leaves, map_leaves
 
 
@@ -36,7 +37,7 @@ def refuse_lost(settings: TorchOptimizer, follower: Follower, start: Sequence[Te
         stepper = recipe.stepper(start, None, 0, others)
         y = [leaf.detach().clone() for leaf in start]
         for _ in range(min(steps, 2)):  # momentum shows in the second
-            made_up = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in y]
+            made_up = [noise_like(leaf, generator) for leaf in y]
             y = stepper.step(y, [1e3 * slope for slope in made_up])  # large, so that what clips does
         reached = [leaf.sum() for leaf in y if leaf.requires_grad]
     for name in tuned:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel.errors import BilevelError
+from bilevel.sharding.tensor import storage_of
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,18 @@ class Sizes:
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of the storages behind some tensors, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_of(t).data_ptr(): storage_of(t).nbytes() for t in tensors}.values())
 
 
 @contextmanager
 def measured_graph(known: Sequence[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
     """The storages that autograd saves while it is entered, by address, but for those behind `known`."""
-    before = {t.untyped_storage().data_ptr() for t in known}
+    before = {storage_of(t).data_ptr() for t in known}
     # They are kept, so that none is freed and its address given to another while counting goes on.
     found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         if storage.data_ptr() not in before:
             found[storage.data_ptr()] = storage
         return tensor.detach()  # the tensor itself would hold its own graph in a cycle
@@ -106,10 +107,10 @@ def _first(last: int, fits: Callable[[int], bool]) -> int | None:
 
 def offloading(here: Sequence[Tensor]) -> saved_tensors_hooks:
     """Keeps what is saved while it is entered in the CPU's memory, but for the storages behind `here`."""
-    stays = {t.untyped_storage().data_ptr() for t in here}
+    stays = {storage_of(t).data_ptr() for t in here}
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.untyped_storage().data_ptr() in stays:
+        if storage_of(tensor).data_ptr() in stays:
             return tensor.device, tensor.detach()
         return tensor.device, tensor.detach().to("cpu", copy=True)
 

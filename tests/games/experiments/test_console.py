@@ -28,7 +28,16 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
         pass
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as a terminal has it; a shell's background job, as a run of tests may be, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @POSIX
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_signal_ends_a_command_in_one_line(number, code, waits, capsys):
