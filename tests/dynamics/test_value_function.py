@@ -117,6 +117,7 @@ class Once(torch.autograd.Function):
         return 2.0 * y * grad
 
 
+@pytest.mark.slow
 def test_points_that_rejoin_end_where_the_others_do_if_they_settle():
     """Of curvatures .5 to 1.5, steps of .6 leave at most .7 of a distance: .7^60 is 5e-10."""
     apart, rejoined = (played(F2SA2(nudge=0.05, steps=60, rejoin=rejoin)).variables for rejoin in (False, True))
