@@ -1,0 +1,53 @@
+"""The tables of docs/resuming.md: what `benchmarks/long_runs.py` measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1] / "resuming"
+
+
+def measured() -> dict[str, Any]:
+    """What was measured."""
+    found: dict[str, Any] = json.loads((FOLDER / "long_runs.json").read_text(encoding="utf-8"))
+    return found
+
+
+def long_runs() -> list[list[str]]:
+    """One row a family of what was run; of each number the one that is farthest from none."""
+    families: dict[str, list[dict[str, float]]] = {}
+    for name, one in measured()["variants"].items():
+        family, comma, _ = name.partition(",")
+        alone = comma or family in ("Hypernetwork", "Nudged", "SingleLoop")
+        families.setdefault(family if alone else "rules of play", []).append(one)
+    rows = [["Kind", "how many", "ms a step", "longer at the end", "memory", "history", "checkpoint"]]
+    for family, members in families.items():
+        times, longer, memory, history, checkpoint = (
+            [one[key] for one in members]
+            for key in (
+                "milliseconds a step",
+                "longer",
+                "resident bytes a step",
+                "history bytes a step",
+                "checkpoint bytes a step",
+            )
+        )
+        between = f"{min(times):.1f} to {max(times):.1f}" if len(times) > 1 else f"{times[0]:.1f}"
+        most = max(longer, key=abs)
+        sizes = (f"{max(bytes_):.0f}" for bytes_ in (memory, history, checkpoint))
+        rows.append([family, str(len(members)), between, f"{100 * most:+.0f} %", *sizes])
+    return rows
+
+
+def players() -> list[list[str]]:
+    """One row a number of players: tensors, then modules."""
+    found = measured()["players"]
+    rows = [["Players", "tensors: the game, s", "a step, s", "modules: the game, s", "a step, s"]]
+    for count in dict.fromkeys(one["players"] for one in found):
+        of = {one["modules"]: one for one in found if one["players"] == count}
+        cells = [f"{of[kind][key]:.2f}" for kind in (False, True) for key in ("making", "a step")]
+        rows.append([f"{count:,}", *cells])
+    return rows
+
+
+PARTS = {part.__name__: part for part in (long_runs, players)}
