@@ -189,6 +189,7 @@ def test_warnings_are_gathered_and_not_issued():
     assert any("of 3 steps" in text for text in row.warnings)
 
 
+@pytest.mark.slow
 def test_first_order_methods_and_a_rule_of_play():
     nudged = bl.Nudged(partial(SGD, lr=0.5), steps=200, tolerance=1e-7)
     rule = bl.ValueFunction(partial(SGD, lr=0.5), method=bl.dynamics.F2SA2(nudge=1e-3, steps=20))

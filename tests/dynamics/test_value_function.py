@@ -69,6 +69,7 @@ def test_the_bias_has_the_order_that_is_stated(method, values, order):
         assert math.log2(larger / smaller) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.slow
 def test_the_follower_is_placed_near_its_optimum():
     x, y = (played(F2SA2(nudge=0.01)).variables[name] for name in "xy")
     torch.testing.assert_close(y, MAP @ x, atol=1e-3, rtol=0.0)  # nudge^2 times the curvatures' ratio
@@ -268,6 +269,7 @@ def test_a_thousand_starts_reach_stationary_points_of_the_penalised_problem():
 # Leaders' own batches, corrected -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reduction", "inner"), [(SAGA(), SAGA()), (SARAH(4), SARAH(5))], ids=["SABA", "SRBA"])
 def test_with_both_players_corrected_constant_steps_reach_the_answer(reduction, inner, tmp_path):
     """Where without the leader's correction they stall; and a run resumes bit for bit."""

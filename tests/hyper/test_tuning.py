@@ -194,6 +194,7 @@ def test_unrolled_on_digits_with_a_convolutional_network():
     assert abs(slope) > 1e-3 and abs(slope - expected.value) <= max(10 * expected.error, 1e-6 * abs(slope))
 
 
+@pytest.mark.slow
 def test_implicit_on_digits_with_one_mask():
     train, valid = digits(60)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(14 * 14, 10)).double()

@@ -240,6 +240,7 @@ def test_what_a_held_batch_leaves_out_is_told_when_asked():
         HeldBatch(against=-1)
 
 
+@pytest.mark.slow
 def test_a_run_with_fresh_batches_goes_where_all_of_the_data_lead():
     data = rows(64)
     source = loader(TensorDataset(data), 8, shuffle=True)

@@ -301,6 +301,7 @@ def test_a_leader_is_solved_for_and_resumed_bit_for_bit(tmp_path):
     assert whole.products == 0
 
 
+@pytest.mark.slow
 def test_fitted_a_leader_gains_most_of_what_there_is_to_gain():
     """One scale for all curvatures is right in none exactly; no sign is wrong."""
     adam, small = partial(torch.optim.Adam, lr=0.05), partial(torch.optim.SGD, lr=0.05)

@@ -10,7 +10,13 @@ from .mutants import MUTANTS
 BY_NAME = {law.name: law for law in LAWS}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# Caught late: the others take a second or two.
+LATE = {"diagonal only", "first player only", "first chunk only", "no second derivative", "first leaf only"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LATE else ()) for name in MUTANTS]
+)
 def test_a_planted_defect_is_caught_by_its_law(name, record_property):
     law, mutant = MUTANTS[name]
     report = check_response(mutant, laws=[BY_NAME[law]], raises=False)

@@ -29,6 +29,7 @@ def test_the_jacobian_of_one_step_is_the_steps_own():
     assert off <= response.promise.stated_bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [1.0, 0.5])
 def test_the_laws_hold_one_step_to_the_bias_that_it_states(lr):
     report = check_response(OneStep(lr, contraction(lr, LEAST, LARGEST)), examples=6)

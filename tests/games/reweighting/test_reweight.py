@@ -185,6 +185,7 @@ def test_digits_with_four_labels_in_ten_wrong():
     assert rows["plain"].accuracy < rows["per example"].accuracy < rows["oracle"].accuracy
 
 
+@pytest.mark.slow
 def test_a_network_learns_wrong_labels_by_heart_and_reweighted_it_does_not():
     digits, learner = scikit_digits(train=600, valid=300, test=800), Perceptron(batch_size=64, epochs=100)
     rows = {row.method: row for row in run_case(digits, Case("symmetric", 0.4), 0, learner=learner, steps=8)}
