@@ -188,6 +188,15 @@ class LogisticTuned(_ClassifierTuned):
     A penalty here is the inverse of scikit-learn's `C`, of features of variance 1; classes share a feature's. How
     penalties are tuned and how far they may differ is as in `RidgeTuned`, and so are options and attributes, `coef_`
     being `[1 or classes, features]`. The intercept has a penalty of 1e-6.
+
+    Args:
+        groups: A label for each feature, `[features]`; features with one label share a penalty.
+        folds: Of the cross-validation, and as many again around it.
+        spreads: Standard deviations of the logarithm of a penalty around the common level; () keeps the single one.
+        fit_intercept: Whether there is an intercept.
+        standardize: Whether features are divided by their standard deviation before they are penalised.
+        random_state: The seed of the folds.
+        max_steps: The most steps of L-BFGS on the penalties.
     """
 
     def fit(self, X: Any, y: Any) -> LogisticTuned:
@@ -222,6 +231,15 @@ class SquaredHingeTuned(_ClassifierTuned):
     curvature for a hypergradient to go by. More than two classes are each against the others, and share penalties. The
     rest is as in `LogisticTuned`; there are no probabilities. The second derivative jumps where a row
     reaches the margin, and the hypergradient there is that of one side.
+
+    Args:
+        groups: A label for each feature, `[features]`; features with one label share a penalty.
+        folds: Of the cross-validation, and as many again around it.
+        spreads: Standard deviations of the logarithm of a penalty around the common level; () keeps the single one.
+        fit_intercept: Whether there is an intercept.
+        standardize: Whether features are divided by their standard deviation before they are penalised.
+        random_state: The seed of the folds.
+        max_steps: The most steps of L-BFGS on the penalties.
     """
 
     def fit(self, X: Any, y: Any) -> SquaredHingeTuned:
