@@ -137,3 +137,10 @@ def numbers():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_no_source_holds_a_control_character() -> None:
+    """A backslash that some program ate leaves a form feed where an equation has its fraction."""
+    sources = [path for room in ("bilevel", "games", "docs", "tests") for path in (ROOT / room).rglob("*.py")]
+    sources += [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert [str(path) for path in sources if re.search(r"[\x00-\x08\x0b-\x1f]", path.read_text(encoding="utf-8"))] == []

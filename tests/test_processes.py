@@ -19,6 +19,12 @@ one = torch.ones(())
 early = bl.Game(x=bl.Player(lambda y: y.square(), one), y=bl.Player(lambda x, y: (y - x).square(), one))
 settle = bl.Unrolled(torch.optim.SGD, steps=1)
 begun, shared = settle.init(early), bl.DataParallel().game(early)
+tasks = bl.Tasks(
+    x=bl.Player(lambda y, batch: (y - batch).square().sum(), torch.ones(2)),
+    y=bl.Player(lambda x, y, batch: (y - x * batch).square().sum(), torch.ones(2)),
+    data=[{"support": torch.ones(4, 2), "query": torch.ones(4, 2)}],
+)
+dealt = bl.DataParallel().game(tasks)
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
 torch.manual_seed(0)
 inner, inputs = nn.Linear(4, 1), torch.randn(6, 4)
@@ -49,6 +55,7 @@ game = bl.Game(x=bl.Player(lambda y: y(inputs).mean(), torch.ones(())), y=bl.Pla
 print("early:", told(lambda: settle(early, {"x": one}, begun)))
 print("early:", told(lambda: settle(shared, {"x": one}, begun)))
 print("early:", told(lambda: bl.solve(shared, steps=1)))
+print("tasks:", told(lambda: bl.solve(dealt, y=settle, steps=1)))
 print("ranks:", told(lambda: bl.solve(game, steps=1)))
 print("ranks:", told(lambda: bl.Implicit(torch.optim.SGD).init(game)))
 fitted = bl.Unrolled(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=1, tolerance=None)
@@ -104,6 +111,10 @@ def test_a_game_that_is_older_than_the_process_group_is_refused_when_it_is_solve
     refused, served = of(lines, "older")
     assert refused.startswith("solve: this process is one of 2 ranks")
     assert served == "made"
+
+
+def test_tasks_that_are_older_than_the_process_group_are_refused(lines):
+    assert of(lines, "tasks")[0].startswith("solve: this process is one of 2 ranks")
 
 
 def test_several_ranks_are_refused_unless_each_plays_alone(lines):

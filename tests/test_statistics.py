@@ -115,6 +115,48 @@ def test_solve_follows_it():
     torch.testing.assert_close(solution.variables["x"], x - step * slope(exact, x), rtol=1e-9, atol=1e-12)
 
 
+def test_a_leader_that_scipy_moves_sees_it_too():
+    played = game()
+    response = bl.Unrolled(AT_ONCE, steps=2)
+    with pytest.warns(bl.errors.NonConvergenceWarning):  # one evaluation is no end
+        solution = bl.solve(played, optimizer=bl.Scipy("L-BFGS-B"), steps=1, weights=response)
+    wanted = slope(exact, played.initial("x")).norm()
+    assert solution.history[0]["gradient_norm"] == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_a_certificate_within_constraints_has_it_too():
+    def within(**options):
+        own = bl.Player(lead, torch.tensor([0.5, -0.4, 0.8], dtype=D), [SEEN], **options)
+        return bl.Game(x=own, weights=bl.Player(follow, network(), [ROWS]))
+
+    still = {"optimizer": partial(SGD, lr=0.0), "steps": 1, "weights": bl.Unrolled(AT_ONCE, steps=2)}
+    free = within()
+    x = free.initial("x")
+    for played in (free, within(domain=bl.Box(-5.0, 5.0))):
+        found = bl.certify(played, bl.solve(played, **still)).corrected
+        # The follower is at its optimum to rounding; its two-dimensional systems have condition 1.
+        torch.testing.assert_close(found, slope(exact, x), rtol=1e-8, atol=1e-10)
+
+
+def test_a_follower_that_runs_another_one_by_its_statistics_is_told_of():
+    second = network()
+
+    def middle(y, x, z, batch):
+        return (z(batch)[:, 0] - y.sum()).square().mean() + (y - x).square().sum()
+
+    def last(z, y, batch):
+        return (z["0.weight"][0] - y).square().sum() + 0.0 * z(batch).sum()
+
+    played = bl.Game(
+        x=bl.Player(lambda x, y: (y - x).square().sum() + x.sum(), torch.ones(3, dtype=D)),
+        y=bl.Player(middle, torch.zeros(3, dtype=D), [ROWS]),
+        z=bl.Player(last, second, [ROWS]),
+    )
+    responses = {name: bl.Unrolled(AT_ONCE, steps=1, tolerance=None) for name in ("y", "z")}
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match="follower 'y' runs the module of follower 'z'"):
+        bl.solve(played, steps=1, **responses)
+
+
 def test_rules_that_move_the_follower_themselves_see_it_too():
     # A value function's difference in nu is wrong by O(nu^2); its followers settle within rounding.
     played, step = game(), 0.1

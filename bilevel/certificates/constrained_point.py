@@ -96,6 +96,8 @@ class ConstrainedPoint:
         self.held = self.game.follower(self.others, state, self.batches[follower])
         self.held.buffers = buffers
         self.residual, self.random = self.held.held_residual(), random_state(game.device)
+        here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}
+        self._moved = self.game.moving_from(follower, here, self.held.batch, buffers)
         self.programme: Any = self.held.constraints
         self.form = self.game.structure(leader)
         self.x, self.y = flatten(variables[leader]).detach(), flatten(variables[follower]).detach()
@@ -131,14 +133,16 @@ class ConstrainedPoint:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with random_kept(self.game.device, start=self.random):
-            found = self.game.loss(self.leader, self._at(x, y), self.batches[self.leader], self.buffers or None)
+            at = self._at(x, y)
+            found = self.game.evaluate(self.leader, at, self.batches[self.leader], self._moved(at))[0]
         return found + 0.0 * (x.sum() + y.sum())  # it may depend on one of them alone
 
     def _leaders_values(self, x: Tensor, y: Tensor) -> dict[str, Variables]:
         rests: Any = self.game.residual(self.leader)
         with random_kept(self.game.device, start=self.random):
+            at = self._at(x, y)
             found: dict[str, Variables] = rests.values(
-                self.game, self.leader, self._at(x, y), self.batches[self.leader], self.buffers
+                self.game, self.leader, at, self.batches[self.leader], self._moved(at)
             )
         return found
 
@@ -272,7 +276,7 @@ class ConstrainedPoint:
             answer, _ = response(self.original, tracked, start, self.held.batch)
             mine = leaves(tracked[self.leader])
             at = {**tracked, self.follower: answer}
-            loss = self.original.loss(self.leader, at, self.batches[self.leader], self.buffers or None)
+            loss = self.original.evaluate(self.leader, at, self.batches[self.leader], self._moved(at))[0]
             slopes = torch.autograd.grad(loss, mine, retain_graph=True, materialize_grads=True)
         self.count_gradients += 1
         return Answer(flatten(answer), mine, flatten(list(slopes)).detach())

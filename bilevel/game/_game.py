@@ -504,7 +504,7 @@ class Game:
         moments, which running statistics have where they have settled:
 
         $$
-        s = s_{	ext{kept}}, \qquad rac{ds}{d(x, y)} = rac{d}{d(x, y)} \operatorname{moments}(x, y; 	ext{batch})
+        s = s_{\text{kept}}, \qquad \frac{ds}{d(x, y)} = \frac{d}{d(x, y)} \operatorname{moments}(x, y; \text{batch})
         $$
 
         Of other buffers the values alone. Costs an evaluation of the follower's loss, with its graph, if a module has
@@ -538,6 +538,10 @@ class Game:
         return any(
             member in runs.by_statistics for member in self.members(player) for runs in self._parts.runs.values()
         ) and _on_graph(variables)
+
+    def by_statistics(self, player: str) -> tuple[str, ...]:
+        """Those whose modules a player's loss runs by running statistics that move, as BatchNorm's."""
+        return tuple(other for member in self.members(player) for other in self._parts.runs[member].by_statistics)
 
     def moving(self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Buffers:
         """A player's buffers among `buffers`, whose running statistics have the derivative of this batch's moments."""

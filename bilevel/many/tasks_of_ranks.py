@@ -13,16 +13,17 @@ from torch import Tensor
 from bilevel.errors import ParallelError
 from bilevel.game import Buffers
 from bilevel.game.data import Batch, Position
+from bilevel.game.processes import refuse_lone_rank
 from bilevel.many.task_batch import TaskBatch
 from bilevel.many.task_data import count_of
 from bilevel.many.tasks import Tasks
 from bilevel.parallel.batches import is_sharded, part_of
 from bilevel.parallel.data_parallel import DataParallel, shared
-from bilevel.parallel.game import own_numbers
+from bilevel.parallel.game import averaged, own_numbers
 from bilevel.parallel.pair import entered, weighted_mean
 from bilevel.parallel.ranks import Ranks
 from bilevel.parallel.trial import tried
-from bilevel.tree import Variables, join, leaves, map_leaves, structure_of
+from bilevel.tree import Variables, leaves, map_leaves, structure_of
 
 
 @final
@@ -116,16 +117,8 @@ class TasksOfRanks(Tasks):
 
     def _averaged(self, after: Buffers, weight: float) -> Buffers:
         """The leaders' buffers, which are means over tasks, as means over all ranks' tasks."""
-        places = [(o, n) for o, tree in after.items() if o != self.task for n in tree if tree[n].is_floating_point()]
-        if not places:
-            return after
-        own = [after[owner][name].detach() for owner, name in places]
-        total = self.ranks.total(join([*own, own[0].new_ones(1)]) * weight)
-        split = torch.split(total[:-1] / total[-1], [leaf.numel() for leaf in own])
-        found: Buffers = {owner: dict(tree) for owner, tree in after.items()}
-        for (owner, name), leaf, mean in zip(places, own, split, strict=True):
-            found[owner][name] = mean.reshape(leaf.shape)
-        return found
+        places = [(owner, name) for owner, tree in after.items() if owner != self.task for name in tree]
+        return averaged(self.ranks, after, places, weight)
 
     # What a run asks -------------------------------------------------------------------------------------------------
 
@@ -138,7 +131,8 @@ class TasksOfRanks(Tasks):
         return {name: self.of_all(tree) if name == self.task else tree for name, tree in variables.items()}
 
     def require_ranks(self, asker: str) -> None:
-        """Nothing to refuse: this is how several ranks play."""
+        """Raise `ValueError` where they were made for one process, and this one has become one of several since."""
+        refuse_lone_rank(asker, alone=self.ranks.size > 1)
 
 
 @shared.register

@@ -115,17 +115,21 @@ class ParallelGame(Game):
     def _together(self, player: str, after: Buffers, weight: float) -> Buffers:
         """Buffers that the loss has advanced, averaged: statistics of this rank's part are nobody else's."""
         moved = [(o, n) for o, n in self._dealing.advancing.get(player, ()) if n in after.get(o, {})]
-        floating = [(o, n) for o, n in moved if after[o][n].is_floating_point()]
-        if not floating:
-            return after
-        own = [after[o][n].detach() for o, n in floating]
-        flat = join([*own, own[0].new_ones(1)]) * weight
-        total = self.ranks.total(flat)
-        found: Buffers = {owner: dict(tree) for owner, tree in after.items()}
-        split = torch.split(total[:-1] / total[-1], [leaf.numel() for leaf in own])
-        for (owner, name), leaf, mean in zip(floating, own, split, strict=True):
-            found[owner][name] = mean.reshape(leaf.shape)
-        return found
+        return averaged(self.ranks, after, moved, weight)
+
+
+def averaged(ranks: Ranks, after: Buffers, places: Sequence[tuple[str, str]], weight: float) -> Buffers:
+    """The buffers with those at `places`, (owner, name), as weighted means over all ranks; integers as they are."""
+    floating = [(owner, name) for owner, name in places if after[owner][name].is_floating_point()]
+    if not floating:
+        return after
+    own = [after[owner][name].detach() for owner, name in floating]
+    total = ranks.total(join([*own, own[0].new_ones(1)]) * weight)
+    found: Buffers = {owner: dict(tree) for owner, tree in after.items()}
+    split = torch.split(total[:-1] / total[-1], [leaf.numel() for leaf in own])
+    for (owner, name), leaf, mean in zip(floating, own, split, strict=True):
+        found[owner][name] = mean.reshape(leaf.shape)
+    return found
 
 
 @contextmanager

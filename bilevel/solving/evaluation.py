@@ -99,6 +99,7 @@ class StepEvaluator:
         point = self.leaders.points[name]
         with torch.enable_grad():
             variables, states, buffers = self._respond(self.leaders.trees(self.leaders.points))
+            buffers = {**buffers, **self.game.statistics(variables, states)}
             loss, after = self.game.evaluate(name, variables, self.batches[name], buffers)
             values = self._functions[name].values(variables, self.batches[name], buffers)
             rows = [part[0] for part in self._functions[name].rows(values)] if values else [loss.new_zeros(0)] * 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from bilevel._returned import require_instance
+from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
 from bilevel.responses import Response, State
 from bilevel.responses.base import answered
@@ -43,11 +45,27 @@ class Followers:
         self._game = game
         chosen = {name: responses[name] for name in game.names if name in responses}
         self.responses = {name: game.response_of(name, response) for name, response in chosen.items()}
+        self._warn_of_statistics()
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
                 f"solve: {self.in_place} write into their states at every call, and with several followers the others "
                 "call them too. Use Hypernetwork(memory=Memory(in_place=False))."
             )
+
+    def _warn_of_statistics(self) -> None:
+        """Tell of a follower that runs another one by running statistics: it is given those of the start."""
+        members = {name: self._game.members(name) for name in self.responses}
+        for name, own in members.items():
+            others = {member for other in self.responses if other != name for member in members[other]}
+            seen = [other for other in self._game.by_statistics(name) if other in others and other not in own]
+            if seen:
+                warnings.warn(
+                    f"solve: the loss of follower {name!r} runs the module of follower {seen[0]!r} by running "
+                    "statistics (BatchNorm), and is given those that the module began with: what it answers, and its "
+                    "derivative, are those of another network. Use GroupNorm or LayerNorm there.",
+                    UnreliableResponseWarning,
+                    stacklevel=4,
+                )
 
     @property
     def in_place(self) -> list[str]:

@@ -297,7 +297,8 @@ class Run:
         """The leaders' own gradients `[n]` where they are, through other responses' answers; nothing is kept."""
         with torch.enable_grad():
             point = {n: [t.detach().clone().requires_grad_() for t in p] for n, p in self.leaders.points.items()}
-            variables, _, buffers = followers.respond(self.leaders.trees(point), self.now.states, self.now.buffers)
+            variables, states, buffers = followers.respond(self.leaders.trees(point), self.now.states, self.now.buffers)
+            buffers = {**buffers, **self.game.statistics(variables, states)}
             slopes: list[Tensor] = []
             for name in self.leaders.names:
                 loss, _ = self.game.evaluate(name, variables, self._batches[name], buffers)
