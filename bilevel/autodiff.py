@@ -251,7 +251,9 @@ class _Below(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
         if ctx.refusal is None:
             return (None,) * int(ctx.count)
-        raise SecondDerivativeError(ctx.refusal)
+        raise SecondDerivativeError(
+            f"{ctx.refusal} Nor has it one in forward mode (torch.func.jvp, jacfwd): use torch.func.vjp or jacrev."
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, function: Any, refusal: str | None, *tensors: Tensor) -> tuple[Any, Any]:

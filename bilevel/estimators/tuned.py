@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -126,12 +126,6 @@ class Stack:
         )
         both = torch.from_numpy(done.x).to(level).view(stack, -1)
         return both[:, :1], both[:, 1:] * moves
-
-    def chosen(self, rows: Tensor) -> Stack:
-        """Some of its rows, in this order."""
-        return replace(
-            self, train=self.train[rows], valid=self.valid[rows], spread=self.spread[rows], unit=self.unit[rows]
-        )
 
 
 def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:

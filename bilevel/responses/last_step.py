@@ -250,6 +250,7 @@ class _Step:
 class _Last(BackwardPass):
     """What a call leaves for its backward pass, and `residual`, what that left; NaN before it."""
 
+    asker = "LastStep"
     refusal = _SECOND
 
     def __init__(
