@@ -17,7 +17,7 @@ D = torch.float64
 def test_95_per_cent_of_many_intervals_hold_the_mean(number):
     """Within 4 standard deviations of the binomial law, and half a per cent for a mean that is not quite normal.
 
-    `python -m benchmarks.coverage` counts a thousand; of 400, intervals that hold 88 in a hundred are found out nine times in ten.
+    `python -m benchmarks.coverage` counts a thousand; 400 find out intervals that hold 88 %, nine times in ten.
     """
     draws = 400 if number < 2 else 120  # the last has a pass over the data for each product
     found = covered(experiments()[number], draws)
