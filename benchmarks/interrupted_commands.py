@@ -10,6 +10,7 @@ that PyTorch is loaded once; figure 2 of the paper has fewer fits than in the pa
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -152,6 +153,8 @@ class Process:
                 traceback.print_exc()
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         finally:
+            with suppress(Exception):
+                atexit._run_exitfuncs()  # a process of its own would: joblib's workers give back what they hold
             for written in (sys.stdout, sys.stderr):
                 written.flush()
             os._exit(code)
