@@ -10,8 +10,8 @@ that PyTorch is loaded once; figure 2 of the paper has fewer fits than in the pa
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
+import multiprocessing.util
 import os
 import random
 import resource
@@ -154,7 +154,8 @@ class Process:
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         finally:
             with suppress(Exception):
-                atexit._run_exitfuncs()  # a process of its own would: joblib's workers give back what they hold
+                # As a process of its own would: joblib's workers give back what they hold.
+                multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
             for written in (sys.stdout, sys.stderr):
                 written.flush()
             os._exit(code)
