@@ -486,8 +486,9 @@ ON_PARTS = {
     "Segments": bl.Unrolled(PLAIN_SGD, steps=4, differentiation=bl.Segments(count=2)),
     "Nudged": bl.Nudged(PLAIN_SGD, steps=10, nudge=1e-2, tolerance=None),
     "SingleLoop": bl.SingleLoop(PLAIN_SGD),
-    # Steps of fixed size, but for one: when LBFGS stops, rounding decides. Damped, for the network is at no optimum.
-    "LBFGS": bl.Implicit(OPTIMUM, tolerance=None, linear_solver=Identity()),
+    # Few steps of LBFGS and of fixed size: when it stops by itself, or a line search does, rounding decides.
+    "LBFGS": bl.Implicit(partial(LBFGS, lr=0.3, max_iter=4), steps=3, tolerance=None, linear_solver=Identity()),
+    # Damped, for the network is at no optimum.
     "ConjugateGradient": on_parts(bl.ConjugateGradient(damping=1.0)),
     "Diagonal": on_parts(bl.ConjugateGradient(damping=1.0, preconditioner=Diagonal())),
     "Neumann": on_parts(bl.Neumann(max_steps=20, damping=1.0)),
