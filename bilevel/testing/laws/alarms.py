@@ -110,6 +110,8 @@ def _of_the_optimum(subject: Subject) -> ResponseSubject:
         raise NotOffered("It promises the derivative of its steps, which is right wherever they end.")
     if not response.response.behaviour.warns:
         raise NotOffered("It says that it does not warn.")
+    if response.promise.stated_bias > 0.0:
+        raise NotOffered("It states a bias, and for curvatures of 0.17 to 1: these are others.")
     return response
 
 
