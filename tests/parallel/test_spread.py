@@ -38,6 +38,12 @@ def test_every_response_on_parts(played):
     assert all(sum(told["held"] for told in each) == WEIGHTS for each in zip(*lines, strict=True))
 
 
+def test_no_graph_of_parts_holds_itself(played):
+    for rank in played("spread_keeps", 2, "Segments", "Nudged", "SingleLoop", "ConjugateGradient"):
+        for told in rank:
+            assert told["last"] == told["first"], told
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_modules_and_single_dtensors(played, size):
     assert check(played("spread_layouts", size)) == ["tensor parallel", "partly"]
