@@ -163,7 +163,8 @@ class Process:
     def ended(self) -> Ended:
         """Wait for it."""
         _, status = os.waitpid(self.pid, 0)
-        return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
+        told = self.log.read_text(errors="replace") if self.log.exists() else ""  # killed before it could open it
+        return Ended(os.waitstatus_to_exitcode(status), told)
 
 
 def without_times(tree: Any) -> Any:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.many.follower import BatchedFollower, among, refuse_mixing
-from bilevel.tree import Structure, Variables, leaves, map_leaves
+from bilevel.tree import Structure, Variables, leaves, map_leaves, rebuilt
 
 
 class Stack(Game):
@@ -97,28 +96,27 @@ class Stack(Game):
         dims = self._dims_of(parts[0]) + self._flat_dims(player, batch)
         dims += self._dims_of(current) + [0] * len(leaves(parts[3]))
         # One flat list of what varies: vmap would walk the nests again and again.
-        values, spec = pytree.tree_flatten(parts)
+        values = leaves(parts)
         varying = [place for place, dim in enumerate(dims) if dim is not None]
-        forms: list[pytree.TreeSpec] = []
+        forms: list[Any] = []
 
         def one(_: Tensor, *mine: Tensor) -> tuple[Tensor, ...]:
             every = list(values)
             for place, value in zip(varying, mine, strict=True):
                 every[place] = value
-            tensors, form = pytree.tree_flatten(function(*pytree.tree_unflatten(every, spec)))
-            forms.append(form)
-            return tuple(tensors)
+            result = function(*rebuilt(parts, every))
+            forms.append(map_leaves(lambda _: 0, result))
+            return tuple(leaves(result))
 
         # The first argument says how many there are where nothing else varies.
         numbers = torch.empty(self.count, device=self.device)
         found = torch.func.vmap(one, randomness="different")(numbers, *(values[place] for place in varying))
-        answer, after = pytree.tree_unflatten(found, forms[0])
+        answer, after = rebuilt(forms[0], found)
         return answer, self._buffers_after(after)
 
     def _dims_of(self, trees: Mapping[str, Variables]) -> list[int | None]:
         """0 or None for each leaf of players' trees, in the order of the leaves."""
-        marked = {name: map_leaves(lambda _, name=name: self.dim_of(name), tree) for name, tree in trees.items()}
-        return leaves(marked)
+        return [dim for name, tree in trees.items() for dim in [self.dim_of(name)] * len(leaves(tree))]
 
     def _buffers_after(self, after: Buffers) -> Buffers:
         """Those of the shared players are one again: the mean over the games, of counts the first."""
@@ -152,7 +150,7 @@ class Stack(Game):
 
     def batch_dims(self, player: str, batch: Batch) -> Any:
         """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
-        return pytree.tree_unflatten(self._flat_dims(player, batch), pytree.tree_structure(batch))
+        return rebuilt(batch, self._flat_dims(player, batch))
 
     def _flat_dims(self, player: str, batch: Batch) -> list[int | None]:
         return _spread(self._dims.get(player), batch)
