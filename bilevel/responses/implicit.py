@@ -374,13 +374,14 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
+        if products is None or follower.multipliers:  # who has multipliers was brought to rest to all digits
             return rest, after, residual, products, None, source
         if source is not None and source.random:  # no u of theirs solves one equation
             return rest, after, residual, products, None, source
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
-        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
+        curved = not follower.rests.projects  # curvature at a bound says nothing
+        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near, curved=curved)
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products
         if told is not None:
