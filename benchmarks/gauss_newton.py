@@ -15,6 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ def started(seed: int) -> dict[str, Tensor]:
     return {"0.weight": first, "0.bias": biases[0], "2.weight": second, "2.bias": biases[1]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Factored(bl.linear.LinearSolver):
+    """The inverse of the Kronecker factors and of the penalty, in place of the matrix's."""
+
+    @property
+    def needs_factors(self) -> bool:
+        """Yes."""
+        return True
+
+    def iterate(self, system: bl.linear.LinearSystem) -> bl.linear.Candidate:
+        """At no product but the factors' and the one that measures the residual."""
+        inverse, _ = bl.linear.KroneckerPreconditioner().prepare(system.operator, {})
+        return system.measure(inverse(system.rhs))
+
+
 def methods() -> dict[str, dict[str, Any]]:
     """Options of `Implicit` by name."""
     cg, whole = partial(bl.ConjugateGradient, rtol=1e-6), GaussNewton(outputs, loss, rest, measure=True)
@@ -86,6 +102,7 @@ def methods() -> dict[str, dict[str, Any]]:
         "CG, Gauss-Newton, damping .01": {"linear_solver": cg(damping=0.01), "curvature": whole},
         "CG, Gauss-Newton, 1 step": {"linear_solver": few(max_steps=1), "curvature": plain},
         "CG, Gauss-Newton, 5 steps": {"linear_solver": few(max_steps=5), "curvature": plain},
+        "K-FAC alone": {"linear_solver": Factored(rtol=None), "curvature": plain},
         "CG, Gauss-Newton, K-FAC, 1 step": {
             "linear_solver": few(max_steps=1, preconditioner=layers),
             "curvature": plain,
