@@ -52,7 +52,7 @@ class Stack(Game):
         objective = self._parts.players[player].objective
         return self._at_once(
             lambda given, batch, current, _: self._one.evaluate(player, given, batch, current),
-            player, self._given(player, objective, variables), batch, buffers, {},
+            player, self._parts.given(player, objective, variables), batch, buffers, {},
         )  # fmt: skip
 
     def call(
@@ -67,16 +67,16 @@ class Stack(Game):
         """A function called in each game as the player's objective is; its answers have the leading dimension."""
         return self._at_once(
             lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
-            player, self._given(player, function, variables), batch, buffers, extra,
+            player, self._parts.given(player, function, variables), batch, buffers, extra,
         )  # fmt: skip
 
-    def _moments(
+    def member_moments(
         self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
     ) -> dict[str, Tensor]:
         """In each game those of its own, `[count, ...]`."""
-        given = self._given(member, self._parts.players[member].objective, variables)
+        given = self._parts.given(member, self._parts.players[member].objective, variables)
         found: Any = self._at_once(
-            lambda given, batch, current, _: (self._one._moments(member, given, batch, current), {}),
+            lambda given, batch, current, _: (self._one.member_moments(member, given, batch, current), {}),
             member, given, batch, buffers, {},
         )[0]  # fmt: skip
         return found  # type: ignore[no-any-return]
@@ -91,8 +91,7 @@ class Stack(Game):
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
-        groups = self._parts.groups
-        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
+        current = self._parts.all_buffers(buffers)
         parts = (dict(given), batch, current, dict(extra))
         dims = self._dims_of(parts[0]) + self._flat_dims(player, batch)
         dims += self._dims_of(current) + [0] * len(leaves(parts[3]))
