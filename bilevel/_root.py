@@ -25,6 +25,7 @@ from bilevel.autodiff import (
 from bilevel.errors import CapturedTensorError, NonFiniteError, SecondDerivativeError
 from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
+from bilevel.linear.kronecker import FactoredProducts
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import Shapes
 from bilevel.sharding.tensor import entries
@@ -325,6 +326,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolu
         matvec_and_mixed=both if single else None,
         interest=(lambda u: join(mixed_alone(u))) if single else None,
         random=system.source is not None and system.source.random,
+        factors=products.factors if isinstance(products, FactoredProducts) else None,
     )
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     receipt = None if transforms_active() else system.receipt
