@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing.util
 import os
 import random
 import resource
@@ -152,6 +153,9 @@ class Process:
                 traceback.print_exc()
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         finally:
+            with suppress(Exception):
+                # As a process of its own would: joblib's workers give back what they hold.
+                multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
             for written in (sys.stdout, sys.stderr):
                 written.flush()
             os._exit(code)
@@ -159,7 +163,8 @@ class Process:
     def ended(self) -> Ended:
         """Wait for it."""
         _, status = os.waitpid(self.pid, 0)
-        return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
+        told = self.log.read_text(errors="replace") if self.log.exists() else ""  # killed before it could open it
+        return Ended(os.waitstatus_to_exitcode(status), told)
 
 
 def without_times(tree: Any) -> Any:

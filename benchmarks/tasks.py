@@ -2,8 +2,9 @@
 
 The hypergradient of one batch of sine curves, network 1-40-40-1, ten points each: MAML with 1 and 5 inner steps,
 Meta-SGD, and iMAML (10 steps, 5 of GMRES). The loops are the library's, over the same tasks as games of
-their own, and for MAML plain torch. They are interleaved on one thread; seconds are the processor's, ratios are medians
-over the rounds. Every round also compares the hypergradients. Writes JSON.
+their own, and for MAML plain torch, where a pass by `torch.func.vmap` is written by hand too. They are interleaved on
+one thread; seconds are the processor's, ratios are medians over the rounds. Every round also compares the
+hypergradients. Writes JSON.
 
     python benchmarks/tasks.py --output tasks.json
 """
@@ -59,13 +60,14 @@ def measured(name: str, make: Callable[[Any], Method], count: int, rounds: int, 
     steps = {"MAML, 1 step": 1, "MAML, 5 steps": 5}.get(name)
     if steps is not None:
         ways["plain torch"] = by_hand(batch, steps)
+        ways["vmap by hand"] = vmap_by_hand(batch, steps)
     found = {way: run() for way, run in ways.items()}  # torch imports what vmap needs on its first use
     apart = {way: distance(found["at once"], slopes) for way, slopes in found.items() if way != "at once"}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():
             began = time.process_time()
-            for _ in range(repeats := 4 if way == "at once" else 1):
+            for _ in range(repeats := 4 if way in ("at once", "vmap by hand") else 1):
                 run()
             taken[way].append((time.process_time() - began) / repeats)
     ratios = {
@@ -125,6 +127,28 @@ def by_hand(batch: Any, steps: int) -> Callable[[], list[Tensor]]:
 
     def run() -> list[Tensor]:
         loss = maml_by_hand(net, mse_loss, batch, meta, rate=RATE, steps=steps).mean()
+        return list(torch.autograd.grad(loss, list(meta.values())))
+
+    return run
+
+
+def vmap_by_hand(batch: Any, steps: int) -> Callable[[], list[Tensor]]:
+    """MAML in plain torch, all tasks at once: what PyTorch itself needs for one pass."""
+    net = network(0)
+    meta = {name: p.detach().requires_grad_() for name, p in net.named_parameters()}
+
+    def one(meta: dict[str, Tensor], support: Any, query: Any) -> Tensor:
+        def own(here: dict[str, Tensor]) -> Tensor:
+            return mse_loss(torch.func.functional_call(net, here, support[0]), support[1])
+
+        here = meta
+        for _ in range(steps):
+            slopes = torch.func.grad(own)(here)
+            here = {name: p - RATE * slopes[name] for name, p in here.items()}
+        return mse_loss(torch.func.functional_call(net, here, query[0]), query[1])
+
+    def run() -> list[Tensor]:
+        loss = torch.func.vmap(one, in_dims=(None, 0, 0))(meta, batch["support"], batch["query"]).mean()
         return list(torch.autograd.grad(loss, list(meta.values())))
 
     return run

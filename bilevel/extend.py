@@ -34,7 +34,7 @@ from bilevel.responses import (
     State,
     Steps,
 )
-from bilevel.responses.base import fresh_state
+from bilevel.responses.base import FartherLook, fresh_state
 from bilevel.responses.learned.sampling import Sampler
 from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
@@ -45,6 +45,7 @@ __all__ = [
     "Differentiation",
     "Dynamics",
     "Estimate",
+    "FartherLook",
     "Field",
     "FlatNetwork",
     "Follower",

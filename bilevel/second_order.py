@@ -1,4 +1,4 @@
-"""Operations that PyTorch cannot differentiate twice: found in a graph, replaced where they can be, else named."""
+"""Operations that PyTorch cannot differentiate twice, or not rightly: found in a graph, replaced or else named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from bilevel.errors import SecondDerivativeError
 
@@ -35,20 +36,23 @@ def differentiated_twice(wanted: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FastKernels:
-    """What a loss uses that has one derivative only, and that PyTorch also has in a form with two.
+    """What a loss uses that has one right derivative only, and that PyTorch also has in a form with two.
 
     Args:
         attention: Fused attention; the other form is the plain, "math" one.
         compiled: `torch.compile`; the other form is what was compiled.
         recurrent: cuDNN's recurrent networks; the other form is PyTorch's own.
+        weight_norm: Normalised weights, of which PyTorch's second derivative takes the norms for constants, and is
+            wrong in silence; the other form is elementary operations.
     """
 
     attention: bool = False
     compiled: bool = False
     recurrent: bool = False
+    weight_norm: bool = False
 
     def __bool__(self) -> bool:
-        return self.attention or self.compiled or self.recurrent
+        return self.attention or self.compiled or self.recurrent or self.weight_norm
 
     @staticmethod
     def of(outputs: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> FastKernels:
@@ -59,6 +63,7 @@ class FastKernels:
             attention=any(name.startswith("ScaledDotProduct") for name in names),
             compiled=in_place or any(name.startswith("CompiledFunction") for name in names),
             recurrent=any("CudnnRnn" in name for name in names),
+            weight_norm=any(name.startswith("WeightNormInterface") for name in names),
         )
 
     @contextmanager
@@ -70,6 +75,8 @@ class FastKernels:
         with ExitStack() as stack:
             if self.attention:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.weight_norm:
+                stack.enter_context(_ElementaryWeightNorm())
             if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.recurrent:
@@ -85,7 +92,7 @@ class FastKernels:
             yield
 
     def told(self) -> str:
-        """What is run in place of what, in words."""
+        """What is run in place of what, in words; nothing where the other form costs no more."""
         told = []
         if self.attention:
             told.append("fused attention is computed by the plain kernel (SDPBackend.MATH)")
@@ -94,6 +101,21 @@ class FastKernels:
         if self.recurrent:
             told.append("cuDNN's recurrent network is computed by PyTorch's own kernels")
         return " and ".join(told)
+
+
+class _ElementaryWeightNorm(TorchFunctionMode):
+    """Runs `torch._weight_norm`, which `nn.utils.parametrizations.weight_norm` calls, as w = v (g / |v|)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:

@@ -6,12 +6,12 @@ all entries; users never see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the pytrees that torch.func itself understands
 
 Variables = Any
@@ -45,7 +45,10 @@ class Structure:
 
     def build(self, leaves: Sequence[Tensor]) -> Variables:
         """The pytree with these leaves."""
-        return pytree.tree_unflatten(list(leaves), self.spec)
+        spec = self.spec
+        if spec.type is dict and spec.num_nodes == len(self.shapes) + 1:  # a module's parameters, as a rule
+            return dict(zip(spec.context, leaves, strict=True))
+        return pytree.tree_unflatten(list(leaves), spec)
 
 
 def structure_of(tree: Variables) -> Structure:
@@ -56,7 +59,34 @@ def structure_of(tree: Variables) -> Structure:
 
 def leaves(tree: Variables) -> list[Any]:
     """The leaves of a pytree, in its order."""
-    return list(pytree.tree_leaves(tree))
+    found: list[Any] = []
+    _gather(tree, found)
+    return found
+
+
+# A step of a small follower walks some thirty trees, nearly all of them plain dicts of tensors. PyTorch's own walk,
+# which looks each node's kind up in a registry, took a fifth of the step.
+_LEAVES = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
+
+
+def _gather(tree: Variables, found: list[Any]) -> None:
+    kind = type(tree)
+    if kind in _LEAVES:
+        found.append(tree)
+    elif kind is dict:
+        for part in tree.values():
+            _gather(part, found)
+    elif kind is list or kind is tuple:
+        for part in tree:
+            _gather(part, found)
+    else:
+        found.extend(pytree.tree_leaves(tree))
+
+
+def rebuilt(like: Variables, leaves: Iterable[Any]) -> Variables:
+    """The pytree that is laid out as `like`, with these leaves."""
+    following = iter(leaves)
+    return map_leaves(lambda _: next(following), like)
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
@@ -73,7 +103,16 @@ def flatten(tree: Variables) -> Tensor:
 
 def map_leaves(function: Callable[..., Any], tree: Variables, *others: Variables) -> Variables:
     """The pytree of `function(leaf, ...)`."""
-    return pytree.tree_map(function, tree, *others)
+    if others:
+        return pytree.tree_map(function, tree, *others)
+    kind = type(tree)
+    if kind in _LEAVES:
+        return function(tree)
+    if kind is dict:
+        return {key: map_leaves(function, part) for key, part in tree.items()}
+    if kind is list or kind is tuple:
+        return kind([map_leaves(function, part) for part in tree])
+    return pytree.tree_map(function, tree)
 
 
 def detached(tree: Variables) -> Variables:

@@ -13,8 +13,9 @@ from bilevel import solve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# README's example has the full size of its problem: it may not converge, and says so by its warnings.
-SLOW_AND_WARNING = {"README.md"}
+# These have the full size of their problem, and are run shorter: they do not converge, and say so by their warnings.
+SLOW_AND_WARNING = {"README.md", "docs/three-responses.md"}
+LENGTH = ("epochs = 100", "epochs = 3")
 # Ten seconds and more.
 SLOW = {"docs/nash.md", "docs/functions.md", "docs/reweighting.md", "docs/paper.md", *SLOW_AND_WARNING}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -57,23 +58,26 @@ def blocks(path: Path) -> list[tuple[str, int, str]]:
 def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name for name in OTHERS if importlib.util.find_spec(name)}
     namespace: dict[str, object] = {"__name__": "__main__"}
+    shortened = path.relative_to(ROOT).as_posix() in SLOW_AND_WARNING
     if path.name in SHOWS_OTHERS:
         namespace["found"] = found
     monkeypatch.chdir(tmp_path)
-    if path.name in SLOW_AND_WARNING:
-        # All of it but its length: 200 steps by three responses would be most of the suite's time.
+    if shortened:
+        # 200 steps by three responses would be most of the suite's time.
         monkeypatch.setattr(bl, "solve", lambda game, *, steps, **options: solve(game, steps=min(steps, 2), **options))
     for info, line, body in blocks(path):
         assert info == "python" or info in SHOWN, f"{path.name}:{line}: a block marked {info!r} would not be run"
         if info != "python" or set(IMPORT.findall(body)) & OTHERS - found:
             continue
+        if shortened:
+            body = body.replace(*LENGTH)
         # Blank lines ahead make a traceback name the page's own line.
         code = compile("\n" * (line - 1) + body, str(path), "exec")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # torch's own forward mode, on its first use.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
-            if path.name in SLOW_AND_WARNING:
+            if shortened:
                 warnings.simplefilter("ignore", bl.BilevelWarning)
             if set(IMPORT.findall(body)) & OTHERS:  # their warnings are theirs to mend
                 warnings.simplefilter("default")

@@ -83,6 +83,42 @@ def test_what_is_replaced_is_said_once(response):
         response.init(game_of(within_math(fit), module))
 
 
+NORMED = {
+    "parametrised": lambda dim: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=dim),
+    "older": lambda dim: nn.utils.weight_norm(nn.Linear(3, 2), dim=dim),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("response", RESPONSES, ids=IDS)
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("form", NORMED)
+def test_normed_weights_have_the_second_derivative_of_their_formula(form, dim, response):
+    # PyTorch's own takes the norms for constants, and raises nothing.
+    module, inputs = NORMED[form](dim).to(D), torch.randn(5, 3, dtype=D)
+    named = dict(module.named_parameters())
+    v, g, bias = (next(leaf for name, leaf in named.items() if name.endswith(end)) for end in (*ENDS[form], "bias"))
+    names = {id(leaf): name for name, leaf in named.items()}
+    order = [names[id(leaf)] for leaf in (v, g, bias)]
+
+    def formula(y):
+        v, g, bias = (y[name] for name in order)
+        norm = v.norm() if dim is None else v.norm(dim=1 - dim, keepdim=True)
+        return (inputs @ (v * g / norm).T + bias).sin().square().mean()
+
+    def fit(y):
+        return y(inputs).sin().square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BilevelWarning)  # nothing is slower, and nothing is said
+        bl.Unrolled(SGD, steps=1).init(game_of(fit, module))
+    plain = {name: leaf.detach().clone() for name, leaf in named.items()}
+    found = hypergradient(game_of(fit, module), response)
+    torch.testing.assert_close(found, hypergradient(game_of(formula, plain), response))
+
+
+ENDS = {"parametrised": ("original1", "original0"), "older": ("weight_v", "weight_g")}
+
 COMPILED = {
     "module": lambda net, inputs: (torch.compile(net, backend="aot_eager"), lambda y: y(inputs).square().mean()),
     "in place": lambda net, inputs: (net.compile(backend="aot_eager") or net, lambda y: y(inputs).square().mean()),

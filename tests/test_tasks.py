@@ -141,6 +141,23 @@ def at_once(stack, response, names):
     return loss, torch.autograd.grad(loss, leaves, allow_unused=True), own, state
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_pass_takes_a_gradient_a_step_and_no_more(steps):
+    # What stationarity is told in units of is the first of them.
+    calls = []
+
+    def fit(task, batch):
+        calls.append(batch)
+        return judge(task, batch)
+
+    stack = maml(fit=fit).together(batch_of())
+    response = bl.Unrolled(partial(SGD, lr=0.1), steps=steps)
+    state = response.init(stack)
+    calls.clear()
+    _, after = response(stack, {"meta": stack.initial("meta")}, state, batch_of()["support"])
+    assert len(calls) == steps and after["gradients"] == steps
+
+
 @pytest.mark.parametrize("name", GAMES)
 def test_one_pass_is_the_loop_over_tasks(name):
     game, response = GAMES[name]()

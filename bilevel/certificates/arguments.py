@@ -24,7 +24,7 @@ def check_settings(tolerance: float, lanczos_steps: int) -> None:
 
 def variables_of(game: Game, point: Solution | Mapping[str, Variables]) -> dict[str, Variables]:
     """Everybody's variables at the point, detached; refuses what is missing, unknown or misshapen."""
-    given = dict(point.variables) if isinstance(point, Solution) else dict(point)
+    given = given_variables(point, "certify")
     missing = [name for name in game.names if name not in given]
     if missing:
         raise ValueError(f"certify: the point lacks the variables of {missing}; given are {sorted(given)}.")
@@ -34,6 +34,18 @@ def variables_of(game: Game, point: Solution | Mapping[str, Variables]) -> dict[
     for name in game.names:
         check_leaves(game, name, given[name], "the variables of")
     return {name: map_leaves(lambda t: t.detach(), given[name]) for name in game.names}
+
+
+def given_variables(point: Solution | Mapping[str, Variables], asker: str) -> dict[str, Variables]:
+    """The variables of a solution, or of a mapping; raises `TypeError` for anything else."""
+    if isinstance(point, Solution):
+        return dict(point.variables)
+    if isinstance(point, Mapping):
+        return dict(point)
+    raise TypeError(
+        f"{asker}: the point is a {type(point).__name__}; expected a Solution, or a mapping of each player's "
+        "variables. Of what solve_globally found, pass `.variables`."
+    )
 
 
 def check_leaves(game: Game, name: str, tree: Variables, what: str, *, asker: str = "certify") -> None:

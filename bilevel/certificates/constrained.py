@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bilevel.certificates.certificate import Finding
 from bilevel.certificates.verdicts import CERTIFIED, INCONCLUSIVE, REFUTED, small
-from bilevel.constraints.active_set import KKTPoint, judged, lengths
+from bilevel.constraints.active_set import KKTPoint, judged, lengths, recovered
 from bilevel.constraints.critical_cone import lowest_on_cone
+from bilevel.constraints.functions import Linearised
 from bilevel.constraints.regularity import weak
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
@@ -60,8 +61,7 @@ def within_constraints(
     rounding = 100.0 * programme.epsilon * point.scale
     first = small(f"{name}: first order", left, reference, rounding, tolerance)
     found = [feasible, first, _second_order(name, point, programme.epsilon)]
-    pushes = torch.cat([point.l, point.m]) * torch.cat([lengths(point.at.A), lengths(point.at.E)]) / point.scale
-    return found, Borne(dict(zip(programme.labels.all, torch.cat([point.l, point.m]).tolist(), strict=True)), pushes)
+    return found, Borne(programme.labels.all, point)
 
 
 def _second_order(name: str, point: KKTPoint, epsilon: float) -> Finding:
@@ -83,15 +83,20 @@ def _second_order(name: str, point: KKTPoint, epsilon: float) -> Finding:
 
 @dataclass(frozen=True, eq=False)
 class Borne:
-    """A player's multipliers by its constraints' names, and how hard each of them pushes, in units of its gradients."""
+    """A player's constraints by name, first the inequalities, and its point with the multipliers that suit it best."""
 
-    multipliers: Mapping[str, float]
-    pushes: Tensor
+    labels: tuple[str, ...]
+    point: KKTPoint
+
+    def places(self, label: str) -> list[int]:
+        """Where the entries of the function that is called so stand among all."""
+        return [i for i, name in enumerate(self.labels) if name == label or name.startswith(f"{label}[")]
 
     def of(self, label: str) -> list[tuple[float, float]]:
-        """(multiplier, push) of each entry of the function that is called so."""
-        pairs = zip(self.multipliers.items(), self.pushes.tolist(), strict=True)
-        return [(value, push) for (name, value), push in pairs if name == label or name.startswith(f"{label}[")]
+        """(multiplier, push) of each entry of that function; how hard it pushes is in units of its gradients."""
+        multipliers = torch.cat([self.point.l, self.point.m])
+        pushes = multipliers * torch.cat([lengths(self.point.at.A), lengths(self.point.at.E)]) / self.point.scale
+        return [(float(multipliers[i]), float(pushes[i])) for i in self.places(label)]
 
 
 def shared_multipliers(game: Game, borne: Mapping[str, Borne], tolerance: float) -> list[Finding]:
@@ -104,10 +109,9 @@ def shared_multipliers(game: Game, borne: Mapping[str, Borne], tolerance: float)
                 seen.append((function, [(name, label)]))
             else:
                 known.append((name, label))
-    found = []
-    for _, who in seen:
-        if len(who) < 2:
-            continue
+    shared, found = [who for _, who in seen if len(who) > 1], []
+    one = _OneForAll.of(borne, shared) if shared else None
+    for who in shared:
         entries = list(zip(*(borne[name].of(label) for name, label in who), strict=True))
         # Of each entry the multipliers' spread, as hard as it pushes the one who bears most.
         spreads = []
@@ -115,17 +119,76 @@ def shared_multipliers(game: Game, borne: Mapping[str, Borne], tolerance: float)
             (low, _), (high, push) = min(entry), max(entry)
             spreads.append(abs(push) * (high - low) / (abs(high) or 1.0))
         worst = max(range(len(spreads)), key=spreads.__getitem__)
+        spread = spreads[worst]
         told = ", ".join(f"{value:.4g} of {name}" for (value, _), (name, _) in zip(entries[worst], who, strict=True))
+        told = f"they are {told}"
+        # A player may have as good multipliers of its own constraints at another one of the shared ones.
+        assert one is not None
+        if spread > tolerance and (left := max(one.left[name] for name, _ in who)) <= tolerance:
+            name, label = who[0]
+            spread, told = left, f"it is {one.multipliers[name, borne[name].places(label)[worst]]:.4g}"
         found.append(
             Finding(
                 f"shared {who[0][1]} of {', '.join(name for name, _ in who)}",
-                CERTIFIED if spreads[worst] <= tolerance else REFUTED,
-                spreads[worst],
+                CERTIFIED if spread <= tolerance else REFUTED,
+                spread,
                 f"<= {tolerance:g}",
-                f"one multiplier for all, as in a variational equilibrium; they are {told}",
+                f"one multiplier for all, as in a variational equilibrium; {told}",
             )
         )
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _OneForAll:
+    """The multipliers that suit all players best together, with one for each entry of what they share.
+
+    Attributes:
+        multipliers: By player and place among its constraints.
+        left: What they leave of each player's Lagrangian's gradient, in units of its terms.
+    """
+
+    multipliers: Mapping[tuple[str, int], float]
+    left: Mapping[str, float]
+
+    @staticmethod
+    def of(borne: Mapping[str, Borne], shared: Sequence[Sequence[tuple[str, str]]]) -> _OneForAll:
+        """By non-negative least squares on the players' gradients, stacked, each in units of its terms."""
+        begins, n = {}, 0
+        for name, part in borne.items():
+            begins[name], n = n, n + len(part.point.y)
+        # Each constraint of the stacked players by who bears it, and where it stands among that player's own.
+        tied = [
+            list(zip((name for name, _ in who), places, strict=True))
+            for who in shared
+            for places in zip(*(borne[name].places(label) for name, label in who), strict=True)
+        ]
+        known = {bearer for bearers in tied for bearer in bearers}
+        own = [[(name, i)] for name, part in borne.items() for i in range(len(part.labels)) if (name, i) not in known]
+        above = [bearers for bearers in tied + own if bearers[0][1] < len(borne[bearers[0][0]].point.at.c)]
+        level = [bearers for bearers in tied + own if bearers not in above]
+        like = next(iter(borne.values())).point.y
+        weights = torch.cat([torch.full_like(part.point.y, 1.0 / part.point.scale) for part in borne.values()])
+
+        def stacked(constraints: list[list[tuple[str, int]]]) -> tuple[Tensor, Tensor]:
+            values, rows = like.new_zeros(len(constraints)), like.new_zeros(len(constraints), n)
+            for row, bearers in enumerate(constraints):
+                for name, i in bearers:
+                    at, begin = borne[name].point.at, begins[name]
+                    values[row] = torch.cat([at.c, at.e])[i]
+                    rows[row, begin : begin + at.A.shape[1]] = torch.cat([at.A, at.E])[i]
+            return values, rows
+
+        (c, rows), (e, levels) = stacked(above), stacked(level)
+        slope = torch.cat([part.point.slope for part in borne.values()]) * weights
+        at = Linearised(c, e, rows, levels, weights.expand(len(above) + len(level), n))
+        l, m = recovered(torch.cat([part.point.y for part in borne.values()]), slope, at)
+        left = slope + at.push_c.T @ l + at.push_e.T @ m
+        every = zip(above + level, torch.cat([l, m]).tolist(), strict=True)
+        return _OneForAll(
+            {bearer: value for bearers, value in every for bearer in bearers},
+            {name: float(left[begins[name] : begins[name] + len(part.point.y)].norm()) for name, part in borne.items()},
+        )
 
 
 def within_set(

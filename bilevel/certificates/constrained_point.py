@@ -22,6 +22,7 @@ from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.game.joint import JointProgramme
 from bilevel.game.kkt import plain, stacked_values
+from bilevel.game.running import moving_from
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.responses.base import State
@@ -97,7 +98,7 @@ class ConstrainedPoint:
         self.held.buffers = buffers
         self.residual, self.random = self.held.held_residual(), random_state(game.device)
         here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}
-        self._moved = self.game.moving_from(follower, here, self.held.batch, buffers)
+        self._moved = moving_from(self.game, follower, here, self.held.batch, buffers)
         self.programme: Any = self.held.constraints
         self.form = self.game.structure(leader)
         self.x, self.y = flatten(variables[leader]).detach(), flatten(variables[follower]).detach()

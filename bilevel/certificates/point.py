@@ -17,6 +17,7 @@ from bilevel.autodiff import Pullback, gradient, gradients_of, pullback
 from bilevel.errors import NonConvergenceWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
+from bilevel.game.running import moving_from
 from bilevel.linear import GMRES, Candidate, ConjugateGradient, LinearOperator, LinearSolver, LinearSystem
 from bilevel.linear.lanczos import Spectrum, extreme_eigenvalues
 from bilevel.randomness import random_kept, random_state
@@ -83,7 +84,7 @@ class LeaderFollowerPoint:
         self.random = random_state(game.device)
         with random_kept(game.device, start=self.random):
             here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}
-            self._moved = game.moving_from(follower, here, self.held.batch, buffers)
+            self._moved = moving_from(game, follower, here, self.held.batch, buffers)
         self.xs = [x.detach() for x in self.held.xs]
         # The leader's own leaves among those of all the others, in the order of the flat vector.
         mine = {id(leaf) for leaf in leaves(self.others[leader])}

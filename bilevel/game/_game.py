@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,72 +14,29 @@ from torch import Tensor, nn
 from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
-from bilevel.errors import BilevelError
-from bilevel.game.checks import (
-    RESERVED,
-    Depends,
-    Runs,
-    check_domains,
-    check_follower,
-    check_names,
-    check_objectives,
-    check_variables,
-)
+from bilevel.game.calling import called
+from bilevel.game.checks import check_domains, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.joining import joining
 from bilevel.game.joint import JointKKT
 from bilevel.game.kkt import KKT
-from bilevel.game.modules import CallableVariables, lent, replaced
+from bilevel.game.parts import Anticipated, DeclaredPlayers, Move, Parts, first_tensor
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
 from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
-from bilevel.game.shards import Shards, refuse_layouts, spread
-from bilevel.game.starts import StartsAlone, formed
-from bilevel.game.statistics import Seen, moving_layers, settled, warn_of_standing, warn_of_unfollowed, watching
-from bilevel.randomness import random_kept
-from bilevel.second_order import FastKernels, told_of_loss
+from bilevel.game.running import moved_to, moving_modules, of_followers, on_graph, warn_where_standing
+from bilevel.game.shards import refuse_layouts, spread
+from bilevel.game.starts import formed
+from bilevel.game.statistics import Seen, settled
+from bilevel.second_order import FastKernels
 from bilevel.sharding.unsharded import Saving
 from bilevel.tree import Structure, Variables, detached, join, leaves, map_leaves, named_leaves, structure_of
 
-Anticipated = Callable[[Mapping[str, Variables]], Variables]
-"""From the variables of those who move before a player to its own."""
-
 Derived = TypeVar("Derived", bound="Game")
 Kind = TypeVar("Kind")
-
-_FIRST = Runs()
-"""What is known of a loss before its first call."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a game is made of; a game derived from another differs in some of them.
-
-    `players` are those who were declared, without the tensors that they start from; `order` names who plays, joint
-    players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
-    `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
-    `shards` tells of players whose variables are spread over the ranks.
-    `modular` that somebody is a module.
-    """
-
-    players: Mapping[str, Player]
-    order: tuple[str, ...]
-    arguments: Mapping[str, tuple[str, ...]]
-    initial: Mapping[str, Variables]
-    structures: Mapping[str, Structure]
-    buffers: Buffers
-    streams: Mapping[str, Stream]
-    groups: Groups
-    anticipated: Mapping[str, Anticipated]
-    depends: Depends
-    starts_alone: StartsAlone
-    runs: Mapping[str, Runs]
-    rests: Mapping[str, Residual] = field(default_factory=dict)
-    alone: bool = False
-    shards: Mapping[str, Shards] = field(default_factory=dict)
-    modular: bool = False
 
 
 class Game:
@@ -103,7 +60,7 @@ class Game:
 
     def __init__(self, /, **players: Player) -> None:
         check_names(players)
-        like = _first_tensor(players)
+        like = first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
         refuse_spread(players)
         refuse_layouts(players, initial)
@@ -177,7 +134,7 @@ class Game:
 
         Each comes with a copy of its initial variables, or with its module: to write into the copy changes no game.
         """
-        return _Players(self._parts.players, self._parts.initial)
+        return DeclaredPlayers(self._parts.players, self._parts.initial)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -487,7 +444,7 @@ class Game:
         modules began with. Warns where the loss runs the BatchNorm of a follower whose statistics stand still, though
         its variables are an answer that is to be differentiated.
         """
-        self._warn_of_standing(player, variables, buffers)
+        warn_where_standing(self._parts, player, variables, buffers)
         return self.evaluate(player, variables, batch, buffers)[0]
 
     def statistics(
@@ -521,23 +478,13 @@ class Game:
             >>> game.statistics({name: game.initial(name) for name in game.names}, {})
             {}
         """
-        found: Buffers = {}
-        for name, state in states.items():
-            if not state.get("buffers"):
-                continue
-            found[name] = dict(state["buffers"])
-            self._warn_of_unfollowed(name, variables)
-            if self.moves_statistics(name, variables):
-                given = name in (batches or {})
-                batch = (batches or {})[name] if given else self.draw(name, state.get("data"))[0]
-                found |= self.moving(name, variables, batch, found)
-        return found
+        return of_followers(self, self._parts, variables, states, batches or {})
 
     def moves_statistics(self, player: str, variables: Mapping[str, Variables]) -> bool:
         """Whether somebody goes by running statistics of a player's module, which move with variables on a graph."""
         return any(
             member in runs.by_statistics for member in self.members(player) for runs in self._parts.runs.values()
-        ) and _on_graph(variables)
+        ) and on_graph(variables)
 
     def by_statistics(self, player: str) -> tuple[str, ...]:
         """Those whose modules a player's loss runs by running statistics that move, as BatchNorm's."""
@@ -545,73 +492,27 @@ class Game:
 
     def moving(self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Buffers:
         """A player's buffers among `buffers`, whose running statistics have the derivative of this batch's moments."""
-        found = dict(buffers.get(player, {}))
-        with random_kept(self.device):
-            moments = self.moments(player, variables, batch, buffers)
-        for path, now in moments.items():
-            found[path] = found[path] + (now - now.detach()).to(found[path].dtype)
-        return {player: found}
-
-    def moving_from(
-        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> Callable[[Mapping[str, Variables]], Buffers]:
-        """`moving` as a function of everybody's variables, which has its value at these, and moves away from it."""
-        with torch.no_grad(), random_kept(self.device):
-            there = self.moments(player, variables, batch, buffers)
-
-        def moved(variables: Mapping[str, Variables]) -> Buffers:
-            found = dict(buffers.get(player, {}))
-            if there:
-                with random_kept(self.device):
-                    here = self.moments(player, variables, batch, buffers)
-                found |= {path: found[path] + (now - there[path]).to(found[path].dtype) for path, now in here.items()}
-            return {**buffers, player: found}
-
-        return moved
+        return {player: moved_to(self, player, variables, batch, buffers)}
 
     def moments(
         self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
     ) -> dict[str, Tensor]:
         """What running statistics go to on this batch, by the buffers' names; differentiable in all variables."""
         found: dict[str, Tensor] = {}
-        for member in self.members(player):
-            module = self._parts.players[member].init
-            if isinstance(module, nn.Module) and moving_layers(module):
-                own = batch if member == player or batch is None else batch[member]
-                prefix = "" if member == player else f"{member}."
-                told = self._moments(member, variables, own, buffers)
-                found |= {prefix + path: value for path, value in told.items()}
+        for member in moving_modules(self._parts, player):
+            own = batch if member == player or batch is None else batch[member]
+            prefix = "" if member == player else f"{member}."
+            told = self.member_moments(member, variables, own, buffers)
+            found |= {prefix + path: value for path, value in told.items()}
         return found
 
-    def _moments(
+    def member_moments(
         self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
     ) -> dict[str, Tensor]:
+        """`moments` of one who is no joint player."""
         own, seen = self._parts.players[member], Seen()
-        self._called(member, own.objective, variables, batch, buffers, {}, seen)
+        called(self._parts, member, own.objective, variables, batch, buffers, {}, saving=self.saving(), seen=seen)
         return settled(own.init, seen)
-
-    def _warn_of_unfollowed(self, player: str, variables: Mapping[str, Variables]) -> None:
-        """Warn of running statistics that move, which are held fixed where a leader's loss is differentiated."""
-        if not _on_graph(variables):
-            return
-        for member in self.members(player):
-            module = self._parts.players[member].init
-            if isinstance(module, nn.Module):
-                warn_of_unfollowed(member, module)
-
-    def _warn_of_standing(self, player: str, variables: Mapping[str, Variables], buffers: Buffers | None) -> None:
-        """Warn where a follower's statistics stand still in a loss that is to be differentiated through its answer."""
-        if not torch.is_grad_enabled():
-            return
-        for name in self._parts.runs.get(player, _FIRST).by_statistics:
-            module, given = self._parts.players[name].init, variables.get(name)
-            if given is None:
-                continue
-            if not any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves(given)):
-                continue  # no answer, but variables of its own
-            kept = (buffers or {}).get(name, {})
-            if not any(tensor.requires_grad for tensor in kept.values()):
-                warn_of_standing(player, name, module, given_none=not kept)
 
     def evaluate(
         self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
@@ -636,52 +537,7 @@ class Game:
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """A function called as the player's objective is: with everybody it names, `batch`, and what is `extra`."""
-        return self._called(player, function, variables, batch, buffers, extra)
-
-    def _called(
-        self,
-        player: str,
-        function: Callable[..., Any],
-        variables: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers | None,
-        extra: Mapping[str, Variables],
-        seen: Seen | None = None,
-    ) -> tuple[Variables, Buffers]:
-        """`call`; what the player's own normalising layers see is written down in `seen`."""
-        arguments = self._given(player, function, variables)
-        if "batch" in self._named(player, function):
-            arguments["batch"] = batch
-        groups = self._parts.groups
-        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
-        for name, given in arguments.items():
-            module = self._parts.players[name].init if name in self._parts.players else None
-            if isinstance(module, nn.Module) and isinstance(given, Mapping):
-                arguments[name] = CallableVariables(given, module, training=name == player)
-        runs = self._parts.runs.get(player, _FIRST)
-        lending = lent(
-            self._parts.players, current, arguments, runs.strangers, alone=self._parts.modular or bool(runs.kernels)
-        )
-        watched = self._watched(player, seen, current)
-        with lending as advanced, runs.kernels.replaced(), self.saving(), ExitStack() as stack:
-            for module, forwards in watched:
-                stack.enter_context(replaced(module, forwards))
-            try:
-                found = function(**arguments, **extra)
-            except RuntimeError as error:
-                told = told_of_loss(error)
-                if told:
-                    raise BilevelError(f"Player {player!r}: {told}") from error
-                raise
-        return found, groups.joined(advanced, self.names)
-
-    def _watched(self, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """The modules whose normalising layers do more than usual while a player's function is called."""
-        found: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
-        for name, own in self._parts.players.items():  # of players who share a module the last one lends its buffers
-            if isinstance(own.init, nn.Module) and buffers[name]:
-                found[id(own.init)] = (own.init, watching(own.init, seen if name == player else None, buffers[name]))
-        return [(module, forwards) for module, forwards in found.values() if forwards]
+        return called(self._parts, player, function, variables, batch, buffers, extra, saving=self.saving())
 
     def coordinates(self, player: str) -> list[Coordinate | None]:
         """The range of each leaf of a player's variables that has one; [] where none has."""
@@ -719,7 +575,7 @@ class Game:
         """
         game = self
         for name, members in groups.items():
-            game = game.derived(**game._joining(name, tuple(members)))
+            game = game.derived(**joining(game._parts, name, tuple(members)))
         return game
 
     def starting(self: Derived, **variables: Variables) -> Derived:
@@ -755,39 +611,9 @@ class Game:
             expected = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(self.initial(player))}
             raise ValueError(f"Variables of player {player!r} are {came}; expected the form of its init, {expected}.")
 
-    def _named(self, player: str, function: Callable[..., Any]) -> tuple[str, ...]:
-        """The parameters that one of a player's functions must be called with."""
-        return self._parts.players[player].parameters(function)
-
-    def _given(
-        self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
-    ) -> dict[str, Variables]:
-        """The players' variables that a function is called with, whole."""
-        given = self._values(player, function, variables)
-        return {name: self._assembled(name, tree, shared=False) for name, tree in given.items()}
-
-    def _values(
-        self, player: str, function: Callable[..., Any], variables: Mapping[str, Variables]
-    ) -> dict[str, Variables]:
-        """The players' variables that a function is called with, as they are held."""
-        named = [name for name in self._named(player, function) if name in self._parts.players]
-        return {name: self.value(name, variables) for name in named}
-
-    def _assembled(self, name: str, variables: Variables, *, shared: bool) -> Variables:
-        """A player's variables as a loss takes them: whole where it uses them, if ranks hold parts."""
-        found = self._parts.shards.get(name)
-        return variables if found is None else found.assembled(variables, shared=shared)
-
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""
-        if name in variables:
-            return variables[name]
-        owner = self._parts.groups.owner(name)
-        if owner != name:
-            return self.value(owner, variables)[name]
-        if name not in self._parts.anticipated:
-            raise ValueError(f"The variables of player {name!r} are missing; given are {sorted(variables)}.")
-        return self._parts.anticipated[name](variables)
+        return self._parts.value(name, variables)
 
     def _evaluate_group(
         self, group: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers | None
@@ -801,95 +627,3 @@ class Game:
             losses.append(loss)
             current |= {group: after[group]} if group in after else {}
         return sum(losses[1:], losses[0]), current
-
-    def _joining(self, name: str, members: tuple[str, ...]) -> dict[str, Any]:
-        """What changes in the `Parts` when these players become one."""
-        told, parts = f"joined({name}={members})", self._parts
-        if name in RESERVED or name in parts.order or name in parts.players:
-            raise ValueError(f"{told}: the name {name!r} is taken; players are {list(parts.order)}. Choose another.")
-        if len(set(members)) != len(members) or len(members) < 2:
-            raise ValueError(f"{told}: expected at least two different players.")
-        for member in members:
-            if member not in parts.order or self.members(member) != (member,) or member in parts.anticipated:
-                raise ValueError(f"{told}: {member!r} is no player that can be joined; those are {list(parts.order)}.")
-        first = min(parts.order.index(member) for member in members)
-        if first == 0:
-            raise ValueError(
-                f"{told}: {parts.order[0]!r} moves first and has nobody to answer to. Players who lead together need "
-                "no joining: leave them without a response."
-            )
-        together = parts.order[first : first + len(members)]
-        if set(together) != set(members):
-            raise ValueError(
-                f"{told}: in the order of play, {list(parts.order)}, others move between them. Declare them together."
-            )
-        if any(parts.players[member].constraints for member in members):
-            JointKKT.of({member: parts.players[member].rests for member in together}, told)
-        if any(parts.players[member].optimizer_hyper for member in members):
-            raise ValueError(f"{told}: a hyperparameter of the inner optimiser is no follower.")
-        starting = [member for member in members if parts.players[member].start is not None]
-        if starting:
-            raise ValueError(
-                f"{told}: {starting[0]!r} has a start=, and who settle among themselves start where they were. Leave "
-                "it out, or give each a response of its own."
-            )
-        initial = {member: parts.initial[member] for member in together}
-        return {
-            "groups": Groups({**parts.groups.members, name: together}),
-            "order": (*parts.order[:first], name, *parts.order[first + len(members) :]),
-            "initial": {**parts.initial, name: initial},
-            "structures": {**parts.structures, name: structure_of(initial)},
-        }
-
-
-def _on_graph(variables: Mapping[str, Variables]) -> bool:
-    """Whether somebody is to be differentiated in these."""
-    found = leaves(dict(variables)) if torch.is_grad_enabled() else []
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in found)
-
-
-def _first_tensor(players: Mapping[str, Player]) -> Tensor | None:
-    """A tensor that somebody starts from: what starts at a plain number takes its dtype."""
-    found = (
-        leaf.start if isinstance(leaf, Coordinate) else leaf
-        for player in players.values()
-        for leaf in (player.init.parameters() if isinstance(player.init, nn.Module) else leaves(player.init))
-    )
-    return next((leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
-
-
-@dataclass(frozen=True)
-class Move:
-    """Takes tensors to a device, and floating-point ones to a dtype."""
-
-    device: torch.device | None
-    dtype: torch.dtype | None
-
-    def __call__(self, leaf: Any) -> Any:
-        """A copy there; what is no tensor stays."""
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().clone().to(self.device, self.dtype if leaf.is_floating_point() else None)
-
-    def batch(self, batch: Batch) -> Batch:
-        """All tensors of a batch."""
-        return map_leaves(self, batch)
-
-
-@dataclass(frozen=True, eq=False)
-class _Players(Mapping[str, Player]):
-    """Players of a game; what one starts from is copied when that one is asked for, which may be 10 million numbers."""
-
-    players: Mapping[str, Player]
-    initial: Mapping[str, Variables]
-
-    def __getitem__(self, name: str) -> Player:
-        player = self.players[name]
-        kept = isinstance(player.init, nn.Module) or any(player.coordinates)
-        return player if kept else replace(player, init=detached(self.initial[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.players)
-
-    def __len__(self) -> int:
-        return len(self.players)

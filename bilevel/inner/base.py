@@ -104,7 +104,8 @@ def require_minimum(problem: Problem, what: str) -> None:
         raise TypeError(
             f"{what} minimises a loss without constraints, and {problem.name!r} has {problem.rests.told}. Use "
             "bilevel.inner.ProjectedGradient(), or SGD, whose steps are projected; for bounds alone "
-            "bilevel.Scipy('L-BFGS-B') as well."
+            "bilevel.Scipy('L-BFGS-B') as well. A set written as functions, inequality= and equality=, is kept by "
+            "bilevel.Scipy('SLSQP')."
         )
     if not problem.minimises:
         raise TypeError(

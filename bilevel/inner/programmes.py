@@ -70,16 +70,20 @@ class ProgrammeSolver(InnerSolver):
     def _refuse_other_kinds(self, programme: Constrained, about: Expansion, moved: Tensor, name: str) -> None:
         """Raise `TypeError` where the expansion misses the loss's gradient or the constraints at its own answer."""
         there, slope = programme.linearised(about.y + moved), programme.loss_and_gradient(about.y + moved)[1]
-        curved = torch.zeros_like(slope) if about.hessian is None else about.hessian @ moved
+        bent = moved.new_zeros(0, len(moved)) if about.hessian is None else about.hessian
+        curved = torch.zeros_like(slope) if about.hessian is None else bent @ moved
         loss = "a quadratic" if self.quadratic else "a linear"
-        for what, wanted, found, bent in (
-            (f"its loss is not {loss} function", about.slope + curved, slope, curved),
-            ("its inequality is not affine", about.at.c + about.at.A @ moved, there.c, about.at.A @ moved),
-            ("its equality is not affine", about.at.e + about.at.E @ moved, there.e, about.at.E @ moved),
+        # Values may cancel, as those of a balance do that holds; what they are rounded by has the size of their terms.
+        reach = about.y.abs() + moved.abs()
+        for what, wanted, found, rows in (
+            (f"its loss is not {loss} function", about.slope + curved, slope, bent),
+            ("its inequality is not affine", about.at.c + about.at.A @ moved, there.c, about.at.A),
+            ("its equality is not affine", about.at.e + about.at.E @ moved, there.e, about.at.E),
         ):
             if not len(wanted):
                 continue
-            size = float(wanted.abs().max()) + float(found.abs().max()) + float(bent.abs().max())
+            terms = float((rows.abs() @ reach).max()) if len(rows) else 0.0
+            size = float(wanted.abs().max()) + float(found.abs().max()) + terms
             off = float((found - wanted).abs().max())
             if off > 100.0 * programme.epsilon**0.6 * size:
                 other = "" if self.quadratic else ", or ProxQP() where the loss is quadratic"

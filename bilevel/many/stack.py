@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.many.follower import BatchedFollower, among, refuse_mixing
-from bilevel.tree import Structure, Variables, leaves, map_leaves
+from bilevel.tree import Structure, Variables, leaves, map_leaves, rebuilt
 
 
 class Stack(Game):
@@ -53,7 +52,7 @@ class Stack(Game):
         objective = self._parts.players[player].objective
         return self._at_once(
             lambda given, batch, current, _: self._one.evaluate(player, given, batch, current),
-            player, self._given(player, objective, variables), batch, buffers, {},
+            player, self._parts.given(player, objective, variables), batch, buffers, {},
         )  # fmt: skip
 
     def call(
@@ -68,16 +67,16 @@ class Stack(Game):
         """A function called in each game as the player's objective is; its answers have the leading dimension."""
         return self._at_once(
             lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
-            player, self._given(player, function, variables), batch, buffers, extra,
+            player, self._parts.given(player, function, variables), batch, buffers, extra,
         )  # fmt: skip
 
-    def _moments(
+    def member_moments(
         self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
     ) -> dict[str, Tensor]:
         """In each game those of its own, `[count, ...]`."""
-        given = self._given(member, self._parts.players[member].objective, variables)
+        given = self._parts.given(member, self._parts.players[member].objective, variables)
         found: Any = self._at_once(
-            lambda given, batch, current, _: (self._one._moments(member, given, batch, current), {}),
+            lambda given, batch, current, _: (self._one.member_moments(member, given, batch, current), {}),
             member, given, batch, buffers, {},
         )[0]  # fmt: skip
         return found  # type: ignore[no-any-return]
@@ -92,34 +91,32 @@ class Stack(Game):
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
-        groups = self._parts.groups
-        current = self._parts.buffers if buffers is None else {**self._parts.buffers, **groups.parted(buffers)}
+        current = self._parts.all_buffers(buffers)
         parts = (dict(given), batch, current, dict(extra))
         dims = self._dims_of(parts[0]) + self._flat_dims(player, batch)
         dims += self._dims_of(current) + [0] * len(leaves(parts[3]))
         # One flat list of what varies: vmap would walk the nests again and again.
-        values, spec = pytree.tree_flatten(parts)
+        values = leaves(parts)
         varying = [place for place, dim in enumerate(dims) if dim is not None]
-        forms: list[pytree.TreeSpec] = []
+        forms: list[Any] = []
 
         def one(_: Tensor, *mine: Tensor) -> tuple[Tensor, ...]:
             every = list(values)
             for place, value in zip(varying, mine, strict=True):
                 every[place] = value
-            tensors, form = pytree.tree_flatten(function(*pytree.tree_unflatten(every, spec)))
-            forms.append(form)
-            return tuple(tensors)
+            result = function(*rebuilt(parts, every))
+            forms.append(map_leaves(lambda _: 0, result))
+            return tuple(leaves(result))
 
         # The first argument says how many there are where nothing else varies.
         numbers = torch.empty(self.count, device=self.device)
         found = torch.func.vmap(one, randomness="different")(numbers, *(values[place] for place in varying))
-        answer, after = pytree.tree_unflatten(found, forms[0])
+        answer, after = rebuilt(forms[0], found)
         return answer, self._buffers_after(after)
 
     def _dims_of(self, trees: Mapping[str, Variables]) -> list[int | None]:
         """0 or None for each leaf of players' trees, in the order of the leaves."""
-        marked = {name: map_leaves(lambda _, name=name: self.dim_of(name), tree) for name, tree in trees.items()}
-        return leaves(marked)
+        return [dim for name, tree in trees.items() for dim in [self.dim_of(name)] * len(leaves(tree))]
 
     def _buffers_after(self, after: Buffers) -> Buffers:
         """Those of the shared players are one again: the mean over the games, of counts the first."""
@@ -153,7 +150,7 @@ class Stack(Game):
 
     def batch_dims(self, player: str, batch: Batch) -> Any:
         """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""
-        return pytree.tree_unflatten(self._flat_dims(player, batch), pytree.tree_structure(batch))
+        return rebuilt(batch, self._flat_dims(player, batch))
 
     def _flat_dims(self, player: str, batch: Batch) -> list[int | None]:
         return _spread(self._dims.get(player), batch)

@@ -122,9 +122,20 @@ class TaskFollower(BatchedFollower):
     def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Losses and F in the followers' leaves; the first one where they begin is the unit of the others."""
         loss, slopes = super().gradients(y, others)
+        self._take_unit(slopes)
+        return loss, slopes
+
+    def field(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Losses and what a step goes along; F at the first of them is the unit, as of `gradients`."""
+        loss, slopes = super().field(y, others)
+        if self._unit is None and self._cold:
+            with torch.no_grad():
+                self._take_unit(self.at_rest(y, slopes, others) if self.rests.projects else slopes)
+        return loss, slopes
+
+    def _take_unit(self, slopes: Sequence[Tensor]) -> None:
         if self._unit is None and self._cold:
             self._unit = self.reference([slope.detach() for slope in slopes])
-        return loss, slopes
 
     def unit(self, state: Mapping[str, Any]) -> Size:
         """The norm of F where a new follower begins, in each task `[tasks]`."""

@@ -194,12 +194,12 @@ class Tasks(Game):
         losses, after = stack.evaluate(player, variables, batch, buffers)
         return losses.mean(), after
 
-    def _moments(
+    def member_moments(
         self, member: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
     ) -> dict[str, Tensor]:
         """In each task its own follower's."""
         stack = TaskBatch(self._one, self._last, self._count(variables, batch), {SUPPORT: batch, QUERY: batch})
-        return stack._moments(member, variables, batch, buffers)
+        return stack.member_moments(member, variables, batch, buffers)
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables of another form; the follower's are `[tasks, ...]`."""

@@ -69,14 +69,14 @@ class ParallelGame(Game):
         if self.members(player) != (player,):
             return self._evaluate_group(player, variables, batch, buffers)
         # Who is anticipated answers here, where its own derivatives are those of the whole.
-        given = self._values(player, self._parts.players[player].objective, variables)
+        given = self._parts.held(player, self._parts.players[player].objective, variables)
         form, inputs = structure_of(given), leaves(given)
         # What is spread enters where it is put together; the rest here.
         whole = [index for index, leaf in enumerate(inputs) if not isinstance(leaf, ShardedTensor)]
         for index, leaf in zip(whole, entered(self.ranks, [inputs[index] for index in whole]), strict=True):
             inputs[index] = leaf
         part = self.part(player, batch)
-        taken = {name: self._assembled(name, tree, shared=True) for name, tree in form.build(inputs).items()}
+        taken = {name: self._parts.assembled(name, tree, shared=True) for name, tree in form.build(inputs).items()}
         with own_numbers(self.ranks.rank, self.device):
             share, after = super().evaluate(player, taken, part.batch, buffers)
         mean = weighted_mean(self.ranks, share, part.weight, inputs)

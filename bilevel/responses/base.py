@@ -336,7 +336,7 @@ def require_second_derivative(start: Follower, state: State) -> None:
         _, slopes, _ = start.rests(game, name, leaves(y), others, start.batch, start.buffers)
     require_second(name, slopes, custom)
     kernels = game.kernels(start.name)
-    if kernels:
+    if kernels.told():
         warnings.warn(
             BilevelWarning(
                 f"Player {start.name!r}: where its loss is differentiated twice, {kernels.told()}. The numbers are the "

@@ -357,9 +357,9 @@ class Implicit(Response):
             how_far, games = missed
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {how_far} "
-                f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased to that order. Give "
-                "it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
-                "tolerance_change), or accept it by tolerance=."
+                f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased by as much, by more "
+                "where the follower is ill-conditioned. Give it more steps or another optimiser (torch's LBFGS also "
+                "stops by its own tolerance_grad and tolerance_change), or accept it by tolerance=."
             )
             self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):

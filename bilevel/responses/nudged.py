@@ -216,8 +216,9 @@ class Nudged(Response):
         if self.tolerance is not None and relative > self.tolerance:
             self._tell(
                 f"Nudged: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
-                f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased to that order. "
-                "Give it more steps or another optimiser, or accept it by tolerance=."
+                f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased by as much, by "
+                "more where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
+                "tolerance=."
             )
 
     def _tell(self, message: str) -> None:
@@ -425,8 +426,9 @@ class _Settled(BackwardPass):
         elif left > asked or left >= 1.0:
             response._tell(
                 f"Nudged: the nudged solves of player {self.name!r} left {left:.3g} of the nudge after "
-                f"{response.steps} steps; wanted {min(asked, 1.0):g}. The hypergradient is biased to that order. Give "
-                "it more steps or another optimiser, or accept it by tolerance=."
+                f"{response.steps} steps; wanted {min(asked, 1.0):g}. The hypergradient is biased by as much, by more "
+                "where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
+                "tolerance=."
             )
             return
         elif shares.rounding > max(asked, shares.truncation):

@@ -183,11 +183,13 @@ class Saving:
         self._known[storage._cdata] = (StorageWeakRef(storage), source)  # type: ignore[no-untyped-call]
 
     def _pack(self, tensor: Tensor) -> Any:
-        if isinstance(tensor, (ShardedTensor, Unsharded)) or tensor.layout != torch.strided:
+        if isinstance(tensor, Unsharded):
             return tensor
-        found = self._known.get(tensor.untyped_storage()._cdata)
+        plain = not isinstance(tensor, ShardedTensor) and tensor.layout == torch.strided
+        found = self._known.get(tensor.untyped_storage()._cdata) if plain else None
         if found is None:
-            return tensor
+            # An output that an operation saves as it is would hold the operation, and that the output, for ever.
+            return tensor.detach()
         form = (tensor.size(), tensor.stride(), tensor.storage_offset())
         return _Saved(found[1], found[1].local._version, form)
 

@@ -170,7 +170,7 @@ def drive(
             found = minimize(
                 value_and_slope, np.asarray(start), jac=True, method=method.method, options=options, **more
             )
-            told = None if found.success else f"SciPy's {method.method} stopped: {found.message}"
+            told = None if found.success else f"SciPy's {method.method} stopped: {str(found.message).rstrip(' .:')}"
             ended = torch.tensor(found.x, dtype=torch.float64)
         except EnoughError:
             told = f"SciPy's {method.method} had not finished after {len(entries)} evaluations"
@@ -183,18 +183,40 @@ UNSETTLED = 0.01
 """A Lagrangian's gradient of such a part of the loss's largest says that an end is none, or its multipliers wrong."""
 
 
-def doubts(name: str, driven: Driven, left: float) -> list[RunWarning]:
-    """What to know of where SciPy's method ended, with the norm of the Lagrangian's gradient that is `left` there."""
+def doubts(
+    name: str, driven: Driven, left: float, stationarity: Mapping[str, float], epsilon: float
+) -> list[RunWarning]:
+    """What to know of where SciPy's method ended.
+
+    Args:
+        name: The leader.
+        driven: Where it ended.
+        left: The norm of the Lagrangian's gradient there.
+        stationarity: How far each follower that tells it is from its optimum, in units of its gradient at the start.
+        epsilon: The rounding of an evaluation.
+    """
     told = []
+    worst = max(stationarity, key=lambda other: stationarity[other], default=None)
     story = driven.told
     if story is None and left > UNSETTLED * driven.steepest:
         story = "SciPy's method was content"  # trust-constr is, while its barrier keeps it away from a wall
     if story is not None:
         text = (
             f"{story}. At the answer, the gradient of the Lagrangian of {name!r} has norm {left:.3g}, that of "
-            f"its loss {float(driven.best['slope'].norm()):.3g}. Give it more steps=, or another start; where a "
-            "follower's constraint begins or ceases to bind the loss has a kink, which may be the optimum."
+            f"its loss {float(driven.best['slope'].norm()):.3g}. "
         )
+        # It compares losses from step to step, and what a follower stops short of its optimum by is noise in them.
+        # Inner solvers that compare losses themselves come no nearer than about the root of epsilon.
+        smooth = epsilon**0.45
+        if worst is not None and stationarity[worst] > smooth:
+            text += (
+                f"The answer of {worst!r} is known to {stationarity[worst]:.1g} of its gradient at the start, and the "
+                "loss is as rough as that, too rough for SciPy's line search: give its response "
+                f"tolerance={smooth:.0e}, and the steps that takes. Else give SciPy more steps=, or another start; "
+            )
+        else:
+            text += "Give it more steps=, or another start; "
+        text += "where a follower's constraint begins or ceases to bind the loss has a kink, which may be the optimum."
         told.append(RunWarning(text, category=NonConvergenceWarning))
     count, story = driven.rejected
     if count:

@@ -47,7 +47,7 @@ def solution(run: Run) -> End[Any]:
         told.append(far)
     if away := _ran_away(run):
         told.append(away)
-    multipliers, violations, broken = _kept(run, variables, buffers)
+    multipliers, violations, broken = _kept(run, variables, buffers, ends)
     told += broken
     for warning in told:
         if warning.category is not None:
@@ -75,7 +75,7 @@ def solution(run: Run) -> End[Any]:
 
 
 def _kept(
-    run: Run, variables: Mapping[str, Variables], buffers: Buffers
+    run: Run, variables: Mapping[str, Variables], buffers: Buffers, ends: Mapping[str, Any]
 ) -> tuple[dict[str, Mapping[str, Variables]], dict[str, Any], list[RunWarning]]:
     """The leaders' multipliers and violations where they ended, and warnings of those that are broken."""
     found: dict[str, Mapping[str, Variables]] = {}
@@ -89,7 +89,8 @@ def _kept(
             assert run.driven is not None
             l, m, left = fitted(run.driven.best)
             l, m, tolerance = l[None], m[None], tolerated(run.leaders.driven[name], epsilon)
-            told += doubts(name, run.driven, left)
+            loose = {other: report.stationarity for other, report in ends.items() if report.stationarity >= 0.0}
+            told += doubts(name, run.driven, left, loose, epsilon)
         else:
             lagrangian = run.leaders.lagrangians[name]
             l, m = lagrangian.multipliers(dict(run.now.lagrangians[name]), *functions.rows(values))

@@ -13,6 +13,7 @@ from bilevel.autodiff import gradient, pullback
 from bilevel.constraints import Constrained
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
+from bilevel.game.running import moving_from
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, flatten, leaves, map_leaves
 
@@ -64,7 +65,7 @@ class LeaderFollowerLosses:
         at = [flatten(self.game.initial(name)) for name in names] if self.at is None else self.at
         own = {name: self.game.structure(name).unflatten(x.detach()) for name, x in zip(names, at, strict=True)}
         batch = self.batches.get(self.follower)
-        return self.game.moving_from(self.follower, {**self.others, **own}, batch, self.buffers)
+        return moving_from(self.game, self.follower, {**self.others, **own}, batch, self.buffers)
 
     def loss(self, player: str, x: Tensor, y: Tensor) -> Tensor:
         """A player's loss, a 0-d tensor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +53,11 @@ def loaded(target: str) -> Loaded:
         raise UsageError(f"{target}: there is no file {file}.")
     module = _run(path)
     if not hasattr(module, name):
-        known = [key for key, value in vars(module).items() if isinstance(value, Game)]
-        said = f"; its games are {', '.join(known)}" if known else ""
+        found = vars(module).items()
+        games = [key for key, value in found if isinstance(value, Game)]
+        functions = [key for key, value in found if inspect.isfunction(value) and _may_return_a_game(value, module)]
+        told = {"its games are": games, "its functions without arguments": functions}
+        said = "".join(f"; {what} {', '.join(known)}" for what, known in told.items() if known)
         raise UsageError(f"{target}: {file} has no {name}{said}.")
     made = getattr(module, name)
     if inspect.isfunction(made):
@@ -70,6 +73,11 @@ def loaded(target: str) -> Loaded:
             "returns a pair (game, options of bilevel.solve)."
         )
     return Loaded(game, dict(options), module)
+
+
+def _may_return_a_game(function: Callable[..., object], module: ModuleType) -> bool:
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    return function.__module__ == module.__name__ and not needed
 
 
 def response_for(found: Loaded, name: str | None, follower: str | None) -> tuple[Response, str | None]:

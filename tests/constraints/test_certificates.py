@@ -198,6 +198,34 @@ def test_leaders_who_share_a_plant_are_certified_at_one_multiplier():
     assert bl.certify_nash(own, other).standing.value == "certified"  # a generalised Nash equilibrium
 
 
+def test_a_shared_multiplier_is_looked_for_together_with_each_players_own():
+    """Price 9 - a - b, costs 0 and 1, a plant of 2.5 and b <= 0.5: a = 2, and 9 - 2.5 - 2 = 4.5 is the plant's price.
+
+    b alone bears 8 - 2.5 - 0.5 = 5 in all: its least-squares multipliers need not be 4.5 and 0.5, which fit a as well.
+    """
+
+    def small(a, b):
+        return a + b - 2.5
+
+    one = number(0.5)
+    game = bl.Game(
+        a=bl.Player(lambda a, b: -a * (9.0 - a - b), one, inequality=small),
+        b=bl.Player(lambda a, b: -b * (8.0 - a - b), one, inequality=small, domain=bl.Box(0.0, 0.5)),
+    )
+    found = bl.certify_nash(game, {"a": number(2.0), "b": number(0.5)})
+    shared = found.by_name["shared inequality of a, b"]
+    assert found.standing.value == "certified" and shared.value < 1e-9, str(found)
+    # a = 2.3, b = 0.2: a asks 9 - 2.5 - 2.3 = 4.2 and b, below its own capacity, 8 - 2.5 - 0.2 = 5.3.
+    found = bl.certify_nash(game, {"a": number(2.3), "b": number(0.2)})
+    assert found.by_name["shared inequality of a, b"].standing.value == "refuted"
+
+
+@pytest.mark.parametrize("judge", [bl.certify, bl.certify_nash, bl.exploitability])
+def test_what_is_no_point_is_refused_by_name(judge):
+    with pytest.raises(TypeError, match=rf"^{judge.__name__.split('_')[0]}: the point is a int; expected a Solution"):
+        judge(sharing(), 3)
+
+
 def test_exploitability_searches_within_functions_and_names_who_gains():
     convex = {"a": 2.0, "b": 2.0}
     found = bl.exploitability(sharing(), {"a": number(2.0), "b": number(1.0)}, strong_convexity=convex, restarts=2)

@@ -197,6 +197,35 @@ def test_too_few_evaluations_are_told():
     assert len(found.history) == 2
 
 
+def test_a_follower_too_loose_for_scipys_line_search_is_named_and_the_tolerance_that_is_told_is_enough():
+    """A contract of three wages; the agent's effort is known to the response's default of 1e-3 at first."""
+    low, high, output = tensor(0.6, 0.3, 0.1), tensor(0.1, 0.3, 0.6), tensor(0.0, 2.0, 5.0)
+
+    def shares(effort):
+        return low + (high - low) * (1.0 - torch.exp(-effort))
+
+    def agent(wages, effort):
+        return 0.5 * effort**2 - (shares(effort) * wages.sqrt()).sum()
+
+    contract = bl.Game(
+        wages=bl.Player(
+            lambda wages, effort: -(shares(effort) * (output - wages)).sum(),
+            tensor(0.8, 0.9, 1.0),
+            domain=bl.Box(0.2, 9.0),
+            inequality=lambda wages, effort: agent(wages, effort) + 0.75,
+        ),
+        effort=bl.Player(agent, tensor(0.3)[0]),
+    )
+    inner = bl.Scipy("BFGS")
+    with pytest.warns(NonConvergenceWarning, match="answer of 'effort' is known to .* tolerance=9e-08"):
+        bl.solve(contract, effort=bl.Implicit(inner), optimizer=SLSQP, steps=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bl.solve(contract, effort=bl.Implicit(inner, tolerance=9e-8), optimizer=SLSQP, steps=60)
+    # By SciPy alone, the effort solved for by Brent's method; 1e-3 is what its flat optimum leaves of the wages.
+    torch.testing.assert_close(found.variables["wages"], tensor(0.22675, 0.65196, 2.03789), rtol=0.0, atol=1e-3)
+
+
 def test_points_where_the_follower_has_no_answer_are_turned_back_from():
     """The follower needs x <= 1; the leader would like more. SLSQP's first full step goes to 3."""
     played = bl.Game(

@@ -53,6 +53,20 @@ def test_a_projection_onto_a_simplex(inner):
 
 
 @needs_proxsuite
+def test_values_that_cancel_are_no_sign_of_a_bend():
+    """At a start that keeps a balance its value and its change are rounding, as they are at the answer."""
+    thirds = tensor(1 / 3, 1 / 3, 1 / 3)
+    for balance in (lambda y: y.sum() - 1.0, lambda x, y: y @ tensor(0.1, 0.7, 0.2) - thirds @ tensor(0.1, 0.7, 0.2)):
+        game = game_of(square, start=(1 / 3,) * 3, x=(0.9, 0.5, 0.1), equality=balance, inequality=lambda y: -y)
+        y, _, _ = answer(game, bl.inner.ProxQP())
+        wanted, _, _ = answer(game, bl.Scipy("SLSQP"))
+        torch.testing.assert_close(y, wanted, atol=1e-12, rtol=0.0)
+    with pytest.raises(TypeError, match="its equality is not affine"):
+        game = game_of(square, start=(0.6, 0.8), equality=lambda y: (y * y).sum() - 1.0)
+        answer(game, bl.inner.ProxQP())
+
+
+@needs_proxsuite
 def test_what_a_quadratic_solver_cannot_solve_is_told():
     inner = bl.inner.ProxQP()
     with pytest.raises(bl.errors.InfeasibleError, match=r"inequality\[[01]\] is .*wanted <= 0"):

@@ -105,7 +105,7 @@ def test_too_few_steps_are_refuted(file):
     [
         ("{file}", "expected FILE:NAME"),
         ("nowhere.py:game", "there is no file nowhere.py"),
-        ("{file}:gone", "has no gone; its games are game"),
+        ("{file}:gone", "has no gone; its games are game; its functions without arguments "),
         ("{file}:number", "is a int; expected a bilevel.Game"),
         ("{file}:needs", "needs size; expected one without arguments"),
         ("{file}:breaks", "mine.py:28: RuntimeError: no data"),

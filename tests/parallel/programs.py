@@ -1,5 +1,6 @@
 """What the ranks of a test do: `programs.py NAME MEETING ...` prints lines of JSON."""
 
+import gc
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from bilevel.linear import (
     NystromPreconditioner,
     Recycled,
 )  # fmt: skip
+from bilevel.sharding import ShardedTensor
 
 # Doctest looks for examples in every module: without a rank this one does nothing.
 RANK, SIZE = map(int, os.environ.get("RANK_OF_TEST", "0/1").split("/"))
@@ -486,8 +488,9 @@ ON_PARTS = {
     "Segments": bl.Unrolled(PLAIN_SGD, steps=4, differentiation=bl.Segments(count=2)),
     "Nudged": bl.Nudged(PLAIN_SGD, steps=10, nudge=1e-2, tolerance=None),
     "SingleLoop": bl.SingleLoop(PLAIN_SGD),
-    # Steps of fixed size, but for one: when LBFGS stops, rounding decides. Damped, for the network is at no optimum.
-    "LBFGS": bl.Implicit(OPTIMUM, tolerance=None, linear_solver=Identity()),
+    # Few steps of LBFGS and of fixed size: when it stops by itself, or a line search does, rounding decides.
+    "LBFGS": bl.Implicit(partial(LBFGS, lr=0.3, max_iter=4), steps=3, tolerance=None, linear_solver=Identity()),
+    # Damped, for the network is at no optimum.
     "ConjugateGradient": on_parts(bl.ConjugateGradient(damping=1.0)),
     "Diagonal": on_parts(bl.ConjugateGradient(damping=1.0, preconditioner=Diagonal())),
     "Neumann": on_parts(bl.Neumann(max_steps=20, damping=1.0)),
@@ -512,6 +515,23 @@ def spread_answers(*names):
         error, same, state = compared(alone, shared, ON_PARTS[name])
         held = sum(leaf.numel() for leaf in leaves(state["variables"]))
         tell(response=name, error=error, same=same, held=held)
+
+
+def spread_keeps(*names):
+    """How many parts are alive after a call, and after five more: a graph that holds itself would keep its own."""
+    shared = bl.DataParallel(timeout=60.0).game(net_game(fully_sharded()))
+    for name in names:
+        counts, state = [], ON_PARTS[name].init(shared)
+        for _ in range(6):
+            x = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+            answer, state = ON_PARTS[name](shared, {"decay": x}, state)
+            batch, _ = shared.draw("decay", shared.start("decay"))
+            shared.loss("decay", {"decay": x, "weights": answer}, batch).backward()
+            state = ON_PARTS[name].after_backward(state, answer)
+            del answer
+            gc.collect()
+            counts.append(sum(isinstance(found, ShardedTensor) for found in gc.get_objects()))
+        tell(response=name, first=counts[1], last=counts[-1])
 
 
 def spread_layouts():

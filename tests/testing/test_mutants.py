@@ -6,6 +6,7 @@ from bilevel.testing import check_response
 from bilevel.testing.laws import LAWS
 
 from .mutants import MUTANTS
+from .surrounded import BROKEN, MET
 
 BY_NAME = {law.name: law for law in LAWS}
 
@@ -28,5 +29,5 @@ def test_a_planted_defect_is_caught_by_its_law(name, record_property):
 
 
 def test_every_law_has_a_defect_of_its_own():
-    assert {law for law, _ in MUTANTS.values()} == set(BY_NAME)
+    assert {law for law, *_ in (*MUTANTS.values(), *MET.values(), *BROKEN.values())} == set(BY_NAME)
     assert len(MUTANTS) >= 20

@@ -1,11 +1,25 @@
 """The laws that every right hypergradient obeys, each a function that asserts."""
 
+from bilevel.testing.laws.alarms import ALARMS
 from bilevel.testing.laws.answers import ANSWERS
 from bilevel.testing.laws.base import Law, LawRow
 from bilevel.testing.laws.invariance import INVARIANCE
+from bilevel.testing.laws.optimizers import OPTIMIZERS
 from bilevel.testing.laws.reports import REPORTS
 from bilevel.testing.laws.state import STATE
+from bilevel.testing.laws.surroundings import SURROUNDINGS
 
-LAWS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE)
+LAWS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE, *OPTIMIZERS, *SURROUNDINGS, *ALARMS)
 
-__all__ = ["LAWS", "Law", "LawRow"]
+__all__ = [
+    "ALARMS",
+    "ANSWERS",
+    "INVARIANCE",
+    "LAWS",
+    "OPTIMIZERS",
+    "REPORTS",
+    "STATE",
+    "SURROUNDINGS",
+    "Law",
+    "LawRow",
+]

@@ -1,0 +1,80 @@
+"""How a player's function is called: with whom it names, on modules that are lent, under kernels that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch import nn
+
+from bilevel.errors import BilevelError
+from bilevel.game.checks import Runs
+from bilevel.game.data import Batch
+from bilevel.game.modules import CallableVariables, lent, replaced
+from bilevel.game.parts import Parts
+from bilevel.game.residual import Buffers
+from bilevel.game.statistics import Seen, watching
+from bilevel.second_order import told_of_loss
+from bilevel.tree import Variables
+
+FIRST = Runs()
+"""What is known of a loss before its first call."""
+
+
+def called(
+    parts: Parts,
+    player: str,
+    function: Callable[..., Any],
+    variables: Mapping[str, Variables],
+    batch: Batch,
+    buffers: Buffers | None,
+    extra: Mapping[str, Variables],
+    *,
+    saving: AbstractContextManager[object],
+    seen: Seen | None = None,
+) -> tuple[Variables, Buffers]:
+    """What a player's function returns, and everybody's buffers after it; the modules' own stay as they are.
+
+    Args:
+        parts: Of the game.
+        player: Whose function it is: its module trains, those of the others evaluate.
+        function: Of players' variables, by name, `batch`, and what is `extra`.
+        variables: Everybody's that are known.
+        batch: For a function with such a parameter.
+        buffers: Of the players' modules; None for the initial ones.
+        extra: Further arguments by name.
+        saving: Under which autograd saves what several derivatives need.
+        seen: Takes down what the normalising layers of the player's own module see.
+    """
+    arguments: dict[str, Any] = parts.given(player, function, variables)
+    if "batch" in parts.named(player, function):
+        arguments["batch"] = batch
+    current = parts.all_buffers(buffers)
+    for name, given in arguments.items():
+        module = parts.players[name].init if name in parts.players else None
+        if isinstance(module, nn.Module) and isinstance(given, Mapping):
+            arguments[name] = CallableVariables(given, module, training=name == player)
+    runs = parts.runs.get(player, FIRST)
+    lending = lent(parts.players, current, arguments, runs.strangers, alone=parts.modular or bool(runs.kernels))
+    watched = _watched(parts, player, seen, current)
+    with lending as advanced, runs.kernels.replaced(), saving, ExitStack() as stack:
+        for module, forwards in watched:
+            stack.enter_context(replaced(module, forwards))
+        try:
+            found = function(**arguments, **extra)
+        except RuntimeError as error:
+            told = told_of_loss(error)
+            if told:
+                raise BilevelError(f"Player {player!r}: {told}") from error
+            raise
+    return found, parts.groups.joined(advanced, parts.order)
+
+
+def _watched(parts: Parts, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The modules whose normalising layers do more than usual while a player's function is called."""
+    found: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+    for name, own in parts.players.items():  # of players who share a module the last one lends its buffers
+        if isinstance(own.init, nn.Module) and buffers[name]:
+            found[id(own.init)] = (own.init, watching(own.init, seen if name == player else None, buffers[name]))
+    return [(module, forwards) for module, forwards in found.values() if forwards]
