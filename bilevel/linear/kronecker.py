@@ -40,7 +40,7 @@ class KroneckerPreconditioner(Preconditioner):
 
     for a weight W and a bias b of a layer with the inputs a_i, where J_i is the derivative of the network's outputs in
     that layer's, and $\lambda$ the mean curvature of what else is in the loss, such as a penalty, and of the solver's
-    damping. It is exact for one layer whose loss is a square, and each leaf's block for a single example; else it misses
+    damping. It is exact for one layer whose loss is a square, and each leaf's block for one example; else it misses
     what inputs and slopes have in common, and what leaves have. By itself it is of the wrong length (an error of .73 to
     1.19 was measured, where one step of conjugate gradients along it left .13 to .19): let `ConjugateGradient` step.
 
