@@ -56,7 +56,7 @@ def tune(
 ) -> Tuned:
     r"""Train a model, and tune its hyperparameters by hypergradients of the validation loss in the same run.
 
-    The model is trained with `optimizer` as in a loop of one's own. In the second half of the run, after every few of
+    The model is trained with `optimizer` as in a loop of one's own. After a tenth of the run, and then after every few of
     its steps, the hyperparameters take one, along the gradient of the validation loss through how the trained weights
     answer to them. By default the answer is learned beside the weights, each row of each layer growing or shrinking
     (`Hypernetwork(network=RowScaled())`, a self-tuning network): a training step costs about one gradient more than
@@ -86,7 +86,7 @@ def tune(
         check: The share of the training steps that is taken again from the trained weights, at the values found and at
             the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
-            falls from 0.05 to 0, from up to 0.1 in runs of less than 60 of their steps, so that they come to rest.
+            falls from 0.1 to 0, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
@@ -160,7 +160,7 @@ def _checked(tuned: Tuned, steps: int, seed: int) -> Tuned:
             f"tune: after {steps} more steps from the trained weights the validation loss is {seen.found:.4g} at the "
             f"hyperparameters found, and {seen.start:.4g} at the start's. What pays only after many steps looks in a "
             "run like what slows it. Compare by retrain(tuned), or take tuned.advised, the start's values; "
-            "a later warmup= or a slower leader= may do better."
+            "warmup=0.5 with a slower leader= may do better."
         )
         warnings.warn(ShortHorizonWarning(message), stacklevel=3)
     return replace(tuned, trained_on=seen)
