@@ -56,7 +56,7 @@ def tune(
 ) -> Tuned:
     r"""Train a model, and tune its hyperparameters by hypergradients of the validation loss in the same run.
 
-    The model is trained with `optimizer` as in a loop of one's own. After a tenth of the run, and then after every few of
+    The model is trained with `optimizer` as in a loop of one's own. From a tenth of the run on, after every few of
     its steps, the hyperparameters take one, along the gradient of the validation loss through how the trained weights
     answer to them. By default the answer is learned beside the weights, each row of each layer growing or shrinking
     (`Hypernetwork(network=RowScaled())`, a self-tuning network): a training step costs about one gradient more than
