@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.head import head
-from bilevel.estimators import LogisticTuned, RidgeTuned
+from bilevel.estimators import ElasticNetTuned, LogisticTuned, RidgeTuned
 
 NOISE = 30
 
@@ -73,12 +73,14 @@ CLASSIFICATION = {"breast cancer": cancer, "wine": wine, "iris": iris, "digits, 
 
 
 def models(regression: bool) -> dict[str, Any]:
-    """The single penalty is ours with spreads=(): the same folds, the same loss."""
+    """The single penalty is ours with spreads=(): the same folds, the same loss; so is the single pair of a net."""
     if regression:
         return {
             "tuned": RidgeTuned(),
             "single": RidgeTuned(spreads=()),
             "RidgeCV": RidgeCV(np.logspace(-3, 5, 25)),
+            "net": ElasticNetTuned(),
+            "single net": ElasticNetTuned(spreads=()),
             "ElasticNetCV": ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9, 1.0], max_iter=20_000),
         }
     theirs = LogisticRegressionCV(Cs=10, scoring="neg_log_loss", max_iter=5_000, use_legacy_attributes=False)
@@ -113,8 +115,14 @@ def measured(name: str, seed: int) -> dict[str, Any]:
             found["test"][kind] = float(np.mean((model.predict(X_test) - y_test) ** 2))
         else:
             found["test"][kind] = float(log_loss(y_test, model.predict_proba(X_test)))
+        if kind in ("tuned", "net"):
+            found[kind] = {
+                "spread": float(model.spread_),
+                "share": float(model.share_),
+                "gains": (model.held_out_losses_[0] - model.held_out_losses_).tolist(),
+                "errors": model.held_out_errors_.tolist(),
+            }
         if kind == "tuned":
-            found["spread"] = float(model.spread_)
             found["penalties"] = model.penalties_.tolist()
             found["single_penalty"] = float(model.single_penalty_)
     return found
@@ -135,7 +143,7 @@ def main() -> None:
             if (name, seed) in done:
                 continue
             row = measured(name, seed)
-            print(name, seed, {k: round(v, 4) for k, v in row["test"].items()}, row["spread"], flush=True)
+            print(name, seed, {k: round(v, 4) for k, v in row["test"].items()}, row["tuned"], flush=True)
             results.append(row)
             found = {**head("scikit-learn"), "results": results}
             part = given.output.with_suffix(".part")

@@ -15,12 +15,14 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
@@ -32,11 +34,13 @@ D = torch.float64
 HIDDEN, TRAIN, VALID = 16, 300, 600
 STOPS = (30, 100, 300, 1000)
 Weights = Mapping[str, Tensor]
+NET = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).to(D)
 
 
 def outputs(weights: Weights, batch: Sequence[Tensor]) -> Tensor:
     """Scores `[examples, 10]`."""
-    return torch.tanh(batch[0] @ weights["first"] + weights["bias"]) @ weights["second"] + weights["shift"]
+    found: Tensor = functional_call(NET, dict(weights), (batch[0],))
+    return found
 
 
 def loss(outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
@@ -64,13 +68,31 @@ def lead(weights: Weights, batch: Sequence[Tensor]) -> Tensor:
 def started(seed: int) -> dict[str, Tensor]:
     """Initial weights."""
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=D)
-    first, second = normal(64, HIDDEN) / 8.0, normal(HIDDEN, 10) / 4.0
-    return {"first": first, "bias": torch.zeros(HIDDEN, dtype=D), "second": second, "shift": torch.zeros(10, dtype=D)}
+    first, second = normal(64, HIDDEN).mT.contiguous() / 8.0, normal(HIDDEN, 10).mT.contiguous() / 4.0
+    biases = torch.zeros(HIDDEN, dtype=D), torch.zeros(10, dtype=D)
+    return {"0.weight": first, "0.bias": biases[0], "2.weight": second, "2.bias": biases[1]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factored(bl.linear.LinearSolver):
+    """The inverse of the Kronecker factors and of the penalty, in place of the matrix's."""
+
+    @property
+    def needs_factors(self) -> bool:
+        """Yes."""
+        return True
+
+    def iterate(self, system: bl.linear.LinearSystem) -> bl.linear.Candidate:
+        """At no product but the factors' and the one that measures the residual."""
+        inverse, _ = bl.linear.KroneckerPreconditioner().prepare(system.operator, {})
+        return system.measure(inverse(system.rhs))
 
 
 def methods() -> dict[str, dict[str, Any]]:
     """Options of `Implicit` by name."""
     cg, whole = partial(bl.ConjugateGradient, rtol=1e-6), GaussNewton(outputs, loss, rest, measure=True)
+    few, plain = partial(bl.ConjugateGradient, rtol=None), GaussNewton(outputs, loss, rest)
+    layers = bl.linear.KroneckerPreconditioner()
     return {
         "CG, Hessian": {"linear_solver": cg()},
         "CG, Hessian, damping .01": {"linear_solver": cg(damping=0.01)},
@@ -78,6 +100,17 @@ def methods() -> dict[str, dict[str, Any]]:
         "GMRES, Hessian": {"linear_solver": bl.GMRES(rtol=1e-6, restart=100, max_steps=600)},
         "CG, Gauss-Newton": {"linear_solver": cg(), "curvature": whole},
         "CG, Gauss-Newton, damping .01": {"linear_solver": cg(damping=0.01), "curvature": whole},
+        "CG, Gauss-Newton, 1 step": {"linear_solver": few(max_steps=1), "curvature": plain},
+        "CG, Gauss-Newton, 5 steps": {"linear_solver": few(max_steps=5), "curvature": plain},
+        "K-FAC alone": {"linear_solver": Factored(rtol=None), "curvature": plain},
+        "CG, Gauss-Newton, K-FAC, 1 step": {
+            "linear_solver": few(max_steps=1, preconditioner=layers),
+            "curvature": plain,
+        },
+        "CG, Gauss-Newton, K-FAC, 5 steps": {
+            "linear_solver": few(max_steps=5, preconditioner=layers),
+            "curvature": plain,
+        },
     }
 
 
@@ -116,9 +149,7 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
     train, valid = ((part.images.reshape(len(part.images), -1), part.labels) for part in (digits.train, digits.valid))
     penalty = torch.full((4,), -5.0, dtype=D)
     weights = {name: w.requires_grad_() for name, w in started(seed).items()}
-    game = bl.Game(
-        penalty=bl.Player(lead, penalty, data=[valid]), weights=bl.Player(follow, started(seed), data=[train])
-    )
+    game = bl.Game(penalty=bl.Player(lead, penalty, data=[valid]), weights=bl.Player(follow, NET, data=[train]))
     adam, rows, taken = torch.optim.Adam(weights.values(), lr=1e-2), [], 0
     for stop in STOPS:
         while taken < stop:

@@ -109,7 +109,7 @@ def play(model: nn.Module, response: bl.Response, width: int) -> None:
         decay=bl.Player(judge, torch.tensor(-4.0), data=[batches[0]]),
         weights=bl.Player(fit, model, data=[batches[1]]),
     )
-    game = bl.DataParallel(timeout=300.0).game(game)
+    game = bl.DataParallel(timeout=1200.0).game(game)
     state = response.init(game)
     for _ in range(CALLS):
         x = torch.tensor(-4.0, requires_grad=True)
@@ -130,7 +130,7 @@ def measured(name: str, size: int) -> dict[str, Any]:
             for n in range(size)
         ]
         try:
-            told = [json.loads(started.communicate(timeout=900)[0].splitlines()[-1]) for started in ranks]
+            told = [json.loads(started.communicate(timeout=3600)[0].splitlines()[-1]) for started in ranks]
         finally:
             for started in ranks:
                 started.kill()

@@ -25,8 +25,10 @@ from bilevel.autodiff import (
 from bilevel.errors import CapturedTensorError, NonFiniteError, SecondDerivativeError
 from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.base import SolvesLinearSystems
+from bilevel.linear.kronecker import FactoredProducts
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import Shapes
+from bilevel.second_order import differentiated_thrice
 from bilevel.sharding.tensor import entries
 from bilevel.tree import Variables, flatten, join, leaves, structure_of
 
@@ -279,11 +281,12 @@ class _Root(torch.autograd.Function):
         again = torch.is_grad_enabled() or transforms_active()
         if again:
             system.require_own()
-            in_y = pullback(lambda y: partial(y, *given), y)[1]
-            found, _ = _solve(system, in_y, cotangent)
-            adjoint = _attach_adjoint(system, found.solution, cotangent, y, xs)
-            _, in_x = pullback(lambda *some: partial(y, *some), *given)
-            derivatives = in_x(adjoint)
+            with differentiated_thrice():
+                in_y = pullback(lambda y: partial(y, *given), y)[1]
+                found, _ = _solve(system, in_y, cotangent)
+                adjoint = _attach_adjoint(system, found.solution, cotangent, y, xs)
+                _, in_x = pullback(lambda *some: partial(y, *some), *given)
+                derivatives = in_x(adjoint)
             products = in_y
         else:
             # One graph serves the whole solve and the mixed product, which the solve's last one can bring along.
@@ -325,6 +328,7 @@ def _solve(system: _System, products: Pullback, rhs: Tensor) -> tuple[LinearSolu
         matvec_and_mixed=both if single else None,
         interest=(lambda u: join(mixed_alone(u))) if single else None,
         random=system.source is not None and system.source.random,
+        factors=products.factors if isinstance(products, FactoredProducts) else None,
     )
     # A receipt is plain memory: under a transform it neither warms the solve nor is written.
     receipt = None if transforms_active() else system.receipt
@@ -354,7 +358,8 @@ def _tangent(system: _System, y: Tensor, xs: list[Tensor], moves: list[Tensor]) 
 
     def residual(d: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
         xs, moves = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        return pushforward(system.residual, y, *xs, like=y)([d, *moves])
+        with differentiated_thrice():
+            return pushforward(system.residual, y, *xs, like=y)([d, *moves])
 
     with torch.no_grad():
         rhs = -residual(torch.zeros_like(y), y, *xs, *moves)
@@ -376,7 +381,7 @@ def _attach_adjoint(system: _System, adjoint: Tensor, cotangent: Tensor, y: Tens
 
     # The solver adds its own damping to dG/du, as it did for u; G itself leaves it out.
     def residual(u: Tensor, v: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated_thrice():
             _, products = pullback(lambda y: system.residual(y, *xs), y)
             return products(u)[0] - v
 

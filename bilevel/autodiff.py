@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from bilevel.errors import BilevelError, SecondDerivativeError
-from bilevel.second_order import UNDIFFERENTIABLE, differentiated_twice, explanation
+from bilevel.second_order import UNDIFFERENTIABLE, differentiated_thrice, differentiated_twice, explanation
 
 Kind = TypeVar("Kind")
 
@@ -129,7 +129,7 @@ def gradient(function: Callable[..., Tensor], *points: Tensor) -> tuple[Tensor, 
     """
     _refuse_inference()
     if transforms_active():
-        with differentiated_twice():
+        with differentiated_thrice():  # how many transforms there are, and so how many derivatives, nobody knows
             slopes, value = torch.func.grad_and_value(function, argnums=tuple(range(len(points))))(*points)
         return value, slopes
     again = torch.is_grad_enabled()

@@ -105,6 +105,10 @@ class UnreliableResponseWarning(BilevelWarning):
     """A response is known to give wrong derivatives as it is configured; the message says why."""
 
 
+class ShortHorizonWarning(UnreliableResponseWarning):
+    """Trained on, the hyperparameters that a run started from do better than those that it found."""
+
+
 class InfeasibleWarning(BilevelWarning):
     """A leader's functions are broken where a run ended; the message says which, and by how much."""
 

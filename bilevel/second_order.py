@@ -14,24 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from bilevel.elementary import NORMS, WEIGHT_NORM, Elementary
 from bilevel.errors import SecondDerivativeError
 
-_TWICE: ContextVar[bool] = ContextVar("differentiated_twice", default=False)
+_TIMES: ContextVar[int] = ContextVar("times_differentiated", default=0)
 
 
 @contextmanager
 def differentiated_twice(wanted: bool = True) -> Iterator[None]:
-    """What is evaluated in here will be differentiated twice, if `wanted`."""
+    """What is evaluated in here will be differentiated twice, if `wanted`; three times within another such place.
+
+    So it is with a response inside of a loss that is differentiated twice.
+    """
     if not wanted:
         yield
         return
-    token = _TWICE.set(True)
+    token = _TIMES.set(3 if _TIMES.get() else 2)
     try:
         yield
     finally:
-        _TWICE.reset(token)
+        _TIMES.reset(token)
+
+
+@contextmanager
+def differentiated_thrice(wanted: bool = True) -> Iterator[None]:
+    """What is evaluated in here will be differentiated three times, or may be, if `wanted`."""
+    token = _TIMES.set(3 if wanted else _TIMES.get())
+    try:
+        yield
+    finally:
+        _TIMES.reset(token)
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,19 @@ class FastKernels:
         recurrent: cuDNN's recurrent networks; the other form is PyTorch's own.
         weight_norm: Normalised weights, of which PyTorch's second derivative takes the norms for constants, and is
             wrong in silence; the other form is elementary operations.
+        norms: Layer, batch and instance normalisation, which have two right derivatives: the third takes the moments
+            for constants. Where three will be taken, elementary operations are run.
     """
 
     attention: bool = False
     compiled: bool = False
     recurrent: bool = False
     weight_norm: bool = False
+    norms: bool = False
 
     def __bool__(self) -> bool:
-        return self.attention or self.compiled or self.recurrent or self.weight_norm
+        """Whether there is one whose other form is run by a switch of the whole process."""
+        return self.attention or self.compiled or self.recurrent
 
     @staticmethod
     def of(outputs: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> FastKernels:
@@ -64,19 +81,22 @@ class FastKernels:
             compiled=in_place or any(name.startswith("CompiledFunction") for name in names),
             recurrent=any("CudnnRnn" in name for name in names),
             weight_norm=any(name.startswith("WeightNormInterface") for name in names),
+            norms=any("LayerNorm" in name or "BatchNorm" in name or "RmsNorm" in name for name in names),
         )
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Run the forms with two derivatives, where two will be taken (`differentiated_twice`)."""
-        if not _TWICE.get():
+        """Run the forms with as many right derivatives as will be taken (`differentiated_twice`)."""
+        if not _TIMES.get():
             yield
             return
         with ExitStack() as stack:
             if self.attention:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.weight_norm:
-                stack.enter_context(_ElementaryWeightNorm())
+                stack.enter_context(Elementary(WEIGHT_NORM))
+            if self.norms and _TIMES.get() > 2:
+                stack.enter_context(Elementary(NORMS))
             if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.recurrent:
@@ -103,19 +123,48 @@ class FastKernels:
         return " and ".join(told)
 
 
-class _ElementaryWeightNorm(TorchFunctionMode):
-    """Runs `torch._weight_norm`, which `nn.utils.parametrizations.weight_norm` calls, as w = v (g / |v|)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+_THIRD = (
+    "its loss normalises layers or batches, and the hypergradient is differentiated again (create_graph=True): "
+    "PyTorch's third derivative of layer_norm and batch_norm takes moments for constants, and is wrong in silence. "
+    "Take the derivatives by torch.func, or use Implicit, where elementary operations are run in their place; or use "
+    "GroupNorm, whose third derivative is right."
+)
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+def once_only(player: str, kernels: FastKernels, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors; where the third derivative would be wrong, gradients in them refuse to be differentiated.
+
+    Inside of a loss that is differentiated twice, what is evaluated has a right third derivative.
+    """
+    if not kernels.norms or _TIMES.get():
+        return list(tensors)
+    told = f"Player {player!r}: {_THIRD}"
+    return [_OnceOnly.apply(t, told) if t.requires_grad else t for t in tensors]  # type: ignore[no-untyped-call]
+
+
+class _OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, told: str) -> Tensor:
+        ctx.told = told
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        (cotangent,) = cotangents
+        if torch.is_grad_enabled() and cotangent.requires_grad:
+            cotangent = _Refused.apply(cotangent, ctx.told)  # type: ignore[no-untyped-call]
+        return cotangent, None
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, told: str) -> Tensor:
+        ctx.told = told
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        raise SecondDerivativeError(ctx.told)
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:

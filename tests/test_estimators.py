@@ -10,23 +10,24 @@ pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.datasets import make_regression
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from bilevel.estimators import LogisticTuned, RidgeTuned, SquaredHingeTuned
-from bilevel.estimators.losses import Logistic, Softmax, SquaredError, SquaredHinge
-from bilevel.estimators.newton import Table, fitted
-from bilevel.estimators.selection import folds_of
+from bilevel.estimators import ElasticNetTuned, LogisticTuned, RidgeTuned, SquaredHingeTuned
+from bilevel.estimators.losses import Logistic, RowLoss, Softmax, SquaredError, SquaredHinge
+from bilevel.estimators.newton import Table, fitted, logs_of
+from bilevel.estimators.selection import folds_of, gained
+from bilevel.estimators.sparse import fitted_sparse
 from bilevel.estimators.tuned import Stack
 
-ALL = (RidgeTuned, LogisticTuned, SquaredHingeTuned)
+ALL = (RidgeTuned, ElasticNetTuned, LogisticTuned, SquaredHingeTuned)
 
 
-def stack_of(loss, *, groups=(0, 1, 2, 0), rows=30, seed=0):
+def stack_of(loss, *, groups=(0, 1, 2, 0), rows=30, seed=0, sparse=False):
     """Two stacks of three folds, with targets as the loss takes them."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, len(groups) + 1, generator=generator, dtype=torch.float64)
@@ -43,21 +44,31 @@ def stack_of(loss, *, groups=(0, 1, 2, 0), rows=30, seed=0):
     valid = torch.stack([(folds == k).double() for k in range(3)])
     train = torch.stack([1.0 - valid, (1.0 - valid) * (torch.arange(rows) < 24)])
     spread, unit = torch.tensor([0.8, 2.0]).double(), torch.tensor([1.0, 0.7]).double()
-    return Stack(Table(inputs, targets, torch.tensor(groups), loss), train, valid.expand(2, 3, rows), spread, unit)
+    return Stack(
+        Table(inputs, targets, torch.tensor(groups), loss, sparse), train, valid.expand(2, 3, rows), spread, unit
+    )
 
 
 @pytest.mark.parametrize(
-    "loss", [SquaredError(), Logistic(), Softmax(), SquaredHinge()], ids=lambda x: type(x).__name__
+    ("loss", "sparse"),
+    [(SquaredError(), False), (SquaredError(), True), (Logistic(), False), (Softmax(), False), (SquaredHinge(), False)],
+    ids=lambda x: type(x).__name__ if isinstance(x, RowLoss) else "sparse" if x else "dense",
 )
-def test_the_hypergradient_is_that_of_refitted_folds(loss):
-    stack = stack_of(loss)
+def test_the_hypergradient_is_that_of_refitted_folds(loss, sparse):
+    stack = stack_of(loss, sparse=sparse)
     level = torch.tensor([[0.3], [1.1]]).double()
     deviation = torch.tensor([[0.2, -0.5, 0.7], [0.0, 1.0, -1.0]]).double()
+    if sparse:
+        level = torch.cat([level, torch.tensor([[0.8], [0.5]]).double()], 1)
+        deviation = torch.cat([deviation, torch.tensor([[-0.3, 0.4, 1.4], [0.2, 0.8, 0.3]]).double()], 1)
     game = stack.game(level, deviation)
-    value, slopes, _ = stack.hypergradient(game, level, deviation)
+    value, slopes, found = stack.hypergradient(game, level, deviation)
+    if sparse:  # some weights are out, and none is so near to a kink that a difference would cross it
+        assert 0 < int((found == 0.0).sum()) < found.numel() - 6
+        assert float(found[found != 0.0].abs().min()) > 1e-3
 
     def total(level, deviation):
-        weights, _ = stack.optimum(level + deviation)
+        weights, _ = stack.optimum(logs_of({"level": level, "deviation": deviation}))
         prior = 0.5 * (deviation / stack.spread[:, None]).square().sum()
         return (stack.losses(weights) / stack.unit).sum() + prior
 
@@ -101,6 +112,28 @@ def test_ridge_weights_are_the_closed_form():
     torch.testing.assert_close(weights[0], torch.linalg.solve(matrix, table.inputs.T @ table.targets))
 
 
+def test_an_elastic_net_meets_its_own_conditions_and_is_scikit_learns():
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(40, 60, generator=generator, dtype=torch.float64)  # more columns than rows
+    targets = inputs[:, :3].sum(1, keepdim=True) + torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    table = Table(inputs, targets, torch.arange(60), SquaredError(), sparse=True)
+    sizes = torch.logspace(-1.0, 2.0, 7, dtype=torch.float64)
+    lasso, squares = sizes[:, None].expand(7, 60), (0.3 * sizes)[:, None].expand(7, 60)
+    start = torch.randn(7, 60, 1, generator=generator, dtype=torch.float64)
+    found, _ = fitted_sparse(table, torch.ones(7, 40, dtype=torch.float64), squares, lasso, start)
+    assert bool((found[-1] == 0.0).all())  # no slope at 0 is as large as 100
+    for size, weights in zip(sizes.tolist(), found[..., 0], strict=True):
+        slope = inputs.T @ (inputs @ weights - targets[:, 0]) + 0.3 * size * weights
+        inside = weights != 0.0
+        # It ends at 1e-11 of the slopes at 0, which are of some tens.
+        torch.testing.assert_close(slope[inside], -size * weights[inside].sign(), rtol=0.0, atol=1e-8)
+        assert float(slope[~inside].abs().max()) <= size + 1e-8
+        theirs = ElasticNet(
+            alpha=1.3 * size / 40, l1_ratio=1.0 / 1.3, fit_intercept=False, tol=1e-12, max_iter=1_000_000
+        ).fit(inputs.numpy(), targets[:, 0].numpy())
+        np.testing.assert_allclose(weights.numpy(), theirs.coef_, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def rows():
     generator = np.random.default_rng(0)
@@ -129,6 +162,18 @@ def test_a_single_penalty_is_scikit_learns(rows, tuned, theirs):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_single_pair_of_penalties_is_scikit_learns(rows):
+    X, scores = rows
+    y = 7.0 * scores + 5.0 * np.random.default_rng(1).standard_normal(120)
+    tuned = ElasticNetTuned(spreads=()).fit(X, y)
+    l1, l2 = tuned.single_l1_penalty_, tuned.single_l2_penalty_
+    theirs = ElasticNet(alpha=(l1 + l2) / 120, l1_ratio=l1 / (l1 + l2), tol=1e-12, max_iter=1_000_000)
+    wanted = make_pipeline(StandardScaler(), theirs).fit(X, y).predict(X)
+    np.testing.assert_allclose(tuned.predict(X), wanted, rtol=1e-6, atol=1e-6 * y.std())
+    assert np.ptp(tuned.l1_penalties_) == 0.0
+    assert np.ptp(tuned.l2_penalties_) == 0.0
+
+
 def test_a_squared_hinge_is_linear_svcs(rows):
     X, scores = rows
     X, y = X / X.std(0), scores > 0.0
@@ -147,6 +192,39 @@ def test_features_that_matter_are_penalised_less_and_predictions_improve():
     assert np.median(tuned.penalties_[truth != 0.0]) < np.median(tuned.penalties_[truth == 0.0])
     tuned_error, single_error = (((m.predict(X_test) - y_test) ** 2).mean() for m in (tuned, single))
     assert tuned_error < 0.9 * single_error
+
+
+def test_features_that_do_not_matter_drop_out():
+    X, y, truth = make_regression(200, 60, n_informative=8, noise=60.0, coef=True, random_state=0)
+    X, X_test, y, y_test = train_test_split(X, (y - y.mean()) / y.std(), test_size=0.3, random_state=0)
+    sparse, ridge = (kind(repeats=1, folds=3, max_steps=8).fit(X, y) for kind in (ElasticNetTuned, RidgeTuned))
+    assert bool((sparse.coef_[truth != 0.0] != 0.0).all())
+    assert int((sparse.coef_ != 0.0).sum()) < 40
+    errors = [((m.predict(X_test) - y_test) ** 2).mean() for m in (sparse, ridge)]
+    assert errors[0] < errors[1]
+
+
+def test_weights_are_averaged_as_far_as_the_evidence_is_weak(rows):
+    X, scores = rows
+    y = scores + 60.0 * np.random.default_rng(2).standard_normal(120)
+    tuned, single = RidgeTuned(spreads=(2.0,)).fit(X, y), RidgeTuned(spreads=()).fit(X, y)
+    gain = tuned.held_out_losses_[0] - tuned.held_out_losses_[1]
+    share = max(0.0, 1.0 - (tuned.held_out_errors_[1] / gain) ** 2) if gain > 0.0 else 0.0
+    assert tuned.share_ == pytest.approx(share)
+    assert tuned.spread_ == (2.0 if share else 0.0)
+    if not share:
+        np.testing.assert_allclose(tuned.coef_, single.coef_)
+
+
+def test_folds_that_overlap_are_no_independent_evidence():
+    differences = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.0]).double()
+    mean, error = gained(differences, 5)
+    assert mean == pytest.approx(0.2)
+    # Variance .025, times 1/5 + 1/4.
+    assert error == pytest.approx((0.025 * 0.45) ** 0.5)
+    _, repeated = gained(differences.repeat(100), 5)
+    # However often it is repeated the part that folds share stays: the square root of .02 / 4.
+    assert repeated == pytest.approx((0.02 * (0.25 + 1.0 / 500.0)) ** 0.5, rel=1e-2)
 
 
 def test_a_group_shares_its_penalty(rows):
@@ -174,6 +252,7 @@ def test_a_clone_and_a_pickle_fit_and_predict_the_same(rows):
         ({"spreads": (np.nan,)}, "expected finite numbers above 0"),
         ({"groups": [0, 1]}, r"groups has shape \(2,\); expected a label for each of 12 features"),
         ({"max_steps": 0}, "max_steps=0"),
+        ({"repeats": 0}, "repeats=0"),
         ({"random_state": None}, "random_state=None"),
     ],
 )
@@ -192,7 +271,7 @@ def test_what_is_not_fitted_says_so(rows):
 
 def test_folds_hold_each_class_in_equal_parts():
     labels = np.repeat([0, 1], [10, 20])
-    fold = folds_of(labels, np.arange(30), 5, 0)
+    fold = folds_of(labels, np.arange(30), 5, (0, 0))
     for k in range(5):
         assert np.bincount(labels[fold == k]).tolist() == [2, 4]
 

@@ -11,6 +11,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel as bl
+from bilevel.elementary import NORMS as NORMS_OF_TORCH
+from bilevel.elementary import Elementary
 from bilevel.errors import BilevelError, BilevelWarning, SecondDerivativeError
 from bilevel.responses import ForwardMode, Segments
 from bilevel.second_order import nodes
@@ -118,6 +120,106 @@ def test_normed_weights_have_the_second_derivative_of_their_formula(form, dim, r
 
 
 ENDS = {"parametrised": ("original1", "original0"), "older": ("weight_v", "weight_g")}
+
+CHANNELS = torch.randn(6, 3, 4, dtype=D, generator=torch.Generator().manual_seed(3))
+SCALE, SHIFT = torch.tensor([0.5, 1.0, 1.5], dtype=D), torch.tensor([0.1, 0.0, -0.2], dtype=D)
+
+
+def moments(h, dims):
+    return (h - h.mean(dims, keepdim=True)) * (h.var(dims, correction=0, keepdim=True) + 1e-5).rsqrt()
+
+
+NORMS = {  # of [6, 3, 4], beside the same in elementary operations
+    "layer": (lambda h: nn.functional.layer_norm(h, (3, 4)), lambda h: moments(h, (1, 2))),
+    "rms": (
+        lambda h: nn.functional.rms_norm(h, (4,), eps=1e-3),
+        lambda h: h * (h.square().mean(-1, keepdim=True) + 1e-3).rsqrt(),
+    ),
+    "batch": (
+        lambda h: nn.functional.batch_norm(h, None, None, SCALE, SHIFT, training=True),
+        lambda h: moments(h, (0, 2)) * SCALE[:, None] + SHIFT[:, None],
+    ),
+    "instance": (
+        lambda h: nn.functional.instance_norm(h, weight=SCALE, bias=SHIFT),
+        lambda h: moments(h, (2,)) * SCALE[:, None] + SHIFT[:, None],
+    ),
+    "module": (nn.BatchNorm1d(3, affine=False).to(D).train(), lambda h: moments(h, (0, 2))),
+}
+
+
+def normalising(norm):
+    def follow(x, y):
+        return (norm(CHANNELS + y).tanh() - y).square().mean() + x.exp() * (y - 0.3).square().sum()
+
+    x, y = torch.tensor(-1.0, dtype=D), torch.linspace(-1.0, 1.0, 12, dtype=D).reshape(3, 4)
+    return bl.Game(x=bl.Player(lambda y: (y - 1).square().sum() + y.sin().prod(), x), y=bl.Player(follow, y))
+
+
+def second(game, response, way):
+    state, x = response.init(game), game.initial("x")
+
+    def loss(x):
+        y, _ = response(game, {"x": x}, state)
+        return game.loss("x", {"x": x, "y": y})
+
+    if way == "func":
+        return hessian(loss)(x)
+    (slope,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    return torch.autograd.grad(slope, x)[0]
+
+
+@pytest.mark.parametrize(
+    "response", [RESPONSES[0], RESPONSES[2], RESPONSES[3]], ids=["reverse", "segments", "implicit"]
+)
+@pytest.mark.parametrize("way", ["func", "create_graph"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_normalising_followers_hypergradient_is_differentiated_rightly_or_not_at_all(norm, way, response):
+    # PyTorch's third derivative takes the moments for constants, and raises nothing.
+    fused, elementary = NORMS[norm]
+    if way == "create_graph" and isinstance(response, bl.Unrolled) and norm != "rms":
+        with pytest.raises(SecondDerivativeError, match=r"Player 'y': .*normalises.*torch\.func.*GroupNorm"):
+            second(normalising(fused), response, way)
+        return
+    found, right = (second(normalising(f), response, way) for f in (fused, elementary))
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(
+        hypergradient(normalising(fused), response), hypergradient(normalising(elementary), response)
+    )
+
+
+@pytest.mark.parametrize("above", [RESPONSES[0], RESPONSES[3]], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("below", [RESPONSES[0], RESPONSES[3]], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_response_to_a_normalising_follower_sees_its_third_derivative(norm, below, above):
+    def ended(f):
+        def lowest(x, y, z):
+            return (f(CHANNELS + z).tanh() - y).square().mean() + x.exp() * (z - 0.3).square().sum()
+
+        game = bl.Game(
+            x=bl.Player(lambda y, z: (y - 1).square().sum() + z.sum(), torch.tensor(-1.0, dtype=D)),
+            y=bl.Player(lambda x, y, z: (y - x).square().sum() + (z - y).square().sum(), torch.zeros(3, 4, dtype=D)),
+            z=bl.Player(lowest, torch.linspace(-1.0, 1.0, 12, dtype=D).reshape(3, 4)),
+        )
+        return bl.solve(game, optimizer=SGD, steps=1, y=above, z=below).variables["x"]
+
+    fused, elementary = NORMS[norm]
+    torch.testing.assert_close(ended(fused), ended(elementary))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16])
+def test_elementary_normalisation_moves_running_statistics_as_torch_does(kind, momentum, dtype):
+    momentum = 0.3 if momentum is None and kind is nn.InstanceNorm1d else momentum  # which knows no cumulative mean
+    layers = [kind(3, momentum=momentum, affine=True, track_running_stats=True).to(dtype) for _ in range(2)]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}
+    for training in (True, True, False):
+        plain, replaced = (layer.train(training) for layer in layers)
+        with Elementary(NORMS_OF_TORCH):
+            found = replaced(CHANNELS.to(dtype))
+        torch.testing.assert_close(found, plain(CHANNELS.to(dtype)), **tolerance)
+        torch.testing.assert_close(dict(replaced.named_buffers()), dict(plain.named_buffers()), **tolerance)
+
 
 COMPILED = {
     "module": lambda net, inputs: (torch.compile(net, backend="aot_eager"), lambda y: y(inputs).square().mean()),

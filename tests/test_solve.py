@@ -198,6 +198,22 @@ def test_a_gradient_that_is_not_a_number_stops_the_run():
         bl.solve(game, y=bl.Unrolled(partial(SGD, lr=0.5), steps=1), optimizer=partial(SGD, lr=1.0), steps=20)
 
 
+def test_a_step_in_which_several_leaders_hear_of_it_is_one_step():
+    def lead(a, b, y):
+        return (a - y) ** 2 + (b - y) ** 2
+
+    game = bl.Game(
+        a=bl.Player(lead, scalar(1.5)),
+        b=bl.Player(lambda a, b, y: lead(b, a, y) + b**2, scalar(0.5)),
+        y=bl.Player(lambda a, b, y: (y - a - b) ** 2, scalar(0.0)),
+    )
+    # An adjoint that is short of its equation is told in each leader's backward pass.
+    poor = bl.Implicit(partial(SGD, lr=0.4), steps=50, linear_solver=bl.linear.Identity(scale=1.5))
+    with pytest.warns(bl.errors.BilevelWarning):
+        solution = bl.solve(game, y=poor, optimizer=partial(SGD, lr=0.01), steps=3)
+    assert ["in 3 of 3 steps" in told for told in solution.warnings] == [True]
+
+
 def test_warnings_are_gathered_and_issued_once_while_they_hold():
     short = bl.Implicit(partial(SGD, lr=0.01), steps=1)
     with pytest.warns(bl.errors.NonConvergenceWarning) as caught:

@@ -418,6 +418,72 @@ def test_batch_statistics_are_each_tasks_own():
     assert int(state["buffers"]["1.num_batches_tracked"][0]) == 2
 
 
+# Followers within functions -------------------------------------------------------------------------------------------
+
+
+def bounded(capacity, **options):
+    """In each task the follower goes to the middle of its data and of the leader, and has room up to a capacity."""
+
+    def fit(meta, task, batch):
+        return (task - batch).square().sum() + (task - meta).square().sum()
+
+    return bl.Tasks(
+        meta=bl.Player(lambda task, batch: (task - batch).square().sum(), torch.full((2,), 0.3, dtype=D)),
+        task=bl.Player(fit, torch.zeros(2, dtype=D), inequality=capacity),
+        **options,
+    )
+
+
+def points(*clients):
+    generator = torch.Generator().manual_seed(0)
+    found = {part: torch.randn(3, 2, generator=generator, dtype=D) for part in ("support", "query")}
+    return {**found, "client": torch.tensor(clients)} if clients else found
+
+
+WITHIN = bl.Implicit(bl.Scipy("SLSQP"), warm_start=True)
+
+
+@pytest.mark.parametrize("capacity", [lambda task: task - 0.1, lambda task, batch: task - 0.1 - batch])
+def test_followers_within_functions_have_a_closed_form_in_each_task(capacity):
+    batch = points()
+    room = 0.1 + (batch["support"] if "batch" in capacity.__code__.co_varnames else 0.0)
+    tasks = bounded(capacity, data=[batch])
+    stack = tasks.together(batch)
+    meta = torch.full((2,), 0.3, dtype=D, requires_grad=True)
+    answer, state = WITHIN(stack, {"meta": meta}, WITHIN.init(stack), batch["support"])
+    free = 0.5 * (batch["support"] + meta)
+    wanted = torch.minimum(free, torch.as_tensor(room, dtype=D))
+    # Polished to rounding, of numbers of size 1 to 4.
+    torch.testing.assert_close(answer, wanted, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(state["multipliers"]["inequality"], 4.0 * (free - wanted).detach(), rtol=0.0, atol=1e-12)
+    slopes = [torch.autograd.grad(tasks.loss("meta", {"task": y}, batch["query"]), meta)[0] for y in (answer, wanted)]
+    torch.testing.assert_close(*slopes, rtol=0.0, atol=1e-12)
+
+
+def test_a_run_within_functions_tells_the_multipliers_of_each_task_and_clients_keep_theirs():
+    """The leader's optimum: with all but one entry held at .1 only that entry of one task still moves it."""
+    found = bl.solve(
+        bounded(lambda task: task - 0.1, data=[points(2, 0, 4)], clients=5),
+        task=WITHIN,
+        optimizer=partial(SGD, lr=0.1),
+        steps=5,
+    )
+    answer, given = found.variables["task"], points()["support"]
+    wanted = torch.minimum(0.5 * (given + found.variables["meta"]), torch.tensor(0.1, dtype=D))
+    # The answer is to the leader before its last step.
+    assert (answer - wanted).abs().max() < 0.1 and found.multipliers["task"]["inequality"].shape == (3, 2)
+    assert bool(((found.multipliers["task"]["inequality"] > 0.0) == (answer > 0.1 - 1e-9)).all())
+
+
+def test_functions_of_a_leader_of_tasks_are_refused():
+    with pytest.raises(TypeError, match=r"Tasks: 'meta' leads and has functions that constrain it, \['inequality'\]"):
+        bl.Tasks(
+            meta=bl.Player(lambda task: task.sum(), torch.zeros(2, dtype=D), inequality=lambda meta: meta - 1.0),
+            task=bl.Player(lambda meta, task, batch: (task - meta - batch).square().sum(), torch.zeros(2, dtype=D)),
+            data=[points()],
+        )
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,6 @@
 `pip install 'bilevel[sklearn]'` brings scikit-learn, which nothing else of the library imports.
 """
 
-from bilevel.estimators.models import LogisticTuned, RidgeTuned, SquaredHingeTuned
+from bilevel.estimators.models import ElasticNetTuned, LogisticTuned, RidgeTuned, SquaredHingeTuned
 
-__all__ = ["LogisticTuned", "RidgeTuned", "SquaredHingeTuned"]
+__all__ = ["ElasticNetTuned", "LogisticTuned", "RidgeTuned", "SquaredHingeTuned"]

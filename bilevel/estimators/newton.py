@@ -20,24 +20,39 @@ _HALVINGS = 40
 class Table:
     """Rows to be fitted: `inputs: [n, q]`, the last column being ones where there is an intercept; `targets: [n, m]`.
 
-    `groups: [p]` has the number of each penalised column's penalty, counted from 0.
+    `groups: [p]` has the number of each penalised column's penalty, counted from 0. A `sparse` table has two for each
+    group, of the squares and then of the absolute values of its weights.
     """
 
     inputs: Tensor
     targets: Tensor
     groups: Tensor
     loss: RowLoss
+    sparse: bool = False
 
     @property
     def features(self) -> int:
         """How many columns are penalised, the first ones."""
         return len(self.groups)
 
+    @property
+    def kinds(self) -> int:
+        """How many penalties a group has."""
+        return 2 if self.sparse else 1
+
     def penalties(self, logs: Tensor) -> Tensor:
-        """The penalty of each weight `[..., q]` from logarithms `[..., groups]`."""
-        own = logs[..., self.groups].exp()
+        """The penalty of each weight's square `[..., q]` from logarithms `[..., kinds * groups]`."""
+        return self._spread(logs, 0, self.loss.ridge)
+
+    def lasso(self, logs: Tensor) -> Tensor | None:
+        """That of each weight's absolute value, `[..., q]`; None where there is none."""
+        return self._spread(logs, 1, 0.0) if self.sparse else None
+
+    def _spread(self, logs: Tensor, kind: int, intercept: float) -> Tensor:
+        groups = logs.shape[-1] // self.kinds
+        own = logs[..., groups * kind + self.groups].exp()
         free = self.inputs.shape[1] - self.features
-        return torch.cat([own, own.new_full((*own.shape[:-1], free), self.loss.ridge)], dim=-1)
+        return torch.cat([own, own.new_full((*own.shape[:-1], free), intercept)], dim=-1)
 
     def objective(self, weights: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
         """sum_i counts_i loss_i + penalties . weights^2 / 2, `[...]`; `weights: [..., q, m]`, `counts: [..., n]`."""
@@ -106,6 +121,10 @@ def _derivatives(table: Table, counts: Tensor, penalties: Tensor, weights: Tenso
 
 
 def logs_of(leader: Any) -> Tensor:
-    """The logarithm of each group's penalty, `[stack, groups]`: the level, `[stack, 1]`, and the deviations from it."""
-    logs: Tensor = leader["level"] + leader["deviation"]
+    """The logarithm of each group's penalties, `[stack, kinds * groups]`: the level of a kind, and deviations from it.
+
+    Levels are `[stack, kinds]`.
+    """
+    level, deviation = leader["level"], leader["deviation"]
+    logs: Tensor = level.repeat_interleave(deviation.shape[1] // level.shape[1], 1) + deviation
     return logs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,32 +11,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.estimators.newton import Table
+from bilevel.estimators.newton import Table, logs_of
 from bilevel.estimators.tuned import HIGHEST, LOWEST, Stack, best_level
 
 _GRID = 23
+_SIZES = 21
+_SHARES = (0.02, 0.1, 0.5, 0.9, 1.0)
+"""Of the absolute values in a penalty, those of the grid of an elastic net."""
 _FEWEST_ROWS = 20
 """Below so many, rows that are held out twice say nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """What was chosen: `weights: [q, m]`, `penalties: [groups]`, and how it was judged.
+    """What was chosen: `weights: [q, m]`, and how it was judged.
 
-    `losses: [spreads]` are means over rows that neither weights nor penalties were fitted to, that of the single
-    penalty first; `errors: [spreads]` are standard errors of their differences from the best.
+    `weights` are `share` of those at `penalties: [kinds, groups]`, and the rest of those at `single: [kinds]`. `losses:
+    [spreads]` are means over rows that neither weights nor penalties were fitted to, that of the single penalty first;
+    `errors: [spreads]` are standard errors of their differences from it.
     """
 
     weights: Tensor
     penalties: Tensor
-    single: float
+    single: Tensor
     spread: float
+    share: float
     spreads: tuple[float, ...]
     losses: Tensor
     errors: Tensor
 
 
-def folds_of(labels: Any, rows: Any, count: int, seed: int) -> Any:
+def folds_of(labels: Any, rows: Any, count: int, seed: Sequence[int]) -> Any:
     """Each row's fold, an array `[rows]`: shuffled, and each label in equal parts where there are `labels: [n]`."""
     order = np.random.default_rng(seed).permutation(len(rows))
     if labels is not None:
@@ -45,62 +51,97 @@ def folds_of(labels: Any, rows: Any, count: int, seed: int) -> Any:
     return found
 
 
-def selected(table: Table, labels: Any, *, folds: int, spreads: Sequence[float], seed: int, steps: int) -> Selected:
-    """The weights at the penalties of the least spread that is within one standard error of the best."""
+def gained(differences: Tensor, folds: int) -> tuple[float, float]:
+    r"""The mean of what is gained on outer folds, `differences: [repeats * folds]`, and its standard error.
+
+    Folds share most of their training rows, so that their differences are not independent: for J of them with sample
+    variance v, each holding out 1 / K of the rows, the variance of the mean is taken as v (1 / J + 1 / (K - 1)).
+    Source: Nadeau & Bengio 2003, "Inference for the generalization error" (Machine Learning 52).
+    """
+    variance = float(differences.var()) * (1.0 / len(differences) + 1.0 / (folds - 1))
+    return float(differences.mean()), variance**0.5
+
+
+def selected(
+    table: Table, labels: Any, *, folds: int, repeats: int, spreads: Sequence[float], seed: int, steps: int
+) -> Selected:
+    r"""The weights at the best spread, averaged with those of the single penalty as far as the evidence is weak.
+
+    A spread that gains m over the single penalty on rows held out, with a standard error of s, is given a share of 1 -
+    s^2 / m^2 of the weights, none where m is below s: James and Stein's shrinkage towards the single penalty, which
+    wins back m - s^2 / m. The spread of the largest is chosen. Losses are convex in the weights, so that the average
+    loses at most what its parts lose in the mean.
+    """
     n, groups = len(table.inputs), int(table.groups.max()) + 1
     everything = np.arange(n)
-    outer = folds_of(labels, everything, min(folds, n), seed)
     judged = bool(spreads) and groups > 1 and n >= _FEWEST_ROWS
-    parts = [everything]
-    if judged:
-        parts += [everything[outer != k] for k in range(outer.max() + 1)]
+    count = min(folds, n)
+    outer = [folds_of(labels, everything, count, (seed, r)) for r in range(repeats if judged else 0)]
+    parts = [everything] + [everything[fold != k] for fold in outer for k in range(count)]
     inner = min(folds, *(len(rows) for rows in parts))  # of the whole as well, so that all are one stack
-    counts = [_counts(n, rows, folds_of(labels, rows, inner, seed + 1)) for rows in parts]
+    counts = [_counts(n, rows, folds_of(labels, rows, inner, (seed, repeats))) for rows in parts]
     train, valid = (torch.stack([pair[side] for pair in counts]).to(table.inputs) for side in (0, 1))
     nothing, one = train.new_zeros(len(parts)), train.new_ones(len(parts))
     stack = Stack(table, train, valid, nothing, one)
 
-    grid = torch.linspace(np.log(LOWEST * n), np.log(HIGHEST * n), _GRID).to(train)
-    level, least = best_level(stack, grid)
+    level, least = best_level(stack, _grid(table, n))
     # A loss that is no likelihood is taken as the squares of errors of a variance that is what is left of them.
     unit = one if table.loss.likelihood else 2.0 * least / valid.sum((1, 2))
     judged = judged and bool((unit > 1e-12).all())
-    flat = train.new_zeros(len(parts), groups)
+    flat = train.new_zeros(len(parts), table.kinds * groups)
     stack = replace(stack, unit=unit.clamp(min=1e-12))
     level, _ = stack.descended(level, flat, steps=steps)
-    logs = [level + flat]
+    logs = [logs_of({"level": level, "deviation": flat})]
     used = tuple(sorted(float(s) for s in spreads)) if judged else ()
     if used:
         many = len(used)
         spread = torch.tensor(used).to(train).repeat_interleave(len(parts))
         wide = Stack(table, train.repeat(many, 1, 1), valid.repeat(many, 1, 1), spread, stack.unit.repeat(many))
         moved, deviation = wide.descended(level.repeat(many, 1), flat.repeat(many, 1), steps=steps)
-        logs += list((moved + deviation).view(many, len(parts), groups))
+        logs += list(logs_of({"level": moved, "deviation": deviation}).view(many, len(parts), -1))
 
     whole = train.new_zeros(len(parts), 1, n)
     for row, rows in enumerate(parts):
         whole[row, 0, rows] = 1.0
     refitted = Stack(table, whole, whole, nothing, one)
     weights = torch.stack([refitted.optimum(each)[0][:, 0] for each in logs])  # [spreads, parts, q, m]
-    choice, losses, errors = 0, train.new_full((1,), torch.nan), train.new_zeros(1)
+    choice, share = 0, 1.0
+    losses, errors = train.new_full((1,), torch.nan), train.new_zeros(1)
     if used:
-        lost = train.new_empty(len(logs), n)
-        for k in range(len(parts) - 1):
-            out = torch.from_numpy(everything[outer == k])
-            lost[:, out] = table.loss.rows(table.inputs[out] @ weights[:, k + 1], table.targets[out])
-        losses = lost.mean(1)
-        behind = lost - lost[losses.argmin()]
-        errors = behind.std(1) / n**0.5
-        choice = int((behind.mean(1) <= errors).nonzero()[0])
+        lost = train.new_empty(len(logs), len(parts) - 1)
+        sizes = train.new_empty(len(parts) - 1)
+        for place, (fold, k) in enumerate(itertools.product(outer, range(count))):
+            out = torch.from_numpy(everything[fold == k])
+            rows = table.loss.rows(table.inputs[out] @ weights[:, place + 1], table.targets[out])
+            lost[:, place], sizes[place] = rows.mean(1), len(out)
+        losses = (lost * sizes).sum(1) / sizes.sum()
+        judgements = [gained(lost[0] - each, count) for each in lost[1:]]
+        errors = train.new_tensor([0.0, *(error for _, error in judgements)])
+        kept = [gain - error**2 / gain if gain > error else 0.0 for gain, error in judgements]
+        if max(kept) > 0.0:
+            choice = 1 + kept.index(max(kept))
+            gain, error = judgements[choice - 1]
+            share = 1.0 - (error / gain) ** 2
     return Selected(
-        weights=weights[choice, 0],
-        penalties=logs[choice][0].exp(),
-        single=float(level[0].exp()),
+        weights=share * weights[choice, 0] + (1.0 - share) * weights[0, 0],
+        penalties=logs[choice][0].exp().view(table.kinds, groups),
+        single=level[0].exp(),
         spread=(0.0, *used)[choice],
+        share=share if choice else 0.0,
         spreads=(0.0, *used),
         losses=losses,
         errors=errors,
     )
+
+
+def _grid(table: Table, n: int) -> Tensor:
+    """Single penalties to begin with, `[points, kinds]`, strong ones first."""
+    if not table.sparse:
+        return torch.linspace(np.log(HIGHEST * n), np.log(LOWEST * n), _GRID).to(table.inputs)[:, None]
+    # In units of the rows' count no weight is left at 1, where targets have variance 1.
+    sizes = np.logspace(0.0, -4.0, _SIZES)
+    pairs = [(size * (1.0 - share) + LOWEST, size * share) for share in _SHARES for size in sizes]
+    return torch.tensor(np.log(n * np.array(pairs))).to(table.inputs)
 
 
 def _counts(n: int, rows: Any, fold: Any) -> tuple[Tensor, Tensor]:

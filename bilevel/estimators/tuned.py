@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from bilevel.constraints import L1
+from bilevel.errors import KinkWarning
 from bilevel.estimators.blocks import KnownBlocks
 from bilevel.estimators.newton import Table, fitted, logs_of
+from bilevel.estimators.sparse import fitted_sparse
 from bilevel.game import Game, Player
 from bilevel.inner import ClosedForm
 from bilevel.responses import Implicit
@@ -34,6 +38,9 @@ class Stack:
     w_k^* = \arg\min_w \sum_{i \notin \text{fold } k} \ell(x_i^\top w, y_i) + \frac12 \sum_j e^{l + \delta_{g(j)}} w_j^2
     $$
 
+    The follower of a sparse table has a term $\sum_j e^{l' + \delta'_{g(j)}} |w_j|$ as well, by its proximal map, with
+    a level and deviations of its own.
+
     Args:
         table: The rows.
         train: How often fold k of stack s counts each row while it is fitted, `[stack, folds, n]`.
@@ -49,12 +56,17 @@ class Stack:
     unit: Tensor
 
     def optimum(self, logs: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The weights `[stack, folds, q, m]` at penalties `logs: [stack, groups]`, and the folds' Hessians there."""
+        """The weights `[stack, folds, q, m]` at penalties `logs: [stack, kinds * groups]`, and the folds' Hessians."""
         stack, folds, n = self.train.shape
         shape = (stack * folds, self.table.inputs.shape[1], self.table.targets.shape[1])
         begun = self.train.new_zeros(shape) if start is None else start.reshape(shape)
-        own = self.table.penalties(logs).repeat_interleave(folds, 0)
-        weights, matrices = fitted(self.table, self.train.reshape(-1, n), own, begun)
+        counts, own = self.train.reshape(-1, n), self.table.penalties(logs).repeat_interleave(folds, 0)
+        lasso = self.table.lasso(logs)
+        if lasso is None:
+            weights, matrices = fitted(self.table, counts, own, begun)
+        else:
+            with torch.no_grad():
+                weights, matrices = fitted_sparse(self.table, counts, own, lasso.repeat_interleave(folds, 0), begun)
         return weights.view(stack, folds, *shape[1:]), matrices
 
     def losses(self, weights: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ class Stack:
         return lost
 
     def game(self, level: Tensor, deviation: Tensor) -> Game:
-        """The game from these logarithms: `level: [stack, 1]`, `deviation: [stack, groups]`."""
+        """The game from these logarithms: `level: [stack, kinds]`, `deviation: [stack, kinds * groups]`."""
         # A deviation that is held has no term, whatever number stands here.
         spread = torch.where(self.spread > 0.0, self.spread, 1.0)[:, None]
 
@@ -77,10 +89,15 @@ class Stack:
             own = self.table.penalties(logs_of(penalties))[:, None]
             return self.table.objective(weights, self.train, own).sum()
 
+        def absolute(penalties: Any) -> Tensor:
+            lasso = self.table.lasso(logs_of(penalties))
+            assert lasso is not None
+            return lasso[:, None, :, None]
+
         start = torch.zeros(*self.train.shape[:2], self.table.inputs.shape[1], self.table.targets.shape[1])
         return Game(
             penalties=Player(held_out, {"level": level, "deviation": deviation}),
-            weights=Player(penalised, start.to(self.train)),
+            weights=Player(penalised, start.to(self.train), prox=L1(absolute) if self.table.sparse else None),
         )
 
     def hypergradient(
@@ -94,7 +111,14 @@ class Stack:
         leader = {"level": level.clone().requires_grad_(), "deviation": deviation.clone().requires_grad_()}
         found, matrices = self.optimum(logs_of({"level": level, "deviation": deviation}), start)
         response = Implicit(ClosedForm(lambda: found), tolerance=1e-6, linear_solver=KnownBlocks(matrices=matrices))
-        weights, _ = response(game, {"penalties": leader}, response.init(game))
+        state = response.init(game)
+        if self.table.sparse:
+            known = KnownBlocks(matrices=_on_support(matrices, found.flatten(0, 1)[..., 0], state["scale"]))
+            response = replace(response, linear_solver=known)
+        with warnings.catch_warnings():
+            # A loss with kinks mostly has its least value at one: a search ends there, by one-sided derivatives.
+            warnings.simplefilter("ignore", KinkWarning)
+            weights, _ = response(game, {"penalties": leader}, state)
         loss = game.loss("penalties", {"penalties": leader, "weights": weights}, None)
         slopes = torch.autograd.grad(loss, list(leader.values()))
         return loss.detach(), dict(zip(leader, slopes, strict=True)), found
@@ -103,19 +127,19 @@ class Stack:
         """Level and deviations where L-BFGS ends, from these."""
         game, moves = self.game(level, deviation), (self.spread > 0.0)[:, None]
         weights: Tensor | None = None
-        stack = len(level)
+        stack, kinds = level.shape
 
         def evaluated(flat: Any) -> tuple[float, Any]:
             nonlocal weights
             both = torch.from_numpy(np.ascontiguousarray(flat)).to(level).view(stack, -1)
-            loss, slopes, weights = self.hypergradient(game, both[:, :1], both[:, 1:] * moves, weights)
+            loss, slopes, weights = self.hypergradient(game, both[:, :kinds], both[:, kinds:] * moves, weights)
             slope = torch.cat([slopes["level"], slopes["deviation"] * moves], dim=1)
             return float(loss), slope.reshape(-1).numpy()
 
         start = torch.cat([level, deviation * moves], dim=1)
         size = float(self.train[0].sum(-1).max())
         low, high = np.log(LOWEST * size), np.log(HIGHEST * size)
-        bounds = [(low, high) if j == 0 else (-_FARTHEST, _FARTHEST) for j in range(start.shape[1])] * stack
+        bounds = [(low, high) if j < kinds else (-_FARTHEST, _FARTHEST) for j in range(start.shape[1])] * stack
         done = minimize(
             evaluated,
             start.reshape(-1).numpy(),
@@ -125,16 +149,28 @@ class Stack:
             options={"maxiter": steps, "ftol": 1e-9, "gtol": 1e-4},
         )
         both = torch.from_numpy(done.x).to(level).view(stack, -1)
-        return both[:, :1], both[:, 1:] * moves
+        return both[:, :kinds], both[:, kinds:] * moves
+
+
+def _on_support(matrices: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """The transposed derivative of the prox residual in the weights, from Hessians `[blocks, q, q]`.
+
+    Where a weight `[blocks, q]` is not 0 the residual is its slope, whose sign of the absolute value does not move;
+    else it is the weight itself over the step.
+    """
+    out = torch.eye(matrices.shape[1], dtype=matrices.dtype) / scale
+    return torch.where(weights[:, :, None] != 0.0, matrices, out).mT
 
 
 def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of the single penalty of least cross-validated loss, `[stack, 1]`, and that loss `[stack]`."""
+    """The point of `grid: [points, kinds]` of least cross-validated loss, `[stack, kinds]`, and that loss `[stack]`.
+
+    Each point's optimum starts at that of the one before: strong penalties, which end near 0, should come first.
+    """
     groups = int(stack.table.groups.max()) + 1
     losses, weights = [], None
-    for value in reversed(grid.tolist()):  # from the strongest, where the optimum is nearest to 0
-        logs = stack.train.new_full((len(stack.train), groups), value)
-        weights, _ = stack.optimum(logs, weights)
+    for point in grid:
+        weights, _ = stack.optimum(point.repeat_interleave(groups).expand(len(stack.train), -1), weights)
         losses.append(stack.losses(weights))
     found = torch.stack(losses).min(0)
-    return grid.flip(0)[found.indices][:, None], found.values
+    return grid[found.indices], found.values

@@ -8,7 +8,7 @@ from copy import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel._returned import described
 from bilevel.autodiff import concrete, has_tangent, pullback, transforms_active
@@ -415,6 +415,16 @@ class HeldResidual:
     def name(self) -> str:
         """The follower's."""
         return self._follower.name
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The follower's module; None where it is bare tensors, or several players."""
+        player = self._follower.game.players.get(self.name)
+        return player.init if player is not None and isinstance(player.init, nn.Module) else None
+
+    def split(self, y: Tensor) -> dict[str, Tensor]:
+        """A module's parameters in `y: [n]`, by name."""
+        return dict(self._follower.form.unflatten(y))
 
     def call(
         self, function: Callable[..., Any], y: Tensor, xs: Sequence[Tensor], extra: Mapping[str, Variables]

@@ -106,30 +106,37 @@ class JointKKT(Residual):
 
         Several shared ones of a kind are a list, in the order in which the players first name them.
         """
+        return self._values(game, lambda bearers: variables, batch, buffers)
+
+    def _values(
+        self,
+        game: PlayedGame,
+        at: Callable[[tuple[str, ...]], Mapping[str, Variables]],
+        batch: Batch,
+        buffers: Buffers,
+    ) -> dict[str, Variables]:
+        """The constraints, each at the variables that `at` gives to those who bear it."""
         found: dict[str, dict[str, Variables]] = {}
-        for member, own in self.members.items():
+
+        def called(member: str, function: Callable[..., Variables], bearers: tuple[str, ...]) -> Variables:
             part = None if batch is None else batch[member]
-            call = lambda f, m=member, b=part: game.call(m, f, variables, b, buffers, {})[0]  # noqa: E731
+            return game.call(member, function, at(bearers), part, buffers, {})[0]
+
+        for member, own in self.members.items():
             for kind, functions in ((INEQUALITY, own.inequality), (EQUALITY, own.equality)):
                 if functions is not None:
-                    found.setdefault(kind, {})[member] = map_leaves(call, functions)
+                    built = map_leaves(lambda f, m=member: called(m, f, (m,)), functions)
+                    found.setdefault(kind, {})[member] = built
             if own.domain is not None:
-                for kind, built in zip(
-                    (DOMAIN, DOMAIN_EQUALITY), walls_of(game, member, own.domain, variables), strict=True
-                ):
+                both = walls_of(game, member, own.domain, at((member,)))
+                for kind, built in zip((DOMAIN, DOMAIN_EQUALITY), both, strict=True):
                     found.setdefault(kind, {})[member] = built
         for kind in (INEQUALITY, EQUALITY):
-            together = [self._shared_value(game, s, variables, batch, buffers) for s in self.shared if s.kind == kind]
+            # A shared function takes no batch, so that it is the same whoever of its bearers is said to call it.
+            together = [called(s.bearers[0], s.function, s.bearers) for s in self.shared if s.kind == kind]
             if together:
                 found.setdefault(kind, {})[SHARED] = together[0] if len(together) == 1 else together
         return in_order(found)
-
-    @staticmethod
-    def _shared_value(
-        game: PlayedGame, part: SharedFunction, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> Variables:
-        first = part.bearers[0]
-        return game.call(first, part.function, variables, None if batch is None else batch[first], buffers, {})[0]
 
     def bearers(self, values: Mapping[str, Any]) -> list[tuple[int, tuple[str, ...]]]:
         """For each run of entries of the values, as they lie in a flat vector: how many, and who bears them."""
@@ -195,32 +202,31 @@ class JointKKT(Residual):
         batch: Batch,
         buffers: Buffers,
     ) -> tuple[Tensor, Tensor]:
-        """The sum of the Lagrangians, and each member's gradient of its own, stacked `[n]`; `weights` `[m + p]`.
+        """The sum of losses and weighted constraints, and each member's gradient of its Lagrangian, stacked `[n]`.
 
-        At a solution the sum is that of the losses.
+        `weights` is `[m + p]`. At a solution the sum is that of the losses. Each loss is evaluated once, and so is each
+        constraint: what does not bear it stands still there, and one gradient of the sum is the stack of them.
         """
-        form = game.structure(player)
-        places = places_of(form, y)
-        totals: list[Tensor] = []
-        slope = torch.zeros_like(y)
-        for member in self.members:
+        form, places = game.structure(player), places_of(game.structure(player), y)
 
-            def lagrangian(y: Tensor, member: str = member) -> Tensor:
-                variables = {**others, player: form.unflatten(y)}
-                part = None if batch is None else batch[member]
-                loss = game.total(game.evaluate(member, variables, part, buffers)[0])
-                values = self.values(game, player, variables, batch, buffers)
-                borne = [weights.new_full((count,), float(member in who)) for count, who in self.bearers(values)]
-                if not borne:
-                    return loss
-                return loss + (torch.cat(borne) * weights * flatten(list(values.values()))).sum()
+        def lagrangians(live: Tensor) -> Tensor:
+            def at(bearers: tuple[str, ...]) -> Mapping[str, Variables]:
+                moving = torch.zeros(form.size, dtype=torch.bool, device=y.device)
+                for name in bearers:
+                    moving[places[name]] = True
+                # `y` itself is no constant: second derivatives go through it.
+                return {**others, player: form.unflatten(torch.where(moving, live, y))}
 
-            value, (own,) = gradient(lagrangian, y)
-            totals.append(value)
-            mine = torch.zeros(form.size, dtype=y.dtype, device=y.device)
-            mine[places[member]] = 1.0
-            slope = slope + mine * own
-        return torch.stack(totals).sum(), slope
+            losses = [
+                game.total(game.evaluate(member, at((member,)), None if batch is None else batch[member], buffers)[0])
+                for member in self.members
+            ]
+            values = self._values(game, at, batch, buffers)
+            borne = (weights * flatten(list(values.values()))).sum() if values else 0.0
+            return torch.stack(losses).sum() + borne
+
+        total, (slope,) = gradient(lagrangians, y)
+        return total, slope
 
     def first(self, follower: Present) -> dict[str, Any]:
         """Multipliers of 0, in the form of what the constraints return."""

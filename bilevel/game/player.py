@@ -155,15 +155,16 @@ class Player:
         return named_functions(INEQUALITY, self.inequality) | named_functions(EQUALITY, self.equality)
 
     @cached_property
-    def _parameters(self) -> dict[int, tuple[str, ...]]:
+    def _parameters(self) -> dict[int, tuple[Callable[..., Any], tuple[str, ...]]]:
         return {}
 
     def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of its functions must be called with."""
-        # By which function it is, which no copy and no other process shares.
+        # By which function it is, which no copy and no other process shares. It is held too: another one could be made
+        # where it was, with its id.
         if id(function) not in self._parameters:
-            self._parameters[id(function)] = required(function)
-        return self._parameters[id(function)]
+            self._parameters[id(function)] = function, required(function)
+        return self._parameters[id(function)][1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_parameters"}

@@ -9,10 +9,11 @@ from bilevel.linear.from_optimizer import AdamPreconditioner, LBFGSPreconditione
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.identity import Identity
+from bilevel.linear.kronecker import KroneckerPreconditioner
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import Nystrom
-from bilevel.linear.operator import LinearOperator
+from bilevel.linear.operator import KroneckerFactors, LinearOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner, Recycled
 from bilevel.linear.stochastic_gradient import StochasticGradient
 from bilevel.linear.stopping import HypergradientTolerance
@@ -29,6 +30,8 @@ __all__ = [
     "Extrapolated",
     "HypergradientTolerance",
     "Identity",
+    "KroneckerFactors",
+    "KroneckerPreconditioner",
     "LBFGSPreconditioner",
     "LinearOperator",
     "LinearSolution",

@@ -156,6 +156,11 @@ class LinearSolver(ABC):
         return "more steps"
 
     @property
+    def needs_factors(self) -> bool:
+        """Whether it needs a network's Kronecker factors, `LinearOperator.factors`."""
+        return False
+
+    @property
     def from_optimizer(self) -> bool:
         """Whether it depends on what the follower's own optimiser remembers, and refuses one that remembers nothing."""
         return False

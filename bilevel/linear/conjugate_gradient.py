@@ -100,6 +100,11 @@ class ConjugateGradient(LinearSolver):
         return isinstance(self.preconditioner, Preconditioner) and self.preconditioner.from_optimizer
 
     @property
+    def needs_factors(self) -> bool:
+        """Whether its preconditioner does."""
+        return isinstance(self.preconditioner, Preconditioner) and self.preconditioner.needs_factors
+
+    @property
     def takes_parts(self) -> bool:
         """Whether its preconditioner does."""
         return self.preconditioner is None or (

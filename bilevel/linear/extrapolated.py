@@ -89,6 +89,11 @@ class Extrapolated(LinearSolver):
         """As `solver` does."""
         return self.solver.from_optimizer
 
+    @property
+    def needs_factors(self) -> bool:
+        """Whether its solver does."""
+        return self.solver.needs_factors
+
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """Differences `[size, n]`, newest first, 0 while there are none, and the solver's memory."""
         return {_OWN: like.new_zeros(self.size, like.numel())} | nested("solver", self.solver.init(like, shapes))

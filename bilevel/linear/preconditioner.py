@@ -69,6 +69,11 @@ class Preconditioner(ABC):
         return False
 
     @property
+    def needs_factors(self) -> bool:
+        """Whether it is made of a network's Kronecker factors, which only some systems have."""
+        return False
+
+    @property
     def pairs(self) -> int:
         """How many pairs (p, A p) it wants to `learn` from a solve."""
         return 0
@@ -292,6 +297,11 @@ class Recycled(Preconditioner):
     def from_optimizer(self) -> bool:
         """Whether its base is."""
         return self.base is not None and self.base.from_optimizer
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether its base does."""
+        return self.base is not None and self.base.needs_factors
 
     @property
     def pairs(self) -> int:

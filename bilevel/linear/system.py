@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel._returned import described, require_like, version
 from bilevel.linear.norms import norm
-from bilevel.linear.operator import LinearOperator, Shapes
+from bilevel.linear.operator import KroneckerFactors, LinearOperator, Shapes
 
 Memory = dict[str, Tensor]
 """What a solver or a preconditioner learned, tensors by name: an argument and a return value, never written to."""
@@ -62,6 +62,7 @@ class _Tally:
     def counting(self, operator: LinearOperator, like: Tensor) -> LinearOperator:
         """The same operator, each of whose products is counted, of vectors such as `like: [n]`."""
         matvec, both, interest = operator.matvec, operator.matvec_and_mixed, operator.interest
+        factors = operator.factors
         shape, dtype = like.shape, like.dtype
         asked = "A product with A was asked for, of a vector that"
 
@@ -86,11 +87,17 @@ class _Tally:
             self.count += 1
             return interest(u)  # type: ignore[misc]
 
+        def counted_factors() -> tuple[Sequence[KroneckerFactors], int]:
+            blocks, taken = factors()  # type: ignore[misc]
+            self.count += taken
+            return blocks, taken
+
         return replace(
             operator,
             matvec=counted,
             matvec_and_mixed=None if both is None else counted_both,
             interest=None if interest is None else counted_interest,
+            factors=None if factors is None else counted_factors,
         )
 
 

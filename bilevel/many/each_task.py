@@ -92,12 +92,14 @@ class EachTask(Response):
             "fresh": fresh,
             "inner": fresh,
             "kept": kept,
+            **({"multipliers": fresh["multipliers"]} if "multipliers" in fresh else {}),
         }
 
     def adopt(self, saved: State, start: State) -> State:
         """What other settings leave: the place in the data, the clients' followers, and the work that was done."""
         report = {"gradients": int(saved["gradients"]), "products": int(saved["products"])}
         going_on = {key: saved[key] for key in ("data", "next", "kept", "variables", "buffers", "stationarity")}
+        going_on |= {"multipliers": saved["multipliers"]} if "multipliers" in saved else {}
         return {**start, **going_on, **report}
 
     def __call__(
@@ -132,6 +134,7 @@ class EachTask(Response):
             "stationarity": tasks.of_all(inner["stationarity"]),
             "inner": inner,
             "kept": kept,
+            **({"multipliers": tasks.of_all(inner["multipliers"])} if "multipliers" in inner else {}),
         }
 
     def after_backward(self, state: State, answer: Variables) -> State:

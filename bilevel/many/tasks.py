@@ -53,8 +53,8 @@ class Tasks(Game):
 
     Raises:
         ValueError, TypeError: For a batch without support or query, for tasks of different shapes, for a follower that
-            no leader reaches, and for an objective that vmap cannot run; with the task's number where a loss is not
-            finite.
+            no leader reaches, for a leader with functions as constraints, and for an objective that vmap cannot run;
+            with the task's number where a loss is not finite.
 
     Costs one vmapped evaluation for all tasks of a batch, and the memory of all of them.
     Source: Finn et al. 2017 (arXiv 1703.03400).
@@ -82,10 +82,15 @@ class Tasks(Game):
             if player.data is not None:
                 raise ValueError(f"Tasks: player {name!r} has data=; expected none: each task brings its own.")
         for name, player in players.items():
-            if player.constraints or player.option_players:
+            if player.option_players:
                 raise TypeError(
-                    f"Tasks: player {name!r} has functions that constrain it, or a domain or prox that depends on "
-                    "others; expected a domain of numbers. Write a projection as residual=."
+                    f"Tasks: player {name!r} has a domain or prox that depends on others; expected a domain of "
+                    "numbers. Write it as inequality= of the one who follows, or a projection as residual=."
+                )
+            if player.constraints and name != list(players)[-1]:
+                raise TypeError(
+                    f"Tasks: {name!r} leads and has functions that constrain it, {sorted(player.constraints)}; each "
+                    "task would have its own. Give it a domain, or put them into its loss."
                 )
         check_data("Tasks: data", data)
         *leaders, follower = players
@@ -303,5 +308,6 @@ class _Part:
 
 
 def _takes_batch(player: Player) -> bool:
-    own = () if player.follows_loss else player.own_residual.names
-    return "batch" in (*player.names, *own, *player.start_names)
+    own = () if player.residual is None else player.own_residual.names
+    functions = [name for function in player.constraints.values() for name in player.parameters(function)]
+    return "batch" in (*player.names, *own, *functions, *player.start_names)

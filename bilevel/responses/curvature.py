@@ -14,14 +14,18 @@ from torch import Tensor
 from bilevel.autodiff import EVERY, Pullback, gradient, pullback, pushforward
 from bilevel.errors import require_kinds
 from bilevel.game import Follower, HeldResidual
-from bilevel.linear import LinearOperator, LinearSolution
+from bilevel.linear import KroneckerFactors, LinearOperator, LinearSolution
 from bilevel.linear.base import SolvesLinearSystems
+from bilevel.linear.kronecker import FactoredProducts
 from bilevel.responses.batches import FixedResidual, Judge, MeanResidual, exact_products
+from bilevel.responses.layers import kronecker_factors, layers_seen, unsuited
 from bilevel.responses.promise import Estimate, Optimum, Promise
 from bilevel.tree import Structure, Variables, flatten, join, structure_of
 
 _AGREE = 1e-2
 """How far the parts' gradient may be from the loss's own, of both sizes: float32's rounding and no missing term."""
+_ROUNDINGS = 100.0
+"""So many times the rounding of a gradient of the size at the start may one at the optimum be off."""
 _FAR = 1.0
 """A correction that is worth a warning; on trained networks it was measured at two to four times the error."""
 
@@ -43,9 +47,16 @@ class Curvature(ABC):
     def require(self, start: Follower) -> None:
         """Raise, before any work, for a follower that it does not suit; its state is fresh."""
 
-    def check(self, residual: FixedResidual, y: Tensor, xs: Sequence[Tensor]) -> int:
-        """Raise `ValueError` where it is not that of this F at y `[n]`; returns how many gradients that took."""
+    def check(self, residual: FixedResidual, y: Tensor, xs: Sequence[Tensor], unit: float = 0.0) -> int:
+        """Raise `ValueError` where it is not that of this F at y `[n]`; returns how many gradients that took.
+
+        `unit` is the norm of F where the game began: where it is 0 next to that, it is rounding.
+        """
         return 0
+
+    def without_factors(self, start: Follower) -> str:
+        """Why a preconditioner gets no Kronecker factors from it, in words; empty where it does."""
+        return f"{type(self).__name__} has none"
 
     def judge(
         self, follower: Follower, residual: FixedResidual, y: Tensor, solver: SolvesLinearSystems
@@ -74,6 +85,31 @@ class Hessian(Curvature):
     def pull(self, residual: HeldResidual, y: Tensor, xs: Sequence[Tensor], wanted: Sequence[int]) -> Pullback:
         """By one graph of F."""
         return exact_products(residual, y, xs, wanted)[1]
+
+
+class _Products(FactoredProducts):
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        mixed: Pullback | None,
+        count: int,
+        factors: Callable[[], tuple[Sequence[KroneckerFactors], int]],
+    ) -> None:
+        self._product, self._mixed, self._count, self._factors = product, mixed, count, factors
+
+    def __call__(self, vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
+        """G's product, and F's own with (dF/dx)^T."""
+        places = range(1 + self._count)[part]
+        found = [self._product(vector)] if 0 in places else []
+        others = [place for place in places if place > 0]
+        if others:
+            assert self._mixed is not None
+            found += self._mixed(vector, slice(others[0], others[-1] + 1))
+        return tuple(found)
+
+    def factors(self) -> tuple[Sequence[KroneckerFactors], int]:
+        """Of the layers of the follower's module."""
+        return self._factors()
 
 
 @final
@@ -161,7 +197,16 @@ class GaussNewton(Curvature):
         y = flatten(start.game.initial(start.name))
         self.check(residual, y, start.xs)
 
-    def check(self, residual: FixedResidual, y: Tensor, xs: Sequence[Tensor]) -> int:
+    def without_factors(self, start: Follower) -> str:
+        """A module has some, whose outputs are one tensor with a row an example."""
+        if start.held_residual().module is None:
+            return f"player {start.name!r} is no module"
+        residual, y = start.held_residual(), flatten(start.game.initial(start.name))
+        with torch.no_grad():
+            found = self._outputs(residual, y, [x.detach() for x in start.xs])
+        return unsuited(found)
+
+    def check(self, residual: FixedResidual, y: Tensor, xs: Sequence[Tensor], unit: float = 0.0) -> int:
         """The gradient of the parts must be F, of the first batch."""
         residual = residual.parts[0] if isinstance(residual, MeanResidual) else residual
         assert isinstance(residual, HeldResidual)
@@ -173,7 +218,8 @@ class GaussNewton(Curvature):
         norm = torch.linalg.vector_norm
         size = float(norm(through) + norm(beside) + norm(own))
         gap = float(norm(through + beside - own))
-        if not gap <= _AGREE * size:
+        # Where the follower rests, its gradient is a sum that cancels to the rounding of its terms.
+        if not gap <= _AGREE * size + _ROUNDINGS * torch.finfo(y.dtype).eps * unit:
             raise ValueError(
                 f"GaussNewton: loss(outputs) + rest has another gradient than the loss of player {residual.name!r}: "
                 f"they differ by {gap:.3g}, and are of size {size:.3g}. The parts must make up the whole loss, with "
@@ -237,19 +283,18 @@ class GaussNewton(Curvature):
         curved = pullback(slope, z)[1]
         beside = None if self.rest is None else pullback(own, y)[1]
 
-        def products(vector: Tensor, /, part: slice = EVERY) -> tuple[Tensor, ...]:
-            places = range(1 + len(wanted))[part]
-            found: list[Tensor] = []
-            if 0 in places:
-                (product,) = back(curved(ahead([vector]))[0])
-                found.append(product if beside is None else product + beside(vector)[0])
-            others = [place for place in places if place > 0]
-            if others:
-                assert exact is not None
-                found += exact(vector, slice(others[0], others[-1] + 1))
-            return tuple(found)
+        def product(vector: Tensor) -> Tensor:
+            (found,) = back(curved(ahead([vector]))[0])
+            return found if beside is None else found + beside(vector)[0]
 
-        return products
+        def factors() -> tuple[Sequence[KroneckerFactors], int]:
+            with layers_seen(residual.module) as seen, torch.enable_grad():
+                outputs = self._outputs(residual, y.detach().requires_grad_(), xs)
+                outputs = outputs if outputs.ndim > 1 else outputs[:, None]
+                outputs = outputs.reshape(-1, outputs.shape[-1])
+            return kronecker_factors(seen, outputs, curved, product, beside, residual.split(y))
+
+        return _Products(product, exact, len(wanted), factors)
 
     def _outputs(self, residual: HeldResidual, y: Tensor, xs: Sequence[Tensor]) -> Variables:
         return residual.call(self.outputs, y, xs, {})

@@ -45,11 +45,14 @@ class Examination:
         *,
         reference: Size,
         near: bool,
+        curved: bool = True,
     ) -> None:
         self.game, self.follower, self.residual, self.y, self.slope = game, follower, residual, y, slope
         self.reference = torch.as_tensor(reference)
         self.near = near
         """Whether to ask how far it is: not where it is known to have stopped short."""
+        self.curved = curved
+        """Whether curvature tells a minimum: not of one whom constraints may hold."""
         self.products = 0
         """How many it took."""
 
@@ -77,7 +80,7 @@ class Examination:
         self, found: LinearSolution, rhs: Tensor, moving: list[Tensor], mixed: tuple[Tensor, ...], products: Pullback
     ) -> list[BilevelWarning]:
         """What the backward solve tells; `moving` are the leaders' leaves, `mixed` (dF/dx)'u."""
-        told = [self._curvature(found, rhs, products)]
+        told = [self._curvature(found, rhs, products)] if self.curved else []
         if self.near and bool(found.beats_zero):  # else it has been told, and no length can be read off the answer
             shift = self.follower.inner(found.solution, self.slope).abs()
             reach = self.game.norms_of_others(mixed, summed=True)

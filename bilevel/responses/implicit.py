@@ -167,6 +167,14 @@ class Implicit(Response):
             game.require_whole(f"Implicit(linear_solver={linear!r})", [start.name])
         self.batches.require(game, start, linear)
         self.curvature.require(start)
+        if linear.needs_factors:
+            held = isinstance(self.batches, HeldBatch)
+            missing = self.curvature.without_factors(start) if held else f"batches={self.batches!r} gives no one matrix"
+            if missing:
+                raise ValueError(
+                    f"Implicit: the preconditioner of {type(linear).__name__} is of Kronecker factors, and {missing}. "
+                    "They come with curvature=GaussNewton(...) of a module, on a held batch. Elsewhere use Diagonal()."
+                )
         solver, flat, shapes = start.adapted_linear(linear), start.as_unknowns(state), start.unknowns.shapes
         state |= {"optimizer": None, "linear": vars(Receipt.blank(flat, solver, shapes)).copy()}
         if solver.from_optimizer:
@@ -348,7 +356,7 @@ class Implicit(Response):
         slope, products = self._judged(residual, flat, follower.xs, tracked, source)
         follower.gradient_count += 1
         if source is not None and any(tracked):
-            follower.gradient_count += self.curvature.check(residual, flat, follower.xs)
+            follower.gradient_count += self.curvature.check(residual, flat, follower.xs, reference)
         follower.require_finite(y, advice, residual.loss)
         norm = follower.norm(follower.unknowns.split(slope))
         relative = follower.relative(norm, state)
@@ -374,13 +382,14 @@ class Implicit(Response):
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
-        if products is None or follower.multipliers or follower.rests.projects:  # curvature at a bound says nothing
+        if products is None or follower.multipliers:  # who has multipliers was brought to rest to all digits
             return rest, after, residual, products, None, source
         if source is not None and source.random:  # no u of theirs solves one equation
             return rest, after, residual, products, None, source
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
-        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near)
+        curved = not follower.rests.projects  # curvature at a bound says nothing
+        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near, curved=curved)
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products
         if told is not None:

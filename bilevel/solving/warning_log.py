@@ -58,13 +58,20 @@ def logged(log: Log, new: Sequence[BilevelWarning], step: int, *, counted: bool 
     for warning in new:
         kind, text = type(warning).__name__, str(warning)
         key = " ".join((kind, *text.split(maxsplit=2)[:2]))
-        before = after.get(key, {"count": 0, "games": []})
+        before = after.get(key, {"count": 0, "counted": -1, "games": []})
         spoken_of = None
         if warning.games is not None and before["games"] is not None:
             spoken_of = sorted({*before["games"], *warning.games})
-        # What an earlier call measured still holds, and is no news.
-        count = before["count"] + (counted and not warning.repeated)
-        after[key] = {"count": count, "last": step, "text": text, "kind": kind, "games": spoken_of}
+        # What an earlier call measured still holds, and is no news; and several leaders may hear of it in one step.
+        news = counted and not warning.repeated and before.get("counted") != step
+        after[key] = {
+            "count": before["count"] + news,
+            "counted": step if news else before.get("counted"),
+            "last": step,
+            "text": text,
+            "kind": kind,
+            "games": spoken_of,
+        }
     return after
 
 

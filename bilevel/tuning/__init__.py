@@ -4,7 +4,7 @@ from bilevel.tuning._tune import tune
 from bilevel.tuning.callbacks import EarlyStopping
 from bilevel.tuning.loggers import CSVLogger, MLflowLogger, TensorBoardLogger, WandbLogger
 from bilevel.tuning.retraining import Retrained, retrain
-from bilevel.tuning.tuned import Tuned
+from bilevel.tuning.tuned import TrainedOn, Tuned
 
 __all__ = [
     "CSVLogger",
@@ -12,6 +12,7 @@ __all__ = [
     "MLflowLogger",
     "Retrained",
     "TensorBoardLogger",
+    "TrainedOn",
     "Tuned",
     "WandbLogger",
     "retrain",

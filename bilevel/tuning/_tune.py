@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from bilevel.errors import ShortHorizonWarning
 from bilevel.game.passes import Source
 from bilevel.hyper import Tuning
 from bilevel.hyper.tuning import Hyper
@@ -17,7 +20,8 @@ from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, requir
 from bilevel.responses import Response
 from bilevel.solving import Solution, solve
 from bilevel.solving.history import Record
-from bilevel.tuning.rule import Plan, plan
+from bilevel.tuning.retraining import trained_on
+from bilevel.tuning.rule import CHECK, WARMUP, Plan, plan, share
 from bilevel.tuning.tuned import Tuned
 from bilevel.tuning.values import numbers
 
@@ -36,8 +40,11 @@ def tune(
     epochs: int | None = None,
     steps: int | None = None,
     scheduler: SchedulerFactory | None = None,
+    clip_norm: float | None = None,
     response: Response | None = None,
     every: int = 5,
+    warmup: float = WARMUP,
+    check: float = CHECK,
     leader: OptimizerFactory | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
@@ -49,11 +56,11 @@ def tune(
 ) -> Tuned:
     r"""Train a model, and tune its hyperparameters by hypergradients of the validation loss in the same run.
 
-    The model is trained with `optimizer` as in a loop of one's own. After every few of its steps the hyperparameters
-    take one, along the gradient of the validation loss through how the trained weights answer to them. By default the
-    answer is learned beside the weights, each row of each layer growing or shrinking (`Hypernetwork(network=
-    RowScaled())`, a self-tuning network): a training step costs about one gradient more than without tuning, and what
-    it learns is not bound to a short horizon, as a few unrolled steps are.
+    The model is trained with `optimizer` as in a loop of one's own. In the second half of the run, after every few of
+    its steps, the hyperparameters take one, along the gradient of the validation loss through how the trained weights
+    answer to them. By default the answer is learned beside the weights, each row of each layer growing or shrinking
+    (`Hypernetwork(network=RowScaled())`, a self-tuning network): a training step costs about one gradient more than
+    without tuning, and what it learns is not bound to a short horizon, as a few unrolled steps are.
 
     Hyperparameters move in the free coordinates of their ranges. What is found suits *this* run, in which they changed
     over time; `retrain(tuned)` trains afresh at the values found, and at those at the start beside it.
@@ -71,10 +78,15 @@ def tune(
         epochs: Passes over the training data, if it has a length.
         steps: Or the number of training steps. Either is needed.
         scheduler: From that optimiser to a torch scheduler, stepped with it.
+        clip_norm: Clips the norm of the model's gradient in each step, as `clip_grad_norm_` does in a loop.
         response: How the trained weights answer; default: as above, which `tuned.plan` tells.
         every: Training steps for each of the hyperparameters.
+        warmup: The share of the training steps before the first of these. Weights that have not settled yet say of
+            whatever regularises that there should be less of it.
+        check: The share of the training steps that is taken again from the trained weights, at the values found and at
+            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
-            falls from 0.1 to 0 over the run, so that they come to rest.
+            falls from 0.05 to 0, from up to 0.1 in runs of less than 60 of their steps, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
@@ -101,7 +113,17 @@ def tune(
         torch.Size([])
     """
     require_factory("tune: optimizer", optimizer)
-    chosen = plan(optimizer, scheduler, response, leader, every, _steps(epochs, steps, train_data))
+    share("check", check)
+    chosen = plan(
+        optimizer,
+        scheduler,
+        response,
+        leader,
+        every,
+        _steps(epochs, steps, train_data),
+        clip_norm=clip_norm,
+        warmup=warmup,
+    )
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
     # The start of a fresh run: a resumed one does not begin there.
@@ -124,7 +146,24 @@ def tune(
     )
     trained = copy.deepcopy(model)
     solution.load_into(trained, tuning.follower)
-    return Tuned(trained, solution.variables[tuning.leader], start, solution, chosen, tuning, optimizer, scheduler)
+    found = solution.variables[tuning.leader]
+    tuned = Tuned(trained, found, start, solution, chosen, tuning, optimizer, scheduler, clip_norm)
+    more = round(check * chosen.steps)
+    return _checked(tuned, more, seed) if more else tuned
+
+
+def _checked(tuned: Tuned, steps: int, seed: int) -> Tuned:
+    """The same with what more steps make of it, which a warning tells where it is bad."""
+    seen = trained_on(tuned, steps, seed)
+    if seen.worse:
+        message = (
+            f"tune: after {steps} more steps from the trained weights the validation loss is {seen.found:.4g} at the "
+            f"hyperparameters found, and {seen.start:.4g} at the start's. What pays only after many steps looks in a "
+            "run like what slows it. Compare by retrain(tuned), or take tuned.advised, the start's values; "
+            "a later warmup= or a slower leader= may do better."
+        )
+        warnings.warn(ShortHorizonWarning(message), stacklevel=3)
+    return replace(tuned, trained_on=seen)
 
 
 def _record(leader: str, variables: Mapping[str, Any]) -> dict[str, float]:

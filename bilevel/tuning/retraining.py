@@ -23,7 +23,25 @@ from bilevel.solving.checkpoint import load, save
 from bilevel.solving.description import Describer, differences
 from bilevel.solving.identity import in_words
 from bilevel.tree import Variables
-from bilevel.tuning.tuned import Tuned
+from bilevel.tuning.tuned import TrainedOn, Tuned
+
+
+def trained_on(tuned: Tuned, steps: int, seed: int) -> TrainedOn:
+    """The run's own model trained for so many more steps at the values found, and again at the start's.
+
+    An optimiser and a scheduler that begin anew, and the same draws, for both. Torch's random numbers are left as they
+    are.
+    """
+    game, losses = tuned.tuning.game(), []
+    try:
+        for values in (tuned.hyper, tuned.start):
+            with random_kept(start=seed):
+                model = _train(tuned, game, copy.deepcopy(tuned.model), values, steps, seed)
+            with random_kept(start=seed):
+                losses.append(_validate(tuned, game, model, values))
+    finally:
+        game.stop_reading()
+    return TrainedOn(steps, *losses)
 
 
 @final
@@ -143,6 +161,7 @@ class _Kept:
             "model": describer.describe(tuned.model),
             "losses": {name: describer.describe(player.objective) for name, player in game.players.items()},
             "optimizer": Describer(list(tuned.model.parameters())).optimizer(tuned.optimizer),
+            "clip_norm": tuned.clip_norm,
         }
         if path is None or not path.exists():
             return _Kept(path, identity, {})
@@ -177,6 +196,8 @@ def _train(
         if not math.isfinite(float(value.detach())):
             break  # its validation loss will tell
         value.backward()  # type: ignore[no-untyped-call]
+        if tuned.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, tuned.clip_norm)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

@@ -15,10 +15,23 @@ from bilevel.responses import Hypernetwork, Perturbations, Response
 SCALE = 0.5
 """Of the perturbations, in free coordinates, in which a range is some 8 wide."""
 
-RATE = 0.1
-"""Of the hyperparameters' Adam, in free coordinates."""
+RATE, FASTEST = 0.05, 0.1
+"""Of the hyperparameters' Adam, in free coordinates: as a rule, and in the shortest runs.
 
-_WARMUP = 100  # training steps before the hyperparameters move, or a tenth of all if that is less
+At twice the rule's rate decays outran the weights' answer and took all of a small recurrent network away.
+"""
+
+_TRAVEL = 1.5  # free coordinates that a hyperparameter can go in a run, at least: a fifth of a range
+
+WARMUP = 0.5
+"""Of all training steps, those before the hyperparameters move.
+
+What regularises slows the training of weights that have not settled, so that early on its hypergradient says: less.
+"""
+
+CHECK = 0.125
+"""Of all training steps, those that are taken twice more to compare what was found with the start."""
+
 _EXAMINED = 25  # calls from one measurement of the learned answer to the next: three gradients each
 
 
@@ -53,6 +66,12 @@ class Plan:
         )
 
 
+def share(option: str, value: object) -> None:
+    """Refuse what is no share of the training steps."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"tune: {option}={value!r}; expected a share of the training steps, 0 <= {option} < 1.")
+
+
 def plan(
     optimizer: OptimizerFactory,
     scheduler: SchedulerFactory | None,
@@ -60,39 +79,47 @@ def plan(
     leader: OptimizerFactory | None,
     every: int,
     steps: int,
+    *,
+    clip_norm: float | None = None,
+    warmup: float = WARMUP,
 ) -> Plan:
-    """The plan of a run with so many training steps; refuses what cannot be one, before any work."""
+    """The plan of a run of so many training steps; refuses what cannot be one, before any work."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"tune: every={every!r}; expected a whole number of training steps from 1.")
+    share("warmup", warmup)
     if leader is not None:
         require_factory("tune: leader", leader)
     if response is None:
-        later = max(1, (steps - min(_WARMUP, steps // 10)) // every)
-        warmup = max(steps - later * every, 0)  # what is left over, so that all of the steps are taken
+        later = max(1, int(steps * (1.0 - warmup)) // every)
+        before = max(steps - later * every, 0)  # with what is left over, so that all of the steps are taken
         chosen: Response = Hypernetwork(
             optimizer,
             network=RowScaled(),
             scale=SCALE,
             steps=every,
-            warmup=warmup,
+            warmup=before,
             scheduler=scheduler,
+            clip_norm=clip_norm,
             examine_every=_EXAMINED,
             sampler=Perturbations(antithetic=False),
             tolerance=None,
         )
     elif isinstance(response, Response):
-        if scheduler is not None:
-            raise ValueError(
-                "tune: scheduler= goes with the default response. Give it to your own: "
-                "Unrolled(bilevel.inner.TorchOptimizer(optimizer, scheduler=...), ...)."
-            )
+        for option, given in (("scheduler", scheduler), ("clip_norm", clip_norm)):
+            if given is not None:
+                raise ValueError(
+                    f"tune: {option}= goes with the default response. Give it to your own: "
+                    f"Unrolled(bilevel.inner.TorchOptimizer(optimizer, {option}=...), ...)."
+                )
         chosen = response
         every = every if response.steps_a_call is None else response.steps_a_call
-        warmup = 0 if response.budget is None else response.budget - every
+        before = 0 if response.budget is None else response.budget - every
     else:
         raise TypeError(f"tune: response is a {type(response).__name__}; expected one such as bilevel.Unrolled(...).")
-    leader_steps = max(1, (steps - warmup) // max(every, 1))
-    default: OptimizerFactory = partial(torch.optim.Adam, lr=RATE)
+    leader_steps = max(1, (steps - before) // max(every, 1))
+    # Rates that fall as half a cosine add up to half of the first for each step.
+    rate = min(FASTEST, max(RATE, 2.0 * _TRAVEL / leader_steps))
+    default: OptimizerFactory = partial(torch.optim.Adam, lr=rate)
     falling: SchedulerFactory | None = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=leader_steps)
     falling = falling if leader is None else None
-    return Plan(chosen, leader or default, falling, every, warmup, leader_steps, warmup + leader_steps * every)
+    return Plan(chosen, leader or default, falling, every, before, leader_steps, before + leader_steps * every)

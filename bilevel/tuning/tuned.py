@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 
 
 @final
+@dataclass(frozen=True)
+class TrainedOn:
+    """The validation loss after some more steps from the end of a run, at two sets of hyperparameters.
+
+    Attributes:
+        steps: How many more.
+        found: At those that the run found.
+        start: At those that it started from, with the same draws.
+    """
+
+    steps: int
+    found: float
+    start: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether those found lose by more than a fiftieth; or at all, if they end at no number."""
+        return not self.found <= 1.02 * self.start
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """The end of a run of `tune`.
@@ -36,6 +57,8 @@ class Tuned:
         tuning: The game's parts; `tuning.loss_at(tuned.hyper)` is the training loss at the values found.
         optimizer: That the model was trained with, for `retrain`.
         scheduler: Likewise, if there was one.
+        clip_norm: Likewise.
+        trained_on: What some more steps make of the values found and of the start's; None if `check=0`.
     """
 
     model: nn.Module
@@ -46,6 +69,13 @@ class Tuned:
     tuning: Tuning = field(repr=False)
     optimizer: OptimizerFactory = field(repr=False)
     scheduler: SchedulerFactory | None = field(repr=False, default=None)
+    clip_norm: float | None = field(repr=False, default=None)
+    trained_on: TrainedOn | None = None
+
+    @property
+    def advised(self) -> Mapping[str, Variables]:
+        """The values for a fresh training: those found, or the start's where these did better when trained on."""
+        return self.start if self.trained_on is not None and self.trained_on.worse else self.hyper
 
     @property
     def history(self) -> list[dict[str, float]]:

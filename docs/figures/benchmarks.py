@@ -37,6 +37,8 @@ ALL = (
              "bilevel compare", "choosing/comparison"),
     Measured("Other libraries under the same laws", "conformance.md",
              "python benchmarks/conformance/run.py", "conformance/verdicts"),
+    Measured("Random games against plain torch", "attacked.md",
+             "python -m benchmarks.attack", "attacked/verdicts"),
     Measured("Hypergradients beside search", "search.md#what-was-measured",
              "python -m benchmarks.tuning", "search/results"),
     Measured("Hypergradients within a search", "search.md#a-search-that-takes-hypergradients",

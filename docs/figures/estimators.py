@@ -21,56 +21,70 @@ def read() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def difference(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """The mean of tuned less single, and its standard error."""
-    less = np.array([row["test"]["tuned"] - row["test"]["single"] for row in rows])
+PAIRS = (("tuned", "single"), ("tuned", "RidgeCV"), ("tuned", "LogisticRegressionCV"), ("net", "ElasticNetCV"))
+THEIRS = ("RidgeCV", "LogisticRegressionCV", "ElasticNetCV")
+
+
+def difference(rows: list[dict[str, Any]], mine: str, other: str) -> tuple[float, float]:
+    """The mean of one less another, and its standard error."""
+    less = np.array([row["test"][mine] - row["test"][other] for row in rows])
     return float(less.mean()), float(less.std(ddof=1) / len(less) ** 0.5) if len(less) > 1 else float("nan")
 
 
 def losses() -> list[list[str]]:
     """One row a table of data."""
-    theirs = ("RidgeCV", "LogisticRegressionCV", "ElasticNetCV")
-    table = [["Data", "rows x features", "splits", "tuned", "single", *theirs, "tuned - single", "apart"]]
+    kinds = ("tuned", "single", *THEIRS[:2], "net", "single net", THEIRS[2])
+    table = [["Data", "rows x features", "splits", *kinds]]
     for name, rows in read().items():
-        means = {
-            kind: f"{np.mean([row['test'][kind] for row in rows]):.3f}" if kind in rows[0]["test"] else ""
-            for kind in ("tuned", "single", *theirs)
-        }
-        mean, error = difference(rows)
-        apart = sum(row["spread"] > 0.0 for row in rows)
         size = f"{rows[0]['rows']} x {rows[0]['features']}"
-        table.append(
-            [name, size, str(len(rows)), *means.values(), f"{mean:+.4f} ± {error:.4f}", f"{apart} of {len(rows)}"]
-        )
+        table.append([name, size, str(len(rows)), *_means(rows, "test", kinds, ".4f")])
+    return table
+
+
+def differences() -> list[list[str]]:
+    """Means and standard errors of the differences, and how much the rule used."""
+    table = [["Data", *(f"{mine} - {other}" for mine, other in PAIRS), "apart", "net apart"]]
+    for name, rows in read().items():
+        cells = []
+        for mine, other in PAIRS:
+            known = mine in rows[0]["test"] and other in rows[0]["test"]
+            mean, error = difference(rows, mine, other) if known else (0.0, 0.0)
+            cells.append(f"{mean:+.4f} ± {error:.4f}" if known else "")
+        table.append([name, *cells, *(_apart(rows, kind) for kind in ("tuned", "net"))])
     return table
 
 
 def reading() -> str:
-    """Which tables are better and worse than by the single penalty, by more than two standard errors."""
-    sides: dict[str, list[str]] = {"better": [], "worse": [], "alike": []}
-    for name, rows in read().items():
-        mean, error = difference(rows)
-        side = "better" if mean < -2.0 * error else "worse" if mean > 2.0 * error else "alike"
-        sides[side].append(name)
-    told = [f"{side}: {'; '.join(names) or 'none'}" for side, names in sides.items()]
-    return (
-        "Against the single penalty, by more than two standard errors of the difference: "
-        + ". ".join(part[0].upper() + part[1:] for part in told)
-        + "."
-    )
+    """Which tables are better and worse than scikit-learn's, by more than two standard errors."""
+    told = []
+    for mine, others in (("tuned", THEIRS[:2]), ("net", THEIRS[2:])):
+        sides: dict[str, list[str]] = {"better": [], "worse": []}
+        for name, rows in read().items():
+            for other in others:
+                if mine in rows[0]["test"] and other in rows[0]["test"]:
+                    mean, error = difference(rows, mine, other)
+                    if abs(mean) > 2.0 * error:
+                        sides["better" if mean < 0.0 else "worse"].append(name)
+        words = "; ".join(f"{side} on {', '.join(names) or 'none'}" for side, names in sides.items())
+        told.append(f"{mine} against {' and '.join(others)}: {words}")
+    return f"By more than two standard errors of the difference, {'. '.join(told)}."
+
+
+def _apart(rows: list[dict[str, Any]], kind: str) -> str:
+    """In how many splits penalties were let apart."""
+    return f"{sum(row[kind]['share'] > 0.0 for row in rows)} of {len(rows)}" if kind in rows[0] else ""
+
+
+def _means(rows: list[dict[str, Any]], what: str, kinds: tuple[str, ...], form: str) -> list[str]:
+    """Of each kind that there is."""
+    known = rows[0][what]
+    return [format(np.mean([row[what][kind] for row in rows]), form) if kind in known else "" for kind in kinds]
 
 
 def seconds() -> list[list[str]]:
     """Of each estimator."""
-    kinds = ("tuned", "single", "RidgeCV", "LogisticRegressionCV", "ElasticNetCV")
-    table = [["Data", *kinds]]
-    for name, rows in read().items():
-        row = [
-            f"{np.mean([row['seconds'][kind] for row in rows]):.3g}" if kind in rows[0]["seconds"] else ""
-            for kind in kinds
-        ]
-        table.append([name, *row])
-    return table
+    kinds = ("tuned", "single", *THEIRS[:2], "net", "single net", THEIRS[2])
+    return [["Data", *kinds], *([name, *_means(rows, "seconds", kinds, ".3g")] for name, rows in read().items())]
 
 
 def draw() -> None:
@@ -96,7 +110,7 @@ def draw() -> None:
     figure.savefig(FOLDER / "penalties.png", dpi=150)
 
 
-PARTS = {part.__name__: part for part in (losses, reading, seconds)}
+PARTS = {part.__name__: part for part in (losses, differences, reading, seconds)}
 
 if __name__ == "__main__":
     draw()

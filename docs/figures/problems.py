@@ -15,7 +15,7 @@ def read() -> dict[str, Any]:
 
 def results() -> Rows:
     """One row a problem."""
-    heads = ["Problem", "variables", "status", "value", "best known", "evaluations", "seconds"]
+    heads = ["Problem", "variables", "status", "value", "best known", "evaluations", "answers", "seconds"]
     rows = [heads]
     for found in read()["results"]:
         value = "" if found["value"] is None else f"{found['value']:.5g}"
@@ -23,7 +23,7 @@ def results() -> Rows:
         rows.append(
             [
                 *(found["name"], f"{n} + {m}", found["status"], value, f"{found['published']:.5g}"),
-                *(str(found["evaluations"]), f"{found['seconds']:.1f}"),
+                *(str(found["evaluations"]), str(found["answers"]), f"{found['seconds']:.1f}"),
             ]
         )
     return rows

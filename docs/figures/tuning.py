@@ -66,12 +66,15 @@ def jobs() -> list[list[str]]:
     """Test losses, a row a job, means over the splits."""
     rows = json.loads((DOCS / "tuning" / "jobs.json").read_text(encoding="utf-8"))["rows"]
     kinds = ("default", "start", "found", "the run itself", "random")
-    heads = ["job", "splits", "nothing tuned", "start's values", "values found", "the run itself", "ten random trials"]
-    table = [heads]
+    named = ("nothing tuned", "start's values", "values found", "the run itself", "ten random trials")
+    table = [["job", "splits", *named, "values advised"]]
     for name in dict.fromkeys(row["job"] for row in rows):
-        mine = [row for row in rows if row["job"] == name]
-        losses = [statistics.fmean([row[kind]["test"] for row in mine]) for kind in kinds]
-        table.append([name, str(len(mine)), *(f"{loss:.3f}" for loss in losses)])
+        mine = [row for row in rows if row["job"] == name and all(kind in row for kind in kinds if kind != "start")]
+        if mine:
+            known = [kind if all(kind in row for row in mine) else "" for kind in kinds]
+            losses = [f"{statistics.fmean([row[kind]['test'] for row in mine]):.3f}" if kind else "" for kind in known]
+            advised = statistics.fmean([row[row.get("advised", "found")]["test"] for row in mine])
+            table.append([name, str(len(mine)), *losses, f"{advised:.3f}"])
     return table
 
 

@@ -52,13 +52,16 @@ def problems_command(
             console.print(f"{problem.name} ...", highlight=False, end="\r")
             results.append(solved(problem, starts=starts, steps=steps, seed=seed))
         table = Table(title="Published bilevel problems")
-        for head in ("problem", "variables", "status", "value", "best known", "evaluations", "seconds"):
+        for head in ("problem", "variables", "status", "value", "best known", "evaluations", "answers", "seconds"):
             table.add_column(head, justify="left" if head in ("problem", "status") else "right")
         for found in results:
             value = "" if found.value is None else f"{found.value:.6g}"
+            by = ""
+            if found.status == "worse" and found.value is not None:
+                by = f", by {found.value - found.published:.2g}"
             table.add_row(
-                *(found.name, f"{found.dimensions[0]} + {found.dimensions[1]}", found.status, value),
-                *(f"{found.published:.6g}", f"{found.evaluations}", f"{found.seconds:.1f}"),
+                *(found.name, f"{found.dimensions[0]} + {found.dimensions[1]}", found.status + by, value),
+                *(f"{found.published:.6g}", f"{found.evaluations}", f"{found.answers}", f"{found.seconds:.1f}"),
             )
         console.print(table)
         for found in results:

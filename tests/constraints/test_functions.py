@@ -14,6 +14,8 @@ from torch.optim import LBFGS, SGD, Adam
 
 import bilevel as bl
 
+from ..testing.mutants import FunctionsUnseen
+
 D = torch.float64
 INNER = {
     "SLSQP": bl.Scipy("SLSQP"),
@@ -562,28 +564,6 @@ def test_a_leader_may_act_through_a_constraint_alone():
 # The check against re-solved followers --------------------------------------------------------------------------------
 
 
-class Unconstrained(bl.Response):
-    """A planted defect: the constrained optimum, with the derivative that the loss alone would have."""
-
-    promise = bl.extend.Optimum()
-    budget = 100
-
-    def with_budget(self, steps):
-        return self
-
-    def init(self, game, *, follower=None, seed=0):
-        return bl.Implicit(bl.Scipy("SLSQP")).init(game, follower=follower, seed=seed)
-
-    def __call__(self, game, others, state, batch=None):
-        with torch.no_grad():
-            y, state = bl.Implicit(bl.Scipy("SLSQP"))(game, others, state, batch)
-
-        def residual(y, x):
-            return bl.extend.gradient(lambda y: game.loss("y", {"x": x, "y": y}), y)[1][0]
-
-        return bl.root(residual, y, others["x"], symmetric=True), state
-
-
 def test_the_check_re_solves_within_the_constraints():
     checked = bl.testing.check_hypergradient(bent_game(), bl.Implicit(bl.Scipy("SLSQP")), rtol=1e-5)
     assert checked, str(checked)
@@ -593,7 +573,7 @@ def test_the_check_re_solves_within_the_constraints():
 
 
 def test_the_check_finds_a_derivative_that_does_not_see_the_constraints():
-    checked = bl.testing.check_hypergradient(game_with(inequality=lambda y: y - 1.5), Unconstrained())
+    checked = bl.testing.check_hypergradient(game_with(inequality=lambda y: y - 1.5), FunctionsUnseen())
     assert checked.verdict.value == "wrong"
     assert "Constraints that bind move the answer, and hold it" in str(checked)
 
@@ -603,7 +583,7 @@ def test_the_law_within_functions_holds_for_implicit_and_finds_the_defect():
 
     law = [law for law in LAWS if law.name == "within functions"]
     assert bl.testing.check_response(bl.Implicit(bl.Scipy("SLSQP"), steps=200), laws=law, examples=40)
-    report = bl.testing.check_response(Unconstrained(), laws=law, examples=40, raises=False)
+    report = bl.testing.check_response(FunctionsUnseen(), laws=law, examples=40, raises=False)
     assert [row.law for row in report.failures] == ["within functions"], str(report)
     assert "Programme(" in report.failures[0].game
     (row,) = bl.testing.check_response(bl.Unrolled(lambda p: SGD(p, lr=0.5)), laws=law, examples=4).rows

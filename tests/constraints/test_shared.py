@@ -336,3 +336,39 @@ def test_a_shared_function_of_a_batch_is_refused():
     )
     with pytest.raises(ValueError, match=r"\['b', 'c'\] share a function as inequality= that takes `batch`"):
         game.joined(firms=("b", "c"))
+
+
+def test_each_loss_and_each_constraint_is_evaluated_once_for_the_gradients_of_all_members():
+    seen = []
+
+    def told(name, value):
+        seen.append(name)
+        return value
+
+    def shared(b, c):
+        return told("shared", b + c - 4.0)
+
+    one = tensor(1.0)
+    game = bl.Game(
+        a=bl.Player(lambda a, b, c: -a * (12.0 - a - b - c), 4.0 * one),
+        b=bl.Player(
+            lambda a, b, c: told("b", -b * (12.0 - a - b - c)),
+            one,
+            inequality=[shared, lambda b: told("b's", b**2 - 9.0)],
+        ),
+        c=bl.Player(
+            lambda a, b, c: told("c", -c * (11.0 - a - b - c)),
+            2.0 * one,
+            inequality=[shared, lambda a, c: told("c's", a * c - 90.0)],
+        ),
+    ).joined(firms=("b", "c"))
+    joint, y = game.residual("firms"), tensor(1.0, 2.0)
+    weights, given = tensor(0.5, 0.25, 2.0), {"a": 4.0 * one}
+    seen.clear()
+    _, slope = joint.pushed(game, "firms", y, weights, given, None, {})
+    assert sorted(seen) == ["b", "b's", "c", "c's", "shared"]
+    # Of its own: a + c + 2 b - 12 + 2 b / 2 + 2, and a + b + 2 c - 11 + a / 4 + 2.
+    close(slope, tensor(-1.0, 1.0))
+    # Second derivatives see what stands still in the first: [[2 + 1, 1], [1, 2]].
+    moved = torch.autograd.functional.jacobian(lambda y: joint.pushed(game, "firms", y, weights, given, None, {})[1], y)
+    close(moved, torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=D))

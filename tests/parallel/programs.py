@@ -108,6 +108,10 @@ RESPONSES = {
     "Hypernetwork": bl.Hypernetwork(partial(SGD, lr=0.1), steps=5, tolerance=None),
     "Nudged": bl.Nudged(SGD_STEPS, steps=20, nudge=1e-2, tolerance=None),
     "SingleLoop": bl.SingleLoop(partial(SGD, lr=0.3)),
+    # Points so far apart that rounding, divided by their distance, stays below the tolerance.
+    "LastStep": bl.responses.LastStep(SGD_STEPS, steps=3, distance=1e-3),
+    "LastStep, fitted": bl.responses.LastStep(SGD_STEPS, steps=3, distance=1e-3, fitted=True),
+    "LastStep, Adam": bl.responses.LastStep(partial(Adam, lr=0.1), steps=3, distance=1e-3, fitted=True),
 }  # fmt: skip
 
 

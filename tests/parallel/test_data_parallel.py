@@ -2,7 +2,7 @@
 
 import pytest
 
-FEW = ["ReverseMode", "Segments", "ConjugateGradient", "SingleLoop"]
+FEW = ["ReverseMode", "Segments", "ConjugateGradient", "SingleLoop", "LastStep", "LastStep, fitted", "LastStep, Adam"]
 # What one process sums over seven examples, ranks sum in parts: some eps of 2e-16 apart. Linear solves of condition
 # numbers below 100 magnify that to 1e-14; a sketch's factor and a nudge of 1e-2 by 100 times more.
 TOLERANCE = 1e-12

@@ -169,3 +169,30 @@ def test_a_saturated_softmax_is_told():
     y, _, told = answered(game, response)
     assert float(y.softmax(0)[0]) < 1e-9
     assert any("'y' has no curvature where it ended" in str(one) for one in told)
+
+
+def test_a_constrained_follower_whose_largest_slope_hides_another_is_told():
+    """One coordinate in thousandths: it has used up the gradient's norm, and the other one has hardly moved."""
+    scale = torch.tensor([1e-3, 1.0], dtype=D)
+
+    def follow(x, y):
+        return 0.5 * (y / scale - x).square().sum()
+
+    def lead(y):
+        return 0.5 * (y / scale).square().sum()
+
+    game = bl.Game(
+        x=bl.Player(lead, torch.tensor([-0.9, -0.5], dtype=D)),
+        y=bl.Player(follow, torch.zeros(2, dtype=D), domain=bl.Box(-0.7 * scale, 0.9 * scale)),
+    )
+    x = torch.tensor([-0.9, -0.5], dtype=D, requires_grad=True)
+
+    def hypergradient(response):
+        y, _ = response(game, {"x": x}, response.init(game))
+        return torch.autograd.grad(game.loss("x", {"x": x, "y": y}), x)[0]
+
+    with pytest.warns(NonConvergenceWarning, match="'y' is not at its optimum, although its gradient is within"):
+        hypergradient(bl.Implicit(bl.inner.ProjectedGradient()))
+    # The second follows x1, and the first is held at its bound.
+    found = hypergradient(bl.Implicit(bl.Scipy("L-BFGS-B"), tolerance=1e-9))
+    torch.testing.assert_close(found, torch.tensor([0.0, -0.5], dtype=D), rtol=1e-6, atol=1e-9)

@@ -38,11 +38,15 @@ def train_loss(weights, decay, smoothing, batch):
     return bl.hyper.cross_entropy(logits, batch[1], smoothing=smoothing) + bl.penalty(weights, decay)
 
 
+def smoothed(weights, smoothing, batch):
+    return bl.hyper.cross_entropy(weights(batch[0]), batch[1], smoothing=smoothing)
+
+
 def run(**options):
-    given = {"hyper": RANGES, "optimizer": ADAM, "steps": 400, "model": network()} | options
-    model = given.pop("model")
+    given = {"hyper": RANGES, "optimizer": ADAM, "steps": 400, "model": network(), "check": 0.0} | options
+    model, loss = given.pop("model"), given.pop("train", train_loss)
     torch.manual_seed(2)
-    return bl.tune(model, train_loss, valid_loss, TRAIN, VALID, **given)
+    return bl.tune(model, loss, valid_loss, TRAIN, VALID, **given)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +135,64 @@ def test_every_hyperparameter_stands_in_the_history_and_what_is_printed(tuned):
     assert tuned.numbers == {name: pytest.approx(last[f"hyper.{name}"]) for name in ("decay", "smoothing")}
     told = str(tuned)
     assert "smoothing" in told
-    assert "400 training steps, 40 of them before" in told
+    assert "400 training steps, 200 of them before" in told
 
 
 def test_the_steps_are_those_that_were_asked_for():
     assert run(epochs=20, steps=None).plan.steps == 60
     plan = run(steps=63, every=7).plan
+    assert (plan.warmup, plan.leader_steps, plan.steps) == (35, 4, 63)
+    plan = run(steps=63, every=7, warmup=0.1).plan
     assert (plan.warmup, plan.leader_steps, plan.steps) == (7, 8, 63)
+
+
+def test_the_models_gradient_is_clipped_as_in_a_loop():
+    # SGD of rate 1 whose gradients are clipped to 1e-3: no weight is farther from its start than steps * 1e-3.
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 2))
+    tuned = run(model=model, optimizer=sgd, clip_norm=1e-3, steps=20)
+    response = tuned.plan.response
+    tuning = tuned.tuning.game()
+    state = response.init(tuning)
+    _, after = response(tuning, {"hyper": tuning.initial("hyper")}, state, TRAIN[0])
+    steps = response.warmup + response.steps
+    moved = torch.cat([(b - a).reshape(-1) for a, b in zip(state["w0"], after["w0"], strict=True)])
+    assert 0.0 < float(moved.norm()) <= 1e-3 * steps + 1e-6
+    again = bl.retrain(tuned, make=lambda: copy.deepcopy(model))
+    ends = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in (model, again.models[0])]
+    assert 0.0 < float((ends[1] - ends[0]).norm()) <= 20e-3 + 1e-6
+
+
+def test_values_that_lose_to_the_starts_are_told():
+    # Uphill, from a smoothing of .01 to one of nearly .3, and from a decay of 1e-4 towards 1.
+    uphill = partial(torch.optim.Adam, lr=0.3, maximize=True)
+    before = torch.random.get_rng_state()
+    with pytest.warns(bl.errors.ShortHorizonWarning, match="after 50 more steps .* and .* at the start's"):
+        tuned = run(
+            steps=200,
+            check=0.25,
+            leader=uphill,
+            warmup=0.1,
+            hyper={"smoothing": bl.Unit(0.0, 0.95, start=0.01)},
+            train=smoothed,
+        )
+    assert tuned.trained_on.steps == 50
+    assert tuned.trained_on.worse
+    assert tuned.advised is tuned.start
+    # The run ends as it would without, and torch's random numbers go on from there.
+    torch.random.set_rng_state(before)
+    plain = run(
+        steps=200, leader=uphill, warmup=0.1, hyper={"smoothing": bl.Unit(0.0, 0.95, start=0.01)}, train=smoothed
+    )
+    assert plain.trained_on is None
+    assert plain.numbers == tuned.numbers
+
+
+def test_values_that_win_are_told_in_silence(recwarn):
+    tuned = run(check=0.1)
+    assert tuned.trained_on.found < tuned.trained_on.start
+    assert tuned.advised is tuned.hyper
+    assert not any(issubclass(w.category, bl.errors.ShortHorizonWarning) for w in recwarn)
 
 
 def test_declarations_need_no_word_in_the_loss():
@@ -220,6 +275,10 @@ def test_the_figure_has_a_panel_for_each(tuned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"check": -0.1}, "check=-0.1; expected a share of the training steps"),
+        ({"warmup": 1.0}, "warmup=1.0; expected a share of the training steps"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0; expected a number above 0"),
+        ({"clip_norm": 1.0, "response": bl.Unrolled(ADAM, steps=2)}, "clip_norm= goes with the default response"),
         ({"steps": None}, "expected one of the two"),
         ({"steps": 0}, "whole number from 1"),
         ({"every": 0}, "every=0"),

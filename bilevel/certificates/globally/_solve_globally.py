@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from bilevel.certificates.globally.answer import GlobalAnswer
 from bilevel.certificates.globally.bounds import Region, multiplier_bounds, slack_bounds
+from bilevel.certificates.globally.faces import Face
 from bilevel.certificates.globally.mixed_integer import Limits, by_binaries
+from bilevel.certificates.globally.pessimistic import surest
 from bilevel.certificates.globally.pieces import Pieces, Point, Search, branched
 from bilevel.certificates.globally.reading import Programme, Reader
 from bilevel.errors import ConvergenceError, InfeasibleError
@@ -28,6 +30,7 @@ def solve_globally(
     leader: str | None = None,
     follower: str | None = None,
     *,
+    optimistic: bool = True,
     tolerance: float = 1e-6,
     max_nodes: int = 20_000,
     seconds: float = 60.0,
@@ -48,21 +51,28 @@ def solve_globally(
     against the functions at random points, at corners of the feasible set, and at the answer.
 
     It costs one mixed-integer programme, exponential in the follower's inequalities at worst. Players other than
-    the two stand still where they start; of data the first batch is taken. Where the follower has several optima
-    the leader gets the one it likes best (the optimistic answer). The pessimistic answer is not
-    offered; `worst` says whether it is the same.
+    the two stand still where they start; of data the first batch is taken.
+
+    Where the follower has several optima the leader gets the one it likes best (the optimistic answer). With
+    `optimistic=False` it gets the one it likes least, and the answer is the best that the leader can be sure of: the
+    lowest $\max F(x, y)$ over all optima y. These are the feasible y with the same $Sy$ at which the inequalities with
+    $l_i > 0$ bind, so that the KKT conditions of that maximum are added, and a branch and bound decides both. Where no
+    point has that lowest value, because the follower turns against the leader just there, the answer is beside it by
+    the tolerance, and `attained` is False.
 
     Args:
         game: Its tensors are taken in float64; what losses capture must work with that.
         leader: Default: the first player.
         follower: Default: the last player.
+        optimistic: Which of the follower's optima the leader gets where there are several.
         tolerance: Of the proof: nothing is better by more than this times (1 + |value|).
         max_nodes: Of HiGHS, and of the branch and bound after it.
         seconds: Of one call of HiGHS; beyond it the answer says `proved=False`.
         seed: Of the random points.
 
     Raises:
-        ValueError: For a function that is not linear, or a loss that is not convex quadratic, and by how much.
+        ValueError: For a function that is not linear, or a loss that is not convex quadratic, and by how much. With
+            `optimistic=False` for functions of the leader's that see a follower with several optima.
         InfeasibleError: When no point keeps the constraints, or none of them is an answer of the follower.
         UnboundedError: When the leader's loss falls for ever.
         ConvergenceError: When the search ended without any answer.
@@ -85,6 +95,13 @@ def solve_globally(
                 f"its own. Loosen the constraints of {first!r} that see {last!r}, or bound {last!r}'s loss from below."
             )
         raise ConvergenceError(f"solve_globally: no answer found. {reason} Raise max_nodes= or seconds=.")
+    attained, bound, proved, nodes = True, min(search.bound, best.value), search.complete, search.nodes
+    worst = _worst(read, best)
+    if not optimistic and worst <= best.value:
+        reason += " The follower has no optimum there that the leader likes less."
+    elif not optimistic:
+        best, bound, proved, attained, more, reason = _surest(read, first, last, limits)
+        nodes, worst = nodes + more, best.value
     read.require_read([best.z])
     flat = {"inequality": best.inequality, "equality": best.equality}
     z = torch.as_tensor(best.z)
@@ -95,12 +112,43 @@ def solve_globally(
         value=best.value,
         variables=map_leaves(lambda leaf: leaf.to(game.like), found),
         multipliers=map_leaves(lambda leaf: leaf.to(game.like), reader.multipliers(flat, read.form)),
-        proved=search.complete,
+        proved=proved,
         reason=reason,
-        worst=_worst(read, best),
-        bound=min(search.bound, best.value),
-        nodes=search.nodes,
+        worst=worst,
+        bound=bound,
+        nodes=nodes,
+        optimistic=optimistic,
+        attained=attained,
     )
+
+
+def _surest(read: Programme, leader: str, follower: str, limits: Limits) -> tuple[Point, float, bool, bool, int, str]:
+    """The pessimistic answer: the point, a lower bound, whether it is proved and attained, nodes, and how."""
+    n = read.n
+    for rows in (read.upper, read.upper_equal):
+        seeing = np.flatnonzero(np.abs(rows.matrix[:, n:]).max(axis=1, initial=0.0) > 0.0)
+        if len(seeing):
+            raise ValueError(
+                f"solve_globally(optimistic=False): {rows.names[int(seeing[0])]} of {leader!r} sees {follower!r}, "
+                "which has several optima; which of them the leader must keep it at is not asked here. State it of "
+                f"{leader!r} alone, or take the optimistic answer, whose `worst` says whether all optima keep it."
+            )
+    found = surest(read, limits.tolerance, limits.max_nodes)
+    point = found.search.best
+    if point is None and found.search.complete:
+        raise InfeasibleError(
+            f"solve_globally(optimistic=False): whatever {leader!r} does, {follower!r} has optima at which the loss of "
+            f"{leader!r} is as high as one likes. Bound {follower!r} by a domain."
+        )
+    if point is None:
+        raise ConvergenceError(f"solve_globally(optimistic=False): no answer found; the search {found.short}.")
+    if found.short:
+        reason = f"The search {found.short}, with a lower bound only."
+    else:
+        reason = "Branch and bound on the follower's optimum and on the worst of its optima proves it."
+    if not found.attained:
+        reason += " No point has the lowest value itself: there the follower turns against the leader."
+    return point, found.search.bound, found.search.complete, found.attained, found.search.nodes, reason
 
 
 def _searched(pieces: Pieces, slack: Array, multiplier: Array | None, limits: Limits) -> tuple[Search, str]:
@@ -126,19 +174,16 @@ def _searched(pieces: Pieces, slack: Array, multiplier: Array | None, limits: Li
 
 def _worst(read: Programme, best: Point) -> float:
     """The leader's loss at its point, if the follower takes the optimum that the leader likes least."""
-    from scipy.optimize import linprog  # noqa: PLC0415 - importing bilevel stays light
-
     n, y, S = read.n, best.z[read.n :], read.slope[:, read.n :]
     slope = read.slope @ best.z + read.start
     # All optima of a convex quadratic share S y and the slope's product with y.
     E = np.vstack([read.lower_equal.matrix[:, n:], S, slope[None] / max(1.0, float(np.abs(slope).max(initial=0.0)))])
     A, right = read.lower.matrix[:, n:], read.lower.right - read.lower.matrix[:, :n] @ best.z[:n]
+    face = Face(A, np.maximum(right, A @ y), E, E @ y, y)
 
     def furthest(direction: Array) -> float:
-        if not direction.any():
-            return 0.0
-        found = linprog(-direction, A_ub=A, b_ub=np.maximum(right, A @ y), A_eq=E, b_eq=E @ y, bounds=(None, None))
-        return float(direction @ (found.x - y)) if found.status == 0 else math.inf
+        end = face.furthest(direction)
+        return math.inf if end is None else float(direction @ (end - y))
 
     both = (read.upper_equal.matrix[:, n:], -read.upper_equal.matrix[:, n:])
     for rows, room in (
@@ -152,7 +197,10 @@ def _worst(read: Programme, best: Point) -> float:
         more = furthest(read.g[n:])
         return best.value + (more if more > 1e-9 * (1.0 + abs(best.value)) else 0.0)
     ends = [furthest(sign * row) for row in np.eye(read.m) for sign in (1.0, -1.0)]
-    return best.value if max(ends, default=0.0) <= 1e-6 * (1.0 + float(np.abs(y).max(initial=0.0))) else math.nan
+    if max(ends, default=0.0) <= 1e-6 * (1.0 + float(np.abs(y).max(initial=0.0))):
+        return best.value
+    found = face.worst(read, best.z[:n])
+    return math.nan if found is None else max(found[0], best.value)
 
 
 def _pair(game: Game, leader: str | None, follower: str | None) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bilevel._printed import printed
 from bilevel.tree import Variables, named_leaves
@@ -20,12 +20,16 @@ class GlobalAnswer:
             and "domain equality".
         proved: Whether no other point is better by more than the tolerance.
         reason: How it is proved, or why not.
-        optimistic: True: where the follower has several optima, it takes the one that the leader likes best.
-        worst: The leader's loss there if its follower took the one that the leader likes least, infinite where that
+        worst: The leader's loss there if its follower took the optimum that the leader likes least, infinite where that
             breaks the leader's functions. Where it equals `value`, the answer is the pessimistic one as well. NaN where
-            it is not known: a quadratic loss of the leader's, and a follower with several optima.
+            it is not known: a quadratic loss of the leader's, and a follower whose optima have no bounds, or too many
+            corners.
         bound: What no point is below. It holds as far as `proved` says.
         nodes: Of the searches, together.
+        optimistic: Whether a follower with several optima takes the one that the leader likes best; else it takes the
+            one that the leader likes least.
+        attained: False where no point has the lowest value itself, which is `bound`, and this one comes near it. Only
+            a pessimistic answer may not be attained.
     """
 
     value: float
@@ -36,7 +40,8 @@ class GlobalAnswer:
     worst: float
     bound: float
     nodes: int
-    optimistic: bool = field(default=True)
+    optimistic: bool = True
+    attained: bool = True
 
     @property
     def gap(self) -> float:
@@ -48,9 +53,13 @@ class GlobalAnswer:
         from rich.table import Table  # noqa: PLC0415
 
         standing = "the global optimum" if self.proved else "not proved to be the global optimum"
+        if self.optimistic:
+            ties = f"If the follower broke ties against the leader: {self.worst:.8g}."
+        else:
+            ties = "The follower breaks ties against the leader."
         table = Table(
             title=f"{self.value:.8g}: {standing} (gap {self.gap:.2g}, {self.nodes} nodes)",
-            caption=f"{self.reason} If the follower broke ties against the leader: {self.worst:.8g}.",
+            caption=f"{self.reason} {ties}",
         )
         table.add_column("what")
         table.add_column("numbers", justify="right")

@@ -63,6 +63,7 @@ class Hypernetwork(Response):
         steps: of fitting a call; one keeps up with a slow leader.
         warmup: more of them in the first call; none by default.
         scheduler: from the optimiser to a learning-rate scheduler, stepped with it; else the rate is constant.
+        clip_norm: clips the gradient in w0 to this norm, as `clip_grad_norm_` does; the network's is left as it is.
         tolerance: residual, and share of the first gradient, above which a call warns (None: never); 1 is worthless.
         examine_every: calls from one measurement to the next; 1 keeps the report fresh.
         sampler: draws the leader's values for the fit; one antithetic pair around $x_0$ is the cheapest.
@@ -84,6 +85,7 @@ class Hypernetwork(Response):
     steps: int = 1
     warmup: int = 0
     scheduler: SchedulerFactory | None = None
+    clip_norm: float | None = None
     tolerance: float | None = 0.5
     examine_every: int = 1
     sampler: Sampler = field(default_factory=Perturbations)
@@ -96,6 +98,8 @@ class Hypernetwork(Response):
             raise ValueError(f"Hypernetwork: scale={self.scale}; expected a standard deviation >= 0.")
         if self.steps < 0 or self.warmup < 0 or self.steps + self.warmup == 0:
             raise ValueError(f"Hypernetwork: steps={self.steps}, warmup={self.warmup}; together at least 1.")
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise ValueError(f"Hypernetwork: clip_norm={self.clip_norm}; expected a number above 0, or None.")
         if self.tolerance is not None and not self.tolerance >= 0.0:
             raise ValueError(f"Hypernetwork: tolerance={self.tolerance}; expected a number >= 0, or None.")
         if self.examine_every < 1:
@@ -294,6 +298,8 @@ class Hypernetwork(Response):
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             del slopes
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters[: len(own)], self.clip_norm)
             optimizer.step()
             for parameter in parameters:
                 parameter.grad = None

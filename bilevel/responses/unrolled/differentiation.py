@@ -5,21 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
-from bilevel.autodiff import concrete
+from bilevel.autodiff import concrete, transforms_active
 from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game
 from bilevel.inner.optimizer import require_finite
 from bilevel.inner.torch_optim import Memory
 from bilevel.responses.unrolled.first_fault import FirstFault
 from bilevel.responses.unrolled.recipe import InnerStep, Recipe
-from bilevel.tree import Variables, map_leaves
+from bilevel.second_order import once_only
+from bilevel.tree import Variables, leaves, map_leaves, structure_of
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,15 @@ class Steps:
 
     def stored(self, point: Point, count: int) -> Point:
         """Where `count` steps lead, with the graph of every one of them."""
-        stepper = self.stepper(point, self.others)
-        y = point.y
+        others, y = self.others, point.y
+        if not transforms_active():
+            kernels, form = self.follower.game.kernels(self.follower.name), structure_of(others)
+            if kernels.norms:
+                others = form.build(once_only(self.follower.name, kernels, leaves(others)))
+                y = once_only(self.follower.name, kernels, y)
+        stepper = self.stepper(replace(point, y=y), others)
         for _ in range(count):
-            y = stepper.step(y, self.gradients(y, self.others))
+            y = stepper.step(y, self.gradients(y, others))
         return Point(y, stepper.memory, point.taken + count)
 
 

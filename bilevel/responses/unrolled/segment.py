@@ -20,6 +20,7 @@ from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses.unrolled.differentiation import Point, Steps
 from bilevel.responses.unrolled.memory_plan import Sizes, measured_graph, unique_bytes
 from bilevel.responses.unrolled.recipe import Recipe
+from bilevel.second_order import differentiated_thrice
 
 # What torch's optimisers remember and no later step's derivative needs: counts, and ASGD's average.
 INERT = frozenset(("step", "mu", "ax"))
@@ -152,7 +153,7 @@ class Segment:
                     # An alias: derivatives stop here even when one input depends on another through its own graph.
                     aliased = further and inputs[index].requires_grad
                     given[index] = inputs[index].view_as(inputs[index]) if aliased else given[index].requires_grad_()
-            with NewLeafTracker() as born:
+            with NewLeafTracker() as born, differentiated_thrice(further):
                 found = self.again(given[:own])
         if not self.recipe.game.anticipated:  # a nested response makes leaves of its own in its backward
             self._refuse_strangers(captured_leaves(found, [*given, *born.leaves]))

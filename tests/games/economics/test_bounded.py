@@ -1,5 +1,6 @@
 """Games in which bounds decide: play against closed forms, brute force and shortest paths."""
 
+import math
 import warnings
 
 import numpy as np
@@ -13,12 +14,25 @@ from games.economics.bounded import Budget, CapacityCournot, SignedContract
 from games.economics.network import Link, Network, braess, city
 
 D = torch.float64
+EPS = torch.finfo(D).eps
 SLSQP = bl.Implicit(bl.Scipy("SLSQP"))
 NEAREST = bl.Implicit(bl.inner.ProjectedGradient(), steps=2000, tolerance=1e-11)
 DIRECT = bl.Scipy("SLSQP")
-# SLSQP ends a search where the loss falls by less than 1e-6 of its size (SciPy's ftol): a quadratic of curvature k is
-# then off by about sqrt(2e-6 |f| / k), and Newton's steps are mostly better by far.
-ENDS = 2e-3
+FIRM = bl.Implicit(bl.Scipy("L-BFGS-B"), tolerance=1e-10)
+
+
+def left(drop, curvature):
+    """How far from its optimum a search may end that stops where the loss falls by no more than `drop`.
+
+    The loss is a parabola of this curvature: what is still to fall is then no more than a few times what the last step
+    brought, 16 times say, and it falls by curvature / 2 times the distance squared.
+    """
+    return math.sqrt(2.0 * 16.0 * drop / curvature)
+
+
+# What `solve` tells SciPy in float64: SLSQP ends at a fall of eps ** .65, and keeps functions to that; L-BFGS-B at one
+# of 10 eps of the loss.
+SLSQP_DROP, LBFGS_DROP = EPS**0.65, 10.0 * EPS
 
 
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 1.4, 3.0])
@@ -29,10 +43,9 @@ def test_a_rival_with_a_capacity(capacity):
     assert market.profit(first) >= max(market.profit(q) for q in grid) - 1e-12
     at = {"firm1": torch.tensor(first, dtype=D), "firm2": torch.tensor(second, dtype=D)}
     assert bl.certify(market.game(), at), str(bl.certify(market.game(), at))
-    solution = bl.solve(
-        market.game(), firm2=bl.Implicit(bl.Scipy("L-BFGS-B")), optimizer=bl.Scipy("L-BFGS-B"), steps=40, starts=3
-    )
-    assert abs(float(solution.variables["firm1"]) - first) < ENDS
+    solution = bl.solve(market.game(), firm2=FIRM, optimizer=bl.Scipy("L-BFGS-B"), steps=40, starts=3)
+    # The profit is a parabola around each of these optima: its curvature is 2 with a rival at its capacity, else 1.
+    assert abs(float(solution.variables["firm1"]) - first) < left(LBFGS_DROP * market.profit(first), 1.0)
     assert (first, second, worth) == (4.0, 1.0, 2.0) or capacity != 1.0
 
 
@@ -55,19 +68,26 @@ def test_contracts_that_must_be_worth_signing(contract):
     with warnings.catch_warnings():
         # At a corner of two bounds SLSQP is at its optimum to rounding, and may still try steps to the end.
         warnings.simplefilter("ignore", bl.errors.NonConvergenceWarning)
-        found = bl.solve(contract.game(), effort=bl.Implicit(bl.Scipy("L-BFGS-B")), optimizer=DIRECT, steps=50)
-    assert (found.variables["terms"] - at["terms"]).abs().max() < ENDS
-    assert abs(float(found.multipliers["terms"]["inequality"]["participation"]) - price) < 10.0 * ENDS
+        found = bl.solve(contract.game(), effort=FIRM, optimizer=DIRECT, steps=50)
+    # Along participation the loss is -s / c + (1 / c + risk) s^2 / 2, of curvature 1.5; with the sum at its least,
+    # s^2 - s, of 2. The sum follows the share by a slope of at most 1.
+    ends = left(SLSQP_DROP, 1.5)
+    assert (found.variables["terms"] - at["terms"]).abs().max() < ends
+    # A multiplier is a slope of the Lagrangian over one of participation's, which is 1 in the sum: it is off by what
+    # their second derivatives, 2 and the price times 1.5, make of that, in two entries.
+    assert abs(float(found.multipliers["terms"]["inequality"]["participation"]) - price) < 2.0 * (2.0 + 1.5) * ends
 
 
 def test_guards_within_a_budget_against_every_coverage_of_a_grid():
     targets = Budget((4.0, 3.0, 2.0), (5.0, 2.0, 3.0), (1.0, 0.8, 0.5), 1.0, 2.0)
     _, best = targets.on_a_grid(40)
     found = bl.solve(targets.game(), attack=NEAREST, optimizer=DIRECT, steps=50, starts=3)
-    assert float(found.variables["coverage"] @ torch.tensor(targets.wages, dtype=D)) <= 1.0 + 1e-6
+    assert float(found.variables["coverage"] @ torch.tensor(targets.wages, dtype=D)) <= 1.0 + SLSQP_DROP
     value = float(targets.loss(found.variables["coverage"], found.variables["attack"]))
-    assert (found.variables["attack"] - targets.attack(found.variables["coverage"])).abs().max() < 1e-6
-    assert value <= best + 1e-4
+    # The attacker's loss has curvature 2, and its gradient is left at 1e-11 of what it was, at most 4.
+    assert (found.variables["attack"] - targets.attack(found.variables["coverage"])).abs().max() < 1e-10
+    # The grid's best is no better than the best, and 16 falls of the size of the last are not missed.
+    assert value <= best + 16.0 * SLSQP_DROP
 
 
 def test_braess():
@@ -77,8 +97,10 @@ def test_braess():
     flow, _ = SLSQP(roads.game(), {"toll": torch.zeros(1, dtype=D)}, SLSQP.init(roads.game()))
     assert (flow[0] - 2.0).abs().max() < 1e-9
     free = bl.solve(roads.game(), flow=SLSQP, optimizer=DIRECT, steps=30)
-    assert abs(float(roads.total_time(free.variables["flow"][0])) - 6 * 83.0) < 1e-3
-    assert float(free.variables["toll"]) >= 13.0 - 1e-2
+    # From a toll of 13 on nobody takes the new road, and the total is flat: the search cannot stop short of it by more
+    # than its falls. Up to 13 the total falls by at least 1 for each unit of toll near there.
+    assert abs(float(roads.total_time(free.variables["flow"][0])) - 6 * 83.0) < 16.0 * SLSQP_DROP
+    assert float(free.variables["toll"]) >= 13.0 - 16.0 * SLSQP_DROP
 
 
 @pytest.mark.slow
