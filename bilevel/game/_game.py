@@ -20,6 +20,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
 from bilevel.game.groups import Groups
+from bilevel.game.held import HeldBatches
 from bilevel.game.joining import joining
 from bilevel.game.joint import JointKKT
 from bilevel.game.kkt import KKT
@@ -426,6 +427,27 @@ class Game:
             if place["epoch"] != epoch:
                 return
             yield batch
+
+    def hold(self, player: str, batches: HeldBatches) -> None:
+        """Let `batches` keep all that is drawn for a player from now on, whoever draws it, until `release`.
+
+        What is drawn does not change. A list of batches is read by its numbers, and nothing of it is kept.
+        """
+        for stream in self._streams(player).values():
+            stream.held(batches)
+
+    def release(self, player: str, batches: HeldBatches) -> None:
+        """Keep nothing more of a player's batches."""
+        for stream in self._streams(player).values():
+            stream.released(batches)
+
+    def replay(self: Derived, player: str, batches: HeldBatches) -> Derived:
+        """The same game, in which a player draws nothing but batches that were held; `DataError` for others."""
+        streams = {name: stream.replayed(batches) for name, stream in self._streams(player).items()}
+        return self.derived(streams={**self._parts.streams, **streams})
+
+    def _streams(self, player: str) -> dict[str, Stream]:
+        return {member: self._parts.streams[member] for member in self.members(player) if member in self._parts.streams}
 
     def stop_reading(self) -> None:
         """Stop the workers that read the players' data; `solve` does so in the end.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bilevel.errors import DataError, ExhaustedDataError
+from bilevel.game.held import HeldBatches
 from bilevel.game.passes import END, Place, Reader, Source
 
 Batch = Any
@@ -44,10 +45,12 @@ class Stream:
         self._functions: tuple[Callable[[Batch], Batch], ...] = ()
         self._readers: list[Reader] = []
         self._recent = _RecentBatches()
+        self._holders: list[HeldBatches] = []
+        self._replayed: HeldBatches | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: the data. Readers cannot travel, and are made again."""
-        return vars(self) | {"_readers": [], "_recent": _RecentBatches()}
+        return vars(self) | {"_readers": [], "_recent": _RecentBatches(), "_holders": []}
 
     @staticmethod
     def start(seed: int = 0) -> Position:
@@ -56,9 +59,22 @@ class Stream:
 
     def mapped(self, function: Callable[[Batch], Batch]) -> Stream:
         """The same stream with a function of each batch; the two read together."""
-        other = Stream(self.owner, self.data, self.device)
+        other = self._copied()
         other._functions = (*self._functions, function)
-        other._readers, other._recent = self._readers, self._recent
+        return other
+
+    def held(self, batches: HeldBatches) -> None:
+        """Let somebody keep all that is drawn from now on, until `released`; a list is read again and not kept."""
+        self._holders.append(batches)
+
+    def released(self, batches: HeldBatches) -> None:
+        """Keep nothing more for him."""
+        self._holders[:] = [holder for holder in self._holders if holder is not batches]
+
+    def replayed(self, batches: HeldBatches) -> Stream:
+        """The same stream of the batches that were held: it reads nothing, and raises `DataError` where one is gone."""
+        other = self._copied()
+        other._replayed = batches
         return other
 
     def draw(self, position: Position) -> tuple[Batch, Position]:
@@ -71,10 +87,7 @@ class Stream:
         if isinstance(self.data, list | tuple):
             batch, (seed, epoch, index) = self._listed(self.data, place)
         else:
-            found = self._recent.find(place)
-            if found is None:
-                found = self._read(place)
-                self._recent.keep(place, found)
+            found = self._drawn(place) if self._replayed is None else self._held(self._replayed, place)
             batch, (seed, epoch, index) = found
         for function in self._functions:
             batch = function(batch)
@@ -84,6 +97,31 @@ class Stream:
         """Stop what reads, with its workers, and let go of the batches; the next draw begins its pass anew."""
         self._readers.clear()
         self._recent.clear()
+        self._holders.clear()
+
+    def _copied(self) -> Stream:
+        other = Stream(self.owner, self.data, self.device)
+        other._readers, other._recent, other._holders = self._readers, self._recent, self._holders
+        other._functions, other._replayed = self._functions, self._replayed
+        return other
+
+    def _drawn(self, place: Place) -> tuple[Batch, Place]:
+        found = self._recent.find(place)
+        if found is None:
+            found = self._read(place)
+            self._recent.keep(place, found)
+        for holder in self._holders:
+            holder.keep(self.owner, place, found)
+        return found
+
+    def _held(self, batches: HeldBatches, place: Place) -> tuple[Batch, Place]:
+        found = batches.find(self.owner, place)
+        if found is None:
+            seed, epoch, index = place
+            raise DataError(
+                f"Batch {index + 1} of pass {epoch + 1} of player {self.owner!r} (seed {seed}) is not held."
+            )
+        return found
 
     def _listed(self, batches: list[Batch] | tuple[Batch, ...], place: Place) -> tuple[Batch, Place]:
         seed, epoch, index = place

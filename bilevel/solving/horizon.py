@@ -2,94 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from bilevel.errors import BilevelError, BilevelWarning, UnreliableResponseWarning
-from bilevel.game import Game
-from bilevel.randomness import random_kept
+from bilevel.errors import BilevelError, DataError, UnreliableResponseWarning
+from bilevel.game import Buffers, Game
+from bilevel.game.data import Batch
+from bilevel.game.held import HeldBatches
+from bilevel.randomness import random_kept, random_state
+from bilevel.responses import Response
 from bilevel.responses.base import FartherLook
-from bilevel.solving.followers import Followers
+from bilevel.solving.disagreement import LOOKS, Disagreement, beyond_noise, disagreement
+from bilevel.solving.followers import Followers, States
 from bilevel.solving.history import History
 from bilevel.solving.warning_log import Log, caught, logged
 
 FIRST, SPACING = 16, 4
 """Leader steps in which it is looked: 16, 64, 256, ..."""
 
-SMALLEST = 1e-3
-"""A hypergradient so many times below the first step's says that the leader has arrived, and not which way to go."""
+HELD = 2**30
+"""Bytes of batches that are held for a look, at most."""
 
-RIGHT_WAY = 0.9
-"""A cosine above which a hypergradient that is too long leads where it should."""
+Looks = Mapping[str, list[Tensor]]
+"""Hypergradients `[n]` of looks that have no verdict yet, "near" and "far"; empty where nobody looks."""
 
 _KEY = f"{UnreliableResponseWarning.__name__} Short horizon:"
+_GIVEN_UP = f"{UnreliableResponseWarning.__name__} Horizon not"
 
 
 def due(step: int) -> bool:
-    """Whether to look in this step."""
+    """Whether to begin to look in this step."""
     while step > FIRST and step % SPACING == 0:
         step //= SPACING
     return step == FIRST
 
 
-def _cheap(game: Game, follower: str) -> bool:
-    """Whether a follower's next batches can be looked at twice: there are none, or a list of them."""
-    return all(
-        data is None or isinstance(data, list | tuple)
-        for data in (game.players[member].data for member in game.members(follower))
-    )
+@dataclass(frozen=True)
+class Place:
+    """Where a look starts: all that the leaders' gradients are functions of.
+
+    Args:
+        point: leader -> its variables, its own copies.
+        states: follower -> its response's state.
+        buffers: player -> its module's buffers.
+        batches: leader -> its batch.
+        random: the global random numbers' states.
+    """
+
+    point: Mapping[str, list[Tensor]]
+    states: States
+    buffers: Buffers
+    batches: Mapping[str, Batch]
+    random: Mapping[str, Tensor]
 
 
-def _short_horizon(
-    follower: str, look: FartherLook, own: Callable[[], Tensor], farther: Callable[[], Tensor], first: float
-) -> BilevelWarning | None:
-    """A warning where the longer horizon's hypergradient `[n]` is another one; `first` is the first step's norm."""
-    with caught():  # what the longer look says of itself is nobody's business
-        try:
-            near, far = own(), farther()
-        except (BilevelError, ValueError):  # it left what can be computed, or its rates end: it is no measure
+Slopes = Callable[[Game, Followers, Place], Tensor]
+"""The leaders' own gradients `[n]` at a place, through the followers' answers; nothing is kept."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A look that waits for the run to read the batches that it needs."""
+
+    begun: int
+    place: Place
+    batches: HeldBatches
+
+
+class HorizonWatch:
+    """Compares the follower's horizon with a longer one from the same place, now and then during a run.
+
+    It reads no batch: a look keeps those that the run itself reads, until there are as many as the longer horizon
+    takes, and then looks back from the place where it began. So whatever the data are, the run's batches and random
+    numbers are what they are without it. What is noisy is looked at up to `LOOKS` times before it is told.
+    """
+
+    def __init__(self, game: Game, followers: Followers, slopes: Slopes) -> None:
+        self._game, self._slopes = game, slopes
+        self._window: _Window | None = None
+        data = [player.data for player in game.players.values()]
+        self._same = all(
+            batches is None or (isinstance(batches, list | tuple) and len(batches) == 1) for batches in data
+        )
+        self._watched: _Watched | None = None
+        if len(followers.responses) == 1 and game.record_keys == ("",):
+            ((name, own),) = followers.responses.items()
+            look = own.farther
+            # Where a leader acts by the follower's start alone, so many steps are meant: the start is forgotten in the
+            # end.
+            if look is not None and not game.starts_alone(name):
+                self._watched = _Watched(name, own, look)
+
+    def watch(
+        self, log: Log, looks: Looks, step: int, history: History, here: Callable[[], Place]
+    ) -> tuple[Log, Looks]:
+        """The log and the looks under way, in a step in which nobody has moved yet."""
+        if self._watched is None or _GIVEN_UP in log:
+            return log, {}
+        if self._same:
+            return (
+                self._now(self._watched, log, step, _first(history), here()) if due(step) else carried(log, step)
+            ), {}
+        window = self._window
+        if window is not None and step < window.begun + self._watched.calls:
+            return carried(log, step), looks
+        if window is None:
+            log = carried(log, step)
+        else:
+            log, looks = self._back(self._watched, window, log, looks, step, _first(history))
+        if (looks or due(step)) and _GIVEN_UP not in log:
+            looks = looks or {"near": [], "far": []}
+            self._window = _Window(step, here(), HeldBatches(HELD))
+            self._game.hold(self._watched.follower, self._window.batches)
+        return log, looks
+
+    def _now(self, watched: _Watched, log: Log, step: int, first: float, place: Place) -> Log:
+        """The log after looks on the same batches, of which there are none or one; random numbers are new each time."""
+        looks: Looks = {"near": [], "far": []}
+        while True:
+            found = self._pair(watched, self._game, place)
+            if not isinstance(found, _Pair):
+                return logged(log, found, step)
+            looks = {"near": [*looks["near"], found.near], "far": [*looks["far"], found.far]}
+            noisy = any(not torch.equal(state, place.random[key]) for key, state in found.random.items())
+            told = watched.verdict(looks, first, noisy=noisy)
+            if told is not None:
+                return logged(log, told, step)
+            place = replace(place, random=found.random)
+
+    def _back(
+        self, watched: _Watched, window: _Window, log: Log, looks: Looks, step: int, first: float
+    ) -> tuple[Log, Looks]:
+        """The log and the looks after a look from where the window began, on what was read since."""
+        self._window = None
+        self._game.release(watched.follower, window.batches)
+        if window.batches.full:
+            return logged(log, [watched.unexamined(f"its batches take more than {HELD / 2**30:.3g} GiB")], step), {}
+        found = self._pair(watched, self._game.replay(watched.follower, window.batches), window.place)
+        if not isinstance(found, _Pair):
+            return logged(log, found, step), {}
+        looks = {"near": [*looks["near"], found.near], "far": [*looks["far"], found.far]}
+        told = watched.verdict(looks, first, noisy=True)
+        return (carried(log, step), looks) if told is None else (logged(log, told, step), {})
+
+    def _pair(self, watched: _Watched, game: Game, place: Place) -> _Pair | list[UnreliableResponseWarning]:
+        """The hypergradients by either horizon, from the same place and random numbers, or what is to be told."""
+        slopes: list[Tensor] = []
+        with caught():  # what the longer look says of itself is nobody's business
+            try:
+                for response in (watched.own, watched.look.response):
+                    with random_kept(game.device, start=place.random):
+                        slopes.append(self._slopes(game, Followers(game, {watched.follower: response}), place))
+                        random = random_state(game.device)
+            except DataError:
+                return [watched.unexamined("not all batches that it takes were held")]
+            except (BilevelError, ValueError):  # it left what can be computed, or its rates end: it is no measure
+                return []
+            except torch.OutOfMemoryError:
+                if distributed.is_available() and distributed.is_initialized():
+                    raise  # the other ranks wait for this one
+                return [watched.unexamined("the longer look does not fit into memory")]
+        return _Pair(slopes[0], slopes[1], random)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The hypergradients `[n]` by either horizon, and the random numbers' states after the longer one."""
+
+    near: Tensor
+    far: Tensor
+    random: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A follower, its response, and what that is held against."""
+
+    follower: str
+    own: Response
+    look: FartherLook
+
+    @property
+    def calls(self) -> int:
+        """How many calls of the response read what one call of the longer one reads."""
+        own, far = self.own.steps_a_call, self.look.response.steps_a_call
+        return SPACING if own is None or far is None else math.ceil(far / own)
+
+    def verdict(self, looks: Looks, first: float, *, noisy: bool) -> list[UnreliableResponseWarning] | None:
+        """What these looks find, nothing or a warning; None where one look more is to decide."""
+        near, far, tolerance = looks["near"], looks["far"], self.look.tolerance
+        found = disagreement(near, far, tolerance, first)
+        if found is None:
+            return []
+        if noisy and len(near) < LOOKS:
             return None
-    size = float(torch.linalg.vector_norm(far))
-    if not SMALLEST * first < size < float("inf"):
-        return None
-    missing = float(torch.linalg.vector_norm(far - near)) / size
-    if not missing > look.tolerance:
-        return None
-    cosine = float(near @ far) / (float(torch.linalg.vector_norm(near)) * size or 1.0)
-    if cosine > RIGHT_WAY and float(torch.linalg.vector_norm(near)) > size:  # longer, the same way: no edge lies there
-        return None
-    way = "points the other way" if cosine < 0.0 else f"has a cosine of {cosine:.2f} to it"
-    return UnreliableResponseWarning(
-        f"Short horizon: the response of player {follower!r} {look.told} from the same place give another "
-        f"hypergradient. Of that, the one in use misses {missing:.0%}, and it {way}: norm {float(near.norm()):.3g} for "
-        f"{size:.3g}. What only a few steps gain is not what the leader wants in the end: regularisation, for one, is "
-        "driven to an edge. Give it more steps=, use Implicit, or accept it by tolerance=None."
-    )
+        if noisy and not beyond_noise(near, far, tolerance):
+            return []
+        return [self._short(found, len(near))]
+
+    def _short(self, found: Disagreement, count: int) -> UnreliableResponseWarning:
+        way = "points the other way" if found.cosine < 0.0 else f"has a cosine of {found.cosine:.2f} to it"
+        mean = f", in the mean of {count} looks and beyond their noise" if count > 1 else ""
+        return UnreliableResponseWarning(
+            f"Short horizon: the response of player {self.follower!r} {self.look.told} from the same place give "
+            f"another hypergradient{mean}. Of that, the one in use misses {found.missing:.0%}, and it {way}: norm "
+            f"{found.near:.3g} for {found.far:.3g}. What only a few steps gain is not what the leader wants in the "
+            "end: regularisation, for one, is driven to an edge. Give it more steps=, use Implicit, or accept it by "
+            "tolerance=None."
+        )
+
+    def unexamined(self, why: str) -> UnreliableResponseWarning:
+        """That nobody knows whether the horizon is long enough."""
+        return UnreliableResponseWarning(
+            f"Horizon not examined: the response of player {self.follower!r} {self.look.told} would say whether that "
+            f"is enough, but {why}. Compare runs of other steps=, or accept it by tolerance=None."
+        )
 
 
-def looked_farther(
-    game: Game, followers: Followers, history: History, step: int, log: Log, slopes: Callable[[Followers], Tensor]
-) -> Log:
-    """The log with what a longer look from where the players are has found; `slopes` are the leaders' through it."""
-    looks = {name: response.farther for name, response in followers.responses.items()}
-    if len(looks) != 1 or game.record_keys != ("",):
-        return log
-    ((name, look),) = looks.items()
-    # Where a leader acts by the follower's start alone, so many steps are meant: in the end the start is forgotten.
-    if look is None or not _cheap(game, name) or game.starts_alone(name):
-        return log
-    first = history.records()[0]["gradient_norm"]
-    farther = Followers(game, {name: look.response})
-    with random_kept(game.device):
-        found = _short_horizon(name, look, partial(slopes, followers), partial(slopes, farther), first)
-    return logged(log, [] if found is None else [found], step)
+def _first(history: History) -> float:
+    """The norm of the leaders' gradient in the first step."""
+    return float(history.records()[0]["gradient_norm"])
 
 
 def carried(log: Log, step: int) -> Log:
-    """The log in a step without a look: what the last look found still holds."""
+    """The log in a step without a verdict: what the last one found still holds."""
     entry = log.get(_KEY)
     if entry is None or entry["last"] != step - 1:
         return log

@@ -30,6 +30,7 @@ class Moment:
         products: of the dynamics.
         seconds: of the steps.
         warned: the responses' warnings.
+        looks: hypergradients by the follower's horizon and by a longer one, which have no verdict yet.
         changes: settings that the run was resumed with, other than those that it began with.
         lagrangians: leader with functions -> its multipliers and its penalty.
     """
@@ -45,5 +46,6 @@ class Moment:
     products: int = 0
     seconds: float = 0.0
     warned: Log = field(default_factory=dict)
+    looks: Mapping[str, list[Tensor]] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
     lagrangians: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

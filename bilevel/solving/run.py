@@ -42,7 +42,7 @@ from bilevel.solving.driven import (
 from bilevel.solving.evaluation import StepEvaluator
 from bilevel.solving.followers import Followers, States, with_followers
 from bilevel.solving.history import History, Observe, Record, loss_key, refuse_ambiguous, summary
-from bilevel.solving.horizon import carried, due, looked_farther
+from bilevel.solving.horizon import HorizonWatch, Looks, Place
 from bilevel.solving.identity import accepted, differ, identity, in_words, touches
 from bilevel.solving.leader_functions import Values, functions_of
 from bilevel.solving.leaders import LeaderOptimizer, Leaders
@@ -102,6 +102,7 @@ class Run:
         self.driven: Driven | None = None
         self.history = History()
         self.whole = True
+        self._watch = HorizonWatch(game, self.followers, self._slopes)
         self._batches: dict[str, Batch] = {}  # the leaders' last
         in_place = self.followers.in_place
         told = (
@@ -142,7 +143,7 @@ class Run:
         played = self._evaluator(drawn)
         memory, warned, products = now.memory, now.warned, now.products
         looked = time.perf_counter()
-        warned = self._looked_farther(warned)
+        warned, looks = self._watched(warned)
         began += time.perf_counter() - looked  # to look takes no part in the method's time, nor in its work
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
@@ -174,6 +175,7 @@ class Run:
             products=products,
             seconds=now.seconds + time.perf_counter() - began,
             warned=warned,
+            looks=looks,
             changes=now.changes,
             lagrangians={n: self._learned(n, played.first.functions[n], norms[n]) for n in now.lagrangians},
         )
@@ -286,23 +288,25 @@ class Run:
         self._went(after, self._losses(played), [norm], played.first.functions)
         return entry
 
-    def _looked_farther(self, log: Log) -> Log:
-        """The log with whether the follower's horizon is too short, in the few steps in which that is looked at."""
-        step = self.now.step + 1
-        if not due(step):
-            return carried(log, step)  # nothing, where nothing was found
-        return looked_farther(self.game, self.followers, self.history, step, log, self._slopes)
+    def _watched(self, log: Log) -> tuple[Log, Looks]:
+        """The log with whether the follower's horizon is too short, and the looks that have no verdict yet."""
+        return self._watch.watch(log, self.now.looks, self.now.step + 1, self.history, self._here)
 
-    def _slopes(self, followers: Followers) -> Tensor:
-        """The leaders' own gradients `[n]` where they are, through other responses' answers; nothing is kept."""
+    def _here(self) -> Place:
+        """Where the leaders' gradients are taken in this step."""
+        point = {name: [t.detach().clone() for t in leaf] for name, leaf in self.leaders.points.items()}
+        return Place(point, self.now.states, self.now.buffers, self._batches, random_state(self.game.device))
+
+    def _slopes(self, game: Game, followers: Followers, place: Place) -> Tensor:
+        """The leaders' own gradients `[n]` at a place, through these responses' answers; nothing is kept."""
         with torch.enable_grad():
-            point = {n: [t.detach().clone().requires_grad_() for t in p] for n, p in self.leaders.points.items()}
-            variables, states, buffers = followers.respond(self.leaders.trees(point), self.now.states, self.now.buffers)
-            buffers = {**buffers, **self.game.statistics(variables, states)}
+            point = {n: [t.clone().requires_grad_() for t in p] for n, p in place.point.items()}
+            variables, states, buffers = followers.respond(self.leaders.trees(point), place.states, place.buffers)
+            buffers = {**buffers, **game.statistics(variables, states)}
             slopes: list[Tensor] = []
             for name in self.leaders.names:
-                loss, _ = self.game.evaluate(name, variables, self._batches[name], buffers)
-                slopes += gradients_of(self.game.total(loss), point[name], retain_graph=True)
+                loss, _ = game.evaluate(name, variables, place.batches[name], buffers)
+                slopes += gradients_of(game.total(loss), point[name], retain_graph=True)
         return join(slopes).detach()
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:

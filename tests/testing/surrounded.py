@@ -324,7 +324,11 @@ def _no_fault_seen(patch: Any) -> None:
 
 
 def _no_look(patch: Any) -> None:
-    patch.setattr("bilevel.solving.run.due", lambda step: False)
+    patch.setattr("bilevel.solving.horizon.due", lambda step: False)
+
+
+def _no_look_back(patch: Any) -> None:
+    patch.setattr("bilevel.solving.horizon.HorizonWatch._back", lambda self, watched, window, log, *given: (log, {}))
 
 
 def _settings_pass(patch: Any) -> None:
@@ -352,4 +356,5 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "far start not examined": ("far start", IMPLICIT, _no_examination),
     "curvature not examined": ("no minimum", DENSE, _no_examination),
     "horizon not looked at": ("short horizon", COLD, _no_look),
+    "horizon not looked at with data": ("short horizon, data", COLD, _no_look_back),
 }

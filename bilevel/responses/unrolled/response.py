@@ -58,7 +58,8 @@ class Unrolled(Response):
             graph of every step; `Segments(memory=...)` takes most of them again in backward, for a small part of the
             memory; `ForwardMode()` carries the derivatives along, for a few leader's entries and any number of steps.
         tolerance: In leader steps 16, 64, 256, ... `solve` compares the hypergradient with one of four times the
-            horizon, and warns where more than this share of the longer one's is missing; None compares nothing.
+            horizon, and warns where more than this share of the longer one's is missing, on minibatches in the mean of
+            five looks and beyond their noise; None compares nothing.
 
     Raises:
         TypeError: For optimisers that cannot be differentiated (LBFGS, Adafactor, Rprop, a subclass that overrides

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.game import Game, Player
@@ -76,6 +77,8 @@ class ShortSighted:
     """
 
     curvature: float = 0.125
+    spread: float | None = None
+    """Of what the follower is fitted to, 1 in the mean, in batches of a shuffled `DataLoader`; None for no data."""
 
     def game(self) -> Game:
         """The leader at a decay far below the curvature."""
@@ -87,7 +90,14 @@ class ShortSighted:
         def follow(x: Tensor, y: Tensor) -> Tensor:
             return 0.5 * self.curvature * (y - 1.0) ** 2 + 0.5 * x.exp() * y**2
 
-        return Game(x=Player(lead, zero - 5.0), y=Player(follow, zero))
+        def fit(x: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+            return 0.5 * self.curvature * (y - batch).square().mean() + 0.5 * x.exp() * y**2
+
+        if self.spread is None:
+            return Game(x=Player(lead, zero - 5.0), y=Player(follow, zero))
+        rows: Any = 1.0 + self.spread * torch.linspace(-1.0, 1.0, 64, dtype=torch.float64)
+        data: DataLoader[Tensor] = DataLoader(rows, batch_size=4, shuffle=True)
+        return Game(x=Player(lead, zero - 5.0), y=Player(fit, zero, data=data))
 
     def best_response(self, x: Tensor) -> Tensor:
         """h / (h + e^x)."""
@@ -238,4 +248,11 @@ ALARMS = (
     Law("far start", "whoever stops far from the optimum warns", _one(FarStart(_FLAT)), far_start, 0.1),
     Law("no minimum", "a saddle is told of", _one(Saddle()), no_minimum, 0.1),
     Law("short horizon", "few steps that lead astray are told of", _one(ShortSighted()), short_horizon, 0.1),
+    Law(
+        "short horizon, data",
+        "few steps that lead astray are told of on minibatches",
+        _one(ShortSighted(spread=1.0)),
+        short_horizon,
+        0.1,
+    ),
 )
