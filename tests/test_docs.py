@@ -16,8 +16,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # These have the full size of their problem, and are run shorter: they do not converge, and say so by their warnings.
 SLOW_AND_WARNING = {"README.md", "docs/three-responses.md"}
 LENGTH = ("epochs = 100", "epochs = 3")
-# Ten seconds and more.
-SLOW = {"docs/nash.md", "docs/functions.md", "docs/reweighting.md", "docs/paper.md", *SLOW_AND_WARNING}
+# Three seconds and more.
+SLOW = {
+    *(f"docs/{name}.md" for name in ("nash", "functions", "reweighting", "paper", "tuning", "tutorial", "minibatches")),
+    *SLOW_AND_WARNING,
+}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 # Pages that show other libraries: a block whose imports are not all installed is passed over; `found` names the others.
 SHOWS_OTHERS = {"coming-from.md", "integrations.md"}

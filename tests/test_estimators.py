@@ -194,6 +194,7 @@ def test_features_that_matter_are_penalised_less_and_predictions_improve():
     assert tuned_error < 0.9 * single_error
 
 
+@pytest.mark.slow
 def test_features_that_do_not_matter_drop_out():
     X, y, truth = make_regression(200, 60, n_informative=8, noise=60.0, coef=True, random_state=0)
     X, X_test, y, y_test = train_test_split(X, (y - y.mean()) / y.std(), test_size=0.3, random_state=0)

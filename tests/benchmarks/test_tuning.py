@@ -34,6 +34,7 @@ def test_the_game_is_the_training(made):
         assert float(slope @ direction) == pytest.approx(wanted, rel=1e-4, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_nothing_leaves_its_box():
     problem = ten(0)
     far = torch.tensor([-100.0, 100.0]).repeat(5)

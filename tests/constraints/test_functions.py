@@ -161,6 +161,7 @@ def bent_game():
     )
 
 
+@pytest.mark.slow
 def test_a_nonlinear_follower_is_differentiated_as_its_re_solved_selves():
     game, response = bent_game(), bl.Implicit(bl.Scipy("SLSQP"))
     x = game.initial("x")

@@ -54,6 +54,7 @@ def played(method, rate=0.8, inner=0.6, steps=150, follow=follow):
 # Their limits --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "values", "order"),
     [

@@ -157,6 +157,7 @@ def test_every_response_on_games_of_each_kind(tmp_path):
     assert all(r.stationarity <= 1e-10 for r in found.references if r.kind == "converged")
 
 
+@pytest.mark.slow
 def test_laws_are_kept_and_shown(tmp_path):
     run = ["--game", "cournot", "--response", "implicit CG", "--steps", "1", "--seeds", "1", "--laws", "1"]
     assert call(*run, "--output", tmp_path).exit_code == 0

@@ -140,6 +140,7 @@ def off(sample, wanted):
 NEUMANN = bl.Neumann(max_steps=6, step_size=STEP, power_steps=0, rtol=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["neumann", "sgd"])
 def test_fresh_batches_are_right_on_average(kind):
     """The mean over draws is the same steps with the mean matrix: within 4.5 standard errors in 3 coordinates,

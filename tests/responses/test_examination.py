@@ -138,6 +138,7 @@ def bertrand(units=1.0):
     return bl.Game(**players).joined(rest=("p2", "p3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [1.0, 100.0])
 def test_a_zero_where_demand_has_died_out_is_told(units):
     """Powell's method walks to a price of 115, where each derivative of the profit is 1e-97."""

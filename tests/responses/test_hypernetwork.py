@@ -75,6 +75,7 @@ def test_recentring_keeps_the_map():
     assert torch.equal(after["centre"], x)
 
 
+@pytest.mark.slow
 def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
     # Algorithm 2: y* = tanh-like bend of x over [-2, 2].
     played = bl.Game(
@@ -248,6 +249,7 @@ def uniform(others, generator):
     return {"x": 4 * torch.rand(3, generator=generator, dtype=D) - 2}
 
 
+@pytest.mark.slow
 def test_a_map_is_fitted_wherever_the_sampler_draws():
     # The response of a quadratic game is one linear map, so that any p(x) of full rank finds it.
     fixed = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=D)

@@ -193,6 +193,7 @@ def test_it_holds_what_laws_ask_of_a_response():
     assert {law for law in held if rows[law] != "holds"} == set(), str(report)
 
 
+@pytest.mark.slow
 def test_a_bias_stated_too_small_is_caught():
     laws = [law for law in LAWS if law.name == "stated bias"]
     stated = LastStep(partial(torch.optim.SGD, lr=1.0), steps=100, bias=0.5)

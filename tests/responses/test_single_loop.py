@@ -212,6 +212,7 @@ def test_decaying_steps_go_by_a_scheduler():
     assert off(decaying=True) < 0.5 * off(decaying=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", REDUCTIONS, ids=NAMES)
 def test_in_float32_nothing_drifts(variance):
     data = [tuple(part.float() for part in batch) for batch in batches_of(noise=0.0)]

@@ -76,6 +76,7 @@ def test_nash_is_stationary_for_everybody(known):
     assert repeatable(known) == known
 
 
+@pytest.mark.slow
 @QUICK
 @given(strategies.trilevels())
 def test_trilevel_stackelberg_is_where_the_first_player_stands_still(known):

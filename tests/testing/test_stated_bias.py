@@ -53,6 +53,7 @@ def test_a_bias_of_one_states_nothing():
     assert report.rows[0].verdict == "fails" and "a derivative of zero would meet" in report.rows[0].note
 
 
+@pytest.mark.slow
 def test_who_states_no_bias_and_reports_no_residual_is_not_held_to_the_exact_answer():
     truncated = bl.Unrolled(partial(torch.optim.SGD, lr=0.5), steps=50, backprop_steps=4)
     report = check_response(truncated, laws=(*ANSWERS, *REPORTS, *INVARIANCE, *STATE), examples=2)
