@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -155,16 +157,23 @@ class Player:
         return named_functions(INEQUALITY, self.inequality) | named_functions(EQUALITY, self.equality)
 
     @cached_property
-    def _parameters(self) -> dict[int, tuple[Callable[..., Any], tuple[str, ...]]]:
+    def _parameters(self) -> dict[int, tuple[weakref.ref[Any], tuple[str, ...]]]:
         return {}
 
     def parameters(self, function: Callable[..., Any]) -> tuple[str, ...]:
         """The parameters that one of its functions must be called with."""
-        # By which function it is, which no copy and no other process shares. It is held too: another one could be made
-        # where it was, with its id.
-        if id(function) not in self._parameters:
-            self._parameters[id(function)] = function, required(function)
-        return self._parameters[id(function)][1]
+        # By which function it is, which no copy and no other process shares; not held, for somebody may make new ones
+        # in each call. Another one can come where it was, with its id.
+        kept = self._parameters.get(id(function))
+        if kept is not None and kept[0]() is function:
+            return kept[1]
+        found = required(function)
+        with suppress(TypeError):  # what takes no weak reference is asked again
+            self._parameters[id(function)] = (
+                weakref.ref(function, partial(_forget, self._parameters, id(function))),
+                found,
+            )
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_parameters"}
@@ -340,3 +349,9 @@ def kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"{value!r}" if value is None else f"a {type(value).__name__}"
+
+
+def _forget(known: dict[int, tuple[weakref.ref[Any], Any]], key: int, gone: weakref.ref[Any]) -> None:
+    """Let go of what was known of a function that is gone, unless another has come in its place."""
+    if key in known and known[key][0] is gone:
+        del known[key]

@@ -157,8 +157,9 @@ class Ranks:
         if error is not None and not isinstance(error, ParallelError):
             told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             self._stored(lambda store: store.set(f"{_KEY}.{self.rank}", told))
+        group, self._group = self._group, None  # its connections close, and the others hear of it, when nobody has it
         try:
-            distributed.destroy_process_group(self._group)
+            distributed.destroy_process_group(group)
         except (RuntimeError, ValueError, AssertionError):
             return  # the program has ended the whole of it already
 

@@ -81,8 +81,8 @@ class HorizonWatch:
     numbers are what they are without it. What is noisy is looked at up to `LOOKS` times before it is told.
     """
 
-    def __init__(self, game: Game, followers: Followers, slopes: Slopes) -> None:
-        self._game, self._slopes = game, slopes
+    def __init__(self, game: Game, followers: Followers) -> None:
+        self._game = game
         self._window: _Window | None = None
         data = [player.data for player in game.players.values()]
         self._same = all(
@@ -98,14 +98,19 @@ class HorizonWatch:
                 self._watched = _Watched(name, own, look)
 
     def watch(
-        self, log: Log, looks: Looks, step: int, history: History, here: Callable[[], Place]
+        self, log: Log, looks: Looks, step: int, history: History, here: Callable[[], Place], slopes: Slopes
     ) -> tuple[Log, Looks]:
-        """The log and the looks under way, in a step in which nobody has moved yet."""
+        """The log and the looks under way, in a step in which nobody has moved yet.
+
+        `here` and `slopes` are the run's. They are not kept: the run keeps this, and in a circle would not be freed.
+        """
         if self._watched is None or _GIVEN_UP in log:
             return log, {}
         if self._same:
             return (
-                self._now(self._watched, log, step, _first(history), here()) if due(step) else carried(log, step)
+                self._now(self._watched, log, step, _first(history), here(), slopes)
+                if due(step)
+                else carried(log, step)
             ), {}
         window = self._window
         if window is not None and step < window.begun + self._watched.calls:
@@ -113,18 +118,18 @@ class HorizonWatch:
         if window is None:
             log = carried(log, step)
         else:
-            log, looks = self._back(self._watched, window, log, looks, step, _first(history))
+            log, looks = self._back(self._watched, window, log, looks, step, _first(history), slopes)
         if (looks or due(step)) and _GIVEN_UP not in log:
             looks = looks or {"near": [], "far": []}
             self._window = _Window(step, here(), HeldBatches(HELD))
             self._game.hold(self._watched.follower, self._window.batches)
         return log, looks
 
-    def _now(self, watched: _Watched, log: Log, step: int, first: float, place: Place) -> Log:
+    def _now(self, watched: _Watched, log: Log, step: int, first: float, place: Place, how: Slopes) -> Log:
         """The log after looks on the same batches, of which there are none or one; random numbers are new each time."""
         looks: Looks = {"near": [], "far": []}
         while True:
-            found = self._pair(watched, self._game, place)
+            found = self._pair(watched, self._game, place, how)
             if not isinstance(found, _Pair):
                 return logged(log, found, step)
             looks = {"near": [*looks["near"], found.near], "far": [*looks["far"], found.far]}
@@ -135,28 +140,30 @@ class HorizonWatch:
             place = replace(place, random=found.random)
 
     def _back(
-        self, watched: _Watched, window: _Window, log: Log, looks: Looks, step: int, first: float
+        self, watched: _Watched, window: _Window, log: Log, looks: Looks, step: int, first: float, how: Slopes
     ) -> tuple[Log, Looks]:
         """The log and the looks after a look from where the window began, on what was read since."""
         self._window = None
         self._game.release(watched.follower, window.batches)
         if window.batches.full:
             return logged(log, [watched.unexamined(f"its batches take more than {HELD / 2**30:.3g} GiB")], step), {}
-        found = self._pair(watched, self._game.replay(watched.follower, window.batches), window.place)
+        found = self._pair(watched, self._game.replay(watched.follower, window.batches), window.place, how)
         if not isinstance(found, _Pair):
             return logged(log, found, step), {}
         looks = {"near": [*looks["near"], found.near], "far": [*looks["far"], found.far]}
         told = watched.verdict(looks, first, noisy=True)
         return (carried(log, step), looks) if told is None else (logged(log, told, step), {})
 
-    def _pair(self, watched: _Watched, game: Game, place: Place) -> _Pair | list[UnreliableResponseWarning]:
+    def _pair(
+        self, watched: _Watched, game: Game, place: Place, how: Slopes
+    ) -> _Pair | list[UnreliableResponseWarning]:
         """The hypergradients by either horizon, from the same place and random numbers, or what is to be told."""
         slopes: list[Tensor] = []
         with caught():  # what the longer look says of itself is nobody's business
             try:
                 for response in (watched.own, watched.look.response):
                     with random_kept(game.device, start=place.random):
-                        slopes.append(self._slopes(game, Followers(game, {watched.follower: response}), place))
+                        slopes.append(how(game, Followers(game, {watched.follower: response}), place))
                         random = random_state(game.device)
             except DataError:
                 return [watched.unexamined("not all batches that it takes were held")]

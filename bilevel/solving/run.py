@@ -102,7 +102,7 @@ class Run:
         self.driven: Driven | None = None
         self.history = History()
         self.whole = True
-        self._watch = HorizonWatch(game, self.followers, self._slopes)
+        self._watch = HorizonWatch(game, self.followers)
         self._batches: dict[str, Batch] = {}  # the leaders' last
         in_place = self.followers.in_place
         told = (
@@ -290,7 +290,7 @@ class Run:
 
     def _watched(self, log: Log) -> tuple[Log, Looks]:
         """The log with whether the follower's horizon is too short, and the looks that have no verdict yet."""
-        return self._watch.watch(log, self.now.looks, self.now.step + 1, self.history, self._here)
+        return self._watch.watch(log, self.now.looks, self.now.step + 1, self.history, self._here, self._slopes)
 
     def _here(self) -> Place:
         """Where the leaders' gradients are taken in this step."""

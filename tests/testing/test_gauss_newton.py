@@ -94,7 +94,11 @@ LINEAR = InParts(bl.Implicit(SGD, steps=50, tolerance=1e-8))
 def test_it_obeys_the_laws_where_the_loss_has_no_slope_in_bent_outputs(bent):
     # It leaves out the outputs' own curvature, times the loss's slope in them: linear ones have none, and where the
     # loss is all there is, its slope vanishes where the player rests.
-    report = check_response(replace(LINEAR, bent=bent), examples=5)
+    # These parts take plain tensors and no module, and undo bent outputs only near 0.
+    left_out = {"modules", "threads", "far start"}
+    report = check_response(
+        replace(LINEAR, bent=bent), laws=[law for law in LAWS if law.name not in left_out], examples=5
+    )
     verdicts = {row.law: row.verdict for row in report.rows}
     held = {"exact", "exact, nested variables", "exact, float32", "budget", "nothing silent", "work", "chunks"}
     held |= {"nothing mutated", "resume", "warm start", "order of players", "scalar = vector"}
