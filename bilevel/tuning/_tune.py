@@ -21,7 +21,7 @@ from bilevel.responses import Response
 from bilevel.solving import Solution, solve
 from bilevel.solving.history import Record
 from bilevel.tuning.retraining import trained_on
-from bilevel.tuning.rule import CHECK, WARMUP, Plan, plan, share
+from bilevel.tuning.rule import Plan, plan, share
 from bilevel.tuning.tuned import Tuned
 from bilevel.tuning.values import numbers
 
@@ -43,8 +43,8 @@ def tune(
     clip_norm: float | None = None,
     response: Response | None = None,
     every: int = 5,
-    warmup: float = WARMUP,
-    check: float = CHECK,
+    warmup: float = 0.1,
+    check: float = 0.125,
     leader: OptimizerFactory | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
