@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -97,6 +97,7 @@ def _called_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    _require_values(input, [0, *range(2, input.ndim)], training)
     return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
@@ -110,7 +111,14 @@ def _called_instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    _require_values(input, range(2, input.ndim), use_input_stats)
     return _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps)
+
+
+def _require_values(input: Tensor, dims: Iterable[int], own: bool) -> None:
+    """What PyTorch's functions refuse: the moments of a single value."""
+    if own and math.prod(input.shape[dim] for dim in dims) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(input.shape)}.")
 
 
 def _by_channel(
@@ -124,7 +132,7 @@ def _by_channel(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalised over `dims` of `[examples, channels, ...]`, by the input' own moments or by running ones."""
+    """Normalised over `dims` of `[examples, channels, ...]`, by the input's own moments or by running ones."""
     wide, shape = _wide(input), [1, -1, *[1] * (input.ndim - 2)]
     if own or running_mean is None or running_var is None:
         variance, mean = torch.var_mean(wide, list(dims), correction=0, keepdim=True)

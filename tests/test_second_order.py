@@ -558,3 +558,12 @@ def test_tasks_by_vmap_with_a_shared_leader(response):
     torch.testing.assert_close(grad(lambda t: shared(t, *batches).mean())(theta), wanted)
     torch.testing.assert_close(grad(lambda t: vmap(task)(t.expand(4, 3), *batches).mean())(theta), wanted)
     torch.testing.assert_close(torch.autograd.grad(shared(leaf, *batches).mean(), leaf)[0], wanted)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(2), torch.nn.InstanceNorm1d(2, track_running_stats=True)])
+def test_elementary_layers_refuse_a_single_value_as_pytorchs_do(layer):
+    alone = torch.ones(1, 2, 1) if isinstance(layer, torch.nn.InstanceNorm1d) else torch.ones(1, 2)
+    with pytest.raises(ValueError, match="Expected more than 1"):
+        layer(alone)
+    with Elementary(NORMS_OF_TORCH), pytest.raises(ValueError, match="Expected more than 1"):
+        layer(alone)

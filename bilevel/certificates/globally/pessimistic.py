@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.certificates.globally.faces import Face
-from bilevel.certificates.globally.pieces import OPEN, Choice, Point, Search
+from bilevel.certificates.globally.pieces import OPEN, Choice, Point, Search, lowest
 from bilevel.certificates.globally.reading import Programme
 from bilevel.errors import BilevelError, UnboundedError
 
@@ -155,7 +155,7 @@ class WorstAnswers:
         A, b, E, d, bounds = self.programme(node)
         cost = np.zeros(self.size)
         cost[-1] = 1.0
-        return _lowest(cost, A, b, E, d, bounds)
+        return lowest(cost, A, b, E, d, bounds)
 
     def broken(self, node: Node, v: Array) -> tuple[float, tuple[int, int] | None]:
         """By how much v breaks what is not decided, and where the most: (inequality, copy), or copy -1 for `held`."""
@@ -208,7 +208,7 @@ class WorstAnswers:
             cost[-1] = -1.0
             right = np.append(everything.right, np.zeros(int(held.sum())))
             level = np.concatenate([-read.start, equal.right, read.lower.right[held]])
-            found, at = _lowest(cost, A, right, E, level, bounds)
+            found, at = lowest(cost, A, right, E, level, bounds)
             good = at is not None and (not held.any() or -found > BROKEN)
             self._strict[known] = (at[:n], at[l], at[l.stop : -1]) if good and at is not None else None
         return self._strict[known]
@@ -230,22 +230,7 @@ class WorstAnswers:
         )
         free = np.full((self.m, 2), np.inf) * np.array([-1.0, 1.0])
         right = read.lower.right - read.lower.matrix[:, :n] @ x
-        return _lowest(np.zeros(self.m), self.A, right, E, level, free)[1]
-
-
-def _lowest(cost: Array, A: Array, b: Array, E: Array, d: Array, bounds: Array) -> tuple[float, Array | None]:
-    """The lowest cost and where; (inf, None) where nothing keeps the rows, (-inf, None) where it falls for ever."""
-    from scipy.optimize import linprog  # noqa: PLC0415 - importing bilevel stays light
-
-    found = linprog(cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
-    if found.status == 4:  # infeasible or unbounded, or lost in rounding
-        found = linprog(0.0 * cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
-        found.status = 3 if found.status == 0 else found.status
-    if found.status == 0:
-        return float(found.fun), np.asarray(found.x, dtype=np.float64)
-    if found.status in (2, 3):
-        return (math.inf if found.status == 2 else -math.inf), None
-    raise BilevelError(f"solve_globally: a linear programme ended with {found.message!r}.")
+        return lowest(np.zeros(self.m), self.A, right, E, level, free)[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,8 +82,6 @@ class Pieces:
 
         (inf, None) where nothing keeps it, (-inf, None) where eta falls for ever.
         """
-        from scipy.optimize import linprog  # noqa: PLC0415 - importing bilevel stays light
-
         A, b = self.inequalities
         E, d = self.equalities
         binding = choice == 1
@@ -96,15 +94,7 @@ class Pieces:
         low[self.N : self.N + self.l] = 0.0
         high[self.N : self.N + self.l][(choice == 0) | ~self.moving] = 0.0
         bounds = np.stack([low, high], axis=1)
-        found = linprog(cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
-        if found.status == 4:  # infeasible or unbounded
-            found = linprog(0.0 * cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
-            found.status = 3 if found.status == 0 else found.status
-        if found.status == 0:
-            return float(found.fun), np.asarray(found.x, dtype=np.float64)
-        if found.status in (2, 3):
-            return (math.inf if found.status == 2 else -math.inf), None
-        raise BilevelError(f"solve_globally: a linear programme ended with {found.message!r}.")
+        return lowest(cost, A, b, E, d, bounds)
 
     def solved(self, choice: Choice, tolerance: float) -> Point | None:
         """The best answer of a piece, every inequality decided; None where the piece is empty.
@@ -232,3 +222,18 @@ def branched(pieces: Pieces, best: Point | None, *, tolerance: float, max_nodes:
             child[pick] = side
             heapq.heappush(open_nodes, (bound, next(order), child))
     return Search(best, math.inf if best is None else best.value, nodes, True)
+
+
+def lowest(cost: Array, A: Array, b: Array, E: Array, d: Array, bounds: Array) -> tuple[float, Array | None]:
+    """The lowest cost and where; (inf, None) where nothing keeps the rows, (-inf, None) where it falls for ever."""
+    from scipy.optimize import linprog  # noqa: PLC0415 - importing bilevel stays light
+
+    found = linprog(cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
+    if found.status == 4:  # infeasible or unbounded, or lost in rounding
+        found = linprog(0.0 * cost, A_ub=A, b_ub=b, A_eq=E, b_eq=d, bounds=bounds)
+        found.status = 3 if found.status == 0 else found.status
+    if found.status == 0:
+        return float(found.fun), np.asarray(found.x, dtype=np.float64)
+    if found.status in (2, 3):
+        return (math.inf if found.status == 2 else -math.inf), None
+    raise BilevelError(f"solve_globally: a linear programme ended with {found.message!r}.")
