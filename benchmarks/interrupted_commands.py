@@ -4,7 +4,7 @@ Every command at a small setting is stopped at random moments. Resumed, it must 
 stopped, without its times, or end in one line with a code that is not 0. Needs POSIX. Commands are run in forks, so
 that PyTorch is loaded once; figure 2 of the paper has fewer fits than in the paper.
 
-    python -m benchmarks.interrupted_commands --trials 5 --output docs/resuming/commands.json
+    python -m benchmarks.interrupted_commands --trials 5 --kills 20 --output docs/resuming/commands.json
 """
 
 from __future__ import annotations
@@ -309,6 +309,7 @@ def main() -> None:
     """Every command, stopped in every way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=5, help="rounds: of each command, stopped in each way")
+    parser.add_argument("--kills", type=int, default=0, help="rounds of kill -9, those of --trials among them")
     parser.add_argument("--only", action="append", help="commands; repeat it for several")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
@@ -337,9 +338,10 @@ def main() -> None:
             wholes[title] = replace(first, whole=whole, seconds=seconds)
             found[title] = {"seconds": seconds, "trials": {kind: [] for kind in KINDS}}
             print(f"{title:<22}{seconds:5.1f} s", flush=True)
-        for number in range(options.trials):  # in rounds: whoever ends it early has some of each
+        for number in range(max(options.trials, options.kills)):  # in rounds: whoever ends it early has some of each
+            kinds = KINDS if number < options.trials else {"kill -9": KINDS["kill -9"]}
             for title, trial in wholes.items():
-                for kind, stopped in KINDS.items():
+                for kind, stopped in kinds.items():
                     folder = place / f"{title} {kind} {number}"
                     folder.mkdir()
                     verdict = stopped(replace(trial, folder=folder))
