@@ -210,6 +210,40 @@ class Game:
         """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
         return None
 
+    @property
+    def undivided(self) -> Game:
+        """All that several processes play together, of which this may be a part."""
+        return self
+
+    @property
+    def leads_alike(self) -> bool:
+        """Whether the leaders' variables are the same in all processes that play this game together."""
+        return True
+
+    def gathered(self, tree: Variables) -> Variables:
+        """A tree of what is `[count, ...]` with what other processes have, where each plays some of the games."""
+        return tree
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes, where each plays some of the games."""
+        return list(numbers)
+
+    def everybodys(self, content: Any) -> list[Any]:
+        """Plain content of all processes that play other games than this one."""
+        return [content]
+
+    def whole_states(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """Followers' states with what other processes have, where each plays some of the games."""
+        return dict(states)
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around a step of a run: processes that play other games may draw other random numbers."""
+        return nullcontext()
+
+    def foreseeing(self) -> AbstractContextManager[object]:
+        """While somebody is asked what it will do, which other processes may not ask."""
+        return nullcontext()
+
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all processes that play this game together: here they themselves."""
         return list(numbers)

@@ -264,7 +264,7 @@ class Follower:
             flat = join([leaf.detach() for leaf in y])
             value, pulled = pullback(slope, flat)
             steep, length = self.norm(self.form.split(value.detach())), self.norm(list(y))
-            v = noise_like(flat, generator)
+            v = self.probe(flat, generator)
             norms = game.norms(self.form.split(v)) * float(value.requires_grad)  # a linear loss has no curvature
             for _ in range(products if value.requires_grad else 0):
                 unit = [leaf / spread(torch.where(norms > 0.0, norms, 1.0), leaf) for leaf in self.form.split(v)]
@@ -276,6 +276,10 @@ class Follower:
         usable = torch.isfinite(curvature) & (curvature > 0.0)
         found = 1.0 / torch.where(usable, curvature, 1.0)
         return found if found.ndim else float(found)
+
+    def probe(self, flat: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise in the form of its variables as one vector."""
+        return noise_like(flat, generator)
 
     def held_residual(self) -> HeldResidual:
         """F(y, *xs), for ever on the present batch, buffers and random numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,8 +155,9 @@ def broken(functions: LeaderFunctions, values: Values, violation: Tensor, tolera
     """A warning of a leader's functions that do not hold where it ended."""
     games: frozenset[int] | None = None
     if violation.ndim:
-        games = frozenset((violation > tolerance).nonzero().flatten().tolist())
-        what = f"in {len(games)} of {len(violation)} games, by {float(violation.max()):.3g} at most"
+        stack: Any = functions.game
+        games = frozenset((violation > tolerance).nonzero().flatten().add(stack.offset).tolist())
+        what = f"in {len(games)} of {stack.told}, by {float(violation.max()):.3g} at most"
     else:
         what = str(functions.told(values, tolerance))
     text = (

@@ -95,11 +95,11 @@ def mark_answer(axes: Axes, at: Tensor, shape: str, label: str) -> None:
     axes.plot(*at.tolist(), shape, color=BLACK, markersize=13, fillstyle="none", markeredgewidth=1.8, label=label)
 
 
-def finish_axes(axes: Axes, box: Box, *, x: str, y: str, title: str, place: str = "best") -> None:
+def finish_axes(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
     """Its names, its box and its legend."""
     label_axes(axes, x=x, y=y, title=title)
     axes.set(xlim=box[:2], ylim=box[2:])
-    axes.legend(fontsize=SMALL - 2, loc=place, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(fontsize=SMALL - 2, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
