@@ -143,7 +143,7 @@ class SharedScratch(Mutant):
 
     def __call__(self, game, others, state, batch=None):
         self.scratch["state"] = state
-        time.sleep(0.01)
+        time.sleep(0.2)  # long enough for the other thread on a busy machine
         return self.inner(game, others, self.scratch["state"], batch)
 
 

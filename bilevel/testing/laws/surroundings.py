@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from time import sleep
 from typing import Any
 
@@ -238,8 +239,14 @@ def threads_are_apart(subject: Subject, _: object) -> None:
         states = [response.init(game, seed=seed) for seed in (0, 1)]
         _, states[1] = _module_slope(response, game, states[1])
         alone = [_module_slope(response, game, copy.copy(state)) for state in states]
+        begin = Barrier(2)
+
+        def beside(state: Any) -> Any:
+            begin.wait(60.0)  # a busy machine may start the second thread when the first one has ended
+            return _module_slope(response, game, copy.copy(state))
+
         with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(lambda state: _module_slope(response, game, copy.copy(state)), states))
+            together = list(pool.map(beside, states))
     for (slope, after), (wanted, kept) in zip(together, alone, strict=True):
         require_close(slope, wanted, 1e-12 * (1.0 + float(wanted.abs())), "hypergradient beside another thread's")
         same_bits(after.get("buffers"), kept.get("buffers"), "the buffers after a call beside another thread's")
