@@ -1,6 +1,6 @@
 """What an installed copy must do anywhere: run this by the Python of an environment that holds the wheel.
 
-Without an option: three responses, and the command `check`. With --laws a small conformance too, which needs Hypothesis.
+Without an option: three responses, and the command `check`. With --laws a small conformance too, by Hypothesis.
 """
 
 import json
