@@ -82,7 +82,7 @@ def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # torch's own forward mode, on its first use.
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             if shortened:
                 warnings.simplefilter("ignore", bl.BilevelWarning)
             if set(IMPORT.findall(body)) & OTHERS:  # their warnings are theirs to mend
