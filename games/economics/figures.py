@@ -209,7 +209,7 @@ def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     )
     label_axes(right, x="how often target 1 is guarded", y="the defender's payoff", title="What the defender expects")
     left.legend(fontsize=SMALL - 2, frameon=False)
-    right.legend(fontsize=SMALL - 2, frameon=False, loc="lower center")
+    right.legend(fontsize=SMALL - 2, frameon=False, loc="lower right")
     return figure
 
 
