@@ -39,7 +39,7 @@ from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Rep
 from bilevel.tree import Variables, flatten, leaves
 
 SIGN_HOLDS = 5.0
-"""The residual of a learned slope up to which its hypergradient mostly has the right sign (docs/decisions.md)."""
+"""The residual of a learned slope up to which its hypergradient's sign mostly holds (docs/decisions-derivatives.md)."""
 
 
 @final
