@@ -33,8 +33,9 @@ class Examination:
     Before there is a u, `at_once` puts the gradient's own step F / c in its place, c the curvature along F, which is
     shorter than Newton's.
 
-    Costs a few dot products, no product with A for one player; for several who answer together up to two products each,
-    since each one's own curvature is what counts. `at_once` costs one product where the start of the game was far.
+    Costs a few dot products. One player costs no product with A, or two where the solver passes over saddles; several
+    who answer together up to two each, since each one's own curvature is what counts. `at_once` costs one product
+    where the start of the game was far.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Examination:
         reference: Size,
         near: bool,
         curved: bool = True,
+        hidden: bool = False,
     ) -> None:
         self.game, self.follower, self.residual, self.y, self.slope = game, follower, residual, y, slope
         self.reference = torch.as_tensor(reference)
@@ -55,6 +57,8 @@ class Examination:
         """Whether to ask how far it is: not where it is known to have stopped short."""
         self.curved = curved
         """Whether curvature tells a minimum: not of one whom constraints may hold."""
+        self.hidden = hidden
+        """Whether the solver passes over negative curvature, so that the plane of u and A u is asked for it."""
         self.products = 0
         """How many it took."""
 
@@ -155,7 +159,14 @@ class Examination:
                 # The gradient at the start was another leader's, and a size of y tells nothing of an optimum at 0: what
                 # counts is the gradient's mean slope on the way from there for the leader as it is.
                 flat = flat & self._nothing(bound, self._size(self._start()), self._way())
-            return self._told(follower.name, curvature, flat, seen & (curvature < -left) & ~flat)
+            negative = seen & (curvature < -left) & ~flat
+            if self.hidden and len(u) > 1 and bool(found.beats_zero) and not bool((flat | negative).any()):
+                self.products += 2
+                with torch.no_grad():
+                    once = products(u, slice(1))[0]
+                    curvature = _lowest(inner, u, once, products(once, slice(1))[0])
+                negative = seen & (curvature < 0.0)
+            return self._told(follower.name, curvature, flat, negative)
         for member in self.game.members(follower.name):
             warning = self._member(member, found.solution, products)
             if warning is not None:
