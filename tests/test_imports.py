@@ -62,7 +62,8 @@ MAY = {
     "extend": RESPONSES | {"dynamics"},
     "certificates": SOLVE,
     "testing": SOLVE | {"certificates"},
-    "comparison": SOLVE | {"testing"},
+    "workers": set(),
+    "comparison": SOLVE | {"testing", "workers"},
     "estimators": RESPONSES,
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.

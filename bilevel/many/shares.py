@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,13 +109,13 @@ class Shares:
                 return values[rank] if mine else _largest(values)
             if set(tree) == {EACH}:
                 return {EACH: tree[EACH] if rank is None else tree[EACH][self._place(rank)]}
-            widths = _widths(tree) or widths
+            widths = widths if rank is None else _widths(tree) or widths
             found = {key: self.part(value, rank, widths) for key, value in tree.items()}
             step = found.get("step")
             if rank is not None and isinstance(step, Tensor) and step.ndim:
                 first = step.reshape(-1)[0]  # one for all, where it is the same in all: as the inner solver leaves it
                 found["step"] = first.to(torch.get_default_dtype()).cpu() if bool((step == first).all()) else step
-            return found
+            return _as(tree, found)
         if isinstance(tree, list | tuple):
             return type(tree)(self.part(one, rank, widths) for one in tree)
         if not isinstance(tree, Tensor) or rank is None:
@@ -139,7 +140,8 @@ class Shares:
                 "Play these games in one process."
             )
         widths = _widths(filled) or widths
-        return {key: self.whole([part[key] for part in given], f"{path}.{key}", widths) for key in filled}
+        found = {key: self.whole([part[key] for part in given], f"{path}.{key}", widths) for key in filled}
+        return _as(filled, found)
 
     def _blank(self, like: Mapping[str, Any], rank: int) -> dict[str, Any]:
         def zeros(value: Any) -> Any:
@@ -174,6 +176,8 @@ class Shares:
 
 def alone(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run's state as one process has it, whoever wrote it."""
+    if not _marked(run):
+        return dict(run)
     shares = Shares(())
     return {**run, **{key: shares.part(run[key], None) for key in _DIVIDED if key in run}}
 
@@ -181,10 +185,22 @@ def alone(run: Mapping[str, Any]) -> dict[str, Any]:
 def moved(tree: Any, place: Callable[[Tensor], Tensor]) -> Any:
     """A tree of plain data with its tensors elsewhere."""
     if isinstance(tree, dict):
-        return {key: moved(value, place) for key, value in tree.items()}
+        return _as(tree, {key: moved(value, place) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
         return type(tree)(moved(value, place) for value in tree)
     return place(tree.detach()) if isinstance(tree, Tensor) else tree
+
+
+def _as(like: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A dict of the kind of another, which a tree's form tells apart."""
+    return OrderedDict(found) if isinstance(like, OrderedDict) else found
+
+
+def _marked(tree: Any) -> bool:
+    """Whether ranks have left numbers of their own in it."""
+    if isinstance(tree, dict):
+        return set(tree) == {_RANKS} or any(map(_marked, tree.values()))
+    return isinstance(tree, list | tuple) and any(map(_marked, tree))
 
 
 def _widths(state: Mapping[str, Any]) -> list[int]:

@@ -96,16 +96,16 @@ def mark_answer(axes: Axes, at: Tensor, shape: str, label: str) -> None:
 
 
 def finish_axes(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
-    """Its names, its box and its legend."""
+    """Its names, its box, and its legend below it, where no line is."""
     label_axes(axes, x=x, y=y, title=title)
     axes.set(xlim=box[:2], ylim=box[2:])
-    axes.legend(fontsize=SMALL - 2, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(fontsize=SMALL - 2, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
     """Two firms: at once on the left, one before the other on the right."""
     game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
-    figure = empty_figure(10.5, 5.2)
+    figure = empty_figure(10.5, 5.9)
     left, right = figure.subplots(1, 2)
     named = {"firm1": "firm 1's", "firm2": "firm 2's"}
     draw_best_responses(left, game, box, named, {"firm1": BLUE, "firm2": RED})
@@ -128,7 +128,7 @@ def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[flo
 
 def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> Figure:
     """Tolls for revenue on the left, for the least time on the right."""
-    figure = empty_figure(10.5, 5.2)
+    figure = empty_figure(10.5, 5.9)
     for axes, social in zip(figure.subplots(1, 2), (False, True), strict=True):
         roads = TwoRoads(free, congestion, social)
         game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
@@ -147,7 +147,7 @@ def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> F
 
 def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     """The path to one contract, and how noise weakens incentives."""
-    figure = empty_figure(10.5, 5.2)
+    figure = empty_figure(10.5, 5.9)
     left, right = figure.subplots(1, 2)
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
@@ -177,7 +177,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
 
 def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     """Two targets: whom attackers of growing precision pick, and what each coverage is worth against them."""
-    figure = empty_figure(10.5, 5.2)
+    figure = empty_figure(10.5, 5.0)
     left, right = figure.subplots(1, 2)
     best = targets.stackelberg()
     covers = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
@@ -209,7 +209,7 @@ def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     )
     label_axes(right, x="how often target 1 is guarded", y="the defender's payoff", title="What the defender expects")
     left.legend(fontsize=SMALL - 2, frameon=False)
-    right.legend(fontsize=SMALL - 2, frameon=False, loc="lower center")
+    right.legend(fontsize=SMALL - 2, frameon=False, loc="lower right")
     return figure
 
 

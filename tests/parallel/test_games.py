@@ -60,7 +60,7 @@ WORDS = {
     "response": r"responses\.weights\.steps is 3 on rank 0 and 4 on rank 1",
     "Hypernetwork": r"looks at one game, not at",
     "sharded": r"many games are shared out in whole",
-    "twice": r"expected a",
+    "twice": r"the game is GamesOfRanks; expected Games",
     "alone": r"this process is one of 2 ranks",
     "fails": r"in 1 of games 3 to 6, the first being game 5",
 }

@@ -359,6 +359,14 @@ def _first_order_alone(patch: Any) -> None:
         patch.setattr(f"bilevel.certificates.{module}.definite", found)
 
 
+def _never_warns(patch: Any) -> None:
+    patch.setattr(bl.Hypernetwork, "_warn", lambda self, *given: None)
+
+
+def _always_warns(patch: Any) -> None:
+    patch.setattr(bl.Hypernetwork, "_warn", lambda self, *given: warnings.warn(bl.errors.NonConvergenceWarning("?")))
+
+
 def _one_iterator(patch: Any) -> None:
     class UsersOwn:
         def __init__(self, loader: Any) -> None:
@@ -391,6 +399,7 @@ UNROLLED = bl.Unrolled(SGD, steps=50)
 COLD = replace(UNROLLED, warm_start=False)
 IMPLICIT = bl.Implicit(SGD, steps=50)
 DENSE = bl.Implicit(SGD, steps=50, linear_solver=bl.linear.Dense())
+LEARNED = bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-2), scale=0.1)
 ROOT = bl.Implicit(bl.ScipyRoot(), linear_solver=bl.GMRES())
 BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "hooks accepted": ("hooks", UNROLLED, _hooks_accepted),
@@ -411,6 +420,8 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "a member examined along one direction": ("members", IMPLICIT, _one_direction),
     "a root's curvature not examined": ("dead demand", ROOT, _no_examination),
     "certified by first order alone": ("certificates", IMPLICIT, _first_order_alone),
+    "a warning that never speaks": ("learned slopes", LEARNED, _never_warns),
+    "a warning that always speaks": ("learned slopes", LEARNED, _always_warns),
     "one iterator of persistent workers": ("workers", UNROLLED, _one_iterator),
     "horizon not looked at": ("short horizon", COLD, _no_look),
     "horizon not looked at with data": ("short horizon, data", COLD, _no_look_back),
