@@ -18,7 +18,10 @@ SLOW_AND_WARNING = {"README.md", "docs/three-responses.md"}
 LENGTH = ("epochs = 100", "epochs = 3")
 # Three seconds and more.
 SLOW = {
-    *(f"docs/{name}.md" for name in ("nash", "functions", "reweighting", "paper", "tuning", "tutorial", "minibatches")),
+    *(
+        f"docs/{name}.md"
+        for name in ("nash", "functions", "reweighting", "paper", "tuning", "tutorial", "minibatches", "own-response")
+    ),
     *SLOW_AND_WARNING,
 }
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)

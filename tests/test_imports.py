@@ -61,7 +61,7 @@ MAY = {
     "solving": SOLVE,
     "extend": RESPONSES | {"dynamics"},
     "certificates": SOLVE,
-    "testing": SOLVE,
+    "testing": SOLVE | {"certificates"},
     "workers": set(),
     "comparison": SOLVE | {"testing", "workers"},
     "estimators": RESPONSES,

@@ -27,9 +27,10 @@ from bilevel.game.kkt import KKT
 from bilevel.game.parts import Anticipated, DeclaredPlayers, Move, Parts, first_tensor
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
-from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
+from bilevel.game.residual import MembersGradients, OwnGradient, Residual
 from bilevel.game.running import moved_to, moving_modules, of_followers, on_graph, warn_where_standing
 from bilevel.game.shards import refuse_layouts, spread
+from bilevel.game.situation import Buffers
 from bilevel.game.starts import formed
 from bilevel.game.statistics import Seen, settled
 from bilevel.second_order import FastKernels

@@ -15,6 +15,7 @@ from bilevel.errors import InfeasibleWarning, NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.game.kkt import KKT
+from bilevel.game.situation import Situation
 from bilevel.many import Tasks
 from bilevel.randomness import random_kept
 from bilevel.solving.warning_log import RunWarning
@@ -42,7 +43,8 @@ class LeaderFunctions:
         }
         batch, _ = game.draw(name, game.start(name))
         with torch.enable_grad():
-            found = KKT(player.inequality, player.equality).values(game, name, start, batch, game.buffers())
+            here = Situation(game, name, start, batch, game.buffers())
+            found = KKT(player.inequality, player.equality).values(here, start)
         for kind, tree in found.items():
             for path, leaf in named_leaves(tree):
                 if not leaf.requires_grad:
@@ -70,7 +72,7 @@ class LeaderFunctions:
 
     def values(self, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Values:
         """What the functions are, by kind."""
-        return self._rests.values(self.game, self.name, variables, batch, buffers)
+        return self._rests.values(Situation(self.game, self.name, variables, batch, buffers), variables)
 
     def rows(self, values: Values) -> tuple[Tensor, Tensor]:
         """The inequalities `[games, m]` and the equalities `[games, p]`."""
