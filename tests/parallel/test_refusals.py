@@ -159,3 +159,17 @@ def test_one_process_plays_as_without():
     # One product and one division by the eight examples lie between them.
     assert torch.allclose(alone.variables["x"], together.variables["x"], rtol=1e-6, atol=0.0)
     assert together.history[-1]["communicated"] == 0
+
+
+def test_a_rank_that_goes_while_a_game_of_sharded_variables_is_made_is_told(monkeypatch):
+    from bilevel.game.shards import MeshPeers
+
+    def closed(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(torch.distributed, name, closed)
+    peers = MeshPeers(None)
+    for ask in (peers.total, peers.greatest, lambda tensor: peers.parts(tensor, [3, 3])):
+        with pytest.raises(bl.errors.ParallelError, match="waited for the others.*Connection closed by peer"):
+            ask(torch.zeros(3))
