@@ -54,7 +54,7 @@ def test_ray_serves(ray):
 
 @pytest.mark.slow
 def test_a_local_ray_is_started_and_stopped_and_gives_the_same_numbers(ray, tmp_path):
-    from games.cross_validation import CrossValidation, grid
+    from games.cross_validation import CrossValidation
 
     game = bl.Game(x=bl.Player(lead, torch.zeros(2)), y=bl.Player(follow, torch.zeros(2)))
     responses = {"unrolled": bl.Unrolled(partial(torch.optim.SGD, lr=0.2), steps=5, tolerance=None)}
@@ -62,7 +62,7 @@ def test_a_local_ray_is_started_and_stopped_and_gives_the_same_numbers(ray, tmp_
     spread = bl.compare({"known": game}, responses, steps=3, cluster="local", jobs=2, folder=tmp_path)
     assert not ray.is_initialized()
     assert [without_times(row) for row in spread.rows] == [without_times(row) for row in alone.rows]
-    candidates = grid(game, {"x": [torch.zeros(2), torch.ones(2)]})
+    candidates = [{"x": torch.zeros(2)}, {"x": torch.ones(2)}]
     one, many = (
         CrossValidation(cluster=cluster, jobs=jobs)(game, candidates) for cluster, jobs in ((None, 1), ("local", 2))
     )
