@@ -85,6 +85,7 @@ def compare(
         ConnectionError: Where nobody answers at a cluster's address.
 
     Examples:
+        >>> import torch
         >>> from bilevel import Implicit
         >>> from bilevel.testing import Cournot
         >>> implicit = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)

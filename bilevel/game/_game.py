@@ -115,6 +115,10 @@ class Game:
         torch.float64
         """
         self.require_one("Game.to")
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"Game.to: device is {device}; expected a device. Say dtype={device}.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"Game.to: dtype={dtype}; expected a floating dtype, for everybody's variables.")
         move, parts = Move(None if device is None else torch.device(device), dtype), self._parts
         game = self.derived(
             initial={name: map_leaves(move, value) for name, value in parts.initial.items()},

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bilevel.errors import BilevelError
 from bilevel.game.checks import Runs
@@ -15,8 +16,9 @@ from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.parts import Parts
 from bilevel.game.situation import Buffers
 from bilevel.game.statistics import Seen, watching
+from bilevel.randomness import random_state, set_random_state
 from bilevel.second_order import told_of_loss
-from bilevel.tree import Variables
+from bilevel.tree import Variables, leaves, map_leaves
 
 FIRST = Runs()
 """What is known of a loss before its first call."""
@@ -47,14 +49,56 @@ def called(
         saving: Under which autograd saves what several derivatives need.
         seen: Takes down what the normalising layers of the player's own module see.
     """
-    arguments: dict[str, Any] = parts.given(player, function, variables)
+    given: dict[str, Any] = parts.given(player, function, variables)
+    options: dict[str, Any] = {"saving": saving, "seen": seen}
+    if torch.is_grad_enabled():
+        return _called(parts, player, function, given, batch, buffers, extra, **options)
+    device = next((leaf.device for value in given.values() for leaf in leaves(value)), torch.device("cpu"))
+    before = random_state(device)
+    try:
+        return _called(parts, player, function, given, batch, buffers, extra, **options)
+    except RuntimeError as error:
+        if _UNTRACKED not in str(error):
+            raise
+    # It takes a gradient itself, as a gradient penalty does, and its value alone is wanted.
+    set_random_state(before, device)
+    tracked = {name: map_leaves(_leaf, value) for name, value in given.items()}
+    with torch.enable_grad():
+        found, after = _called(parts, player, function, tracked, batch, buffers, extra, **options)
+    return map_leaves(_value, found), map_leaves(_value, after)
+
+
+_UNTRACKED = "does not require grad"
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _value(tensor: Any) -> Any:
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
+
+
+def _called(
+    parts: Parts,
+    player: str,
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    batch: Batch,
+    buffers: Buffers | None,
+    extra: Mapping[str, Variables],
+    *,
+    saving: AbstractContextManager[object],
+    seen: Seen | None,
+) -> tuple[Variables, Buffers]:
+    arguments = dict(given)
     if "batch" in parts.named(player, function):
         arguments["batch"] = batch
     current = parts.all_buffers(buffers)
-    for name, given in arguments.items():
+    for name, value in given.items():
         module = parts.players[name].init if name in parts.players else None
-        if isinstance(module, nn.Module) and isinstance(given, Mapping):
-            arguments[name] = CallableVariables(given, module, training=name == player)
+        if isinstance(module, nn.Module) and isinstance(value, Mapping):
+            arguments[name] = CallableVariables(value, module, training=name == player)
     runs = parts.runs.get(player, FIRST)
     lending = lent(parts.players, current, arguments, runs.strangers, alone=parts.modular or bool(runs.kernels))
     watched = _watched(parts, player, seen, current)

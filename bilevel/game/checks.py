@@ -294,6 +294,7 @@ def _dependence(
     """
     trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
     batch, _ = game.draw(name, game.start(name))
+    versions = _versions(batch)
     with random_kept(game.device), torch.enable_grad():
         seen = FirstCall()
         called = [players[other].init for other in game.arguments(name)]
@@ -312,6 +313,7 @@ def _dependence(
             ) from error
     _refuse_spread(name, seen)
     _refuse_written(name, "objective", trial, initial)
+    _refuse_written_batch(name, versions, _versions(batch))
     if not isinstance(loss, Tensor):
         raise TypeError(f"Player {name!r}: its objective returned {kind(loss)}; expected a scalar tensor.")
     if loss.ndim != 0:
@@ -372,6 +374,24 @@ def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initia
                     f"{other}.clone(), or make new tensors: {other}.clamp(...), torch.where(...). What keeps a player "
                     "within bounds belongs to the player: a domain, a residual, or other coordinates."
                 )
+
+
+def _versions(batch: object) -> dict[str, int]:
+    """How often each tensor of a batch was written into, by its path."""
+    pairs = named_leaves(batch)
+    return {path: t._version for path, t in pairs if isinstance(t, Tensor) and not t.is_inference()}
+
+
+def _refuse_written_batch(name: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Refuse a loss that writes into its batch: each of its many evaluations on that batch would see another one."""
+    for path, version in before.items():
+        if after.get(path) != version:
+            did = "writes into" if path in after else "takes away"
+            way = "batch = dict(batch) before pop()" if path not in after else "batch.clone(), x / 255 for x.div_(255)"
+            raise ValueError(
+                f"Player {name!r}: its objective {did} batch{path}. A loss is evaluated many times on one batch, and "
+                f"the next time would see another one. Work on a copy: {way}."
+            )
 
 
 def _refuse_spread(name: str, seen: FirstCall) -> None:

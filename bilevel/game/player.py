@@ -20,7 +20,7 @@ from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.kkt import KKT
 from bilevel.game.passes import Source
 from bilevel.game.residual import OwnGradient, Residual, UserResidual, required, signature
-from bilevel.tree import Variables, detached, leaves, map_leaves
+from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves
 
 
 @dataclass(frozen=True, kw_only=False)
@@ -90,8 +90,10 @@ class Player:
             check_data("Player: data", self.data)
         if isinstance(self.init, nn.Module):
             _refuse_uninitialised(self.init)
+            _refuse_hooked(dict(self.init.named_parameters()))
         else:
             _refuse_choices(self.init)
+            _refuse_hooked(dict(named_leaves(self.init)))
         self._check_constraints()
         self._check_functions()
         if self.start is not None:
@@ -295,6 +297,17 @@ def _refuse_uninitialised(module: nn.Module) -> None:
             raise ValueError(
                 f"Player: the module's {path!r} has no shape yet; a lazy module gets it from its first batch. Call the "
                 "module once, model(inputs), before it becomes a player."
+            )
+
+
+def _refuse_hooked(variables: Mapping[str, Any]) -> None:
+    """Refuse variables with hooks on their gradients, which the player's copies have not."""
+    for path, leaf in variables.items():
+        if isinstance(leaf, Tensor) and leaf.is_leaf and (leaf._backward_hooks or leaf._post_accumulate_grad_hooks):
+            raise TypeError(
+                f"Player: init{path if path.startswith('[') else f' {path!r}' if path else ''} has a hook on its "
+                "gradient, which does not go along with the player's variables: what it does would be left out. Put it "
+                "into the loss, as weights * mask, and remove the hook: handle.remove()."
             )
 
 

@@ -19,7 +19,7 @@ from bilevel.inner.own import OWN, DifferentiableOptimizer
 from bilevel.inner.refusals import known_base, refuse_hooks, refuse_undifferentiable
 from bilevel.inner.schedule import Changes, applied
 from bilevel.inner.seeds import SEEDS
-from bilevel.inner.torch_optim import Memory
+from bilevel.inner.torch_optim import Memory, remember
 from bilevel.tree import map_leaves
 
 _DIVIDING = (optim.Adam, optim.AdamW)  # by their learning rates
@@ -36,7 +36,7 @@ class Stepper:
         """The user's, as it was built over `parameters`."""
         self.kind = known_base(optimizer)
         """The optimiser of torch's whose steps it takes; None for one of the user's own."""
-        self.memory: Memory | None = memory
+        self.memory: Memory | None = _preset(optimizer, parameters) if memory is None else memory
         self._originals = [dict(group) for group in optimizer.param_groups]
         optimizer.defaults["differentiable"] = True
         places = {id(p): index for index, p in enumerate(parameters)}
@@ -89,7 +89,9 @@ class Stepper:
             if self.kind in _DIVIDING:
                 # At a rate of 0, where many schedules begin or end, its quotients have no derivative.
                 rate, least = change.get("lr", group["lr"]), min(1e-15, torch.finfo(dtype).tiny ** 0.4)
-                group["lr"] = rate + least * (rate == 0)
+                # In this dtype: a truth value of a tensor times `least` is float32, where that is 0.
+                zero = (rate == 0).to(dtype) if isinstance(rate, Tensor) else rate == 0
+                group["lr"] = rate + least * zero
 
     def _updated(
         self, optimizer: DifferentiableOptimizer, leaves: Sequence[Tensor], slopes: Sequence[Tensor]
@@ -144,6 +146,20 @@ class Stepper:
                 mu = group["betas"][0] * (1.0 - 0.5 * decay)
                 single = mu.float() if isinstance(mu, Tensor) else mu
                 state["mu_product"] = (state["mu_product"].float() * single).double() / mu
+
+
+def _preset(optimizer: optim.Optimizer, parameters: Sequence[Tensor]) -> Memory | None:
+    """What the user's factory gave its optimiser to remember, by `load_state_dict` say; None where it is new.
+
+    Adagrad remembers something from the beginning on, which is no preset.
+    """
+    if isinstance(optimizer, optim.Adagrad) or not any(optimizer.state.get(p) for p in parameters):
+        return None
+    # Counts of steps in float64, as `SEEDS` has them.
+    return [
+        {key: value.double() if key == "step" and isinstance(value, Tensor) else value for key, value in slot.items()}
+        for slot in remember(optimizer, parameters)
+    ]
 
 
 class _SquareRootsAtZero(TorchFunctionMode):

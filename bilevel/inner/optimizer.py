@@ -20,6 +20,7 @@ from bilevel.inner.torch_optim import (
     SchedulerFactory,
     build,
     build_scheduler,
+    options_of,
     player_parameters,
     recall,
     remember,
@@ -270,6 +271,7 @@ class _Schedule:
                 if isinstance(group["lr"], Tensor):  # torch would write into the user's
                     group["lr"] = float(group["lr"])
             before = None if memory is None else memory.get("runs")
+            self._built = options_of(optimizer)
             self._run = build_scheduler(settings.scheduler, optimizer, None if before is None else before[0])
             if before is None and self._taken:
                 optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of a scheduler without steps
@@ -293,7 +295,7 @@ class _Schedule:
     def memory(self) -> dict[str, Any] | None:
         """Where it is; None without a schedule."""
         if self._run is not None:
-            return {"taken": self._taken, "runs": [remember_scheduler(self._run, self._optimizer)]}
+            return {"taken": self._taken, "runs": [remember_scheduler(self._run, self._optimizer, self._built)]}
         return None if self._rates is None else {"taken": self._taken}
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel.inner.torch_optim import (
-    SCHEDULED,
     SchedulerFactory,
     build_scheduler,
     has_tensor,
+    options_of,
     remember_scheduler,
     scheduled,
 )
@@ -70,7 +70,8 @@ def tabulated(
         for group, tensor in zip(optimizer.param_groups, symbolic, strict=True):
             if tensor:
                 group["lr"] = base
-        tensors = [{n: group[n] for n in SCHEDULED if has_tensor(group.get(n))} for group in optimizer.param_groups]
+        built = options_of(optimizer)
+        tensors = [{name: value for name, value in group.items() if has_tensor(value)} for group in built]
         run = build_scheduler(scheduler, optimizer, before[index] if before is not None and known else None)
         optimizer.step()  # without gradients it moves nothing; torch warns of schedulers that step before it
         for _ in range(0 if known else taken):
@@ -79,10 +80,10 @@ def tabulated(
         for _ in range(count):
             for group, kept in zip(optimizer.param_groups, tensors, strict=True):
                 _refuse_overwritten(run, group, kept)
-            rows.append([scheduled(group) for group in optimizer.param_groups])
+            rows.append(options_of(optimizer))
             run.step()
-        runs.append(rows)
-        after.append(remember_scheduler(run, optimizer))
+        runs.append(_set_in_any(rows, built))
+        after.append(remember_scheduler(run, optimizer, built))
     table = [[dict(change) for change in changes] for changes in runs[0]]
     for place, tensor in enumerate(symbolic):
         if tensor:
@@ -110,6 +111,12 @@ def listed(rates: Sequence[float] | Tensor, groups: int, taken: int, count: int)
             "every call anew by Unrolled(warm_start=False), or use scheduler=, which goes on for ever."
         )
     return [[{"lr": rates[taken + step]} for _ in range(groups)] for step in range(count)]
+
+
+def _set_in_any(rows: list[Changes], built: Sequence[Mapping[str, Any]]) -> list[Changes]:
+    """Of each group's options those that the schedule sets in one of the steps, for every step."""
+    names = [set().union(*(scheduled(row[place], was) for row in rows)) for place, was in enumerate(built)]
+    return [[{n: group[n] for n in group if n in own} for group, own in zip(row, names, strict=True)] for row in rows]
 
 
 def _make_affine(table: list[Changes], runs: list[list[float]], group: int) -> None:

@@ -25,6 +25,12 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LR
 Memory = list[dict[str, Any]]
 """What an optimiser remembers of each parameter, in their order."""
 
+_HOOKED = (
+    "optimizer(parameters) registers hooks on the parameters. Gradients reach the optimiser without them, so that what "
+    "they do would be left out. Clip by clip_norm= of solve, or bilevel.inner.TorchOptimizer(factory, clip_norm=...); "
+    "put a mask or a scale into the loss."
+)
+
 _WANTS_NAMES = ("named_parameters", "named")
 
 
@@ -48,7 +54,20 @@ def build(
             )
         given = list(zip(names, parameters, strict=True))
     named = {name: (players or {})[name] for name in player_parameters(factory, players or {})}
-    optimizer = factory(given, **named)
+    versions = [parameter._version for parameter in parameters]
+    try:
+        optimizer = factory(given, **named)
+    except RuntimeError as error:
+        if "register a hook" in str(error):  # as torch says of tensors that do not require grad
+            raise TypeError(_HOOKED) from error
+        raise
+    if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
+        raise TypeError(_HOOKED)
+    if [parameter._version for parameter in parameters] != versions:
+        raise ValueError(
+            "optimizer(parameters) writes into the parameters. A factory only makes an optimiser, and is called as "
+            "often as one is needed; where the variables begin is their player's init."
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer(parameters) returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer. Pass "
@@ -67,6 +86,8 @@ def build(
             f"optimizer(parameters) leaves out parameters {left_out} of {len(parameters)}; they would never move. "
             "Put every parameter in one of its groups."
         )
+    for slot in optimizer.state.values():  # what a factory loads is not copied, and a step writes into it
+        slot |= _copied(dict(slot))
     return optimizer
 
 
@@ -199,15 +220,32 @@ def has_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value))
 
 
-def scheduled(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that a scheduler may set, those that are plain numbers."""
-    return {name: group[name] for name in SCHEDULED if name in group and not has_tensor(group[name])}
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each of an optimiser's groups as they are now."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def scheduled(group: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that its scheduler sets, those that are no tensors.
+
+    `built` has the options from before the scheduler: one of the user's own may set any of them, as a weight decay.
+    """
+    return {
+        name: group[name]
+        for name, was in built.items()
+        if not has_tensor(group[name]) and (name in SCHEDULED or (group[name] is not was and group[name] != was))
+    }
 
 
 def build_scheduler(
     factory: SchedulerFactory, optimizer: torch.optim.Optimizer, memory: Mapping[str, Any] | None
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The scheduler over this optimiser, gone on from where `remember_scheduler` left it."""
+    if not callable(factory):
+        raise TypeError(
+            f"scheduler is {factory!r}; expected a callable from an optimiser to a torch.optim.lr_scheduler."
+            "LRScheduler, such as functools.partial(CosineAnnealingLR, T_max=5000)."
+        )
     scheduler = factory(optimizer)
     if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise TypeError(
@@ -227,12 +265,15 @@ def build_scheduler(
 
 
 def remember_scheduler(
-    scheduler: torch.optim.lr_scheduler.LRScheduler, optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    optimizer: torch.optim.Optimizer,
+    built: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Where the scheduler is, as plain data."""
+    """Where the scheduler is, as plain data; `built` are `options_of` the optimiser before it had a scheduler."""
     # Most go on from the group's present values, which their own state leaves out.
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    momenta = [{n: value for n, value in scheduled(group).items() if n != "lr"} for group in optimizer.param_groups]
+    pairs = zip(optimizer.param_groups, built, strict=True)
+    momenta = [{n: value for n, value in scheduled(group, was).items() if n != "lr"} for group, was in pairs]
     return {"scheduler": scheduler.state_dict(), "rates": rates, "momenta": momenta}
 
 

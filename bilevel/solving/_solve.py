@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, overload
 
@@ -151,6 +152,9 @@ def solve(
         >>> round(solution.variables["x"].item(), 2)
         1.5
     """
+    if not isinstance(game, Game):
+        raise TypeError(f"solve: game is {game!r}; expected a bilevel.Game.")
+    _require_options(steps, checkpoint_every, seed, clip_norm, callbacks, record)
     if starts is not None and parallel is not None:
         raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
     if starts is not None:
@@ -216,10 +220,6 @@ def solve(
                 seed,
                 company.observed(record),
             )
-            if steps < 1 or checkpoint_every < 1:
-                raise ValueError(
-                    f"solve: steps={steps}, checkpoint_every={checkpoint_every}; expected at least 1 of each."
-                )
             path = None if checkpoint is None else Path(checkpoint)
             if path is not None and company.writes and not path.parent.is_dir():
                 raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
@@ -251,6 +251,26 @@ def solve(
             return solution(run)
     finally:
         game.stop_reading()
+
+
+def _require_options(
+    steps: object, checkpoint_every: object, seed: object, clip_norm: object, callbacks: object, record: object
+) -> None:
+    """Refuse options of another kind than was asked for."""
+    for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every), ("seed", seed)):
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise TypeError(f"solve: {name}={number!r}; expected a whole number.")
+        if name != "seed" and int(number) < 1:
+            raise ValueError(f"solve: {name}={number}; expected at least 1.")
+    if clip_norm is not None:
+        if not isinstance(clip_norm, Real) or isinstance(clip_norm, bool):
+            raise TypeError(f"solve: clip_norm={clip_norm!r}; expected a number, or None.")
+        if not float(clip_norm) > 0.0:
+            raise ValueError(f"solve: clip_norm={clip_norm}; expected a positive norm, or None for no clipping.")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"solve: callbacks={callbacks!r}; expected a list of functions (step, record, variables).")
+    if not (record is None or callable(record)):
+        raise TypeError(f"solve: record={record!r}; expected a function of everybody's variables.")
 
 
 @contextmanager

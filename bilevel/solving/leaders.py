@@ -213,6 +213,10 @@ class Leaders:
         for name, optimizer in self.optimizers.items():
             if name not in changed:
                 optimizer.load_state_dict(saved["optimizers"][name])
+                # torch turns all but the count of steps into the dtype of the leaves; NAdam keeps a product in float32.
+                for place, slot in saved["optimizers"][name]["state"].items():
+                    held = optimizer.state[self.points[name][saved["orders"][name][place]]]
+                    held |= {k: v.detach().clone().to(held[k].device) for k, v in slot.items() if isinstance(v, Tensor)}
                 if name in self.schedulers:
                     self.schedulers[name].load_state_dict(saved["schedulers"][name])
                 continue

@@ -415,6 +415,9 @@ class Run:
         self._require_spread(saved, path)
         self.history, self._batches = History(saved["history"]), {}
         moment = Moment(**{name: saved[name] for name in Moment.__dataclass_fields__})
+        # Of a leader who has got functions since, or has none any more.
+        kept = {n: moment.lagrangians.get(n, first) for n, first in self.now.lagrangians.items()}
+        moment = replace(moment, lagrangians=kept)
         paths = [path for path, *_ in settings]
         changed = [n for n in self.leaders.names if touches(paths, "optimizer", n) or touches(paths, "scheduler", n)]
         self.leaders.restore(saved["leaders"], moment.step, changed)

@@ -21,6 +21,7 @@ from bilevel.inner.torch_optim import (
     build,
     build_scheduler,
     kept_memory,
+    options_of,
     recall,
     remember,
     remember_scheduler,
@@ -284,6 +285,7 @@ class Hypernetwork(Response):
         fitting = self._around(follower, learned, centre)
         optimizer = build(self.optimizer, parameters)
         recall(optimizer, parameters, state["optimizer"], copy=not self.in_place)
+        built = options_of(optimizer)
         scheduler = self.scheduler and build_scheduler(self.scheduler, optimizer, state["scheduler"])
         generator = torch.Generator(device=x.device)
         generator.set_state(state["generator"])
@@ -310,7 +312,7 @@ class Hypernetwork(Response):
             "w0": w0,
             "network": network,
             "optimizer": remember(optimizer, parameters),
-            "scheduler": scheduler and remember_scheduler(scheduler, optimizer),
+            "scheduler": scheduler and remember_scheduler(scheduler, optimizer, built),
             "fits": state["fits"] + fits,
             "calls": state["calls"] + 1,
             "gradients": state["gradients"] + fits * self.sampler.rows,
