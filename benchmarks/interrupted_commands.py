@@ -4,7 +4,7 @@ Every command at a small setting is stopped at random moments. Resumed, it must 
 stopped, without its times, or end in one line with a code that is not 0. Needs POSIX. Commands are run in forks, so
 that PyTorch is loaded once; figure 2 of the paper has fewer fits than in the paper.
 
-    python -m benchmarks.interrupted_commands --trials 5 --kills 20 --output docs/resuming/commands.json
+    python -m benchmarks.interrupted_commands --trials 3 --kills 20 --output docs/resuming/commands.json
 """
 
 from __future__ import annotations
@@ -312,12 +312,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="rounds of kill -9, those of --trials among them")
     parser.add_argument("--only", action="append", help="commands; repeat it for several")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file")
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file; what it has of this version is kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
     assert app is not None  # it is loaded before the first fork
     chance = random.Random(options.seed)
     found: dict[str, dict[str, Any]] = {}
+    seeds = [options.seed]
+    if options.output is not None and options.output.exists():
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        if before["versions"] == head()["versions"]:
+            found, seeds = before["commands"], [*before["seeds"], options.seed]
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         place.chmod(0o755)
@@ -336,7 +341,7 @@ def main() -> None:
                 raise SystemExit(f"{title} does not run by itself: {ended.told}")
             whole = without_times(json.loads((first.output / command.results).read_text()))
             wholes[title] = replace(first, whole=whole, seconds=seconds)
-            found[title] = {"seconds": seconds, "trials": {kind: [] for kind in KINDS}}
+            found.setdefault(title, {"seconds": seconds, "trials": {kind: [] for kind in KINDS}})
             print(f"{title:<22}{seconds:5.1f} s", flush=True)
         for number in range(max(options.trials, options.kills)):  # in rounds: whoever ends it early has some of each
             kinds = KINDS if number < options.trials else {"kill -9": KINDS["kill -9"]}
@@ -350,7 +355,7 @@ def main() -> None:
                     print(f"{number + 1}  {title:<22}{kind:<18}{verdict}", flush=True)
                 if options.output is not None:
                     options.output.parent.mkdir(exist_ok=True)
-                    content = {**head(seed=options.seed), "commands": found}
+                    content = {**head(seed=seeds[0]), "seeds": seeds, "commands": found}
                     options.output.write_text(json.dumps(content, indent=1) + "\n")
     if any(v.startswith("WRONG") for one in found.values() for verdicts in one["trials"].values() for v in verdicts):
         raise SystemExit("Some commands did not end where they should.")

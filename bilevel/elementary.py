@@ -34,6 +34,23 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _whole_cross_entropy(*given: Any, options: Any = None, **named: Any) -> Tensor:
+    """Of logits that are all there at once, whatever `options` say of chunks."""
+    found: Tensor = vars(functional)["linear_cross_entropy"](*given, **named)
+    return found
+
+
+def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
+    """By doubling: each place holds the sum of the last k entries, and adds the k before them."""
+    total, k = input, 1
+    while input.ndim and k < input.shape[dim]:
+        left = input.shape[dim] - k
+        further = torch.logaddexp(total.narrow(dim, k, left), total.narrow(dim, 0, left))
+        total = torch.cat([total.narrow(dim, 0, k), further], dim)
+        k *= 2
+    return total.clone() if total is input else total
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -163,7 +180,13 @@ def _scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 WEIGHT_NORM: Forms = MappingProxyType({torch._weight_norm: _weight_norm})
 """Of which the second derivative is wrong."""
 
-NORMS: Forms = MappingProxyType(
+CHUNKED: Forms = MappingProxyType(
+    # New in PyTorch 2.13.
+    {vars(functional)[name]: _whole_cross_entropy for name in ("linear_cross_entropy",) if name in vars(functional)}
+)
+"""Whose gradient comes in chunks, without a graph: the second derivative is 0."""
+
+THIRD: Forms = MappingProxyType(
     {
         torch.layer_norm: _layer_norm,
         torch.rms_norm: _rms_norm,
@@ -173,6 +196,8 @@ NORMS: Forms = MappingProxyType(
         functional.rms_norm: _rms_norm,
         functional.batch_norm: _called_batch_norm,
         functional.instance_norm: _called_instance_norm,
+        torch.logcumsumexp: _logcumsumexp,
+        Tensor.logcumsumexp: _logcumsumexp,
     }
 )
 """Of which the third derivative is wrong."""

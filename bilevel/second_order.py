@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.elementary import NORMS, WEIGHT_NORM, Elementary
+from bilevel.elementary import CHUNKED, THIRD, WEIGHT_NORM, Elementary
 from bilevel.errors import SecondDerivativeError
+
+_WRONG_THIRD = ("LayerNorm", "BatchNorm", "RmsNorm", "Logcumsumexp")
+"""In the names of nodes whose third derivative is wrong."""
 
 _TIMES: ContextVar[int] = ContextVar("times_differentiated", default=0)
 
@@ -57,15 +60,19 @@ class FastKernels:
         recurrent: cuDNN's recurrent networks; the other form is PyTorch's own.
         weight_norm: Normalised weights, of which PyTorch's second derivative takes the norms for constants, and is
             wrong in silence; the other form is elementary operations.
-        norms: Layer, batch and instance normalisation, which have two right derivatives: the third takes the moments
-            for constants. Where three will be taken, elementary operations are run.
+        chunked: `linear_cross_entropy` in chunks, whose gradient has no graph, so that its second derivative is 0 in
+            silence; the other form has all logits in memory at once.
+        third: What has two right derivatives only. The third of layer, batch and instance normalisation takes the
+            moments for constants, and that of logcumsumexp is wrong or NaN. Where three will be taken, elementary
+            operations are run.
     """
 
     attention: bool = False
     compiled: bool = False
     recurrent: bool = False
     weight_norm: bool = False
-    norms: bool = False
+    chunked: bool = False
+    third: bool = False
 
     def __bool__(self) -> bool:
         """Whether there is one whose other form is run by a switch of the whole process."""
@@ -81,7 +88,8 @@ class FastKernels:
             compiled=in_place or any(name.startswith("CompiledFunction") for name in names),
             recurrent=any("CudnnRnn" in name for name in names),
             weight_norm=any(name.startswith("WeightNormInterface") for name in names),
-            norms=any("LayerNorm" in name or "BatchNorm" in name or "RmsNorm" in name for name in names),
+            chunked=any("linear_cross_entropy_batch_chunked" in name for name in names),
+            third=any(part in name for name in names for part in _WRONG_THIRD),
         )
 
     @contextmanager
@@ -95,8 +103,10 @@ class FastKernels:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.weight_norm:
                 stack.enter_context(Elementary(WEIGHT_NORM))
-            if self.norms and _TIMES.get() > 2:
-                stack.enter_context(Elementary(NORMS))
+            if self.chunked:
+                stack.enter_context(Elementary(CHUNKED))
+            if self.third and _TIMES.get() > 2:
+                stack.enter_context(Elementary(THIRD))
             if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.recurrent:
@@ -120,12 +130,14 @@ class FastKernels:
             told.append("what torch.compile made runs uncompiled")
         if self.recurrent:
             told.append("cuDNN's recurrent network is computed by PyTorch's own kernels")
+        if self.chunked:
+            told.append("linear_cross_entropy has all its logits at once, and not in chunks")
         return " and ".join(told)
 
 
 _THIRD = (
-    "its loss normalises layers or batches, and the hypergradient is differentiated again (create_graph=True): "
-    "PyTorch's third derivative of layer_norm and batch_norm takes moments for constants, and is wrong in silence. "
+    "its loss normalises layers or batches, or takes logcumsumexp, and the hypergradient is differentiated again "
+    "(create_graph=True): PyTorch's third derivative of these is wrong in silence. "
     "Take the derivatives by torch.func, or use Implicit, where elementary operations are run in their place; or use "
     "GroupNorm, whose third derivative is right."
 )
@@ -136,7 +148,7 @@ def once_only(player: str, kernels: FastKernels, tensors: Sequence[Tensor]) -> l
 
     Inside of a loss that is differentiated twice, what is evaluated has a right third derivative.
     """
-    if not kernels.norms or _TIMES.get():
+    if not kernels.third or _TIMES.get():
         return list(tensors)
     told = f"Player {player!r}: {_THIRD}"
     return [_OnceOnly.apply(t, told) if t.requires_grad else t for t in tensors]  # type: ignore[no-untyped-call]
@@ -213,8 +225,10 @@ def require_custom_second(player: str, loss: Tensor) -> list[str]:
     """
     own = [node for node in nodes([loss]) if isinstance(node, BackwardCFunction) and not _ours(node)]
     for node in own:
-        once, twice = (_pulled(node, scale) for scale in (1.0, 2.0))
-        pairs = [(a, b) for a, b in zip(once, twice, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        # One that can be called once only, and gave numbers, is taken to move.
+        once = _pulled(node, 1.0)
+        twice = _pulled(node, 2.0) or tuple(torch.full_like(a, torch.nan) if _is_real(a) else a for a in once)
+        pairs = [(a, b) for a, b in zip(once, twice, strict=True) if _is_real(a) and _is_real(b)]
         if any(not a.requires_grad and not torch.equal(a, b) for a, b in pairs):
             raise SecondDerivativeError(
                 f"Player {player!r}: the backward of the autograd function {_class(node)} returns numbers without a "
@@ -224,20 +238,29 @@ def require_custom_second(player: str, loss: Tensor) -> list[str]:
     return sorted({_class(node) for node in own})
 
 
+def _is_real(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dtype.is_floating_point
+
+
 def _pulled(node: Any, scale: float) -> tuple[Any, ...]:
-    """What a custom function's backward gives for cotangents of `scale`; nothing where it cannot be called by hand."""
-    try:
-        with torch.enable_grad():
-            cotangents = [
-                torch.full(tuple(of.shape), scale, dtype=of.dtype, device=of.device, requires_grad=True)
-                if of.dtype.is_floating_point
-                else torch.zeros(tuple(of.shape), dtype=of.dtype, device=of.device)
-                for of in node._input_metadata
-            ]
-            found = node.apply(*cotangents)
-    except RuntimeError:
-        return ()
-    return found if isinstance(found, tuple) else (found,)
+    """What a custom function's backward gives for cotangents of `scale`; nothing where it cannot be called by hand.
+
+    One that cannot be called on a graph is called without: so it is in a first backward pass, where it loses the graph.
+    """
+    for tracked in (True, False):
+        try:
+            with torch.set_grad_enabled(tracked):
+                cotangents = [
+                    torch.full(tuple(of.shape), scale, dtype=of.dtype, device=of.device, requires_grad=tracked)
+                    if of.dtype.is_floating_point
+                    else torch.zeros(tuple(of.shape), dtype=of.dtype, device=of.device)
+                    for of in node._input_metadata
+                ]
+                found = node.apply(*cotangents)
+        except RuntimeError:
+            continue
+        return found if isinstance(found, tuple) else (found,)
+    return ()
 
 
 def _ours(node: Any) -> bool:

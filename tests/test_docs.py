@@ -18,7 +18,10 @@ SLOW_AND_WARNING = {"README.md", "docs/three-responses.md"}
 LENGTH = ("epochs = 100", "epochs = 3")
 # Three seconds and more.
 SLOW = {
-    *(f"docs/{name}.md" for name in ("nash", "functions", "reweighting", "paper", "tuning", "tutorial", "minibatches")),
+    *(
+        f"docs/{name}.md"
+        for name in ("nash", "functions", "reweighting", "paper", "tuning", "tutorial", "minibatches", "own-response")
+    ),
     *SLOW_AND_WARNING,
 }
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -79,7 +82,7 @@ def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # torch's own forward mode, on its first use.
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
             if shortened:
                 warnings.simplefilter("ignore", bl.BilevelWarning)
             if set(IMPORT.findall(body)) & OTHERS:  # their warnings are theirs to mend

@@ -91,6 +91,51 @@ def test_with_data_a_short_horizon_is_told_and_the_run_is_as_without_the_look(ki
         assert records[0] | {"seconds": 0} == records[1] | {"seconds": 0}
 
 
+def in_two(slow, data, spread=0.3):
+    """The same with a follower for each speed, who have data of their own."""
+
+    def follow(x, own, batch, speed):
+        return 0.5 * (speed * (own - x * (1.0 + spread * batch.mean())) ** 2).sum()
+
+    def start():
+        return torch.zeros(1, dtype=torch.float64)
+
+    return bl.Game(
+        x=bl.Player(lambda y, z: (y - 4.0 * z).sum(), torch.tensor(1.0, dtype=torch.float64)),
+        y=bl.Player(lambda x, y, batch=None: follow(x, y, ROWS if batch is None else batch, 1.0), start()),
+        z=bl.Player(lambda x, z, batch: follow(x, z, batch, slow), start(), data=data),
+    )
+
+
+@pytest.mark.parametrize("first", [bl.Unrolled(SGD, steps=5), bl.Implicit(SGD)], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("kind", ["one batch", "shuffled"])
+def test_among_several_followers_a_short_horizon_is_told_and_the_run_is_as_without_the_look(kind, first):
+    """The slow one's 5 steps hide from the leader what 20 show, whatever the other one does."""
+    ways = []
+    for tolerance in (0.9, None):
+        data = [ROWS] if kind == "one batch" else Reads(shuffled())
+        answers = {"y": first, "z": bl.Unrolled(SGD, steps=5, tolerance=tolerance)}
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rate = partial(torch.optim.SGD, lr=1e-3)
+            found = bl.solve(in_two(0.04, data), **answers, optimizer=rate, steps=40)
+        ways.append((found, [str(w.message) for w in caught], [] if kind == "one batch" else data.given))
+    (looked, told, read), (silent, nothing, read_alone) = ways
+    assert len(told) == 1 and "Short horizon" in told[0] and "of player 'z' looks 5 steps ahead" in told[0]
+    assert ("player 'y'" in told[0]) == isinstance(first, bl.Unrolled) and "points the other way" in told[0]
+    assert torch.equal(looked.variables["x"], silent.variables["x"]) and looked.gradients == silent.gradients
+    assert len(read) == len(read_alone) and all(torch.equal(a, b) for a, b in zip(read, read_alone, strict=True))
+    assert all("Short horizon" not in text or "'z'" not in text for text in nothing)
+
+
+def test_several_followers_whose_horizons_are_long_enough_are_not_told():
+    answers = {"y": bl.Unrolled(SGD, steps=5), "z": bl.Unrolled(SGD, steps=100)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bl.solve(in_two(0.04, shuffled()), **answers, optimizer=partial(torch.optim.SGD, lr=1e-3), steps=24)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("slow", "steps"), [(1.0, 5), (1.0, 10), (0.04, 100)])
 def test_with_data_a_horizon_that_is_long_enough_is_not(slow, steps, seed):

@@ -61,8 +61,9 @@ MAY = {
     "solving": SOLVE,
     "extend": RESPONSES | {"dynamics"},
     "certificates": SOLVE,
-    "testing": SOLVE,
-    "comparison": SOLVE | {"testing"},
+    "testing": SOLVE | {"certificates"},
+    "workers": set(),
+    "comparison": SOLVE | {"testing", "workers"},
     "estimators": RESPONSES,
 }
 # The same for the applications: what lies below them, and then each of them, which imports no other.

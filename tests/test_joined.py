@@ -1,5 +1,6 @@
 """Several followers who answer together."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -197,3 +198,32 @@ def test_what_cannot_be_joined_is_refused():
             bl.solve(joined, firms=bl.Implicit(solver, linear_solver=bl.GMRES()))
     with pytest.raises(ValueError, match="no single Hessian"):
         bl.exploitability(joined, {name: joined.initial(name) for name in joined.names})
+
+
+@pytest.mark.parametrize("solver", [bl.GMRES(), bl.linear.Dense()], ids=["GMRES", "Dense"])
+def test_a_members_saddle_is_told_where_the_leader_sees_more_of_another_direction(solver):
+    """q's own Hessian is diag(1, -1). Along its part of u, which is (2.4, -2), it curves up: 2.4^2 - 2^2 > 0."""
+    from bilevel.testing.laws.resting import Pair
+
+    game = Pair(maximum=False).game()
+    response = bl.Implicit(bl.ScipyRoot(), linear_solver=solver)
+    x = game.initial("x").requires_grad_()
+    pair, _ = response(game, {"x": x}, response.init(game))
+    with pytest.warns(bl.errors.UnreliableResponseWarning, match=r"'q' is not at a minimum.*own curvature is -1 "):
+        torch.autograd.grad(game.loss("x", {"x": x, "pair": pair}), x)
+
+
+def test_a_member_that_is_flat_in_some_directions_is_at_a_minimum():
+    """q's own Hessian is a a^T, of rank one: rounding makes no saddle of it."""
+    a = torch.linspace(-1.0, 1.3, 7, dtype=D)
+    game = bl.Game(
+        x=bl.Player(lambda x, p, q: (p - 1.0) ** 2 + q.square().sum() + x**2, torch.ones((), dtype=D)),
+        p=bl.Player(lambda x, p, q: 0.5 * p**2 - x * p + p * q.sum(), torch.zeros((), dtype=D)),
+        q=bl.Player(lambda x, p, q: 0.5 * (a @ q - x - p) ** 2, torch.zeros(7, dtype=D)),
+    ).joined(pair=("p", "q"))
+    response = bl.Implicit(bl.ScipyRoot("krylov"), tolerance=1e-6, linear_solver=bl.GMRES(damping=1e-3))
+    x = game.initial("x").requires_grad_()
+    pair, _ = response(game, {"x": x}, response.init(game))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bl.errors.UnreliableResponseWarning)
+        torch.autograd.grad(game.loss("x", {"x": x, "pair": pair}), x)

@@ -627,3 +627,62 @@ def test_other_dimensions_are_refused():
     one = bl.Game(x=bl.Player(lambda x, batch: ((x - batch) ** 2).sum(), torch.zeros(4), data=[torch.ones(4)]))
     with pytest.raises(ValueError, match="data_dims of player 'x' holds 1"):
         bl.Games(one, 4, data={"x": [torch.ones(4, 4)]}, data_dims={"x": 1})
+
+
+def test_a_runs_state_is_shared_out_among_ranks_and_put_together_again(tmp_path):
+    from collections import OrderedDict
+
+    from bilevel.many.shares import Shares
+    from bilevel.solving import checkpoint
+
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(7, 6, 3, dtype=D), torch.randn(7, 6, dtype=D)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)).double()
+
+    def fit(decay, weights, batch):
+        return (weights(batch[0])[:, 0] - batch[1]).square().mean() + bl.penalty(weights, 0.1 * decay.exp())
+
+    def judge(weights, batch):
+        return (weights(batch[0])[:, 0] - batch[1]).square().mean()
+
+    data = [(inputs[0], labels[0])]
+    game = bl.Game(
+        decay=bl.Player(judge, torch.tensor(-3.0, dtype=D), data=data), weights=bl.Player(fit, module, data=data)
+    )
+    games = bl.Games(game, 7, data={"decay": [(inputs, labels)], "weights": [(inputs, labels)]})
+    inner = {"entrywise": partial(ADAM, lr=0.05), "in turn": partial(torch.optim.LBFGS, max_iter=3)}
+    for name, optimizer in inner.items():
+        path = tmp_path / f"{name}.pt"
+        response = bl.Implicit(optimizer, steps=3, tolerance=None, linear_solver=bl.ConjugateGradient(damping=100.0))
+        bl.solve(games, weights=response, steps=2, checkpoint=path)
+        run = checkpoint.load(path)
+        for ranks in (1, 2, 3, 7):
+            shares = Shares.even(7, ranks)
+            parts = [shares.own(run, rank) for rank in range(ranks)]
+            assert [len(part["leaders"]["points"]["decay"][0]) for part in parts] == list(shares.counts)
+            whole = shares.merged([shares.divided(part) for part in parts])
+            for key in ("states", "buffers", "memory", "leaders"):
+                assert torch.utils._pytree.tree_structure(whole[key]) == torch.utils._pytree.tree_structure(run[key])
+                flat = torch.utils._pytree.tree_leaves
+                pairs = zip(flat(whole[key]), flat(run[key]), strict=True)
+                for a, b in pairs:
+                    if isinstance(a, torch.Tensor):
+                        torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+                    else:
+                        assert a == b, key
+    assert Shares.even(7, 3).counts == (2, 2, 3)
+    tree = OrderedDict(a=torch.arange(7))
+    assert type(Shares.even(7, 2).part(tree, 1)) is OrderedDict
+
+
+def test_states_that_cannot_be_shared_out_are_refused_by_name():
+    from bilevel.many.shares import Shares
+
+    shares = Shares((1, 2))
+    with pytest.raises(bl.errors.CheckpointError, match=r"differ at 'states.y.odd'"):
+        shares.merged([{"states": {"y": {"odd": "a"}}}, {"states": {"y": {"odd": "b"}}}])
+    with pytest.raises(bl.errors.CheckpointError, match=r"differ at 'states.y'"):
+        shares.merged([{"states": {"y": {"odd": 1}}}, {"states": {"y": {"even": 1}}}])
+    numbers = shares.merged([{"states": {"y": {"work": 3}}}, {"states": {"y": {"work": 5}}}])
+    assert [shares.part(numbers["states"], rank)["y"]["work"] for rank in (0, 1, None)] == [3, 5, 5]
+    assert Shares((3,)).part(numbers["states"], 0)["y"]["work"] == 5

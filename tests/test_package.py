@@ -39,6 +39,7 @@ def test_the_sdist_can_be_tested_and_documented(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "CITATION.cff", "constraints.txt", "mkdocs.yml", "tests/test_docs.py"} <= names
+    assert {".ci/run", ".ci/matrix", ".ci/smoke.py", "constraints/torch-2.6.txt", "constraints/newest.txt"} <= names
     assert not [name for name in names if name.startswith((".venv", "site/", "runs/")) or name.endswith(".pyc")]
     assert built[0].stat().st_size < 20e6
 
@@ -52,24 +53,20 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built):
     assert sources <= names
 
 
-def test_the_wheel_works_by_itself(built, tmp_path):
+def test_the_sdist_and_the_repository_build_the_same_wheel(built, tmp_path):
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    contents = []
+    for path in (built[1], wheel):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist()})
+    assert contents[0] == contents[1]
+
+
+def test_the_wheel_works_by_itself(built, tmp_path, monkeypatch):
     """Elsewhere, first on the path; the packages that it needs are this environment's."""
     target = tmp_path / "installed"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, built[1], cwd=tmp_path)
-    smoke = f"""
-import sys; sys.path.insert(0, {str(target)!r})
-import torch, bilevel as bl, games.cli
-from functools import partial
-from typer.testing import CliRunner
-assert bl.__file__.startswith({str(target)!r}) and games.cli.__file__.startswith({str(target)!r})
-assert bl.__version__ == {VERSION!r}
-zero = torch.tensor(0.0, dtype=torch.float64)
-game = bl.Game(x=bl.Player(lambda y: (y - 3) ** 2, zero), y=bl.Player(lambda x, y: (y - 2 * x) ** 2, zero))
-sgd = partial(torch.optim.SGD, lr=0.25)
-found = bl.solve(game, y=bl.Implicit(sgd, steps=50), optimizer=partial(torch.optim.SGD, lr=0.1), steps=50)
-assert abs(found.variables["x"].item() - 1.5) < 1e-3
-assert bl.testing.check_hypergradient(game, bl.Implicit(sgd, steps=100, tolerance=1e-8))
-assert CliRunner().invoke(games.cli.app, ["--version"]).output.strip() == {VERSION!r}
-print("works")
-"""
-    assert run(sys.executable, "-c", smoke, cwd=tmp_path).endswith("works\n")
+    monkeypatch.setenv("PYTHONPATH", str(target))
+    assert run(sys.executable, ROOT / ".ci" / "smoke.py", cwd=tmp_path).startswith(f"works: bilevel {VERSION}, ")
+    assert run(sys.executable, "-m", "games", "--version", cwd=tmp_path).strip() == VERSION

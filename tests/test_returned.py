@@ -26,6 +26,7 @@ from bilevel.extend import (
     fresh_state,
     leaves,
 )
+from bilevel.game.situation import Situation
 from bilevel.linear import Dense, Diagonal, Recycled
 from bilevel.responses.base import answered
 
@@ -217,7 +218,7 @@ def test_a_view_of_an_argument_is_copied_too():
     own = replace(own, init={"a": start, "b": start}, objective=lambda x, y: (y["a"] * x).sum() + y["b"].sum())
     played = bl.Game(x=bl.Player(lambda x, y: (y["b"] - x).sum(), start), y=own)
     y = played.structure("y").split(torch.ones(4, dtype=D))
-    _, slopes, _ = played.residual("y")(played, "y", y, {"x": start}, None, {})
+    _, slopes, _ = played.residual("y")(Situation(played, "y", {"x": start}), y)
     assert slopes[0].data_ptr() != y[0].data_ptr() and torch.equal(slopes[0], y[0])
 
 

@@ -205,7 +205,7 @@ def within_set(
     with torch.no_grad():
         _, slopes = held.field(held.form.split(y))
         left = float(held.norm(held.at_rest(held.form.split(y), slopes)))
-        inside = held.rests.outside(game, name, held.form.split(y), held.others) / (1.0 + float(y.abs().max()))
+        inside = held.rests.outside(held.situation(), held.form.split(y)) / (1.0 + float(y.abs().max()))
     feasible = Finding(
         f"{name}: feasible",
         CERTIFIED if inside <= tolerance else REFUTED,

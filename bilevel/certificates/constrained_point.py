@@ -23,6 +23,7 @@ from bilevel.game.data import Batch
 from bilevel.game.joint import JointProgramme
 from bilevel.game.kkt import plain, stacked_values
 from bilevel.game.running import moving_from
+from bilevel.game.situation import Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.responses import Response
 from bilevel.responses.base import State
@@ -142,15 +143,15 @@ class ConstrainedPoint:
         rests: Any = self.game.residual(self.leader)
         with random_kept(self.game.device, start=self.random):
             at = self._at(x, y)
-            found: dict[str, Variables] = rests.values(
-                self.game, self.leader, at, self.batches[self.leader], self._moved(at)
-            )
+            here = Situation(self.game, self.leader, at, self.batches[self.leader], self._moved(at))
+            found: dict[str, Variables] = rests.values(here, at)
         return found
 
     def _followers_values(self, x: Tensor, y: Tensor) -> Tensor:
         rests: Any = self.game.residual(self.follower)
         with random_kept(self.game.device, start=self.random):
-            found = rests.values(self.game, self.follower, self._at(x, y), self.held.batch, self.buffers)
+            at = self._at(x, y)
+            found = rests.values(Situation(self.game, self.follower, at, self.held.batch, self.buffers), at)
         inside: Tensor = stacked_values(found, y)
         return inside
 

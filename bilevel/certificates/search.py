@@ -18,6 +18,7 @@ from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelWarning
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
+from bilevel.game.situation import Situation
 from bilevel.inner import InnerSolver
 from bilevel.inner.base import minimised
 from bilevel.randomness import random_kept, random_state
@@ -55,12 +56,13 @@ class AloneProblem:
         self.constraints: Constrained | None = held_alone(game, name, variables, batch, buffers).constraints
         self.count = 0
         self._buffers = {owner: tensors for owner, tensors in buffers.items() if tensors}
+        self._situation = Situation(game, name, self.others, batch, self._buffers)
         self._random = random_state(game.device)
 
     def value(self, y: Tensor) -> float:
         """All of what it minimises at a flat y, its non-smooth term included."""
         parts = self.form.split(y)
-        return float(self.gradients(parts)[0]) + float(self.rests.term(self.game, self.name, parts, self.others))
+        return float(self.gradients(parts)[0]) + float(self.rests.term(self._situation, parts))
 
     def within(self, y: Tensor) -> Tensor:
         """The nearest point of its domain, flat."""
@@ -78,7 +80,7 @@ class AloneProblem:
         _, slopes = self.gradients(parts)
         ends = self.settled([a - b / mu for a, b in zip(parts, slopes, strict=True)], 1.0 / mu)
         way, slope = join(ends) - y, join(slopes)
-        terms = [float(self.rests.term(self.game, self.name, at, self.others)) for at in (parts, ends)]
+        terms = [float(self.rests.term(self._situation, at)) for at in (parts, ends)]
         return max(0.0, terms[0] - terms[1] - float(slope @ way) - 0.5 * mu * float(way @ way))
 
     def judged(self, y: Tensor) -> KKTPoint:
@@ -119,7 +121,7 @@ class AloneProblem:
     @property
     def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Those of its domain, where it is nothing but bounds."""
-        return self.rests.bounds(self.game, self.name, self.others)
+        return self.rests.bounds(self._situation)
 
     def field(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As `gradients`."""
@@ -127,11 +129,11 @@ class AloneProblem:
 
     def at_rest(self, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """What vanishes where it rests."""
-        return self.rests.at_rest(self.game, self.name, y, slopes, self.others)
+        return self.rests.at_rest(self._situation, y, slopes)
 
     def settled(self, z: Sequence[Tensor], step: float | Tensor = 1.0) -> list[Tensor]:
         """z projected onto its domain."""
-        return self.rests.settled(self.game, self.name, z, self.others, step)
+        return self.rests.settled(self._situation, z, step)
 
     def advance(self) -> None:
         """Nothing: the batch is held."""

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from bilevel.comparison.arguments import check, is_game, suited
 from bilevel.comparison.identity import configuration, described, digest, file_name, identity, versions
 from bilevel.comparison.measure import Setting, in_own_randomness, measure, refer
@@ -25,6 +23,7 @@ from bilevel.files import remove_abandoned, write_whole
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses import Response
+from bilevel.workers import side_by_side
 
 if TYPE_CHECKING:
     from bilevel.testing.known import KnownGame
@@ -48,6 +47,7 @@ def compare(
     reference: Response | None = None,
     laws: Laws | None = None,
     jobs: int = 1,
+    cluster: str | None = None,
     folder: str | Path | None = None,
     resume: bool = True,
     progress: bool = False,
@@ -72,15 +72,20 @@ def compare(
         reference: Default: L-BFGS and conjugate gradients to 1e-10 (1e-5 in float32).
         laws: What each response obeys, to be shown.
         jobs: Processes of one thread, side by side.
+        cluster: Do it on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one on
+            this machine, started and stopped; `jobs` runs at once, or with 1 as many as it has cores. Results then come
+            at the end; `folder` must be seen by all of its machines.
         folder: Keeps each finished run.
         resume: Do not repeat runs that are in `folder`.
         progress: Show a bar on stderr.
 
     Raises:
         ValueError: For wrong arguments, before any work.
-        ImportError: For `jobs` > 1 without joblib.
+        ImportError: For `jobs` > 1 without joblib, for `cluster` without Ray.
+        ConnectionError: Where nobody answers at a cluster's address.
 
     Examples:
+        >>> import torch
         >>> from bilevel import Implicit
         >>> from bilevel.testing import Cournot
         >>> implicit = Implicit(partial(torch.optim.SGD, lr=0.5), steps=50)
@@ -89,7 +94,7 @@ def compare(
         >>> found.rows[0].own.error < 1e-3
         True
     """
-    check(games, responses, follower, optimizer, steps, seeds, budgets, jobs)
+    check(games, responses, follower, optimizer, steps, seeds, budgets, jobs, cluster)
     where = None if folder is None else Path(folder)
     parts = [
         _Part(
@@ -113,7 +118,7 @@ def compare(
     vectors: dict[tuple[str, int], list[float] | None] = {}
     total = len(parts) + sum(len(part.responses) for part in parts)
     with _bar(progress, total) as ended:
-        for part, (found, vector) in _each([(part, partial(_refer, part)) for part in parts], jobs):
+        for part, (found, vector) in _each([(part, partial(_refer, part)) for part in parts], jobs, cluster):
             references[part.game, part.seed], vectors[part.game, part.seed] = found, vector
             ended(f"{part.game}: reference")
         work = [
@@ -121,7 +126,7 @@ def compare(
             for part in parts
             for name in part.responses
         ]
-        for part, row in _each(work, jobs):
+        for part, row in _each(work, jobs, cluster):
             rows[row.game, row.response, row.seed] = row
             ended(f"{part.game}: {row.response}")
     ordered = [(game, name, seed) for game in games for name in responses for seed in seeds]
@@ -245,25 +250,12 @@ def _measure(part: _Part, name: str, vector: Sequence[float] | None) -> Row:
 # Doing it ------------------------------------------------------------------------------------------------------------
 
 
-def _each(work: Sequence[tuple[_Part, Callable[[], Any]]], jobs: int) -> Iterator[tuple[_Part, Any]]:
+def _each(
+    work: Sequence[tuple[_Part, Callable[[], Any]]], jobs: int, cluster: str | None
+) -> Iterator[tuple[_Part, Any]]:
     """Each part with its result as it ends: here one by one, or in processes."""
-    if jobs == 1:
-        for part, one in work:
-            yield part, one()
-        return
-    from joblib import Parallel, delayed  # type: ignore[import-untyped]  # noqa: PLC0415 - optional
-    from joblib.parallel import get_active_backend  # type: ignore[import-untyped]  # noqa: PLC0415
-
-    # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
-    as_they_end = get_active_backend()[0].supports_return_generator
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if as_they_end else "list", batch_size=1)
-    for index, result in parallel(delayed(_in_process)(index, one) for index, (_, one) in enumerate(work)):
+    for index, result in side_by_side([one for _, one in work], jobs=jobs, cluster=cluster):
         yield work[index][0], result
-
-
-def _in_process(index: int, work: Callable[[], Any]) -> tuple[int, Any]:
-    torch.set_num_threads(1)  # the other cores have runs of their own
-    return index, work()
 
 
 @contextmanager

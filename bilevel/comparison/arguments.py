@@ -8,6 +8,7 @@ from typing import Any
 from bilevel.dynamics import Dynamics, ValueFunction
 from bilevel.game import Game
 from bilevel.responses import Response
+from bilevel.workers import require_workers
 
 
 def is_game(play: Any) -> bool:
@@ -33,6 +34,7 @@ def check(
     seeds: Sequence[int],
     budgets: Sequence[float],
     jobs: int,
+    cluster: str | None,
 ) -> None:
     """Raise `TypeError`, `ValueError` or `ImportError` that names the argument, what came and what was expected."""
     for word, given in (("games", games), ("responses", responses)):
@@ -73,11 +75,7 @@ def check(
                 f"compare: follower={follower!r}, but the players of {name!r} are {list(names)}; expected one that "
                 "moves after the first."
             )
-    if jobs > 1:
-        try:
-            import joblib  # type: ignore[import-untyped]  # noqa: F401, PLC0415 - tried before any work
-        except ImportError as error:
-            raise ImportError(f"Running in parallel needs joblib ({error}). pip install 'bilevel[data]'") from error
+    require_workers("compare", jobs, cluster)
 
 
 def _known(what: str, given: Iterable[str], games: Mapping[str, Any]) -> None:

@@ -27,9 +27,10 @@ from bilevel.game.kkt import KKT
 from bilevel.game.parts import Anticipated, DeclaredPlayers, Move, Parts, first_tensor
 from bilevel.game.player import Player
 from bilevel.game.processes import plays_alone, refuse_lone_rank, refuse_spread
-from bilevel.game.residual import Buffers, MembersGradients, OwnGradient, Residual
+from bilevel.game.residual import MembersGradients, OwnGradient, Residual
 from bilevel.game.running import moved_to, moving_modules, of_followers, on_graph, warn_where_standing
 from bilevel.game.shards import refuse_layouts, spread
+from bilevel.game.situation import Buffers
 from bilevel.game.starts import formed
 from bilevel.game.statistics import Seen, settled
 from bilevel.second_order import FastKernels
@@ -212,6 +213,40 @@ class Game:
     def position_of_answer(self, leader: str, states: Mapping[str, Any]) -> Position | None:
         """Where that batch of a leader's lies which goes with the followers' answers; None where any of its goes."""
         return None
+
+    @property
+    def undivided(self) -> Game:
+        """All that several processes play together, of which this may be a part."""
+        return self
+
+    @property
+    def leads_alike(self) -> bool:
+        """Whether the leaders' variables are the same in all processes that play this game together."""
+        return True
+
+    def gathered(self, tree: Variables) -> Variables:
+        """A tree of what is `[count, ...]` with what other processes have, where each plays some of the games."""
+        return tree
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes, where each plays some of the games."""
+        return list(numbers)
+
+    def everybodys(self, content: Any) -> list[Any]:
+        """Plain content of all processes that play other games than this one."""
+        return [content]
+
+    def whole_states(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """Followers' states with what other processes have, where each plays some of the games."""
+        return dict(states)
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Around a step of a run: processes that play other games may draw other random numbers."""
+        return nullcontext()
+
+    def foreseeing(self) -> AbstractContextManager[object]:
+        """While somebody is asked what it will do, which other processes may not ask."""
+        return nullcontext()
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all processes that play this game together: here they themselves."""

@@ -14,7 +14,7 @@ from bilevel.game.checks import Runs
 from bilevel.game.data import Batch
 from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.parts import Parts
-from bilevel.game.residual import Buffers
+from bilevel.game.situation import Buffers
 from bilevel.game.statistics import Seen, watching
 from bilevel.randomness import random_state, set_random_state
 from bilevel.second_order import told_of_loss

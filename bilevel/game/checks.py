@@ -16,6 +16,7 @@ from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame
+from bilevel.game.situation import Situation
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.game.statistics import moving_layers
 from bilevel.randomness import random_kept
@@ -454,7 +455,8 @@ def _residual_dependence(game: PlayedGame, name: str, trial: Mapping[str, Variab
     def residual(point: Mapping[str, Variables]) -> list[Tensor]:
         others = {other: v for other, v in point.items() if other != name}
         with random_kept(game.device), torch.enable_grad():
-            return game.residual(name)(game, name, leaves(point[name]), others, batch, game.buffers())[1]
+            here = Situation(game, name, others, batch, game.buffers())
+            return game.residual(name)(here, leaves(point[name]))[1]
 
     found = _first_call(name, lambda: residual(trial), batch)
     for (path, leaf), value in zip(named_leaves(trial[name]), found, strict=True):

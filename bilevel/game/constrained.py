@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bilevel.constraints import ConstraintSet, Penalty
 from bilevel.constraints.base import Limits, Margins
-from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers, Found, Kinks, OwnGradient, PlayedGame, Residual
+from bilevel.game.residual import Found, Kinks, OwnGradient, Residual
+from bilevel.game.situation import Situation
 from bilevel.tree import Variables, leaves
 
 Scale = float | Tensor
@@ -45,18 +45,10 @@ class ConstrainedGradient(Residual):
     minimises = False
     differentiates_loss = False
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """F."""
-        loss, slopes, after = OwnGradient()(game, player, y, others, batch, buffers)
-        return loss, self.at_rest(game, player, y, slopes, others), after
+        loss, slopes, after = OwnGradient()(at, y)
+        return loss, self.at_rest(at, y, slopes), after
 
     # What steps go by ------------------------------------------------------------------------------------------------
 
@@ -105,28 +97,14 @@ class ConstrainedGradient(Residual):
         """The same with another s."""
         return replace(self, scale=scale)
 
-    def at_rest(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        slopes: Sequence[Tensor],
-        others: Mapping[str, Variables],
-    ) -> list[Tensor]:
+    def at_rest(self, at: Situation, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """F, from the gradient at y."""
         s = [spread(self.scale, leaf) for leaf in y]
         ahead = [leaf - size * slope for leaf, size, slope in zip(y, s, slopes, strict=True)]
-        found = self.settled(game, player, ahead, others, self.scale)
+        found = self.settled(at, ahead, self.scale)
         return [(leaf - end) / size for leaf, end, size in zip(y, found, s, strict=True)]
 
-    def settled(
-        self,
-        game: PlayedGame,
-        player: str,
-        z: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        step: Scale,
-    ) -> list[Tensor]:
+    def settled(self, at: Situation, z: Sequence[Tensor], step: Scale) -> list[Tensor]:
         """P, of many games in each."""
 
         def mapped(tree: Variables, size: Tensor, given: Mapping[str, Variables]) -> Variables:
@@ -134,7 +112,7 @@ class ConstrainedGradient(Residual):
                 tree = self.prox.settled(given).apply(tree, size)
             return tree if self.domain is None else self.domain.settled(given).project(tree)
 
-        return leaves(self._each(game, player, mapped, z, others, step))
+        return leaves(self._each(at, mapped, z, step))
 
     # Its bounds ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +122,7 @@ class ConstrainedGradient(Residual):
         parts = [part for part in (self.domain, self.prox) if part is not None]
         return tuple(dict.fromkeys(name for part in parts for name in part.players))
 
-    def bounds(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> Limits | None:
+    def bounds(self, at: Situation) -> Limits | None:
         """The bounds of each entry, where nothing else holds the player."""
         if self.prox is not None or self.domain is None or not self.domain.entrywise:
             return None
@@ -155,55 +133,43 @@ class ConstrainedGradient(Residual):
             assert found is not None
             return [leaf.clone() for bounds in found for leaf in bounds]
 
-        y = leaves(game.initial(player))
+        y = leaves(at.game.initial(at.player))
         with torch.no_grad():
-            found = self._each(game, player, limits, y, others, 1.0)
+            found = self._each(at, limits, y, 1.0)
         return found[: len(y)], found[len(y) :]
 
-    def outside(self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]) -> float:
+    def outside(self, at: Situation, y: Sequence[Tensor]) -> float:
         """The distance of y from the domain, of one game."""
         if self.domain is None:
             return 0.0
-        given = {name: game.value(name, others) for name in self.domain.players}
-        return float(self.domain.settled(given).distance(game.structure(player).build(list(y))))
+        return float(self.domain.settled(at.given(self.domain.players)).distance(at.form.build(list(y))))
 
-    def term(
-        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
-    ) -> Tensor | float:
+    def term(self, at: Situation, y: Sequence[Tensor]) -> Tensor | float:
         """The non-smooth term at y, of one game."""
         if self.prox is None:
             return 0.0
-        given = {name: game.value(name, others) for name in self.prox.players}
-        return self.prox.settled(given).value(game.structure(player).build(list(y)))
+        return self.prox.settled(at.given(self.prox.players)).value(at.form.build(list(y)))
 
-    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+    def require_valid(self, at: Situation) -> None:
         """Raise `ValueError` where the players have made the set empty, or a weight negative."""
-        if not self.option_players or game.count > 1:
+        if not self.option_players or at.game.count > 1:
             return
-        given = {name: game.value(name, others) for name in self.option_players}
+        given = at.given(self.option_players)
         for part in (self.domain, self.prox):
             if part is not None:
-                part.settled(given).check(game.initial(player), f"Player {player!r}")
+                part.settled(given).check(at.game.initial(at.player), f"Player {at.player!r}")
 
-    def kinks(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Kinks:
+    def kinks(self, at: Situation, y: Sequence[Tensor]) -> Kinks:
         """The walls that hold with a multiplier of about 0, or that y is about to touch.
 
         There P has no derivative. What counts as about 0 is what rounding and the rest of F leave open.
         """
         with torch.no_grad():
-            _, slopes, _ = OwnGradient()(game, player, y, others, batch, buffers)
-            left = game.norms(self.at_rest(game, player, y, slopes, others))
-            near = self._margins(game, player, y, slopes, others, self.scale)
+            _, slopes, _ = OwnGradient()(at, y)
+            left = at.game.norms(self.at_rest(at, y, slopes))
+            near = self._margins(at, y, slopes, self.scale)
             # Where the set of walls that hold depends on s, y is not yet where it tells them apart.
-            nearer = self._margins(game, player, y, slopes, others, 0.1 * self.scale)
+            nearer = self._margins(at, y, slopes, 0.1 * self.scale)
         sizes = torch.stack([leaf.abs().amax() for leaf in y]).amax()
         rounding = 1e3 * torch.finfo(sizes.dtype).eps * (1.0 + sizes)
         found: Kinks = []
@@ -213,15 +179,7 @@ class ConstrainedGradient(Residual):
             found += [(*wall, place, bool(margin[tuple(place)] < 0.0)) for place in open_.nonzero().tolist()]
         return found
 
-    def _margins(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        slopes: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        scale: Scale,
-    ) -> Margins:
+    def _margins(self, at: Situation, y: Sequence[Tensor], slopes: Sequence[Tensor], scale: Scale) -> Margins:
         def margins(tree: Variables, size: Tensor, given: Mapping[str, Variables]) -> Margins:
             found: Margins = {}
             if self.prox is not None:
@@ -233,21 +191,12 @@ class ConstrainedGradient(Residual):
             return found
 
         ahead = [leaf - spread(scale, leaf) * slope for leaf, slope in zip(y, slopes, strict=True)]
-        return self._each(game, player, margins, ahead, others, scale)  # type: ignore[no-any-return]
+        return self._each(at, margins, ahead, scale)  # type: ignore[no-any-return]
 
-    def _each(
-        self,
-        game: PlayedGame,
-        player: str,
-        function: Any,
-        z: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        step: Scale,
-    ) -> Any:
+    def _each(self, at: Situation, function: Any, z: Sequence[Tensor], step: Scale) -> Any:
         """`function(tree, step, players)` in each game."""
-        given = {name: game.value(name, others) for name in self.option_players}
         size = torch.as_tensor(step, dtype=z[0].dtype, device=z[0].device)
-        return game.each(function, game.structure(player).build(list(z)), size, given)
+        return at.game.each(function, at.form.build(list(z)), size, at.given(self.option_players))
 
 
 def spread(scale: Scale, leaf: Tensor) -> Any:

@@ -16,7 +16,8 @@ from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelError, NonFiniteError
 from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers, Kinks, PlayedGame, Rest
+from bilevel.game.residual import Kinks, PlayedGame, Rest
+from bilevel.game.situation import Buffers, Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.sharding.tensor import noise_like
 from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
@@ -75,7 +76,7 @@ class Follower:
         """The layout of what F is a function of: y, and the multipliers after it."""
         self.position = state["data"]
         self.buffers: Buffers = {self.name: state["buffers"]} if state["buffers"] else {}
-        self.rests.require_valid(game, self.name, self.others)
+        self.rests.require_valid(Situation(game, self.name, self.others))
         self.gradient_count = 0
         self.fixed = batch is not None
         self.batch = batch
@@ -86,6 +87,10 @@ class Follower:
     def others(self) -> dict[str, Variables]:
         """The other players' variables, detached."""
         return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
+
+    def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
+        """Where it is on the present batch; `others` in place of their own variables, detached."""
+        return Situation(self.game, self.name, self.others if others is None else others, self.batch, self.buffers)
 
     @property
     def symmetric(self) -> bool:
@@ -144,8 +149,7 @@ class Follower:
         """
         if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
             self._refuse_leaves(y)
-        given = self.others if others is None else others
-        loss, slopes, self.buffers = self.rests(self.game, self.name, y, given, self.batch, self.buffers)
+        loss, slopes, self.buffers = self.rests(self.situation(others), y)
         self.gradient_count += 1
         return loss, slopes
 
@@ -193,9 +197,7 @@ class Follower:
         """Loss and what a step goes along, F or the gradient whose step is projected; as `gradients` otherwise."""
         if not isinstance(y, (list, tuple)) or [leaf.shape for leaf in y] != list(self.form.shapes):
             self._refuse_leaves(y)
-        given = self.others if others is None else others
-        rests = self.rests.field
-        loss, slopes, self.buffers = rests(self.game, self.name, y, given, self.batch, self.buffers)
+        loss, slopes, self.buffers = self.rests.field(self.situation(others), y)
         self.gradient_count += 1
         return loss, slopes
 
@@ -203,16 +205,16 @@ class Follower:
         self, y: Sequence[Tensor], slopes: Sequence[Tensor], others: Mapping[str, Variables] | None = None
     ) -> list[Tensor]:
         """F, from what a step goes along."""
-        return self.rests.at_rest(self.game, self.name, y, slopes, self.others if others is None else others)
+        return self.rests.at_rest(self.situation(others), y, slopes)
 
     def settled(self, z: Sequence[Tensor], step: Any = 1.0) -> list[Tensor]:
         """Where a step that led to z ends: z projected, where the follower has a domain or a proximal map."""
-        return self.rests.settled(self.game, self.name, z, self.others, step)
+        return self.rests.settled(self.situation(), z, step)
 
     @property
     def bounds(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """The bounds of each entry, where it minimises its loss within bounds alone."""
-        return self.rests.bounds(self.game, self.name, self.others)
+        return self.rests.bounds(self.situation())
 
     def next_state(
         self,
@@ -251,18 +253,18 @@ class Follower:
 
         It underestimates L by little: what depends on it needs its size and not its digits.
         """
-        game, field = self.game, self.rests.field
+        game, field, here = self.game, self.rests.field, self.situation()
         generator = torch.Generator().manual_seed(0)
 
         def slope(flat: Tensor) -> Tensor:
             with random_kept(game.device):
-                return field.flat(game, self.name, flat, self.others, self.batch, self.buffers)[1]
+                return field.flat(here, flat)[1]
 
         with torch.no_grad():
             flat = join([leaf.detach() for leaf in y])
             value, pulled = pullback(slope, flat)
             steep, length = self.norm(self.form.split(value.detach())), self.norm(list(y))
-            v = noise_like(flat, generator)
+            v = self.probe(flat, generator)
             norms = game.norms(self.form.split(v)) * float(value.requires_grad)  # a linear loss has no curvature
             for _ in range(products if value.requires_grad else 0):
                 unit = [leaf / spread(torch.where(norms > 0.0, norms, 1.0), leaf) for leaf in self.form.split(v)]
@@ -274,6 +276,10 @@ class Follower:
         usable = torch.isfinite(curvature) & (curvature > 0.0)
         found = 1.0 / torch.where(usable, curvature, 1.0)
         return found if found.ndim else float(found)
+
+    def probe(self, flat: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise in the form of its variables as one vector."""
+        return noise_like(flat, generator)
 
     def held_residual(self) -> HeldResidual:
         """F(y, *xs), for ever on the present batch, buffers and random numbers."""
@@ -430,10 +436,12 @@ class HeldResidual:
         self, function: Callable[..., Any], y: Tensor, xs: Sequence[Tensor], extra: Mapping[str, Variables]
     ) -> Any:
         """A function of the players' variables at y `[n]`, called as the follower's loss is; with what is `extra`."""
-        follower = self._follower
-        variables = {**follower.input_form.build(xs), follower.name: follower.form.unflatten(y)}
-        with random_kept(follower.game.device, start=self._random):
-            return follower.game.call(follower.name, function, variables, self._batch, self._buffers, extra)[0]
+        here = self._situation(self._follower.input_form.build(xs))
+        with random_kept(here.game.device, start=self._random):
+            return here.call(function, here.at_flat(y), extra)[0]
+
+    def _situation(self, others: Mapping[str, Variables]) -> Situation:
+        return Situation(self._follower.game, self._follower.name, others, self._batch, self._buffers)
 
     def kinks(self, y: Tensor, *xs: Tensor) -> Kinks:
         """Where F has no derivative at y `[n]`, as far as is known."""
@@ -442,16 +450,15 @@ class HeldResidual:
             return []
         others, leaves_ = follower.input_form.build([x.detach() for x in xs]), follower.form.split(y.detach())
         with random_kept(follower.game.device, start=self._random):
-            return follower.rests.kinks(follower.game, follower.name, leaves_, others, self._batch, self._buffers)
+            return follower.rests.kinks(self._situation(others), leaves_)
 
     def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
         """F there."""
         follower = self._follower
-        game, name = follower.game, follower.name
-        others = follower.input_form.build(xs)
+        here = self._situation(follower.input_form.build(xs))
         # Hold the dropout mask as well as the batch: a linear solver needs one fixed operator.
-        with random_kept(game.device, start=self._random):
-            value, residual = follower.rests.flat(game, name, y, others, self._batch, self._buffers)
+        with random_kept(follower.game.device, start=self._random):
+            value, residual = follower.rests.flat(here, y)
         if not transforms_active():
             self.loss = float(value.detach())
         return residual
@@ -476,7 +483,7 @@ class HeldLoss:
     def __call__(self, y: Tensor, *xs: Tensor) -> Tensor:
         """The loss there."""
         follower = self._follower
-        game, name = follower.game, follower.name
-        variables = {**follower.input_form.build(xs), name: follower.form.unflatten(y)}
-        with random_kept(game.device, start=self._random):
-            return game.total(game.evaluate(name, variables, self._batch, self._buffers)[0])
+        others = follower.input_form.build(xs)
+        here = Situation(follower.game, follower.name, others, self._batch, self._buffers)
+        with random_kept(follower.game.device, start=self._random):
+            return here.loss(here.at_flat(y))[0]

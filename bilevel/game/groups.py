@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bilevel.game.residual import Buffers
+from bilevel.game.situation import Buffers
 
 
 @dataclass(frozen=True)

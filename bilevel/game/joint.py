@@ -31,19 +31,9 @@ from bilevel.constraints.functions import (
 from bilevel.constraints.regularity import require_feasible
 from bilevel.constraints.walls import has_walls
 from bilevel.game.constrained import ConstrainedGradient
-from bilevel.game.data import Batch
 from bilevel.game.kkt import KKT, FollowerProgramme, in_order, plain, rest_of, stacked_values, unknowns_of, walls_of
-from bilevel.game.residual import (
-    Buffers,
-    Found,
-    MembersGradients,
-    OwnGradient,
-    PlayedGame,
-    Present,
-    Residual,
-    Rest,
-    required,
-)
+from bilevel.game.residual import Found, MembersGradients, OwnGradient, Residual, Rest, required
+from bilevel.game.situation import Present, Situation
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -99,28 +89,21 @@ class JointKKT(Residual):
         }
         return JointKKT(members, shared)
 
-    def values(
-        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> dict[str, Variables]:
+    def values(self, at: Situation, variables: Mapping[str, Variables]) -> dict[str, Variables]:
         """What the constraints are, by kind and then by member; those that are shared under "shared".
 
         Several shared ones of a kind are a list, in the order in which the players first name them.
         """
-        return self._values(game, lambda bearers: variables, batch, buffers)
+        return self._values(at, lambda bearers: variables)
 
     def _values(
-        self,
-        game: PlayedGame,
-        at: Callable[[tuple[str, ...]], Mapping[str, Variables]],
-        batch: Batch,
-        buffers: Buffers,
+        self, at: Situation, seen: Callable[[tuple[str, ...]], Mapping[str, Variables]]
     ) -> dict[str, Variables]:
-        """The constraints, each at the variables that `at` gives to those who bear it."""
+        """The constraints, each at the variables that those who bear it are `seen` to have."""
         found: dict[str, dict[str, Variables]] = {}
 
         def called(member: str, function: Callable[..., Variables], bearers: tuple[str, ...]) -> Variables:
-            part = None if batch is None else batch[member]
-            return game.call(member, function, at(bearers), part, buffers, {})[0]
+            return at.of(member, at.others).call(function, seen(bearers))[0]
 
         for member, own in self.members.items():
             for kind, functions in ((INEQUALITY, own.inequality), (EQUALITY, own.equality)):
@@ -128,7 +111,7 @@ class JointKKT(Residual):
                     built = map_leaves(lambda f, m=member: called(m, f, (m,)), functions)
                     found.setdefault(kind, {})[member] = built
             if own.domain is not None:
-                both = walls_of(game, member, own.domain, at((member,)))
+                both = walls_of(at.game, member, own.domain, seen((member,)))
                 for kind, built in zip((DOMAIN, DOMAIN_EQUALITY), both, strict=True):
                     found.setdefault(kind, {})[member] = built
         for kind in (INEQUALITY, EQUALITY):
@@ -152,76 +135,46 @@ class JointKKT(Residual):
                     found.append((sum(leaf.numel() for leaf in leaves(value)), part.bearers))
         return found
 
-    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+    def require_valid(self, at: Situation) -> None:
         """Raise `ValueError` where the players have made a member's domain empty."""
         for member, own in self.members.items():
             if own.domain is not None and not set(own.domain.players) & set(self.members):
-                own.require_valid(game, member, others)
+                own.require_valid(at.of(member, at.others))
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """The members' own gradients; the constraints come by `programme`."""
-        own = MembersGradients(dict.fromkeys(self.members, OwnGradient()))
-        return own(game, player, y, others, batch, buffers)
+        return MembersGradients(dict.fromkeys(self.members, OwnGradient()))(at, y)
 
-    def flat(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Tensor,
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> tuple[Tensor, Tensor]:
+    def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the members' losses, and F at `z: [n + m + p]`."""
-        form = game.structure(player)
-        variables = {**others, player: form.unflatten(y[: form.size])}
-        values = self.values(game, player, variables, batch, buffers)
+        form = at.form
+        values = self.values(at, at.at_flat(y[: form.size]))
         flat = stacked_values(values, y)
         above = sum(leaf.numel() for kind, tree in values.items() if kind in INEQUALITIES for leaf in leaves(tree))
         l, m = y[form.size : form.size + above], y[form.size + above :]
         binds = l > 0.0
         weights = torch.cat([torch.where(binds, l, 0.0), m])
-        total, slope = self.pushed(game, player, y[: form.size], weights, others, batch, buffers)
+        total, slope = self.pushed(at, y[: form.size], weights)
         return total, torch.cat([slope, torch.where(binds, flat[:above], l), flat[above:]])
 
-    def pushed(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Tensor,
-        weights: Tensor,
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> tuple[Tensor, Tensor]:
+    def pushed(self, at: Situation, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of losses and weighted constraints, and each member's gradient of its Lagrangian, stacked `[n]`.
 
         `weights` is `[m + p]`. At a solution the sum is that of the losses. Each loss is evaluated once, and so is each
         constraint: what does not bear it stands still there, and one gradient of the sum is the stack of them.
         """
-        form, places = game.structure(player), places_of(game.structure(player), y)
+        size, places = at.form.size, places_of(at.form, y)
 
         def lagrangians(live: Tensor) -> Tensor:
-            def at(bearers: tuple[str, ...]) -> Mapping[str, Variables]:
-                moving = torch.zeros(form.size, dtype=torch.bool, device=y.device)
+            def seen(bearers: tuple[str, ...]) -> Mapping[str, Variables]:
+                moving = torch.zeros(size, dtype=torch.bool, device=y.device)
                 for name in bearers:
                     moving[places[name]] = True
                 # `y` itself is no constant: second derivatives go through it.
-                return {**others, player: form.unflatten(torch.where(moving, live, y))}
+                return at.at_flat(torch.where(moving, live, y))
 
-            losses = [
-                game.total(game.evaluate(member, at((member,)), None if batch is None else batch[member], buffers)[0])
-                for member in self.members
-            ]
-            values = self._values(game, at, batch, buffers)
+            losses = [at.of(member, at.others).loss(seen((member,)))[0] for member in self.members]
+            values = self._values(at, seen)
             borne = (weights * flatten(list(values.values()))).sum() if values else 0.0
             return torch.stack(losses).sum() + borne
 
@@ -274,14 +227,7 @@ class JointProgramme(FollowerProgramme):
         """The sum of the losses, and the stacked own gradients `[n]`."""
         follower = self.follower
         with torch.no_grad(), random_kept(follower.game.device, start=self.random):
-            loss, slopes, _ = self._joint(
-                follower.game,
-                follower.name,
-                follower.form.split(self.own(y)),
-                follower.others,
-                follower.batch,
-                follower.buffers,
-            )
+            loss, slopes, _ = self._joint(self.situation, follower.form.split(self.own(y)))
         follower.count(1)
         return float(loss), plain(join(slopes))
 
@@ -300,19 +246,11 @@ class JointProgramme(FollowerProgramme):
 
     def hessian(self, y: Tensor, inequality: Tensor, equality: Tensor) -> Tensor:
         """The derivative `[n, n]` of the members' gradients of their Lagrangians, stacked; it is not symmetric."""
-        follower, weights = self.follower, torch.cat([inequality, equality])
+        weights = torch.cat([inequality, equality])
 
         def stacked(y: Tensor) -> Tensor:
-            with random_kept(follower.game.device, start=self.random), torch.enable_grad():
-                return self._joint.pushed(
-                    follower.game,
-                    follower.name,
-                    y,
-                    weights.to(y),
-                    follower.others,
-                    follower.batch,
-                    follower.buffers,
-                )[1]
+            with random_kept(self.follower.game.device, start=self.random), torch.enable_grad():
+                return self._joint.pushed(self.situation, y, weights.to(y))[1]
 
         return plain(jacobian(stacked, self.own(y))[1])
 

@@ -30,8 +30,8 @@ from bilevel.constraints.functions import (
 from bilevel.constraints.regularity import kink, require_feasible, require_regular
 from bilevel.constraints.walls import Walls, walls
 from bilevel.game.constrained import ConstrainedGradient
-from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers, Found, OwnGradient, PlayedGame, Present, Residual, Rest
+from bilevel.game.residual import Found, OwnGradient, Residual, Rest
+from bilevel.game.situation import GameOfLosses, Present, Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.tree import Variables, flatten, join, leaves, map_leaves
 
@@ -63,53 +63,35 @@ class KKT(Residual):
     minimises = False
     differentiates_loss = False
 
-    def values(
-        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> dict[str, Variables]:
+    def values(self, at: Situation, variables: Mapping[str, Variables]) -> dict[str, Variables]:
         """What the constraints are, by kind: the inequalities first, and then the equalities."""
         own = {INEQUALITY: self.inequality, EQUALITY: self.equality}
         found = {
-            kind: map_leaves(lambda function: game.call(player, function, variables, batch, buffers, {})[0], functions)
+            kind: map_leaves(lambda function: at.call(function, variables)[0], functions)
             for kind, functions in own.items()
             if functions is not None
         }
         if self.domain is not None:
-            found[DOMAIN], found[DOMAIN_EQUALITY] = walls_of(game, player, self.domain, variables)
+            found[DOMAIN], found[DOMAIN_EQUALITY] = walls_of(at.game, at.player, self.domain, variables)
         return in_order(found)
 
-    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+    def require_valid(self, at: Situation) -> None:
         """Raise `ValueError` where the players have made the domain empty."""
         if self.domain is not None:
-            ConstrainedGradient(self.domain, None).require_valid(game, player, others)
+            ConstrainedGradient(self.domain, None).require_valid(at)
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """The loss and its own gradient, which an inner solver asks for; the constraints come by `programme`."""
-        return OwnGradient()(game, player, y, others, batch, buffers)
+        return OwnGradient()(at, y)
 
-    def flat(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Tensor,
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> tuple[Tensor, Tensor]:
+    def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """F at `z: [n + m + p]`, and the Lagrangian, which at a solution is the loss."""
-        form = game.structure(player)
+        size = at.form.size
 
         def lagrangian(z: Tensor) -> Tensor:
-            variables = {**others, player: form.unflatten(z[: form.size])}
-            total, rest = game.total(game.evaluate(player, variables, batch, buffers)[0]), z[form.size :]
-            for kind, tree in self.values(game, player, variables, batch, buffers).items():
+            variables, rest = at.at_flat(z[:size]), z[size:]
+            total, _ = at.loss(variables)
+            for kind, tree in self.values(at, variables).items():
                 value = flatten(tree)
                 multipliers, rest = rest[: len(value)], rest[len(value) :]
                 if kind in INEQUALITIES:
@@ -148,9 +130,7 @@ class KKT(Residual):
 class HasConstraints(Protocol):
     """A residual with constraints."""
 
-    def values(
-        self, game: PlayedGame, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> dict[str, Variables]:
+    def values(self, at: Situation, variables: Mapping[str, Variables]) -> dict[str, Variables]:
         """What the constraints are, by kind: the inequalities first, and then the equalities."""
 
 
@@ -164,7 +144,7 @@ def stacked_values(found: Mapping[str, Variables], like: Tensor) -> Tensor:
     return flatten(list(found.values())) if found else like[:0]
 
 
-def walls_of(game: PlayedGame, player: str, domain: ConstraintSet, variables: Mapping[str, Variables]) -> Walls:
+def walls_of(game: GameOfLosses, player: str, domain: ConstraintSet, variables: Mapping[str, Variables]) -> Walls:
     """The walls of a player's domain where everybody is."""
     given, known = {name: game.value(name, variables) for name in domain.players}, not domain.players
     own = game.value(player, variables)
@@ -212,9 +192,8 @@ class FollowerProgramme:
 
     def values(self, y: Tensor) -> dict[str, Variables]:
         """What the constraints are at a flat y of the follower's own dtype, by kind."""
-        follower = self.follower
-        with random_kept(follower.game.device, start=self.random):
-            return self._rests.values(follower.game, follower.name, self.at(y), follower.batch, follower.buffers)
+        with random_kept(self.follower.game.device, start=self.random):
+            return self._rests.values(self.situation, self.at(y))
 
     def no_multipliers(self) -> dict[str, Variables]:
         """Multipliers of 0, in the form of what the constraints return."""
@@ -258,13 +237,18 @@ class FollowerProgramme:
         return y.to(device=self.follower.game.device, dtype=self._dtype)
 
     def _loss(self, y: Tensor) -> Tensor:
+        with random_kept(self.follower.game.device, start=self.random):
+            return self.situation.loss(self.at(y))[0]
+
+    @property
+    def situation(self) -> Situation:
+        """The follower's, the others where they were at first."""
         follower = self.follower
-        with random_kept(follower.game.device, start=self.random):
-            return follower.game.loss(follower.name, self.at(y), follower.batch, follower.buffers)
+        return Situation(follower.game, follower.name, self._others, follower.batch, follower.buffers)
 
     def at(self, y: Tensor) -> dict[str, Variables]:
         """Everybody's variables, the follower's at a flat y."""
-        return {**self._others, self.follower.name: self.follower.form.unflatten(y)}
+        return self.situation.at_flat(y)
 
 
 def plain(tensor: Tensor) -> Tensor:

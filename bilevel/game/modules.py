@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError
 from bilevel.game.player import Player
-from bilevel.game.residual import Buffers
+from bilevel.game.situation import Buffers
 from bilevel.tree import leaves
 
 # No state, and so no harm in a global: a module is lent to one thread at a time, and modules may share parts.

@@ -14,8 +14,9 @@ from bilevel.game.checks import Depends, Runs
 from bilevel.game.data import Batch, Stream
 from bilevel.game.groups import Groups
 from bilevel.game.player import Player
-from bilevel.game.residual import Buffers, Residual
+from bilevel.game.residual import Residual
 from bilevel.game.shards import Shards
+from bilevel.game.situation import Buffers
 from bilevel.game.starts import StartsAlone
 from bilevel.tree import Structure, Variables, detached, leaves, map_leaves
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, final
 
@@ -15,14 +14,9 @@ from torch import Tensor, nn
 
 from bilevel._returned import described
 from bilevel.autodiff import gradient
-from bilevel.constraints.coordinates import Coordinate
 from bilevel.constraints.functions import Constrained
-from bilevel.game.data import Batch, Position
-from bilevel.second_order import FastKernels
+from bilevel.game.situation import Buffers, GameOfLosses, Present, Situation
 from bilevel.tree import Structure, Variables, join, leaves, map_leaves, structure_of
-
-Buffers = dict[str, dict[str, Tensor]]
-"""Non-differentiated state of the players' modules: player -> buffer's name -> tensor."""
 
 Found = tuple[Tensor, list[Tensor], Buffers]
 """The loss (0-d, or `[count]`), F in the leaves of y, and the buffers after it."""
@@ -51,161 +45,11 @@ class Rest:
     games: list[int] | None = None
 
 
-class PlayedGame(Protocol):
-    """What residuals and checks need of the game that a player is in."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The players' names, in order of play."""
-
-    @property
-    def players(self) -> Mapping[str, Any]:
-        """The players by name, in order of play; those of a joint one by their own names."""
-
-    @property
-    def anticipated(self) -> frozenset[str]:
-        """The players whose variables are functions of those who move before them."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where everybody's variables live."""
-
-    def arguments(self, player: str) -> tuple[str, ...]:
-        """The players that a player's objective names."""
-
-    def check(self, player: str, variables: Variables) -> None:
-        """Refuse variables whose nest or shapes are not those of the player's `init`."""
-
-    @property
-    def count(self) -> int:
-        """How many games this stands for."""
-
-    def each(self, function: Callable[..., Any], *trees: Any) -> Any:
-        """`function(*trees)`, of many games in each by itself."""
-
-    def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
-        """A player's variables among those given, or what it answers to them."""
-
-    def largest(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of each number over all processes that play this game together."""
-
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The norm of a player's leaves taken together."""
-
-    def saving(self) -> AbstractContextManager[object]:
-        """Where autograd saves what several derivatives need."""
-
-    def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
-        """Raise `TypeError` for an optimiser of a player's that would mix what must stay apart."""
-
-    def require_one(self, asker: str) -> None:
-        """Raise `TypeError` when this stands for many games."""
-
-    def require_ranks(self, asker: str) -> None:
-        """Raise `ValueError` where this process is one of several ranks, who would drift apart in silence."""
-
-    def start(self, player: str, seed: int = 0) -> Position | None:
-        """The position of a player's first batch."""
-
-    def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
-        """A player's batch at a position, and the next position."""
-
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
-        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
-
-    def initial(self, player: str) -> Variables:
-        """A fresh copy of a player's initial variables."""
-
-    def buffers(self) -> Buffers:
-        """A fresh copy of the initial buffers of every player's module."""
-
-    def loss(
-        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
-    ) -> Tensor:
-        """A player's loss at everybody's variables."""
-
-    def starting_point(
-        self, player: str, others: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
-    ) -> Variables | None:
-        """Where a player with `start=` begins to follow, differentiable in the others; None of all other players."""
-
-    def coordinates(self, player: str) -> Sequence[Coordinate | None]:
-        """The range of each leaf of a player's variables that has one; [] where none has."""
-
-    def structure(self, player: str) -> Structure:
-        """How a player's variables are laid out."""
-
-    def members(self, player: str) -> tuple[str, ...]:
-        """Those who make up a joint player; of any other player itself alone."""
+class PlayedGame(GameOfLosses, Protocol):
+    """What followers and checks need of the game that a player is in."""
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests."""
-
-    def kernels(self, player: str) -> FastKernels:
-        """What a player's loss uses that has one derivative only, where there is a form with two."""
-
-    @property
-    def record_keys(self) -> tuple[str, ...]:
-        """What follows a number's name in a run's records: nothing, of one game."""
-
-    def total(self, loss: Tensor) -> Tensor:
-        """What is differentiated in place of a loss."""
-
-    def evaluate(
-        self, player: str, variables: Mapping[str, Variables], batch: Batch = None, buffers: Buffers | None = None
-    ) -> tuple[Tensor, Buffers]:
-        """A player's loss, and the buffers after it."""
-
-    def moments(
-        self, player: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
-    ) -> dict[str, Tensor]:
-        """What running statistics go to on this batch, by the buffers' names; differentiable in all variables."""
-
-    def call(
-        self,
-        player: str,
-        function: Callable[..., Any],
-        variables: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers | None,
-        extra: Mapping[str, Variables],
-    ) -> tuple[Variables, Buffers]:
-        """A function of the players' variables that returns a pytree, called as a player's objective is."""
-
-
-class Present(Protocol):
-    """What a residual may ask of its follower during a call."""
-
-    @property
-    def game(self) -> PlayedGame:
-        """The game that it plays."""
-
-    @property
-    def name(self) -> str:
-        """Its own."""
-
-    @property
-    def form(self) -> Structure:
-        """The layout of its variables."""
-
-    @property
-    def multipliers(self) -> Mapping[str, Variables]:
-        """Those of its state."""
-
-    @property
-    def others(self) -> Mapping[str, Variables]:
-        """The other players' variables, detached."""
-
-    @property
-    def batch(self) -> Batch:
-        """The present one."""
-
-    @property
-    def buffers(self) -> Buffers:
-        """Its module's."""
-
-    def count(self, gradients: int) -> None:
-        """So many more gradients were taken."""
 
 
 class Residual(ABC):
@@ -232,28 +76,12 @@ class Residual(ABC):
         """Whether F is the first derivative of what the game's loss returns."""
 
     @abstractmethod
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """The loss, F in each leaf of y, and the buffers after it; differentiable in y and others if grad is on."""
 
-    def flat(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Tensor,
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> tuple[Tensor, Tensor]:
+    def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and F `[n]` at a flat `y: [n]`, for linear solvers."""
-        loss, slopes, _ = self(game, player, game.structure(player).split(y), others, batch, buffers)
+        loss, slopes, _ = self(at, at.form.split(y))
         return loss, join(slopes)
 
     # What has more unknowns than the player's variables overrides these ------------------------------------------
@@ -317,56 +145,30 @@ class Residual(ABC):
         """The same with another s."""
         return self
 
-    def at_rest(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        slopes: Sequence[Tensor],
-        others: Mapping[str, Variables],
-    ) -> list[Tensor]:
+    def at_rest(self, at: Situation, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """F in each leaf, from `field` at y."""
         return list(slopes)
 
-    def settled(
-        self,
-        game: PlayedGame,
-        player: str,
-        z: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        step: float | Tensor,
-    ) -> list[Tensor]:
+    def settled(self, at: Situation, z: Sequence[Tensor], step: float | Tensor) -> list[Tensor]:
         """Where a step of this length that led to z ends: z projected, where there is something to project onto."""
         return list(z)
 
-    def bounds(
-        self, game: PlayedGame, player: str, others: Mapping[str, Variables]
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
+    def bounds(self, at: Situation) -> tuple[list[Tensor], list[Tensor]] | None:
         """The lower and upper bounds of each entry, where the player minimises its loss within bounds alone."""
         return None
 
-    def outside(self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]) -> float:
+    def outside(self, at: Situation, y: Sequence[Tensor]) -> float:
         """How far y is from the player's domain; 0 without one."""
         return 0.0
 
-    def term(
-        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
-    ) -> Tensor | float:
+    def term(self, at: Situation, y: Sequence[Tensor]) -> Tensor | float:
         """What its loss has besides its objective; 0 where there is nothing."""
         return 0.0
 
-    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:  # noqa: B027
+    def require_valid(self, at: Situation) -> None:  # noqa: B027
         """Raise `ValueError` where the other players have left nothing to choose from."""
 
-    def kinks(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Kinks:
+    def kinks(self, at: Situation, y: Sequence[Tensor]) -> Kinks:
         """Where F has no derivative at y, as far as is known."""
         return []
 
@@ -380,45 +182,23 @@ class OwnGradient(Residual):
     minimises = True
     differentiates_loss = True
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """grad_y f."""
-        form, after = game.structure(player), {}
+        after: Buffers = {}
 
         def loss(*own: Tensor) -> Tensor:
-            value, advanced = game.evaluate(player, {**others, player: form.build(own)}, batch, buffers)
+            value, advanced = at.loss(at.at(own))
             after.update(advanced)
-            return game.total(value)
+            return value
 
-        with game.saving():
+        with at.game.saving():
             value, found = gradient(loss, *y)
-        return value, list(found), {name: after[name] for name in buffers if name in after}
+        return value, list(found), {name: after[name] for name in at.buffers if name in after}
 
-    def flat(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Tensor,
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> tuple[Tensor, Tensor]:
+    def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """By one derivative in y itself, and not one in each leaf."""
-        form = game.structure(player)
-
-        def loss(y: Tensor) -> Tensor:
-            variables = {**others, player: form.unflatten(y)}
-            return game.total(game.evaluate(player, variables, batch, buffers)[0])
-
-        with game.saving():
-            value, (slope,) = gradient(loss, y)
+        with at.game.saving():
+            value, (slope,) = gradient(lambda y: at.loss(at.at_flat(y))[0], y)
         return value, slope
 
 
@@ -440,36 +220,24 @@ class MembersGradients(Residual):
         """Whether all of them are gradients of the members' losses."""
         return all(own.differentiates_loss for own in self.members.values())
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """(grad_b f_b, grad_c f_c, ...), in the order of the leaves."""
-        current, losses = buffers, []
+        current, losses = at.buffers, []
         slopes: list[Tensor] = list(y)
-        for member, own, mine, rest in self._each(game, player, y, others):
-            part = None if batch is None else batch[member]
-            value, found, current = own(game, member, [y[i] for i in mine], rest, part, current)
+        for here, own, mine in self._each(at, y):
+            value, found, current = own(replace(here, buffers=current), [y[i] for i in mine])
             losses.append(value)
             for index, slope in zip(mine, found, strict=True):
                 slopes[index] = slope
         return sum(losses[1:], losses[0]), slopes, current
 
-    def _each(
-        self, game: PlayedGame, player: str, y: Sequence[Tensor], others: Mapping[str, Variables]
-    ) -> Iterator[tuple[str, Residual, list[int], Mapping[str, Variables]]]:
-        """Each member with its residual, the places of its leaves, and the others' variables."""
-        form = game.structure(player)
-        places, together = form.build(range(len(form.shapes))), form.build(list(y))  # type: ignore[arg-type]
-        # A member's own variables are looked up by its own name, those of the others in `together`.
-        rest = {**others, player: together}
+    def _each(self, at: Situation, y: Sequence[Tensor]) -> Iterator[tuple[Situation, Residual, list[int]]]:
+        """Each member's situation, its residual, and the places of its leaves."""
+        places = at.form.build(range(len(at.form.shapes)))  # type: ignore[arg-type]
+        # A member's own variables are looked up by its own name, those of the others in the joint player's.
+        everybody = at.at(y)
         for member, own in self.members.items():
-            yield member, own, leaves(places[member]), rest
+            yield at.of(member, everybody), own, leaves(places[member])
 
     @property
     def field(self) -> Residual:
@@ -505,57 +273,34 @@ class MembersGradients(Residual):
         """All members with this s."""
         return MembersGradients({name: own.scaled(scale) for name, own in self.members.items()})
 
-    def at_rest(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        slopes: Sequence[Tensor],
-        others: Mapping[str, Variables],
-    ) -> list[Tensor]:
+    def at_rest(self, at: Situation, y: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         """Each member's."""
         found = list(slopes)
-        for member, own, mine, rest in self._each(game, player, y, others):
-            parts = own.at_rest(game, member, [y[i] for i in mine], [slopes[i] for i in mine], rest)
+        for here, own, mine in self._each(at, y):
+            parts = own.at_rest(here, [y[i] for i in mine], [slopes[i] for i in mine])
             for index, part in zip(mine, parts, strict=True):
                 found[index] = part
         return found
 
-    def settled(
-        self,
-        game: PlayedGame,
-        player: str,
-        z: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        step: float | Tensor,
-    ) -> list[Tensor]:
+    def settled(self, at: Situation, z: Sequence[Tensor], step: float | Tensor) -> list[Tensor]:
         """Each member's."""
         found = list(z)
-        for member, own, mine, rest in self._each(game, player, z, others):
-            for index, part in zip(mine, own.settled(game, member, [z[i] for i in mine], rest, step), strict=True):
+        for here, own, mine in self._each(at, z):
+            for index, part in zip(mine, own.settled(here, [z[i] for i in mine], step), strict=True):
                 found[index] = part
         return found
 
-    def require_valid(self, game: PlayedGame, player: str, others: Mapping[str, Variables]) -> None:
+    def require_valid(self, at: Situation) -> None:
         """Each member's."""
         for member, own in self.members.items():
-            own.require_valid(game, member, others)
+            own.require_valid(at.of(member, at.others))
 
-    def kinks(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Kinks:
+    def kinks(self, at: Situation, y: Sequence[Tensor]) -> Kinks:
         """The members'."""
         found: Kinks = []
-        for member, own, mine, rest in self._each(game, player, y, others):
-            part = None if batch is None else batch[member]
-            here = own.kinks(game, member, [y[i] for i in mine], rest, part, buffers)
-            found += [(f"[{member!r}]{path}", wall, place, held) for path, wall, place, held in here]
+        for here, own, mine in self._each(at, y):
+            kinks = own.kinks(here, [y[i] for i in mine])
+            found += [(f"[{here.player!r}]{path}", wall, place, held) for path, wall, place, held in kinks]
         return found
 
 
@@ -611,29 +356,18 @@ class UserResidual(Residual):
         """Those of them that name players."""
         return [name for name in self.names if name not in (GRADIENT, "batch")]
 
-    def __call__(
-        self,
-        game: PlayedGame,
-        player: str,
-        y: Sequence[Tensor],
-        others: Mapping[str, Variables],
-        batch: Batch,
-        buffers: Buffers,
-    ) -> Found:
+    def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """F, and the objective's loss, which it does not go by."""
-        form = game.structure(player)
-        variables = {**others, player: form.build(list(y))}
-        extra: dict[str, Variables] = {}
+        variables = at.at(y)
         if GRADIENT in self.names:
-            loss, slopes, after = OwnGradient()(game, player, y, others, batch, buffers)
-            extra[GRADIENT] = form.build(slopes)
-            found, _ = game.call(player, self.function, variables, batch, buffers, extra)
+            loss, slopes, after = OwnGradient()(at, y)
+            found, _ = at.call(self.function, variables, {GRADIENT: at.form.build(slopes)})
         else:
             with torch.no_grad():
-                loss = game.total(game.evaluate(player, variables, batch, buffers)[0])
-            found, after = game.call(player, self.function, variables, batch, buffers, extra)
-            after = {name: after[name] for name in buffers if name in after}
-        self._require_form(player, found, form)
+                loss, _ = at.loss(variables)
+            found, after = at.call(self.function, variables)
+            after = {name: after[name] for name in at.buffers if name in after}
+        self._require_form(at.player, found, at.form)
         return loss, _apart(leaves(found), y), after
 
     def _require_form(self, player: str, found: Variables, form: Structure) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel.game.data import Batch, Position
 from bilevel.game.parts import Parts
-from bilevel.game.residual import Buffers
+from bilevel.game.situation import Buffers
 from bilevel.game.statistics import moving_layers, warn_of_standing, warn_of_unfollowed
 from bilevel.randomness import random_kept
 from bilevel.tree import Variables, leaves

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from bilevel.errors import ParallelError
 from bilevel.game.player import Player
 from bilevel.sharding import Layout, Peers, ShardedTensor
 from bilevel.sharding.modules import is_fully_sharded, without_hooks
@@ -81,12 +82,26 @@ class MeshPeers:
 
     def parts(self, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Every rank's vector."""
-        return gathered(tensor, sizes, lambda found, own: distributed.all_gather(found, own, group=self.group))
+        return gathered(
+            tensor, sizes, lambda found, own: _waited(lambda: distributed.all_gather(found, own, group=self.group))
+        )
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         found = tensor.detach().clone().contiguous()
-        distributed.all_reduce(found, operation, group=self.group)
+        _waited(lambda: distributed.all_reduce(found, operation, group=self.group))
         return found
+
+
+def _waited(reduce: Callable[[], object]) -> None:
+    """A sum over ranks; raises `ParallelError` where one of them has gone."""
+    try:
+        reduce()
+    except RuntimeError as error:
+        raise ParallelError(
+            "Game: while players with sharded variables were looked at, this rank waited for the others, and they did "
+            "not all come: one has ended, hangs, or makes another game. (PyTorch says: "
+            f"{' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def gathered(tensor: Tensor, sizes: Sequence[int], gather: Callable[[list[Tensor], Tensor], object]) -> list[Tensor]:

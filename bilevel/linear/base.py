@@ -141,6 +141,14 @@ class LinearSolver(ABC):
         return False
 
     @property
+    def tells_indefinite(self) -> bool:
+        """Whether it raises or misses its tolerance where A, being symmetric, has a direction of negative curvature.
+
+        Who does not is asked for more, as A^-1 may hide that direction: the follower would be at a saddle.
+        """
+        return False
+
+    @property
     def takes_random(self) -> bool:
         """Whether it takes an operator whose products are each with another sample of A, such as a fresh batch's."""
         return False

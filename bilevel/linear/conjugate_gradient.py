@@ -85,6 +85,11 @@ class ConjugateGradient(LinearSolver):
             )
 
     @property
+    def tells_indefinite(self) -> bool:
+        """Each of its directions tells its curvature."""
+        return True
+
+    @property
     def needs_symmetry(self) -> bool:
         """Its algebra holds for symmetric systems only."""
         return True

@@ -75,6 +75,11 @@ class Extrapolated(LinearSolver):
         self._require("size", self.size >= 1, "at least 1 difference of solutions to keep")
 
     @property
+    def tells_indefinite(self) -> bool:
+        """Where the solver does."""
+        return self.solver.tells_indefinite
+
+    @property
     def needs_symmetry(self) -> bool:
         """The A-norm needs it."""
         return True

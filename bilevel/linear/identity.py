@@ -42,6 +42,11 @@ class Identity(LinearSolver):
         self._require("scale", 0.0 < self.scale < math.inf, "a positive number, about 1 over a typical eigenvalue of A")
 
     @property
+    def tells_indefinite(self) -> bool:
+        """It asks nothing of A, and states so: its derivative is an estimate."""
+        return True
+
+    @property
     def takes_random(self) -> bool:
         """Yes: it takes no product but to measure one."""
         return True

@@ -77,6 +77,11 @@ class Neumann(LinearSolver):
         self._require("every", self.every >= 1, "at least 1, which is anew for each system")
 
     @property
+    def tells_indefinite(self) -> bool:
+        """It diverges."""
+        return True
+
+    @property
     def takes_random(self) -> bool:
         """Yes: of independent samples of A, the mean of the K terms is the K terms of A's mean."""
         return True

@@ -68,6 +68,11 @@ class Nystrom(LinearSolver):
         self._require("damping", self.damping > 0.0, "a positive number: the low-rank part alone has no inverse")
 
     @property
+    def tells_indefinite(self) -> bool:
+        """The sketch has its negative eigenvalues."""
+        return True
+
+    @property
     def needs_symmetry(self) -> bool:
         """Its algebra holds for symmetric systems only."""
         return True

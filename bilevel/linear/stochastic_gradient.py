@@ -61,6 +61,11 @@ class StochasticGradient(LinearSolver):
         self._require("averaged", 0.0 <= self.averaged <= 1.0, "a share of the steps, from 0 to 1")
 
     @property
+    def tells_indefinite(self) -> bool:
+        """It diverges."""
+        return True
+
+    @property
     def takes_random(self) -> bool:
         """Yes: the mean of its answer is the answer to A's mean."""
         return True

@@ -37,6 +37,17 @@ class StackedGames(PlayedGame, Protocol):
         """What one of them is called."""
 
     @property
+    def offset(self) -> int:
+        """The number of the first one."""
+
+    @property
+    def told(self) -> str:
+        """All of them, in words."""
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all processes that play games of this kind."""
+
+    @property
     def shared(self) -> frozenset[str]:
         """The players who are one for all."""
 
@@ -113,10 +124,23 @@ class BatchedFollower(Follower):
             return None
         worst = int(torch.where(above, relative, 0.0).argmax())
         told = (
-            f"up to {float(relative[worst]):.3g} of its value at the start in {int(above.sum())} of {len(relative)} "
-            f"{self.games.noun}s, the worst being {self.games.noun} {worst},"
+            f"up to {float(relative[worst]):.3g} of its value at the start in {int(above.sum())} of {self.games.told}, "
+            f"the worst being {self.games.noun} {self.games.offset + worst},"
         )
-        return told, above.nonzero().flatten().tolist()
+        return told, (above.nonzero().flatten() + self.games.offset).tolist()
+
+    def keep_pace(self, evaluations: int) -> None:
+        """Read on, after so many evaluations of a solver that began here, as far as the slowest games of all do."""
+        (most,) = self.games.most([evaluations])
+        for _ in range(most - evaluations):
+            self.advance()
+        self.count(most - evaluations)
+
+    def probe(self, flat: Tensor, generator: torch.Generator) -> Tensor:
+        """The same in each game, and what it is alone."""
+        sizes = [shape[1:].numel() for shape in self.form.shapes]
+        one = super().probe(flat.new_empty(sum(sizes)), generator)
+        return join([piece.expand(self.games.count, -1) for piece in torch.split(one, sizes)])
 
     def adapted_inner(self, solver: Solver) -> Solver:
         """One that stops in each game where it would stop alone."""
@@ -126,8 +150,9 @@ class BatchedFollower(Follower):
         """One that gives each game its own scalars and its own end."""
         widths = tuple(shape[1:].numel() for shape in self.unknowns.shapes)
         found = BatchedLinearSolver(
-            solver=cast(LinearSolver, solver), count=self.games.count, widths=widths, noun=self.games.noun
-        )
+            solver=cast(LinearSolver, solver), count=self.games.count, widths=widths,
+            noun=self.games.noun, offset=self.games.offset,
+        )  # fmt: skip
         return cast(Solver, found)
 
     def brought_to_rest(self, y: Sequence[Tensor]) -> Rest:
@@ -140,29 +165,31 @@ class BatchedFollower(Follower):
             try:
                 ends.append(single.brought_to_rest([leaf[index] for leaf in y]))
             except BilevelError as error:
-                raise type(error)(f"Game {index}: {error}") from error
+                raise type(error)(f"Game {self.games.offset + index}: {error}") from error
             form = single.unknowns
         bent = [index for index, end in enumerate(ends) if end.kink]
         other = [end.unknowns if end.other_side is None else end.other_side for end in ends]
-        story = f"in {len(bent)} of {len(ends)} games, in game {bent[0]} of {ends[bent[0]].kink}" if bent else ""
+        story, offset = "", self.games.offset
+        if bent:
+            story = f"in {len(bent)} of {self.games.told}, in game {offset + bent[0]} of {ends[bent[0]].kink}"
         stacked = [_stacked(form, rows) for rows in ([end.unknowns for end in ends], other)]
-        return Rest(stacked[0], story, stacked[1] if bent else None, bent)
+        return Rest(stacked[0], story, stacked[1] if bent else None, [offset + index for index in bent])
 
     def games_of(self, kinks: Kinks) -> list[int] | None:
         """Those in which they are."""
-        return sorted({place[0] for _, _, place, _ in kinks})
+        return sorted({self.games.offset + place[0] for _, _, place, _ in kinks})
 
     def _entry(self, path: str, place: list[int]) -> str:
-        return f"{self.name}{path}{place[1:] or ''} of game {place[0]}"
+        return f"{self.name}{path}{place[1:] or ''} of game {self.games.offset + place[0]}"
 
     def where_not_finite(self, values: Tensor) -> str:
         """In which games they are not, in words."""
-        return among(values, self.games.noun)
+        return among(values, self.games.noun, self.games.offset)
 
     def where_loss_not_finite(self, y: Sequence[Tensor]) -> str:
         """In which games the loss at y is not finite, in words."""
         with torch.no_grad(), random_kept(self.games.device):
-            return among(self.loss(self.form.build(y), self.others), self.games.noun)
+            return among(self.loss(self.form.build(y), self.others), self.games.noun, self.games.offset)
 
 
 def _stacked(form: Structure, rows: Sequence[Tensor]) -> Tensor:
@@ -170,10 +197,17 @@ def _stacked(form: Structure, rows: Sequence[Tensor]) -> Tensor:
     return join([torch.stack(parts) for parts in zip(*(form.split(row) for row in rows), strict=True)])
 
 
-def among(values: Tensor, noun: str = "game") -> str:
-    """Which of many games' `values: [count]` are not finite, in words."""
+def among(values: Tensor, noun: str = "game", offset: int = 0) -> str:
+    """Which of many games' `values: [count]` are not finite, in words; the first has the number `offset`."""
     wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    return f" in {len(wrong)} of {len(values)} {noun}s, the first being {noun} {wrong[0]}" if wrong else ""
+    if not wrong:
+        return ""
+    return f" in {len(wrong)} of {told_of(len(values), noun, offset)}, the first being {noun} {offset + wrong[0]}"
+
+
+def told_of(count: int, noun: str, offset: int) -> str:
+    """So many games from one on, in words."""
+    return f"{noun}s {offset} to {offset + count - 1}" if offset else f"{count} {noun}s"
 
 
 def refuse_mixing(

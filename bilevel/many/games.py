@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from bilevel.randomness import random_kept
 from bilevel.tree import Variables, detached, leaves, map_leaves, named_leaves, structure_of
 
 
-@final
 class Games(Stack):
     """`count` games that differ in where they start and in their data, for one call of `solve`.
 

@@ -16,6 +16,7 @@ from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.projected import ProjectedGradient, Rows, descend
 from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import Memory, OptimizerFactory, build, recall, remember
+from bilevel.many.shares import EACH
 from bilevel.tree import Variables, leaf_names, leaves
 
 
@@ -27,6 +28,9 @@ class ManyProblems(Problem, Protocol):
 
     def single(self, index: int) -> Problem:
         """One game's problem."""
+
+    def keep_pace(self, evaluations: int) -> None:
+        """Read on, after so many evaluations, as far as the slowest games do that other processes play."""
 
 
 @final
@@ -59,12 +63,13 @@ class BatchedInnerSolver(InnerSolver):
             if _at_once(self.solver.factory, y, names):
                 return _stepped(self.solver, names, problem, y, memory, steps, threshold)
         singles = [problem.single(index) for index in range(len(y[0]))]
+        remembered = None if memory is None else memory[0][EACH]
         ends = [
             minimised(
                 self.solver,
                 single,
                 [leaf[index] for leaf in y],
-                None if memory is None else memory[index],
+                None if remembered is None else remembered[index],
                 steps=steps,
                 threshold=float(threshold[index]),
             )
@@ -72,7 +77,7 @@ class BatchedInnerSolver(InnerSolver):
         ]
         problem.gradient_count += max(single.gradient_count for single in singles)
         stacked = [torch.stack(parts) for parts in zip(*(found for found, _ in ends), strict=True)]
-        return stacked, [after for _, after in ends]
+        return stacked, [{EACH: [after for _, after in ends]}]
 
 
 def entrywise(
@@ -147,9 +152,11 @@ def _stepped(
     recall(optimizer, parameters, memory)
     counts = _Counts(optimizer, parameters)
     moving: Tensor | None = None
+    evaluations = 0
     for step in range(steps):
         if step:
             problem.advance()
+        evaluations += 1
         _, slopes = problem.field(parameters)
         left = problem.at_rest(parameters, slopes)
         beyond = ~(problem.norm(left) <= threshold)  # so that NaN goes on, to be found at the end
@@ -176,6 +183,7 @@ def _stepped(
                     # Memory that a first step made is none yet for who did not take it.
                     state[key] = _where(moving, value, remembered.get(key, torch.zeros_like(value)))
     counts.leave()
+    problem.keep_pace(evaluations)
     return [p.detach() for p in parameters], remember(optimizer, parameters)
 
 

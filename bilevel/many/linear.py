@@ -24,9 +24,10 @@ class BatchedLinearSolver:
         A = diag(A_1, ..., A_count),    A v is one product for all blocks together
 
     Vectors `[count n]` are those of variables with leaves `[count, ...]`, leaf after leaf; `widths` are the leaves'
-    sizes in one game; `noun` is what messages call one. Each block ends where `solver` would end it alone: its step
-    lengths are its own, and one that is done stands still. The solution's `memory` is the blocks' relative residuals
-    `[count]`. Preconditioners start afresh with each system. An error names the first game that raises it by itself.
+    sizes in one game; `noun` is what messages call one, and `offset` the number of the first. Each block ends where
+    `solver` would end it alone: its step lengths are its own, and one that is done stands still. The solution's
+    `memory` is the blocks' relative residuals `[count]`. Preconditioners start afresh with each system. An error names
+    the first game that raises it by itself.
 
     Costs the products of the block that takes the most.
     """
@@ -35,6 +36,7 @@ class BatchedLinearSolver:
     count: int
     widths: tuple[int, ...] = field(repr=False)
     noun: str = field(default="game", repr=False)
+    offset: int = field(default=0, repr=False)
 
     def init(self, like: Tensor, shapes: Shapes | None = None) -> Memory:
         """The relative residual of each block in the last system."""
@@ -63,7 +65,7 @@ class BatchedLinearSolver:
             found, norms, wanted, beats_zero, products = self._all(operator, rows, start)
         except BilevelError as error:
             raise type(error)(
-                f"{self.noun.capitalize()} {self._first_wrong(operator, rows, type(error))}: {error}"
+                f"{self.noun.capitalize()} {self.offset + self._first_wrong(operator, rows, type(error))}: {error}"
             ) from error
         sizes = torch.linalg.vector_norm(rows, dim=1)
         relative = torch.where(sizes > 0.0, norms / sizes, norms)
@@ -72,25 +74,34 @@ class BatchedLinearSolver:
             worst = int(torch.where(missed, relative, -1.0).argmax())
             told = (
                 f"{type(self.solver).__name__} stopped after {products} products short of its tolerance in "
-                f"{int(missed.sum())} of {self.count} {self.noun}s, the worst being {self.noun} {worst} with a "
-                f"residual of {float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
+                f"{int(missed.sum())} of {self._told}, the worst being {self.noun} {self.offset + worst} with "
+                f"a residual of {float(norms[worst]):.3g} (|b| = {float(sizes[worst]):.3g}); wanted "
                 f"max({self.solver.rtol:g} |b|, {self.solver.atol:g}). Give it more steps, more damping, or a larger "
                 "rtol."
             )
-            warnings.warn(NonConvergenceWarning(told, games=missed.nonzero().flatten().tolist()), stacklevel=2)
+            warnings.warn(NonConvergenceWarning(told, games=self._numbers(missed)), stacklevel=2)
         elif not bool(beats_zero.all()):
             worst = int(torch.where(beats_zero, -1.0, relative).argmax())
             told = (
                 f"{type(self.solver).__name__} answered after {products} products no better than by 0 in "
-                f"{int((~beats_zero).sum())} of {self.count} games, the worst being game {worst} with a residual of "
-                f"{float(relative[worst]):.3g} |b|; the answer 0 has |b|. Give it {self.solver.remedy}, more damping, "
-                "or use another solver."
+                f"{int((~beats_zero).sum())} of {self._told}, the worst being {self.noun} {self.offset + worst} with "
+                f"a residual of {float(relative[worst]):.3g} |b|; the answer 0 has |b|. Give it {self.solver.remedy}, "
+                "more damping, or use another solver."
             )
-            useless = (~beats_zero).nonzero().flatten().tolist()
-            warnings.warn(NonConvergenceWarning(told, games=useless), stacklevel=2)
+            warnings.warn(NonConvergenceWarning(told, games=self._numbers(~beats_zero)), stacklevel=2)
         whole = torch.linalg.vector_norm(norms)
         learned = {} if memory is None else {"residuals": relative}
         return LinearSolution(self._flat(found), whole, products, not bool(missed.any()), memory=learned)
+
+    @property
+    def _told(self) -> str:
+        if self.offset:
+            return f"{self.noun}s {self.offset} to {self.offset + self.count - 1}"
+        return f"{self.count} {self.noun}s"
+
+    def _numbers(self, chosen: Tensor) -> list[int]:
+        found: list[int] = (chosen.nonzero().flatten() + self.offset).tolist()
+        return found
 
     def _all(
         self, operator: LinearOperator, rows: Tensor, start: Tensor | None, mask: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
-from bilevel.many.follower import BatchedFollower, among, refuse_mixing
+from bilevel.many.follower import BatchedFollower, among, refuse_mixing, told_of
 from bilevel.tree import Structure, Variables, leaves, map_leaves, rebuilt
 
 
@@ -29,11 +29,18 @@ class Stack(Game):
     """The players who are one for all games."""
     noun: str = "game"
     """What one of them is called."""
+    offset: int = 0
+    """The number of the first one, where other processes play those before it."""
 
     @property
     def count(self) -> int:
         """How many games there are."""
         return self._count
+
+    @property
+    def told(self) -> str:
+        """All of them, in words."""
+        return told_of(self.count, self.noun, self.offset)
 
     @abstractmethod
     def game(self, index: int) -> Game:
@@ -146,7 +153,7 @@ class Stack(Game):
 
     def described_norm(self, norm: Tensor) -> str:
         """In which games it is not finite."""
-        return f"no finite norm{among(norm, self.noun)}"
+        return f"no finite norm{among(norm, self.noun, self.offset)}"
 
     def batch_dims(self, player: str, batch: Batch) -> Any:
         """Which leaves of a player's batch have the leading dimension, as `in_dims` of vmap: 0 or None for each."""

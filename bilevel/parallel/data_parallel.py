@@ -77,8 +77,8 @@ class DataParallel:
     def game(self, game: Game) -> Any:
         """The game as these ranks play it together; all of them must ask for it, and ask it alike.
 
-        Of `Tasks` each rank plays a share of every batch of tasks. Raises, on all ranks, where they disagree or where
-        a loss cannot be shared.
+        Of `Tasks` each rank plays a share of every batch of tasks, of `Games` some of the games. Raises, on all ranks,
+        where they disagree or where a loss cannot be shared.
         """
         ranks = Ranks(game.device, self.timeout)
         try:
@@ -95,7 +95,7 @@ class DataParallel:
 @singledispatch
 def shared(game: object, ranks: Ranks, parallel: DataParallel) -> Any:
     """A game as ranks play it together; rooms above this one register kinds of games of their own."""
-    raise TypeError(f"DataParallel: the game is a {type(game).__name__}; expected a Game, or Tasks.")
+    raise TypeError(f"DataParallel: the game is a {type(game).__name__}; expected a Game, Games or Tasks.")
 
 
 @shared.register
@@ -103,8 +103,8 @@ def _(game: Game, ranks: Ranks, parallel: DataParallel) -> ParallelGame:
     """One game, each of whose batches is dealt out."""
     if type(game) is not Game:
         raise TypeError(
-            f"DataParallel: the game is {type(game).__name__}; expected a Game, or Tasks. Many games at once are "
-            "played in one process, or a part of them by each rank, inside bilevel.extend.separate_ranks()."
+            f"DataParallel: the game is {type(game).__name__}; expected a Game, Games or Tasks that are not shared "
+            "out yet."
         )
     players = game.players
     with_data = [name for name, player in players.items() if player.data is not None]

@@ -333,7 +333,7 @@ def require_second_derivative(start: Follower, state: State) -> None:
                 batch = start.batch if member == name or start.batch is None else start.batch[member]
                 loss = game.total(game.evaluate(member, {**others, name: y}, batch, start.buffers)[0])
                 custom += require_custom_second(member, loss)
-        _, slopes, _ = start.rests(game, name, leaves(y), others, start.batch, start.buffers)
+        _, slopes, _ = start.rests(start.situation(others), leaves(y))
     require_second(name, slopes, custom)
     kernels = game.kernels(start.name)
     if kernels.told():

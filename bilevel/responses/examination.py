@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,9 @@ class Examination:
     Before there is a u, `at_once` puts the gradient's own step F / c in its place, c the curvature along F, which is
     shorter than Newton's.
 
-    Costs a few dot products, no product with A for one player; for several who answer together one product each, since
-    each one's own curvature is what counts. `at_once` costs one product where the start of the game was far.
+    Costs a few dot products. One player costs no product with A, or two where the solver passes over saddles; several
+    who answer together up to two each, since each one's own curvature is what counts. `at_once` costs one product
+    where the start of the game was far.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Examination:
         reference: Size,
         near: bool,
         curved: bool = True,
+        hidden: bool = False,
     ) -> None:
         self.game, self.follower, self.residual, self.y, self.slope = game, follower, residual, y, slope
         self.reference = torch.as_tensor(reference)
@@ -53,6 +57,8 @@ class Examination:
         """Whether to ask how far it is: not where it is known to have stopped short."""
         self.curved = curved
         """Whether curvature tells a minimum: not of one whom constraints may hold."""
+        self.hidden = hidden
+        """Whether the solver passes over negative curvature, so that the plane of u and A u is asked for it."""
         self.products = 0
         """How many it took."""
 
@@ -153,7 +159,14 @@ class Examination:
                 # The gradient at the start was another leader's, and a size of y tells nothing of an optimum at 0: what
                 # counts is the gradient's mean slope on the way from there for the leader as it is.
                 flat = flat & self._nothing(bound, self._size(self._start()), self._way())
-            return self._told(follower.name, curvature, flat, seen & (curvature < -left) & ~flat)
+            negative = seen & (curvature < -left) & ~flat
+            if self.hidden and len(u) > 1 and bool(found.beats_zero) and not bool((flat | negative).any()):
+                self.products += 2
+                with torch.no_grad():
+                    once = products(u, slice(1))[0]
+                    curvature = _lowest(inner, u, once, products(once, slice(1))[0])
+                negative = seen & (curvature < 0.0)
+            return self._told(follower.name, curvature, flat, negative)
         for member in self.game.members(follower.name):
             warning = self._member(member, found.solution, products)
             if warning is not None:
@@ -161,7 +174,11 @@ class Examination:
         return None
 
     def _member(self, member: str, u: Tensor, products: Pullback) -> BilevelWarning | None:
-        """The same of one among several who answer together: by its own block of A, along its own part of u."""
+        """The same of one among several who answer together: by its own block of A, along its own part of u.
+
+        Where it curves up along that, a saddle may still be hidden, as A^-1 weighs directions: then also in the plane
+        of that part and of its product.
+        """
         follower, form = self.follower, self.follower.form
         if follower.name == member or not self.game.residual(member).minimises:
             return None
@@ -172,7 +189,7 @@ class Examination:
         own = own if bool(own.any()) else here
         self.products += 1
         with torch.no_grad():
-            product = products(own, slice(1))[0]
+            product = here * products(own, slice(1))[0]
         square = inner(own, own)
         seen = square > 0.0
         curvature = inner(own, product) / torch.where(seen, square, 1.0)
@@ -182,7 +199,13 @@ class Examination:
             start = self._start()
             size = inner(here * start, here * start).sqrt()
             flat = flat & self._nothing(curvature.abs(), size, here * self._way())
-        return self._told(member, curvature, flat, seen & (curvature < 0.0) & ~flat)
+        negative = seen & (curvature < 0.0) & ~flat
+        if not bool((flat | negative).any()) and int(here.sum()) > 1:
+            self.products += 1
+            with torch.no_grad():
+                curvature = _lowest(inner, own, product, here * products(product, slice(1))[0])
+            negative = seen & (curvature < 0.0)
+        return self._told(member, curvature, flat, negative)
 
     def _start(self) -> Tensor:
         """F where the follower's variables were at the start of the game, everybody else where they are."""
@@ -227,3 +250,22 @@ class Examination:
         worst = int(torch.where(which, by, -torch.inf).argmax())
         games = which.nonzero().flatten().tolist()
         return worst, f" in {len(games)} of {len(which)} games, the worst being game {worst}", games
+
+
+def _lowest(inner: Callable[[Tensor, Tensor], Tensor], u: Tensor, once: Tensor, twice: Tensor) -> Tensor:
+    """The lowest curvature of H in the plane of u and H u, from H u and H H u; 0 where rounding may have made it up.
+
+    Two steps of Lanczos' method. What is below 0 is so beyond rounding: the plane has an angle of at least sqrt(eps),
+    by which the rounding of H's products is magnified.
+    """
+    square = inner(u, u)
+    square = torch.where(square > 0.0, square, 1.0)
+    first, turned, third = inner(u, once) / square, inner(once, once) / square, inner(once, twice) / square
+    angle = torch.finfo(u.dtype).eps ** 0.5
+    across = turned - first * first
+    plane = across > angle * turned
+    across = torch.where(plane, across, 1.0)
+    second = (third - 2.0 * first * turned + first**3) / across
+    lowest = 0.5 * (first + second) - (0.25 * (first - second) ** 2 + across).sqrt()
+    largest = (third / torch.where(turned > 0.0, turned, 1.0)).abs()
+    return torch.where(plane & (lowest < -10.0 * angle * largest), lowest, 0.0)

@@ -389,7 +389,17 @@ class Implicit(Response):
         # A tolerance that was loosened on purpose is far from the optimum on purpose.
         near = self.tolerance is not None and missed is None and looser <= 1.0
         curved = not follower.rests.projects  # curvature at a bound says nothing
-        examination = Examination(game, follower, residual, flat, slope, reference=reference, near=near, curved=curved)
+        examination = Examination(
+            game,
+            follower,
+            residual,
+            flat,
+            slope,
+            reference=reference,
+            near=near,
+            curved=curved,
+            hidden=not self._linear(follower).tells_indefinite,
+        )
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products
         if told is not None:

@@ -16,7 +16,7 @@ from bilevel.autodiff import nearest, pullback, transforms_active
 from bilevel.errors import NonConvergenceWarning, NonFiniteError
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
-from bilevel.game.residual import Buffers
+from bilevel.game.situation import Buffers, Situation
 from bilevel.inner import TorchOptimizer
 from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
@@ -341,8 +341,8 @@ class _Batches:
 
         def residual(y: Tensor, *xs: Tensor) -> Tensor:
             others = follower.input_form.build(xs)
-            own = follower.form.split(y)
-            _, slopes, after = follower.rests(follower.game, self.owner, own, others, batch, follower.buffers)
+            here = Situation(follower.game, self.owner, others, batch, follower.buffers)
+            _, slopes, after = follower.rests(here, follower.form.split(y))
             buffers.update(after)
             return join(slopes)
 

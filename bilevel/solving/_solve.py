@@ -31,7 +31,7 @@ from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
 from bilevel.solving.solution import End, Solution
 from bilevel.solving.solutions import Solutions
-from bilevel.solving.together import Alone, Together
+from bilevel.solving.together import Alone, company_of
 from bilevel.tree import Variables
 
 Callback = Callable[[int, Record, Mapping[str, Variables]], object]
@@ -127,8 +127,9 @@ def solve(
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
         record: From everybody's variables after a step to further numbers for the history, by name.
-        parallel: Play it in all processes of torchrun or a process group, each with a part of every batch; all call
-            `solve` alike. The first writes the checkpoint; the history tells the bytes sent a step.
+        parallel: Play it in all processes of torchrun or a process group, each with a part of every batch, or with some
+            of many `Games`; all call `solve` alike. The first writes the checkpoint; the history tells the bytes sent a
+            step.
         starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
             from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
             `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
@@ -188,7 +189,7 @@ def solve(
         path = None if checkpoint is None else Path(checkpoint)
         together = not isinstance(method, Scipy)
         return best_of(game, leading[0], points, one, path, tolerance, together=together)
-    company = Alone(game) if parallel is None else Together(game, parallel)
+    company = company_of(game, parallel)
     try:
         with company.playing():
             company.agree(

@@ -49,28 +49,34 @@ def solution(run: Run) -> End[Any]:
         told.append(away)
     multipliers, violations, broken = _kept(run, variables, buffers, ends)
     told += broken
+    told = list(dict.fromkeys(warning for each in run.game.everybodys(told) for warning in each))
     for warning in told:
         if warning.category is not None:
             warnings.warn(warning.text, warning.category, stacklevel=3)
     residuals = {n: steps[n].residual if _unknown(ends[n].residual) else ends[n].residual for n in ends}
+    (gradients,) = run.game.most([now.gradients + sum(report.gradients for report in ends.values())])
+    found = {
+        "values": values,
+        "stationarity": {name: report.stationarity for name, report in ends.items()},
+        "residuals": {n: residual for n, residual in residuals.items() if residual is not None},
+        "buffers": buffers,
+        "multipliers": {n: state["multipliers"] for n, state in states.items() if state.get("multipliers")}
+        | multipliers,
+        "violations": violations,
+    }
     return ended(
         run.game,
         errors={n: report.error for n, report in steps.items() if not math.isnan(report.error)},
         warned=told,
-        values=values,
         variables=run.game.given_back(
             map_leaves(lambda t: t.detach().clone(), {name: variables[name] for name in run.game.names})
         ),
         history=run.history.records(),
-        stationarity={name: report.stationarity for name, report in ends.items()},
-        residuals={n: residual for n, residual in residuals.items() if residual is not None},
-        gradients=now.gradients + sum(report.gradients for report in ends.values()),
+        gradients=gradients,
         products=products,
         seconds=now.seconds,
-        states=states,
-        buffers=buffers,
-        multipliers={n: state["multipliers"] for n, state in states.items() if state.get("multipliers")} | multipliers,
-        violations=violations,
+        states=run.game.whole_states(states),
+        **run.game.gathered(found),
     )
 
 

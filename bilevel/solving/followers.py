@@ -115,7 +115,8 @@ class Followers:
         def answer(variables: Mapping[str, Variables]) -> Variables:
             earlier = self._game.names[: self._game.names.index(name)]
             given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
-            return answered(self.responses[name], view, given, state)[0]
+            with self._game.foreseeing():
+                return answered(self.responses[name], view, given, state)[0]
 
         return view.anticipate(**{name: answer})
 

@@ -1,4 +1,4 @@
-"""Whether a follower that looks only so many steps ahead shows its leaders the way that a longer look shows."""
+"""Whether followers that look only so many steps ahead show their leaders the way that a longer look shows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Window:
 
 
 class HorizonWatch:
-    """Compares the follower's horizon with a longer one from the same place, now and then during a run.
+    """Compares the followers' horizons with a longer one from the same place, now and then during a run.
 
     It reads no batch: a look keeps those that the run itself reads, until there are as many as the longer horizon
     takes, and then looks back from the place where it began. So whatever the data are, the run's batches and random
@@ -88,14 +88,11 @@ class HorizonWatch:
         self._same = all(
             batches is None or (isinstance(batches, list | tuple) and len(batches) == 1) for batches in data
         )
-        self._watched: _Watched | None = None
-        if len(followers.responses) == 1 and game.record_keys == ("",):
-            ((name, own),) = followers.responses.items()
-            look = own.farther
-            # Where a leader acts by the follower's start alone, so many steps are meant: the start is forgotten in the
-            # end.
-            if look is not None and not game.starts_alone(name):
-                self._watched = _Watched(name, own, look)
+        # Where a leader acts by a follower's start alone, so many steps are meant: the start is forgotten in the end.
+        farther = {name: own.farther for name, own in followers.responses.items() if not game.starts_alone(name)}
+        looks = {name: look for name, look in farther.items() if look is not None}
+        one = game.record_keys == ("",)
+        self._watched: _Watched | None = _Watched(followers.responses, looks) if looks and one else None
 
     def watch(
         self, log: Log, looks: Looks, step: int, history: History, here: Callable[[], Place], slopes: Slopes
@@ -122,7 +119,8 @@ class HorizonWatch:
         if (looks or due(step)) and _GIVEN_UP not in log:
             looks = looks or {"near": [], "far": []}
             self._window = _Window(step, here(), HeldBatches(HELD))
-            self._game.hold(self._watched.follower, self._window.batches)
+            for name in self._watched.own:
+                self._game.hold(name, self._window.batches)
         return log, looks
 
     def _now(self, watched: _Watched, log: Log, step: int, first: float, place: Place, how: Slopes) -> Log:
@@ -144,10 +142,13 @@ class HorizonWatch:
     ) -> tuple[Log, Looks]:
         """The log and the looks after a look from where the window began, on what was read since."""
         self._window = None
-        self._game.release(watched.follower, window.batches)
+        game = self._game
+        for name in watched.own:
+            self._game.release(name, window.batches)
+            game = game.replay(name, window.batches)
         if window.batches.full:
             return logged(log, [watched.unexamined(f"its batches take more than {HELD / 2**30:.3g} GiB")], step), {}
-        found = self._pair(watched, self._game.replay(watched.follower, window.batches), window.place, how)
+        found = self._pair(watched, game, window.place, how)
         if not isinstance(found, _Pair):
             return logged(log, found, step), {}
         looks = {"near": [*looks["near"], found.near], "far": [*looks["far"], found.far]}
@@ -161,9 +162,9 @@ class HorizonWatch:
         slopes: list[Tensor] = []
         with caught():  # what the longer look says of itself is nobody's business
             try:
-                for response in (watched.own, watched.look.response):
+                for responses in (watched.own, watched.farther):
                     with random_kept(game.device, start=place.random):
-                        slopes.append(how(game, Followers(game, {watched.follower: response}), place))
+                        slopes.append(how(game, Followers(game, responses), place))
                         random = random_state(game.device)
             except DataError:
                 return [watched.unexamined("not all batches that it takes were held")]
@@ -187,21 +188,34 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A follower, its response, and what that is held against."""
+    """All followers' responses, and what those of some are held against, all of these at once."""
 
-    follower: str
-    own: Response
-    look: FartherLook
+    own: Mapping[str, Response]
+    looks: Mapping[str, FartherLook]
+
+    @property
+    def farther(self) -> dict[str, Response]:
+        """The responses of a longer look."""
+        return {**self.own, **{name: look.response for name, look in self.looks.items()}}
 
     @property
     def calls(self) -> int:
-        """How many calls of the response read what one call of the longer one reads."""
-        own, far = self.own.steps_a_call, self.look.response.steps_a_call
-        return SPACING if own is None or far is None else math.ceil(far / own)
+        """How many calls of the responses read what one call of the longer ones reads."""
+        found = 1
+        for name, look in self.looks.items():
+            own, far = self.own[name].steps_a_call, look.response.steps_a_call
+            found = max(found, SPACING if own is None or far is None else math.ceil(far / own))
+        return found
+
+    @property
+    def told(self) -> str:
+        """How far each looks, and how far the longer look goes."""
+        return ", and that ".join(f"of player {name!r} {look.told}" for name, look in self.looks.items())
 
     def verdict(self, looks: Looks, first: float, *, noisy: bool) -> list[UnreliableResponseWarning] | None:
         """What these looks find, nothing or a warning; None where one look more is to decide."""
-        near, far, tolerance = looks["near"], looks["far"], self.look.tolerance
+        near, far = looks["near"], looks["far"]
+        tolerance = min(look.tolerance for look in self.looks.values())
         found = disagreement(near, far, tolerance, first)
         if found is None:
             return []
@@ -215,8 +229,8 @@ class _Watched:
         way = "points the other way" if found.cosine < 0.0 else f"has a cosine of {found.cosine:.2f} to it"
         mean = f", in the mean of {count} looks and beyond their noise" if count > 1 else ""
         return UnreliableResponseWarning(
-            f"Short horizon: the response of player {self.follower!r} {self.look.told} from the same place give "
-            f"another hypergradient{mean}. Of that, the one in use misses {found.missing:.0%}, and it {way}: norm "
+            f"Short horizon: the response {self.told} from the same place give another hypergradient{mean}. Of that, "
+            f"the one in use misses {found.missing:.0%}, and it {way}: norm "
             f"{found.near:.3g} for {found.far:.3g}. What only a few steps gain is not what the leader wants in the "
             "end: regularisation, for one, is driven to an edge. Give it more steps=, use Implicit, or accept it by "
             "tolerance=None."
@@ -225,8 +239,8 @@ class _Watched:
     def unexamined(self, why: str) -> UnreliableResponseWarning:
         """That nobody knows whether the horizon is long enough."""
         return UnreliableResponseWarning(
-            f"Horizon not examined: the response of player {self.follower!r} {self.look.told} would say whether that "
-            f"is enough, but {why}. Compare runs of other steps=, or accept it by tolerance=None."
+            f"Horizon not examined: the response {self.told} would say whether that is enough, but {why}. "
+            "Compare runs of other steps=, or accept it by tolerance=None."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from bilevel.errors import InfeasibleWarning, NonFiniteError
 from bilevel.game import Buffers, Game
 from bilevel.game.data import Batch
 from bilevel.game.kkt import KKT
+from bilevel.game.situation import Situation
 from bilevel.many import Tasks
 from bilevel.randomness import random_kept
 from bilevel.solving.warning_log import RunWarning
@@ -41,7 +43,8 @@ class LeaderFunctions:
         }
         batch, _ = game.draw(name, game.start(name))
         with torch.enable_grad():
-            found = KKT(player.inequality, player.equality).values(game, name, start, batch, game.buffers())
+            here = Situation(game, name, start, batch, game.buffers())
+            found = KKT(player.inequality, player.equality).values(here, start)
         for kind, tree in found.items():
             for path, leaf in named_leaves(tree):
                 if not leaf.requires_grad:
@@ -69,7 +72,7 @@ class LeaderFunctions:
 
     def values(self, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers) -> Values:
         """What the functions are, by kind."""
-        return self._rests.values(self.game, self.name, variables, batch, buffers)
+        return self._rests.values(Situation(self.game, self.name, variables, batch, buffers), variables)
 
     def rows(self, values: Values) -> tuple[Tensor, Tensor]:
         """The inequalities `[games, m]` and the equalities `[games, p]`."""
@@ -152,8 +155,9 @@ def broken(functions: LeaderFunctions, values: Values, violation: Tensor, tolera
     """A warning of a leader's functions that do not hold where it ended."""
     games: frozenset[int] | None = None
     if violation.ndim:
-        games = frozenset((violation > tolerance).nonzero().flatten().tolist())
-        what = f"in {len(games)} of {len(violation)} games, by {float(violation.max()):.3g} at most"
+        stack: Any = functions.game
+        games = frozenset((violation > tolerance).nonzero().flatten().add(stack.offset).tolist())
+        what = f"in {len(games)} of {stack.told}, by {float(violation.max()):.3g} at most"
     else:
         what = str(functions.told(values, tolerance))
     text = (

@@ -15,6 +15,7 @@ from bilevel.constraints import AugmentedLagrangian
 from bilevel.errors import NonFiniteError
 from bilevel.game import Game, Residual
 from bilevel.game.constrained import ConstrainedGradient, spread
+from bilevel.game.situation import Situation
 from bilevel.inner import Scipy
 from bilevel.inner.refusals import refuse_unprojected
 from bilevel.inner.torch_optim import (
@@ -132,7 +133,7 @@ class Leaders:
         length = torch.finfo(x[0].dtype).eps ** 0.5 * (1.0 + self.game.norms(x))
         s = length / torch.where(norm > 0.0, norm, 1.0)
         ahead = [leaf - spread(s, leaf) * slope for leaf, slope in zip(x, direction, strict=True)]
-        ends = rests.settled(self.game, name, ahead, {}, 1.0)
+        ends = rests.settled(Situation(self.game, name, {}), ahead, 1.0)
         moved: Tensor = self.game.norms([leaf - end for leaf, end in zip(x, ends, strict=True)]) / s
         return moved
 
@@ -157,7 +158,7 @@ class Leaders:
         rests = self._domains[name]
         if rests is not None:
             with torch.no_grad():
-                ends = rests.settled(self.game, name, [leaf.detach() for leaf in self.points[name]], {}, 1.0)
+                ends = rests.settled(Situation(self.game, name, {}), [leaf.detach() for leaf in self.points[name]], 1.0)
                 for leaf, end in zip(self.points[name], ends, strict=True):
                     leaf.copy_(end)
         if name in self.schedulers:

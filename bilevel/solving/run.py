@@ -119,7 +119,8 @@ class Run:
     @property
     def shared(self) -> dict[str, Any]:
         """What is the same in all processes that play together, by what it is called."""
-        leaders = {f"the leader {name!r}": point for name, point in self.leaders.points.items()}
+        points = self.leaders.points if self.game.leads_alike else {}
+        leaders = {f"the leader {name!r}": point for name, point in points.items()}
         alike = self.game.alike
         states = {f"the state of follower {name!r}": alike(state) for name, state in self.now.states.items()}
         places = {"the place in the data": dict(self.now.positions), "the random numbers": dict(self.now.random)}
@@ -135,6 +136,12 @@ class Run:
 
     def step(self) -> Record:
         """One step of every leader; what it finds takes its place in `now` at once, when all of it is there."""
+        with self.game.stepping():
+            after, losses, norms, functions = self._moved()
+        return self._went(replace(after, random=random_state(self.game.device)), losses, norms, functions)
+
+    def _moved(self) -> tuple[Moment, dict[str, Tensor], list[Tensor], Mapping[str, Values]]:
+        """Where the run is after a step, but for `now`; the losses before it, and the leaders' gradients."""
         began, now, leading = time.perf_counter(), self.now, self.leaders.names
         # A response that writes into its state moves it from its call on.
         self.whole = not self._only_once
@@ -179,15 +186,14 @@ class Run:
             changes=now.changes,
             lagrangians={n: self._learned(n, played.first.functions[n], norms[n]) for n in now.lagrangians},
         )
-        return self._went(after, losses, list(norms.values()), played.first.functions)
+        return after, losses, list(norms.values()), played.first.functions
 
     def _went(
         self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor], functions: Mapping[str, Values]
     ) -> Record:
         """The record of a step that is whole, and takes its place in `now`."""
-        record = self._record(after, losses, norms)
-        for name, values in functions.items():
-            record |= summary(f"{name}.violation", self.functions[name].violation(values))
+        violations = {name: self.functions[name].violation(values) for name, values in functions.items()}
+        record = self._record(after, losses, norms, violations)
         if self._observe is not None:
             with random_kept(self.game.device):
                 record |= _observed(self._observe, self._variables(after.states), record)
@@ -322,18 +328,28 @@ class Run:
             found |= {name: seen} if told else self.shown(name, here, first.states, first.buffers)
         return found
 
-    def _record(self, after: Moment, losses: Mapping[str, Tensor], norms: list[Tensor]) -> Record:
+    def _record(
+        self,
+        after: Moment,
+        losses: Mapping[str, Tensor],
+        norms: list[Tensor],
+        violations: Mapping[str, Tensor],
+    ) -> Record:
         record: Record = {"step": after.step}
-        record |= summary("gradient_norm", torch.linalg.vector_norm(torch.stack(norms).double(), dim=0))
-        for name, loss in losses.items():
-            record |= summary(loss_key(name), loss)
-        for name, state in after.states.items():
-            record |= summary(f"{name}.stationarity", state["stationarity"])
+        norm = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
+        numbers = {"gradient_norm": norm, **{loss_key(name): loss for name, loss in losses.items()}}
+        numbers |= {f"{name}.stationarity": state["stationarity"] for name, state in after.states.items()}
+        numbers, violations = self.game.gathered((numbers, dict(violations)))
+        for name, number in numbers.items():
+            record |= summary(name, number)
         for name, number in self.dynamics.report(after.memory).items():
             record |= {f"dynamics.{name}": float(number)}
         gradients, products = self.work(after, after.states)
         record |= {"gradients": gradients, "products": products, "seconds": after.seconds}
-        return record | {"work": gradients + products}
+        record |= {"work": gradients + products}
+        for name, violation in violations.items():
+            record |= summary(f"{name}.violation", violation)
+        return record
 
     def shown(
         self, name: str, variables: Mapping[str, Variables], states: Mapping[str, State], buffers: Buffers
@@ -364,14 +380,16 @@ class Run:
         """Gradients and Hessian-vector products so far, the followers' as these states report them."""
         reports = self.followers.reports(states).values()
         gradients = moment.gradients + sum(report.gradients for report in reports)
-        return gradients, moment.products + sum(report.products for report in reports)
+        products = moment.products + sum(report.products for report in reports)
+        gradients, products = self.game.most([gradients, products])
+        return gradients, products
 
     # A checkpoint ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the run is known by."""
-        return identity(self.game, self.followers.responses, self.leaders, self.dynamics, self.seed)
+        return identity(self.game.undivided, self.followers.responses, self.leaders, self.dynamics, self.seed)
 
     def state(self) -> dict[str, Any]:
         """All of it, as tensors, numbers and strings."""

@@ -12,6 +12,8 @@ import torch
 
 from bilevel.errors import ParallelError
 from bilevel.game import Game
+from bilevel.many import GamesOfRanks
+from bilevel.many.shares import alone
 from bilevel.parallel import DataParallel, ParallelGame
 from bilevel.parallel.agreement import fingerprint, require_agreement
 from bilevel.sharding.storing import has_parts, parted, whole
@@ -47,7 +49,7 @@ class Alone:
     def read(self, path: Path) -> dict[str, Any] | None:
         """The checkpoint at a path; None where there is none."""
         found = checkpoints.load(path) if path.exists() else None
-        return None if found is None else parted(found, None, self.game.device)
+        return None if found is None else alone(parted(found, None, self.game.device))
 
     def stored(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A run as it is written; all processes must ask."""
@@ -152,6 +154,40 @@ class Together(Alone):
                     "(torch.use_deterministic_algorithms)."
                 )
         return any(row[0] for row in rows)
+
+
+class SharedOut(Together):
+    """A run of many games in several processes, each of which plays some of them."""
+
+    game: GamesOfRanks  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, company: Together) -> SharedOut:
+        """The same ranks."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(company))
+        return found
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """The part of it that is this rank's."""
+        found = super().read(path)
+        return None if found is None else self.game.own(found)
+
+    def stored(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With all games', on the first rank."""
+        return self.game.stored(state)
+
+    def can_save(self, state: Mapping[str, Any]) -> bool:
+        """Whether all games are here."""
+        return False
+
+
+def company_of(game: Game, parallel: DataParallel | None) -> Alone:
+    """Who plays a game."""
+    if parallel is None:
+        return Alone(game)
+    found = Together(game, parallel)
+    return SharedOut.of(found) if isinstance(found.game, GamesOfRanks) else found
 
 
 def _flat(tree: Description, path: str = "") -> dict[str, str]:

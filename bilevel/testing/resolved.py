@@ -166,14 +166,24 @@ class ResolvedFollower:
         reference = max((float(s.norm()) for s in first if bool(torch.isfinite(s).all())), default=0.0)
         self.rest = self._rest(x, start, 30 * eps * reference, 300)
         self.curvature = self._curvature(seed)
-        # Started at its optimum it has no gradient to measure by; rounding's own scale is curvature times size.
+        # Started at its optimum it has no gradient to measure by: then what counts is rounding's own scale, curvature
+        # times size, and the gradient that the leader makes by moving as far as it does for the differences.
         largest = max(map(abs, self.curvature)) if all(map(math.isfinite, self.curvature)) else 0.0
         self.reference = max(reference, largest * float(self.rest.y.norm()) * eps**0.5)
+        moved = self._moved()
+        if reference <= eps**0.5 * moved:
+            self.reference = max(self.reference, moved)
         self.accepted = 1e-2 * rtol * self.reference
         self.target = 30 * eps * self.reference
         self.value = held.value(x, self.rest.y)
         self.noise, self.wander = self._noise(seed) if self.at_rest else (math.inf, 0.0)
         self.jumped = False
+
+    def _moved(self) -> float:
+        """The norm of the gradient where it rests, for a leader that has moved by a tenth of its size, or of 1."""
+        away = 0.1 * (float(self.x.double().square().mean().sqrt()) or 1.0)
+        size = float(self.held.slope(self.x + away, self.rest.y)[1].norm())
+        return size if math.isfinite(size) else 0.0
 
     def _rest(self, x: Tensor, start: Tensor, target: float, most: int) -> Rest:
         """Where it comes to rest from `start`; with constraints its |gradient| is that of the Lagrangian, scaled."""

@@ -1,6 +1,7 @@
 """The tables of docs/choosing.md from docs/choosing/comparison.json, which `bilevel compare` measured.
 
-Draws docs/choosing/error.png from the same file when it is run. The whole page of the comparison has all games.
+Draws docs/choosing/error.png and value.png from the same file when it is run. The whole page of the comparison has all
+games.
 """
 
 import itertools
@@ -9,10 +10,14 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bilevel.comparison import Comparison
 from bilevel.comparison.rows import number, size
 from games.experiments.style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, empty_figure, label_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DOCS = Path(__file__).resolve().parents[1]
 Rows = list[list[str]]
@@ -95,7 +100,9 @@ LOOKS = {
     "last step": ("#b05ca8", "h"),
     "single loop": ("#7a5c00", "*"),
     "hypernetwork": (BLACK, "X"),
+    "value function": ("#882255", "d"),
 }
+"""Okabe and Ito's colours, and four more, for eleven responses; each has a marker and its name besides."""
 
 
 def curves(rows: list[dict], game: str, response: str) -> list[tuple[float, float, float]]:
@@ -109,23 +116,40 @@ def curves(rows: list[dict], game: str, response: str) -> list[tuple[float, floa
     return found
 
 
-def apart(heights: list[float], gap: float) -> list[float]:
-    """These heights, moved down to be `gap` apart at least."""
+def apart(heights: list[float], gap: float, lowest: float) -> list[float]:
+    """These heights, moved to be `gap` apart at least: down, and up again where they would end below `lowest`."""
     order = sorted(range(len(heights)), key=lambda i: -heights[i])
     placed = list(heights)
     for above, below in itertools.pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
+    placed[order[-1]] = max(placed[order[-1]], lowest)
+    for below, above in itertools.pairwise(reversed(order)):
+        placed[above] = max(placed[above], placed[below] + gap)
     return placed
 
 
-def draw() -> None:
+def panel(axes: "Axes", ends: dict[str, float], *, at: float, titles: tuple[str, str, str]) -> None:
+    """What the panels of both figures share: each response's name beside where its line ends; axes and title."""
+    low, high = axes.get_ylim()
+    heights = apart(list(ends.values()), 0.058 * (high - low), low + 0.02 * (high - low))
+    for (response, end), height in zip(ends.items(), heights, strict=True):
+        axes.plot([at, 1.15 * at], [end, height], color=LOOKS[response][0], linewidth=1, clip_on=False)
+        axes.text(1.22 * at, height, response, color=LOOKS[response][0], fontsize=SMALL - 1, va="center", clip_on=False)
+    axes.set_ylim(low, high)
+    label_axes(axes, x=titles[0], y=titles[1], title=titles[2])
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_fontsize(SMALL)
+
+
+def draw_errors(rows: list[dict]) -> None:
     """Four of the nine games, each response named at the end of its line."""
-    rows = json.loads((DOCS / "choosing" / "comparison.json").read_text(encoding="utf-8"))["rows"]
     figure = empty_figure(10.5, 8.6)
     for axes, (game, title) in zip(figure.subplots(2, 2).flat, SHOWN.items(), strict=True):
         ends = {}
         for response, (colour, mark) in LOOKS.items():
             line = curves(rows, game, response)
+            if not line:
+                continue
             x, y = [point[1] for point in line], [math.log10(point[2]) for point in line]
             axes.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=2)
             own = next(index for index, point in enumerate(line) if point[0] == 1.0)
@@ -134,19 +158,54 @@ def draw() -> None:
         low = min(*ends.values(), -3.0)
         axes.axhline(0.0, color="0.4", linestyle=":", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set(xlim=(1.5, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
         every = 1 if low > -8 else 3
         ticks = list(range(0, int(1.05 * low) - 1, -every))
         axes.set_yticks(ticks, ["1" if tick == 0 else f"$10^{{{tick}}}$" for tick in ticks])
-        axes.set_ylim(1.05 * low, 1.0 - 0.02 * low)
-        heights = apart(list(ends.values()), -0.06 * low)
-        for (response, end), height in zip(ends.items(), heights, strict=True):
-            axes.plot([4000, 4600], [end, height], color=LOOKS[response][0], linewidth=1, clip_on=False)
-            axes.text(4900, height, response, color=LOOKS[response][0], fontsize=SMALL - 1, va="center", clip_on=False)
-        label_axes(axes, x="gradients + Hessian-vector products", y="relative error", title=title)
-        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
-            text.set_fontsize(SMALL)
+        axes.set(xlim=(1.5, 4000), ylim=(1.05 * low, 1.0 - 0.02 * low))
+        panel(axes, ends, at=4000, titles=("gradients + Hessian-vector products", "relative error", title))
     figure.savefig(DOCS / "choosing" / "error.png", dpi=DPI)
+
+
+def draw_values(found: Comparison) -> None:
+    """The leader's loss along a run, on the same games; a bar at each end is the range over the seeds."""
+    least = {(one.game, one.seed): one.least for one in found.references}
+    figure = empty_figure(10.5, 8.6)
+    for axes, (game, title) in zip(figure.subplots(2, 2).flat, SHOWN.items(), strict=True):
+        known = all(least.get((game, seed)) is not None for seed in found.seeds)
+        ends = {}
+        for response, (colour, mark) in LOOKS.items():
+            runs = [
+                [(s.work, s.value - (least[row.game, row.seed] if known else 0.0)) for s in row.history]
+                for row in found.rows
+                if (row.game, row.response) == (game, response) and row.history
+            ]
+            if not runs:
+                continue
+            points = list(zip(*runs, strict=True))
+            x = [statistics.median(work for work, _ in there) for there in points]
+            values = [[math.log10(value) if known else value for _, value in there] for there in points]
+            y = [statistics.median(there) for there in values]
+            axes.plot(x, y, color=colour, marker=mark, markersize=4, linewidth=1.8)
+            axes.plot(x[-1:] * 2, [min(values[-1]), max(values[-1])], color=colour, linewidth=1.2)
+            axes.plot(x[-1], y[-1], mark, color=colour, markersize=9, markeredgecolor="black")
+            ends[response] = y[-1]
+        axes.set_xscale("log")
+        low, high = axes.get_ylim()
+        axes.set(xlim=(2.0, 9000), ylim=(low, high))
+        if known:
+            every = max(1, round((high - low) / 6))
+            ticks = list(range(math.ceil(low), math.floor(high) + 1, every))
+            axes.set_yticks(ticks, ["1" if tick == 0 else f"$10^{{{tick}}}$" for tick in ticks])
+        words = "leader's loss above the optimum" if known else "leader's loss"
+        panel(axes, ends, at=9000, titles=("gradients + Hessian-vector products", words, title))
+    figure.savefig(DOCS / "choosing" / "value.png", dpi=DPI)
+
+
+def draw() -> None:
+    """Both figures, from the committed file."""
+    file = DOCS / "choosing" / "comparison.json"
+    draw_errors(json.loads(file.read_text(encoding="utf-8"))["rows"])
+    draw_values(Comparison.from_json(file))
 
 
 if __name__ == "__main__":

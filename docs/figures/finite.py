@@ -31,7 +31,7 @@ def main():
     game = biased_rock_paper_scissors()
     [best] = equilibria(game, LinearProgramme())
     start = [torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.2, 0.2, 0.6]).double()]
-    figure = empty_figure(14.0, 5.2)
+    figure = empty_figure(11.5, 4.8)
     simplex, last, average = figure.subplots(1, 3)
     simplex.plot(*flat(torch.eye(3).double()[[0, 1, 2, 0]]), color="0.6", linewidth=1.0)
     for (name, rule), colour, line in zip(RULES.items(), COLOURS, LINES, strict=False):
@@ -52,7 +52,7 @@ def main():
     label_axes(last, x="rounds", y="NashConv", title="Last profile")
     label_axes(average, x="rounds", y="", title="Average profile")
     handles, labels = last.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=SMALL - 1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
     figure.savefig(Path(__file__).resolve().parents[1] / "games" / "learning.png", dpi=100)
 
 

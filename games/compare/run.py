@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bilevel as bl
 from bilevel.files import write_whole
+from bilevel.workers import require_workers
 from games.compare.laws import check_laws
 from games.compare.suite import cases, responses
 from games.errors import MissingExtraError
@@ -25,6 +26,7 @@ def run_suite(
     folder: Path,
     resume: bool,
     data: Path | None = None,
+    cluster: str | None = None,
     examples: int = 0,
 ) -> bl.comparison.Comparison:
     """The responses of these names on these games, with seeds 0 to `seeds` - 1; finished runs are kept in `folder`.
@@ -34,12 +36,16 @@ def run_suite(
     """
     empty_figure()
     try:
-        import joblib  # type: ignore[import-untyped]  # noqa: F401
+        require_workers("compare", max(2, jobs), cluster)
     except ImportError as error:
-        raise MissingExtraError(f"{error}. pip install 'bilevel[data]'") from error
+        raise MissingExtraError(str(error)) from error
     suite = {name: case for name, case in cases(data).items() if name in games}
     answers = {name: given for name, given in responses(suite).items() if name in names}
-    laws = check_laws(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume) if examples else {}
+    laws = (
+        check_laws(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume, cluster=cluster)
+        if examples
+        else {}
+    )
     return bl.compare(
         {name: case.play for name, case in suite.items()},
         answers,
@@ -47,6 +53,7 @@ def run_suite(
         steps=steps,
         seeds=range(seeds),
         jobs=jobs,
+        cluster=cluster,
         folder=folder,
         resume=resume,
         progress=True,

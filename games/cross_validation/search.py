@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.workers import require_workers, side_by_side
 from games.cross_validation.candidates import Candidate, require_player
 from games.cross_validation.retraining import Outcome, Retraining
 from games.errors import MissingExtraError
@@ -58,7 +60,8 @@ class CrossValidation:
     `optimizer` is a callable from tensors to any torch.optim optimiser or an inner solver, `Scipy("L-BFGS-B")` by
     default; it stops by the gradient's norm, or after `steps` steps, which is then told. The norm is taken on the last
     batch drawn: a follower that should converge has its whole data as one batch. `jobs` processes work side by side
-    (joblib; -1: one a core). Works for any game of leaders and one `follower` (default: the last player).
+    (joblib; -1: one a core); with `cluster`, on a Ray cluster by its address, or "local": one on this machine. Works
+    for any game of leaders and one `follower` (default: the last player).
 
     `together` candidates are retrained at once in one process, stacked as `bl.Games` are, each to its own end: for
     small followers and an optimiser that can (SGD, Adam, `ClosedForm`) tens of times faster, with the numbers that they
@@ -85,6 +88,7 @@ class CrossValidation:
     steps: int = 10_000
     tolerance: float = 1e-5
     jobs: int = 1
+    cluster: str | None = None
     together: int = 1
 
     def __post_init__(self) -> None:
@@ -92,11 +96,16 @@ class CrossValidation:
             raise ValueError(f"CrossValidation: tolerance={self.tolerance}; expected a number above 0.")
         if self.jobs == 0:
             raise ValueError("CrossValidation: jobs=0; expected a number of processes, or -1 for one a core.")
-        if self.together < 1 or (self.together > 1 and self.jobs != 1):
+        spread = self.jobs != 1 or self.cluster is not None
+        if self.together < 1 or (self.together > 1 and spread):
             raise ValueError(
-                f"CrossValidation: together={self.together}, jobs={self.jobs}; expected at least 1 candidate at a "
-                "time, and one process when there are more."
+                f"CrossValidation: together={self.together}, jobs={self.jobs}, cluster={self.cluster!r}; expected at "
+                "least 1 candidate at a time, and one process when there are more."
             )
+        try:
+            require_workers("CrossValidation", self.jobs, self.cluster)
+        except ImportError as error:
+            raise MissingExtraError(str(error)) from error
         bl.Implicit(self.optimizer, steps=self.steps)  # it says what is wrong with these
 
     def __call__(
@@ -118,8 +127,11 @@ class CrossValidation:
         Raises `ValueError` for no candidates or variables that are not the game's, `CheckpointError` when `folder` is
         of another search, and what retraining raises; warns (`NonConvergenceWarning`) of what did not converge.
         """
-        if isinstance(game, bl.Games) and self.jobs != 1:
-            raise ValueError(f"CrossValidation: jobs={self.jobs}; folds are retrained in one process. Use together=.")
+        if isinstance(game, bl.Games) and (self.jobs != 1 or self.cluster is not None):
+            raise ValueError(
+                f"CrossValidation: jobs={self.jobs}, cluster={self.cluster!r}; folds are retrained in one process. Use "
+                "together=."
+            )
         one = game.game(0) if isinstance(game, bl.Games) else game
         name = game.names[-1] if follower is None else follower
         if not candidates:
@@ -156,28 +168,9 @@ class CrossValidation:
     def _one_by_one(
         self, retraining: Retraining, game: bl.Game, candidates: Sequence[Candidate], files: Sequence[Path | None]
     ) -> Iterator[tuple[int, Outcome]]:
-        work = list(enumerate(zip(candidates, files, strict=True)))
-        if self.jobs == 1:
-            yield from ((index, retraining.one(game, candidate, file)) for index, (candidate, file) in work)
-            return
-        try:
-            from joblib import Parallel, delayed  # type: ignore[import-untyped]
-            from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise MissingExtraError(f"jobs={self.jobs} needs joblib ({error}). pip install 'bilevel[data]'") from error
-        # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
-        how = "generator_unordered" if get_active_backend()[0].supports_return_generator else "list"
-        parallel = Parallel(n_jobs=self.jobs, return_as=how)
-        yield from parallel(
-            delayed(_retrain_in_process)(index, retraining, game, candidate, file) for index, (candidate, file) in work
-        )
-
-
-def _retrain_in_process(
-    index: int, retraining: Retraining, game: bl.Game, candidate: Candidate, file: Path | None
-) -> tuple[int, Outcome]:
-    torch.set_num_threads(1)  # in a process of its own, beside others
-    return index, retraining.one(game, candidate, file)
+        pairs = zip(candidates, files, strict=True)
+        work = [partial(retraining.one, game, candidate, file) for candidate, file in pairs]
+        yield from side_by_side(work, jobs=self.jobs, cluster=self.cluster)
 
 
 def _gathered(candidates: Sequence[Candidate], ends: Sequence[Outcome], tolerance: float) -> CrossValidated:

@@ -36,14 +36,14 @@ def capacity_figure(market: CapacityCournot) -> Figure:
         above = 0.35 if capacity < 3.0 else -1.6
         axes.text(place, limited.profit(place) + above, label, color=colour, fontsize=SMALL)
     axes.set_ylim(0.0, 18.0)
-    label_axes(axes, x="the leader's quantity", y="its profit", title="A rival at its capacity does not answer")
+    label_axes(axes, x="the leader's quantity", y="the leader's profit", title="A rival at its capacity stays there")
     axes.text(2.2, 0.6, "dots: solved; diamonds: closed form", fontsize=SMALL)
     return figure
 
 
 def braess_figure(roads: Network) -> Figure:
     """Path flows and total time against the toll, with the corner at which nobody takes the short cut."""
-    figure = empty_figure(13.0, 5.5)
+    figure = empty_figure(10.5, 4.9)
     left, right = figure.subplots(1, 2)
     tolls = torch.linspace(0.0, roads.highest, 41, dtype=torch.float64)
     found = torch.stack([flows(roads, toll[None]) for toll in tolls])
@@ -51,8 +51,8 @@ def braess_figure(roads: Network) -> Figure:
     other = next(number for number in range(3) if number != cut)
     left.plot(tolls, found[:, cut], color=RED, linewidth=2.2)
     left.plot(tolls, found[:, other], color=BLUE, linewidth=2.2)
-    left.text(7.6, 1.05, "the short cut", color=RED, fontsize=SMALL)
-    left.text(0.5, 2.7, "each of the two others", color=BLUE, fontsize=SMALL)
+    left.text(7.6, 1.15, "the short cut", color=RED, fontsize=SMALL)
+    left.text(0.2, 2.85, "each other path", color=BLUE, fontsize=SMALL)
     label_axes(left, x="toll on the short cut, in minutes", y="drivers on a path", title="Who drives where")
     right.plot(tolls, [float(roads.total_time(flow)) / 6.0 for flow in found], color=BLUE, linewidth=2.2)
     best = bl.solve(roads.game(), flow=answer, optimizer=bl.Scipy("SLSQP"), steps=30)
@@ -61,7 +61,7 @@ def braess_figure(roads: Network) -> Figure:
     right.text(end[0] + 0.3, end[1] + 0.5, "solved", color=GREEN, fontsize=SMALL)
     right.text(13.3, 84.9, "from 13 on nobody\ntakes the short cut", fontsize=SMALL)
     right.set_ylim(82.0, 93.0)
-    label_axes(right, x="toll on the short cut, in minutes", y="minutes a driver", title="What it is worth")
+    label_axes(right, x="toll on the short cut, in minutes", y="minutes for each driver", title="Time of a trip")
     for axes in (left, right):
         axes.axvline(13.0, color="0.5", linewidth=1.2, linestyle="--")
     return figure
@@ -69,7 +69,7 @@ def braess_figure(roads: Network) -> Figure:
 
 def city_figure(roads: Network) -> Figure:
     """How full each road is, without tolls and with the best ones."""
-    figure = empty_figure(13.0, 6.2)
+    figure = empty_figure(10.5, 5.4)
     best = bl.solve(roads.game(), flow=answer, optimizer=bl.Scipy("SLSQP"), steps=25)
     known = [(link.start, link.end) for link in roads.links]
     for axes, toll in zip(
@@ -95,7 +95,7 @@ def city_figure(roads: Network) -> Figure:
         axes.set(xlim=(-0.35, 3.45), ylim=(-0.35, 3.35), xticks=[], yticks=[])
         total = float(roads.total_time(flow))
         title = f"{'Without tolls' if not bool(toll.any()) else 'The best tolls'}: total time {total:.2f}"
-        label_axes(axes, x="eastwards: drivers on each road", y="northwards", title=title, grid=False)
+        label_axes(axes, x="numbers: drivers on each road", y="", title=title, grid=False)
     return figure
 
 
@@ -124,15 +124,13 @@ def signed_figure(contract: SignedContract) -> Figure:
     for edge in (0.0625, 1.0 / 9.0):
         axes.axvline(edge, color="0.6", linewidth=1.0, linestyle="--")
     axes.set(xlim=(0.0, 0.27), ylim=(-0.05, 1.18))
-    label_axes(
-        axes, x="what the agent gets elsewhere", y="", title="A contract worth signing: lines closed form, dots solved"
-    )
+    label_axes(axes, x="what the agent gets elsewhere", y="", title="Lines: closed form. Dots: solved")
     return figure
 
 
 def budget_figure(targets: Budget) -> Figure:
     """Coverage and attack as the budget grows."""
-    figure = empty_figure(13.0, 5.5)
+    figure = empty_figure(10.5, 4.9)
     left, right = figure.subplots(1, 2)
     budgets = torch.linspace(0.1, 1.8, 18).tolist()
     ends = [solved_guards(replace(targets, budget=value)) for value in budgets]
@@ -145,8 +143,8 @@ def budget_figure(targets: Budget) -> Figure:
                 1.84, float(values[-1, target]), f"target {target + 1}", color=colour, fontsize=SMALL, va="center"
             )
         axes.set(xlim=(0.0, 2.2), ylim=(-0.03, 1.03))
-    label_axes(left, x="budget", y="how often it is guarded", title="The defender's best answer")
-    label_axes(right, x="budget", y="the attacker's effort", title="and what the attacker then does")
+    label_axes(left, x="budget", y="how often a target is guarded", title="The defender's best coverage")
+    label_axes(right, x="budget", y="the attacker's effort", title="The attacker's response")
     return figure
 
 

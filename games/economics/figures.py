@@ -63,7 +63,7 @@ def surfaces(game: bl.Game, box: Box, count: int = 121) -> dict[str, tuple[Tenso
     return {name: loss_and_slope(name) for name in game.names}
 
 
-def draw_best_answers(
+def draw_best_responses(
     axes: Axes, game: bl.Game, box: Box, named: Mapping[str, str], colours: Mapping[str, str]
 ) -> None:
     """The curve of each player's best responses, where its own slope is 0; `named` is how the legend calls them."""
@@ -96,50 +96,50 @@ def mark_answer(axes: Axes, at: Tensor, shape: str, label: str) -> None:
 
 
 def finish_axes(axes: Axes, box: Box, *, x: str, y: str, title: str) -> None:
-    """Its names, its box and its legend."""
+    """Its names, its box, and its legend below it, where no line is."""
     label_axes(axes, x=x, y=y, title=title)
     axes.set(xlim=box[:2], ylim=box[2:])
-    axes.legend(fontsize=SMALL - 3, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(fontsize=SMALL - 2, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def oligopoly_figure(firms: Cournot | Bertrand, box: Box, starts: list[tuple[float, float]], what: str) -> Figure:
     """Two firms: at once on the left, one before the other on the right."""
     game, nash, led = firms.game(), firms.nash(), firms.stackelberg()
-    figure = empty_figure(13.0, 5.8)
+    figure = empty_figure(10.5, 5.9)
     left, right = figure.subplots(1, 2)
     named = {"firm1": "firm 1's", "firm2": "firm 2's"}
-    draw_best_answers(left, game, box, named, {"firm1": BLUE, "firm2": RED})
+    draw_best_responses(left, game, box, named, {"firm1": BLUE, "firm2": RED})
     for start, colour in zip(starts, (GREEN, PURPLE, ORANGE), strict=False):
         path = path_of_play(game, 60, dict(zip(game.names, start, strict=True)), optimizer=_sgd)
         draw_path(
             left, path["firm1"], path["firm2"], colour, "both follow their gradients" if start is starts[0] else ""
         )
-    mark_answer(left, nash, "o", "Nash, closed form")
+    mark_answer(left, nash, "o", "Nash")
     finish_axes(left, box, x=f"firm 1's {what}", y=f"firm 2's {what}", title="At once")
-    draw_best_answers(right, game, box, named, {"firm2": RED})
+    draw_best_responses(right, game, box, named, {"firm2": RED})
     draw_indifference(right, game, box, "firm1", led, "iso-profit curves of firm 1")
     path = path_of_play(game, 60, {"firm1": starts[0][0]}, firm2=_answer, optimizer=_sgd)
     draw_path(right, path["firm1"], path["firm2"], GREEN, "firm 1 leads, firm 2 answers")
-    mark_answer(right, nash, "o", "Nash, closed form")
-    mark_answer(right, led, "D", "Stackelberg, closed form")
+    mark_answer(right, nash, "o", "Nash")
+    mark_answer(right, led, "D", "Stackelberg")
     finish_axes(right, box, x=f"firm 1's {what}", y="", title="Firm 1 first")
     return figure
 
 
 def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> Figure:
     """Tolls for revenue on the left, for the least time on the right."""
-    figure = empty_figure(13.0, 5.8)
+    figure = empty_figure(10.5, 5.9)
     for axes, social in zip(figure.subplots(1, 2), (False, True), strict=True):
         roads = TwoRoads(free, congestion, social)
         game, best = roads.game(), torch.tensor(roads.best_toll(), dtype=torch.float64)
         box = (-0.1, 1.5, 0.0, 1.0)
         there = torch.stack([best, roads.share(best)])
-        draw_best_answers(axes, game, box, {"share": "drivers'"}, {"share": RED})
-        draw_indifference(axes, game, box, "toll", there, "the same total time" if social else "the same revenue")
+        draw_best_responses(axes, game, box, {"share": "drivers'"}, {"share": RED})
+        draw_indifference(axes, game, box, "toll", there, "equal time" if social else "equal revenue")
         for start, colour in ((0.05, GREEN), (1.4, PURPLE)):
             path = path_of_play(game, 60, {"toll": start}, share=_answer, optimizer=_sgd)
             draw_path(axes, path["toll"], path["share"], colour, "the toll leads" if start < 1.0 else "")
-        mark_answer(axes, there, "D", "best toll, closed form")
+        mark_answer(axes, there, "D", "best toll")
         wanted = "Least total time" if social else "Most revenue"
         finish_axes(axes, box, x="toll, in time", y="" if social else "share of drivers on road 1", title=wanted)
     return figure
@@ -147,16 +147,16 @@ def toll_figure(free: tuple[float, float], congestion: tuple[float, float]) -> F
 
 def contract_figure(contract: Contract, variances: Tensor) -> Figure:
     """The path to one contract, and how noise weakens incentives."""
-    figure = empty_figure(13.0, 5.8)
+    figure = empty_figure(10.5, 5.9)
     left, right = figure.subplots(1, 2)
     game, box = contract.game(), (0.0, 1.1, 0.0, 1.1 / contract.cost)
     there = torch.tensor([contract.share(), contract.effort()], dtype=torch.float64)
-    draw_best_answers(left, game, box, {"effort": "the agent's"}, {"effort": RED})
+    draw_best_responses(left, game, box, {"effort": "the agent's"}, {"effort": RED})
     draw_indifference(left, game, box, "share", there, "iso-profit curves of the principal")
     for start, colour in ((0.02, GREEN), (1.05, PURPLE)):
         path = path_of_play(game, 60, {"share": start}, effort=_answer, optimizer=_sgd)
         draw_path(left, path["share"], path["effort"], colour, "the principal leads" if start < 1.0 else "")
-    mark_answer(left, there, "D", "best contract, closed form")
+    mark_answer(left, there, "D", "best contract")
     finish_axes(left, box, x="share of the output that the agent gets", y="effort", title="One contract")
     solved = []
     for variance in variances.tolist():
@@ -177,7 +177,7 @@ def contract_figure(contract: Contract, variances: Tensor) -> Figure:
 
 def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
     """Two targets: whom attackers of growing precision pick, and what each coverage is worth against them."""
-    figure = empty_figure(13.0, 5.8)
+    figure = empty_figure(10.5, 5.0)
     left, right = figure.subplots(1, 2)
     best = targets.stackelberg()
     covers = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)
@@ -200,18 +200,16 @@ def security_figure(targets: Security, precisions: tuple[float, ...]) -> Figure:
             axes.plot(cover[-1:, 0], y[-1:], "o", color=colour, markersize=10)
     for axes in (left, right):
         axes.axvline(float(best.coverage[0]), color="0.5", linewidth=1.2, linestyle="--")
-    mark_answer(
-        right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "against a rational attacker, closed form"
-    )
+    mark_answer(right, torch.tensor([float(best.coverage[0]), best.defender]), "D", "rational attacker")
     label_axes(
         left,
         x="how often target 1 is guarded",
         y="how often it is attacked",
-        title="Best answers, and the path",
+        title="The attacker's best responses",
     )
-    label_axes(right, x="how often target 1 is guarded", y="what the defender expects", title="What it is worth")
+    label_axes(right, x="how often target 1 is guarded", y="the defender's payoff", title="What the defender expects")
     left.legend(fontsize=SMALL - 2, frameon=False)
-    right.legend(fontsize=SMALL - 2, frameon=False)
+    right.legend(fontsize=SMALL - 2, frameon=False, loc="lower right")
     return figure
 
 

@@ -23,6 +23,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+JOBS = "How many are done side by side, each on one core; left out, one a core, with --ray one a core of the cluster."
+RAY = "The address of a Ray cluster that does them; local: one on this machine, which is started and stopped."
+
+
 class UsageError(Exception):
     """An option that cannot be used; the message is one line."""
 
@@ -45,6 +49,17 @@ def check_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
+
+
+def jobs_of(jobs: int | None, ray: str | None) -> int:
+    """The option --jobs as a number; 1 with a cluster is one a core of it.
+
+    Raises `UsageError` for less than 1.
+    """
+    if jobs is None:
+        return 1 if ray is not None else os.cpu_count() or 1
+    check_at_least(1, jobs=jobs)
+    return jobs
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from games.experiments.runner import FinishedExperiment, FinishedPart, run_exper
 
 
 def run_with_progress(
-    chosen: Sequence[Experiment], data: Path | None, output: Path, *, jobs: int, resume: bool
+    chosen: Sequence[Experiment],
+    data: Path | None,
+    output: Path,
+    *,
+    jobs: int,
+    resume: bool,
+    cluster: str | None = None,
 ) -> dict[str, Results]:
     """`run_experiments` with a bar of the time left and a line for each figure; the results by experiment.
 
@@ -63,7 +69,14 @@ def run_with_progress(
                 console.print(f"{done.figure}: {done.summary}", highlight=False, markup=False, soft_wrap=True)
 
         run_experiments(
-            chosen, source, output, jobs=jobs, resume=resume, on_part=show_part, on_experiment=show_experiment
+            chosen,
+            source,
+            output,
+            jobs=jobs,
+            resume=resume,
+            cluster=cluster,
+            on_part=show_part,
+            on_experiment=show_experiment,
         )
     if failed:
         names = ", ".join(dict.fromkeys(failed))

@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bilevel import BilevelWarning
+from bilevel.workers import require_workers, side_by_side
 from games.errors import MissingExtraError
 from games.experiments.data import DigitSource
 from games.experiments.experiment import Experiment, Part, Result, Results
@@ -56,19 +58,21 @@ def run_experiments(
     *,
     jobs: int,
     resume: bool,
+    cluster: str | None = None,
     on_part: Callable[[FinishedPart], object],
     on_experiment: Callable[[FinishedExperiment], object],
 ) -> None:
     """Do every part of `experiments` in `jobs` processes; draw each figure as soon as its parts are done.
 
-    `resume` is as in `run_parts`. A part that fails is reported with its experiment and does not stop the others.
+    `resume` and `cluster` are as in `run_parts`. A part that fails is reported with its experiment and does not stop
+    the others.
     """
     empty_figure()  # what would fail after minutes of work is tried before it
     known = {experiment.name: experiment for experiment in experiments}
     finished: dict[str, dict[str, FinishedPart]] = {name: {} for name in known}
     stores = {name: Store(output / "parts" / name) for name in known}
     work = [(stores[name], name, part) for name, experiment in known.items() for part in experiment.parts]
-    for done in run_parts(work, source, jobs=jobs, resume=resume):
+    for done in run_parts(work, source, jobs=jobs, resume=resume, cluster=cluster):
         experiment, parts = known[done.experiment], finished[done.experiment]
         parts[done.part.name] = done
         on_part(done)
@@ -77,18 +81,23 @@ def run_experiments(
 
 
 def run_parts(
-    work: Sequence[tuple[Store, str, Part]], source: DigitSource, *, jobs: int, resume: bool
+    work: Sequence[tuple[Store, str, Part]],
+    source: DigitSource,
+    *,
+    jobs: int,
+    resume: bool,
+    cluster: str | None = None,
 ) -> Iterator[FinishedPart]:
     """Each part with its store and its experiment's name, done in one of `jobs` processes (joblib), as it ends.
 
     With `resume` a part whose store has a result of the same settings, data, versions and code (of the module of its
-    function) is not done again, and comes first. Raises `MissingExtraError` without joblib, before any work.
+    function) is not done again, and comes first. `cluster` is the address of a Ray cluster that does them, or "local".
+    Raises `MissingExtraError` without joblib or Ray, before any work.
     """
     try:
-        from joblib import Parallel, delayed  # type: ignore[import-untyped]
-        from joblib.parallel import get_active_backend  # type: ignore[import-untyped]
+        require_workers("run_parts", max(2, jobs), cluster)
     except ImportError as error:
-        raise MissingExtraError(f"Running in parallel needs joblib ({error}). pip install 'bilevel[data]'") from error
+        raise MissingExtraError(str(error)) from error
     versions, content, pending, kept = provenance("numpy", "scipy")["versions"], source.content, [], []
     for store, experiment, part in work:
         identity = _identity(part, content, versions)
@@ -102,20 +111,16 @@ def run_parts(
     yield from kept
     # The longest first, or the last one would run alone.
     pending.sort(key=lambda item: -item[2].seconds)
-    # A cluster's backend, `joblib.parallel_config("ray")`, gives all results at the end.
-    how = "generator_unordered" if get_active_backend()[0].supports_return_generator else "list"
-    parallel = Parallel(n_jobs=min(jobs, max(1, len(pending))), return_as=how, batch_size=1)
-    for index, result, seconds, failure in parallel(
-        delayed(_do_part)(index, store, part, source, identity)
-        for index, (store, _, part, identity) in enumerate(pending)
-    ):
+    todo = [partial(_do_part, store, part, source, identity) for store, _, part, identity in pending]
+    at_once = min(jobs, max(1, len(pending)))
+    for index, (result, seconds, failure) in side_by_side(todo, jobs=at_once, cluster=cluster if todo else None):
         _, experiment, part, _ = pending[index]
         yield FinishedPart(experiment, part, result, seconds, failure)
 
 
 def _do_part(
-    index: int, store: Store, part: Part, source: DigitSource, identity: Identity
-) -> tuple[int, Result | None, float, str | None]:
+    store: Store, part: Part, source: DigitSource, identity: Identity
+) -> tuple[Result | None, float, str | None]:
     """Do one part and write its file; in a process of its own."""
     began = time.perf_counter()
     try:
@@ -125,11 +130,11 @@ def _do_part(
     except Exception as failure:  # reported with its part; the other parts go on
         where = traceback.extract_tb(failure.__traceback__)[-1]
         place = f"{Path(where.filename).name}, line {where.lineno}"
-        return index, None, time.perf_counter() - began, f"{part.name}: {type(failure).__name__}: {failure} ({place})"
+        return None, time.perf_counter() - began, f"{part.name}: {type(failure).__name__}: {failure} ({place})"
     seconds = time.perf_counter() - began
     unique = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BilevelWarning))
     kept = store.save(part.name, identity, {**result, "seconds": seconds, "warnings": list(unique)})
-    return index, kept, seconds, None
+    return kept, seconds, None
 
 
 @contextmanager

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
+from games.experiments.console import (
+    JOBS,
+    RAY,
+    check_at_least,
+    chosen_names,
+    errors_in_one_line,
+    jobs_of,
+    output_folder,
+)
 
 
 def gan_command(
@@ -26,7 +33,8 @@ def gan_command(
     output: Annotated[Path, typer.Option(readable=False, help="Folder for tables, figures and finished runs.")] = Path(
         "runs/gan"
     ),
-    jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
+    jobs: Annotated[int | None, typer.Option(help=JOBS)] = None,
+    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Train generators against discriminators that follow in different ways; count modes and measure samples."""
@@ -40,12 +48,13 @@ def gan_command(
     from games.gan.run import mixtures
 
     with errors_in_one_line("what is finished") as held:
-        check_at_least(1, seeds=seeds, evaluations=evaluations, jobs=jobs)
+        check_at_least(1, seeds=seeds, evaluations=evaluations)
+        at_once = jobs_of(jobs, ray)
         methods = tuple(chosen_names(method, METHODS, "method", option="--method"))
         known = experiments(seeds=seeds, evaluations=evaluations, methods=methods)
         chosen = [known[name] for name in chosen_names(names or ("ring", "grid"), known, "experiment")]
         held.enter_context(output_folder(output))
-        found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
+        found = run_with_progress(chosen, data, output, jobs=at_once, resume=resume, cluster=ray)
         console = Console()
         for name, results in found.items():
             if name in mixtures() and results:

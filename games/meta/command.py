@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
+from games.experiments.console import (
+    JOBS,
+    RAY,
+    check_at_least,
+    chosen_names,
+    errors_in_one_line,
+    jobs_of,
+    output_folder,
+)
 
 
 def meta_command(
@@ -29,7 +36,8 @@ def meta_command(
     output: Annotated[Path, typer.Option(readable=False, help="Folder for tables, figures and finished runs.")] = Path(
         "runs/meta"
     ),
-    jobs: Annotated[int, typer.Option(help="Runs done side by side, each on one core.")] = os.cpu_count() or 1,
+    jobs: Annotated[int | None, typer.Option(help=JOBS)] = None,
+    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Learn where tasks start, and how fast each weight moves, from many small tasks; judge it on new ones."""
@@ -40,14 +48,15 @@ def meta_command(
     from games.meta.catalogue import experiments, rows
 
     with errors_in_one_line("what is finished") as held:
-        check_at_least(1, steps=steps, tasks=tasks, jobs=jobs)
+        check_at_least(1, steps=steps, tasks=tasks)
+        at_once = jobs_of(jobs, ray)
         check_at_least(2, held_out=held_out)
         counts = list(dict.fromkeys(shots or (5, 10, 20)))
         check_at_least(1, shots=min(counts))
         known = experiments(shots=counts, steps=steps, tasks=tasks, held_out=held_out, seed=seed)
         chosen = [known[name] for name in chosen_names(names, known, "experiment")]
         held.enter_context(output_folder(output))
-        found = run_with_progress(chosen, data, output, jobs=jobs, resume=resume)
+        found = run_with_progress(chosen, data, output, jobs=at_once, resume=resume, cluster=ray)
         console = Console()
         for name, results in found.items():
             if results:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, output_folder
+from games.experiments.console import (
+    JOBS,
+    RAY,
+    chosen_names,
+    errors_in_one_line,
+    jobs_of,
+    output_folder,
+)
 
 
 def paper_command(
@@ -19,7 +25,8 @@ def paper_command(
     output: Annotated[
         Path, typer.Option(readable=False, help="Folder for figures, their data and finished parts.")
     ] = Path("runs/paper"),
-    jobs: Annotated[int, typer.Option(help="Parts done side by side, each on one core.")] = os.cpu_count() or 1,
+    jobs: Annotated[int | None, typer.Option(help=JOBS)] = None,
+    ray: Annotated[str | None, typer.Option(help=RAY)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the parts that the output folder has.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Name the experiments, and end.")] = False,
 ) -> None:
@@ -34,6 +41,6 @@ def paper_command(
                 typer.echo(f"{experiment.name:<16}{experiment.title}")
             return
         chosen = chosen_names(names, known, "experiment")
-        check_at_least(1, jobs=jobs)
+        at_once = jobs_of(jobs, ray)
         held.enter_context(output_folder(output))
-        run_with_progress([known[name] for name in chosen], data, output, jobs=jobs, resume=resume)
+        run_with_progress([known[name] for name in chosen], data, output, jobs=at_once, resume=resume, cluster=ray)

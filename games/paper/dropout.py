@@ -89,7 +89,7 @@ def learned(source: DigitSource, *, seed: int, soft: bool, per_pixel: bool, step
 
 def draw(results: Results) -> Figure:
     """Test losses on the left, the schedules in the middle, the rates of the pixels on the right."""
-    figure = empty_figure(17.0, 5.6)
+    figure = empty_figure(13.5, 5.4)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.1, 1))
     columns = _tests(results)
     for place, (losses, colour) in enumerate(zip(columns.values(), (BLACK, GREEN, BLUE, RED, PURPLE), strict=True)):
@@ -101,7 +101,7 @@ def draw(results: Results) -> Figure:
     left.axvline(1.1 * statistics.median(columns[BEST]), color=GREEN, linestyle=":", linewidth=2)
     left.set_yticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns])
     left.invert_yaxis()
-    label_axes(left, x="test loss (nats)", y="", title="bar: median; ◇: as the joint run left it")
+    label_axes(left, x="test loss (nats)", y="", title="bar: median; ◇: the joint run itself")
     for number, name in enumerate(LEARNED[:2]):
         for seed in SEEDS:
             inputs, hiddens = zip(*results[f"{name}, seed {seed}"]["path"], strict=True)
@@ -111,14 +111,14 @@ def draw(results: Results) -> Figure:
             middle.plot(hiddens, color=colour, linewidth=1.8, alpha=0.8, linestyle="--",
                         label=f"hidden, {name.split(', ')[1]}" if seed == SEEDS[0] else None)  # fmt: skip
     label_axes(middle, x="step of the leader", y="dropout rate", title="the schedules found")
-    middle.set_ylim(0, 1.25)
+    middle.set_ylim(0, 1.6)
     middle.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
-    middle.legend(fontsize=SMALL - 2, frameon=False, ncols=2, loc="upper center")
+    middle.legend(fontsize=SMALL - 1, frameon=False, loc="upper center")
     rates = torch.tensor([results[f"{LEARNED[2]}, seed {seed}"]["input"] for seed in SEEDS]).mean(0)
     side = round(len(rates) ** 0.5)
     shown = right.imshow(rates.reshape(side, side).tolist(), cmap="cividis", interpolation="nearest")
     right.set(xticks=[], yticks=[])
-    right.set_title("a rate a pixel, mean of the seeds", fontsize=LARGE)
+    right.set_title("a rate for each pixel\n(mean of the seeds)", fontsize=LARGE)
     bar = figure.colorbar(shown, ax=right, shrink=0.85)
     bar.set_label("dropout rate", fontsize=LARGE)
     bar.ax.tick_params(labelsize=SMALL)

@@ -172,8 +172,8 @@ def _draw_surface(axes: Any, surface: Result, curves: dict[str, tuple[Any, Any, 
         where = [[value] for value in ends[name]]
         axes.plot(*where, marker, color=colour, markersize=10, markeredgecolor="white", label=f"its optimum ({label})")
     axes.set_zlim(low)
-    axes.tick_params(labelsize=SMALL - 3, pad=0)
-    axes.locator_params(nbins=5)
+    axes.tick_params(labelsize=SMALL - 1, pad=0)
+    axes.locator_params(nbins=4)
     axes.set_box_aspect(None, zoom=0.9)
 
 
@@ -200,7 +200,7 @@ def _draw_profile(axes: Axes, result: Result, title: str) -> None:
 
 def draw(results: Results) -> Figure:
     """A row a game: training surface, validation surface, and the validation loss along both responses."""
-    figure = empty_figure(16.5, 11.5)
+    figure = empty_figure(14.5, 10.5)
     for row, (name, result) in enumerate(results.items()):
         panels = [figure.add_subplot(2, 3, 3 * row + column + 1, projection="3d") for column in (0, 1)]
         for column, key in enumerate(("train", "valid")):

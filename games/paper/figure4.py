@@ -80,7 +80,7 @@ def errors(truth: Result, found: Result) -> tuple[float, float]:
 
 def draw(results: Results) -> Figure:
     """Training loss with its penalty above, validation loss below; a column for each start, with and without noise."""
-    figure = empty_figure(16.0, 8.5)
+    figure = empty_figure(14.0, 8.0)
     truth = results["cross-validation"]
     cases = [(f"{name} from {start:g}", name) for name in ("perturbed", "noiseless") for start in STARTS]
     grid = figure.subplots(2, len(cases), sharex=True, sharey="row")
@@ -97,7 +97,7 @@ def draw(results: Results) -> Figure:
             if name == "perturbed":
                 _density(grid[row][column], results[case]["end"])
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=LARGE, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=LARGE, frameon=False)
     return figure
 
 

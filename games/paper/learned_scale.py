@@ -171,7 +171,7 @@ def excess(results: Results, name: str) -> float:
 
 def draw(results: Results) -> Figure:
     """The scale's path and the mean's, and what the mean in the end is worth."""
-    figure = empty_figure(16.0, 5.8)
+    figure = empty_figure(13.5, 5.4)
     scales, means, ends = figure.subplots(1, 3)
     for colour, line, scale in zip(COLOURS, LINES, SCALES, strict=False):
         for start in STARTS:

@@ -106,7 +106,7 @@ def draw(results: Results) -> Figure:
     left.set_yticks([0.03, 0.05, 0.1, 0.2, 0.4], ["0.03", "0.05", "0.1", "0.2", "0.4"])
     left.minorticks_off()
     label_axes(left, x="work (gradients + Hessian-vector products)", y="validation loss (nats)")
-    left.legend(fontsize=SMALL - 1, frameon=False, loc="lower left")
+    left.legend(fontsize=SMALL, frameon=False, loc="lower left")
     for row, name in enumerate([BEST_SCALAR, *names]):
         for key, marker, colour in (("valid", "o", COLOURS[0]), ("test", "D", COLOURS[1])):
             right.plot(results[name][key], row, marker, color=colour, markersize=11, label=key if row == 0 else None)

@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 import bilevel as bl
 from bilevel.constraints import NonNegative, PositiveSemidefinite
+from bilevel.game.situation import Situation
 
 D = torch.float64
 SETTLE = bl.Implicit(bl.ScipyRoot())
@@ -365,10 +366,11 @@ def test_each_loss_and_each_constraint_is_evaluated_once_for_the_gradients_of_al
     joint, y = game.residual("firms"), tensor(1.0, 2.0)
     weights, given = tensor(0.5, 0.25, 2.0), {"a": 4.0 * one}
     seen.clear()
-    _, slope = joint.pushed(game, "firms", y, weights, given, None, {})
+    here = Situation(game, "firms", given)
+    _, slope = joint.pushed(here, y, weights)
     assert sorted(seen) == ["b", "b's", "c", "c's", "shared"]
     # Of its own: a + c + 2 b - 12 + 2 b / 2 + 2, and a + b + 2 c - 11 + a / 4 + 2.
     close(slope, tensor(-1.0, 1.0))
     # Second derivatives see what stands still in the first: [[2 + 1, 1], [1, 2]].
-    moved = torch.autograd.functional.jacobian(lambda y: joint.pushed(game, "firms", y, weights, given, None, {})[1], y)
+    moved = torch.autograd.functional.jacobian(lambda y: joint.pushed(here, y, weights)[1], y)
     close(moved, torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=D))

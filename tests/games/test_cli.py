@@ -6,6 +6,7 @@ import shlex
 import signal
 import struct
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_all_three_side_by_side(whole):
     content = results(out)
     assert list(content["runs"]) == ["unrolled", "implicit", "hypernetwork"]
     assert content["data"]["train"] == 30
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
     for run in content["runs"].values():
         assert [record["step"] for record in run["history"]] == [1, 2, 3, 4]
         change = run["after"]["test"]["loss"] - content["before"]["test"]["loss"]

@@ -715,6 +715,152 @@ def few_tasks():
         tell(text=str(error))
 
 
+# Many games ----------------------------------------------------------------------------------------------------------
+
+# Seven: no number of ranks from two to four deals them out evenly. Two batches each, so that followers which end after
+# other numbers of steps could end on other batches.
+HOMES = [(drawn(7 * 6, 4, seed).reshape(7, 6, 4), drawn(7, 6, seed + 1)) for seed in (70, 72)]
+AWAY = [(drawn(7 * 5, 4, 74).reshape(7, 5, 4), drawn(7, 5, 75))]
+
+
+def miss(weights, batch):
+    inputs, targets = batch
+    return (inputs @ weights["w"] + weights["b"] - targets).square().mean()
+
+
+def regularised(decay, weights, batch):
+    return miss(weights, batch) + (decay.exp() * weights["w"].square()).sum() + 0.1 * weights["b"].square()
+
+
+def games(count=7, homes=HOMES, loss=regularised, judged=miss):
+    one = [tuple(leaf[0] for leaf in batch) for batch in homes]
+    start = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    game = bl.Game(
+        decay=bl.Player(judged, torch.full((4,), -1.0, dtype=torch.float64), data=[tuple(x[0] for x in AWAY[0])]),
+        weights=bl.Player(loss, start, data=one),
+    )
+    begun = {"decay": drawn(7, 4, 76) - 1.0}
+    return bl.Games(game, 7, init=begun, data={"decay": AWAY, "weights": homes}).chosen(range(count))
+
+
+GRADUAL = partial(SGD, lr=0.1)
+GAMES = {
+    "ReverseMode": (bl.Unrolled(partial(Adam, lr=0.05), steps=4, tolerance=None), {}),
+    "Segments": (bl.Unrolled(GRADUAL, steps=4, tolerance=None, differentiation=bl.Segments()), {}),
+    "Implicit": (bl.Implicit(GRADUAL, steps=300, tolerance=1e-3), {}),
+    # Games end after other numbers of steps, which Adam counts.
+    "Adam": (bl.Implicit(partial(Adam, lr=0.05), steps=300, tolerance=1e-3), {}),
+    "in turn": (bl.Implicit(partial(LBFGS, lr=0.3, max_iter=4), steps=2, tolerance=None), {}),
+    "look-ahead": (bl.Implicit(GRADUAL, steps=300, tolerance=1e-3), {"dynamics": bl.dynamics.Extragradient(0.1)}),
+    "clipped": (bl.Unrolled(GRADUAL, steps=3, tolerance=None), {"clip_norm": 1e-3}),
+}
+
+
+def flat_of(tree):
+    return torch.cat([leaf.detach().reshape(-1) for leaf in leaves(tree)])
+
+
+def games_alike():
+    for name, (response, options) in GAMES.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with bl.extend.separate_ranks():
+                one = bl.solve(games(), weights=response, steps=4, **options)
+            seen = []
+            many = bl.solve(
+                games(), weights=response, steps=4, parallel=bl.DataParallel(timeout=60.0),
+                callbacks=[lambda *told: seen.append(told[2]["decay"].tolist())], **options,
+            )  # fmt: skip
+        numbers = [
+            torch.tensor([[number for key, number in record.items() if key not in UNTIMED] for record in run.history])
+            for run in (one, many)
+        ]
+        pairs = {what: (getattr(one, what), getattr(many, what)) for what in ("variables", "values", "stationarity")}
+        pairs |= {"residuals": (one.residuals, many.residuals), "history": tuple(numbers)}
+        pairs["states"] = tuple(run.states["weights"]["variables"] for run in (one, many))
+        errors = {}
+        for what, (a, b) in pairs.items():
+            if leaves(a):
+                errors[what] = float((flat_of(a) - flat_of(b)).norm() / flat_of(a).norm())
+        same = seen[-1] == many.variables["decay"].tolist()
+        tell(case=name, errors=errors, length=len(many), seen=len(seen), same=same, warnings=len(many.warnings))
+
+
+def games_in_a_loop():
+    """One's own loop: what a rank holds, and what all hold together."""
+    with bl.extend.separate_ranks():
+        alone = games()
+    shared = bl.DataParallel(timeout=60.0).game(games())
+    errors = []
+    for response in (GAMES["ReverseMode"][0], GAMES["Implicit"][0]):
+        slopes = []
+        for game in (alone, shared):
+            x = game.initial("decay").requires_grad_()
+            answer, _ = response(game, {"decay": x}, response.init(game))
+            batch, _ = game.draw("decay", game.start("decay"))
+            losses = game.loss("decay", {"decay": x, "weights": answer}, batch)
+            slopes.append(game.gathered(torch.autograd.grad(losses.sum(), x)[0]))
+        errors.append(float((slopes[0] - slopes[1]).norm() / slopes[0].norm()))
+    tell(errors=errors, counts=shared.ranks.everybodys([shared.offset, shared.count]), total=shared.undivided.count)
+
+
+def games_resume(folder, steps):
+    """Goes on from checkpoints, if there are some; alone without parallel=."""
+    options = {} if SIZE == 1 else {"parallel": bl.DataParallel(timeout=60.0)}
+    for name in ("ReverseMode", "Adam", "in turn"):
+        path = f"{folder}/{name}.pt" if folder else None
+        response, more = GAMES[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = bl.solve(games(), weights=response, steps=int(steps), checkpoint=path, **options, **more)
+        history = [[number for key, number in record.items() if key not in UNTIMED] for record in found.history]
+        tell(case=name, variables=flat_of(found.variables).tolist(), history=history, warnings=found.warnings)
+
+
+UNTIMED = ("seconds", "communicated", "reductions")
+
+
+def games_refused():
+    odd = RANK == SIZE - 1
+    together = bl.DataParallel(timeout=60.0)
+    few = GAMES["Implicit"][0]
+    learner = bl.Hypernetwork(GRADUAL, steps=1)
+    scaled = [(inputs * (1.0 + 50.0 * (torch.arange(7) == 5))[:, None, None], targets) for inputs, targets in HOMES]
+    cases = {
+        "fewer": lambda: together.game(games(1)),
+        "other count": lambda: together.game(games(6 if odd else 7)),
+        "other data": lambda: together.game(games(homes=[(x + odd, y) for x, y in HOMES])),
+        "other start": lambda: together.game(games().chosen([1, 0, 2]) if odd else games().chosen([0, 1, 2])),
+        "response": lambda: bl.solve(games(), weights=few.with_budget(3 + odd), steps=1, parallel=together),
+        "Hypernetwork": lambda: bl.solve(games(), weights=learner, steps=1, parallel=together),
+        "sharded": lambda: bl.DataParallel(sharded=True, timeout=60.0).game(games()),
+        "twice": lambda: together.game(together.game(games())),
+        "alone": lambda: bl.solve(games(), weights=few, steps=1),
+        "fails": lambda: bl.solve(games(homes=scaled), weights=few, steps=2, parallel=together),
+    }  # fmt: skip
+    for case, play in cases.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind, text = told(play)
+        tell(case=case, kind=kind, text=text)
+
+
+def games_drop():
+    """Dropout: games draw each for itself, and the ranks stay together."""
+    masks = []
+
+    def dropped(decay, weights, batch):
+        kept = torch.nn.functional.dropout(torch.ones_like(batch[0]), 0.5)
+        masks.append(1)
+        return regularised(decay, weights, (batch[0] * kept, batch[1]))
+
+    response = bl.Implicit(GRADUAL, steps=30, tolerance=1e-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = bl.solve(games(loss=dropped), weights=response, steps=3, parallel=bl.DataParallel(timeout=60.0))
+    tell(decay=solution.variables["decay"].tolist(), steps=len(solution.history))
+
+
 if __name__ == "__main__":
     _, name, meeting, *rest = sys.argv
     torch.manual_seed(0)

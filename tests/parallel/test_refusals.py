@@ -116,10 +116,31 @@ def test_a_sampler_for_other_ranks_is_refused():
         shared(lambda x, y, batch: residuals(x, y, batch).mean(), loader)
 
 
-def test_many_games_are_refused():
-    one = game(lambda x, y, batch: residuals(x, y, batch).mean())
-    with pytest.raises(TypeError, match="the game is Games; expected a Game"):
-        bl.DataParallel().game(bl.Games(one, 2))
+def test_many_games_take_no_parts_of_batches_and_one_process_plays_them_as_without():
+    games = bl.Games(game(lambda x, y, batch: residuals(x, y, batch).mean()), 3)
+    data = TensorDataset(INPUTS, TARGETS)
+    loader = DataLoader(data, 2, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+    dealt = bl.Games(game(lambda x, y, batch: residuals(x, y, batch).mean(), loader), 3)
+    for refused, parallel in [
+        (games, bl.DataParallel(sharded=True)),
+        (games, bl.DataParallel(coupled=True)),
+        (dealt, bl.DataParallel()),
+    ]:
+        with pytest.raises(ValueError, match="many games are shared out in whole"):
+            parallel.game(refused)
+    shared = bl.DataParallel().game(games)
+    assert shared.count == shared.undivided.count == 3
+    for refused in (
+        lambda: bl.DataParallel().game(shared),
+        lambda: shared.chosen([0]),
+        lambda: shared.joined(z=("x",)),
+    ):
+        with pytest.raises(TypeError, match="expected Games|before they are shared out"):
+            refused()
+    response = bl.Unrolled(partial(torch.optim.SGD, lr=0.01), steps=2, tolerance=None)
+    alone, together = (bl.solve(games, y=response, steps=2, parallel=p) for p in (None, bl.DataParallel()))
+    assert torch.equal(alone.variables["x"], together.variables["x"])
+    assert together.history[-1]["communicated"] == 0
 
 
 def test_bad_options_are_refused():
@@ -138,3 +159,17 @@ def test_one_process_plays_as_without():
     # One product and one division by the eight examples lie between them.
     assert torch.allclose(alone.variables["x"], together.variables["x"], rtol=1e-6, atol=0.0)
     assert together.history[-1]["communicated"] == 0
+
+
+def test_a_rank_that_goes_while_a_game_of_sharded_variables_is_made_is_told(monkeypatch):
+    from bilevel.game.shards import MeshPeers
+
+    def closed(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(torch.distributed, name, closed)
+    peers = MeshPeers(None)
+    for ask in (peers.total, peers.greatest, lambda tensor: peers.parts(tensor, [3, 3])):
+        with pytest.raises(bl.errors.ParallelError, match="waited for the others.*Connection closed by peer"):
+            ask(torch.zeros(3))

@@ -121,6 +121,47 @@ def test_a_hilltop_is_told_by_solvers_that_need_no_minimum(solver):
     assert float((y - 1.0).abs()) < 1e-6 and not told
 
 
+SADDLES = [bl.GMRES(), bl.linear.Dense(), bl.linear.Extrapolated(bl.GMRES()), bl.ConjugateGradient(), bl.Neumann()]
+
+
+@pytest.mark.parametrize("solver", SADDLES, ids=repr)
+@pytest.mark.parametrize("seen", [0.1, 0.5, 0.9])
+def test_a_saddle_is_told_though_the_way_the_leader_sees_curves_up(solver, seen):
+    """A^-1 v weighs the directions of v by one over their curvatures: u'A u = 1 - seen^2 is above 0 at the saddle."""
+
+    def follow(x, y):
+        return 0.5 * (y[0] - x) ** 2 - 0.5 * y[1] ** 2 + 0.25 * y[1] ** 4
+
+    game = bl.Game(
+        x=bl.Player(lambda y: y[0] + seen * y[1], torch.tensor(0.2, dtype=D)),
+        y=bl.Player(follow, torch.tensor([0.3, 0.0], dtype=D)),
+    )
+    response = bl.Implicit(partial(torch.optim.SGD, lr=0.5), steps=100, tolerance=1e-8, linear_solver=solver)
+    if solver.tells_indefinite:
+        with pytest.raises((bl.errors.IndefiniteSystemError, ConvergenceError)):
+            answered(game, response)
+        return
+    _, _, told = answered(game, response)
+    assert [type(warning) for warning in told] == [UnreliableResponseWarning]
+    assert "'y' is not at a minimum of its own loss" in str(told[0])
+
+
+@pytest.mark.parametrize("solver", [bl.GMRES(), bl.linear.Dense()], ids=repr)
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e8])
+def test_a_minimum_is_no_saddle_however_stiff(solver, condition):
+    weights = torch.logspace(0.0, 1.0, 12, base=condition, dtype=D) / condition
+
+    def follow(x, y):
+        return 0.5 * (weights * (y - x) ** 2).sum()
+
+    game = bl.Game(
+        x=bl.Player(lambda y: (y * torch.linspace(1.0, 2.0, 12, dtype=D)).sum(), torch.ones(12, dtype=D)),
+        y=bl.Player(follow, torch.zeros(12, dtype=D)),
+    )
+    _, _, told = answered(game, bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=solver))
+    assert not [str(warning) for warning in told if "own loss" in str(warning)]
+
+
 def bertrand(units=1.0):
     """Three firms with a logit demand; by hand 2.0386, and 1.7174 and 1.4251 in answer."""
     worth, cost = torch.tensor([3.0, 2.5, 2.0], dtype=D), torch.tensor([1.0, 1.0, 0.8], dtype=D)

@@ -12,6 +12,8 @@ import torch
 
 import bilevel as bl
 from bilevel.autodiff import transforms_active
+from bilevel.certificates import Standing
+from bilevel.certificates.certificate import Finding
 from bilevel.inner import TorchOptimizer
 from bilevel.randomness import random_state
 from bilevel.responses.examination import Examination
@@ -141,7 +143,7 @@ class SharedScratch(Mutant):
 
     def __call__(self, game, others, state, batch=None):
         self.scratch["state"] = state
-        time.sleep(0.01)
+        time.sleep(0.2)  # long enough for the other thread on a busy machine
         return self.inner(game, others, self.scratch["state"], batch)
 
 
@@ -233,6 +235,27 @@ class LooksNoFarther(Mutant):
         return bl.Unrolled(self.optimizer, steps=self.steps, warm_start=False)
 
 
+class MembersUnexamined(Mutant):
+    """Followers who answer together are taken for one, whose equation has a solution."""
+
+    def __call__(self, game, others, state, batch=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y, after = self.inner(game, others, state, batch)
+        name, (leader,) = state["follower"], others
+
+        def slope(player, held, mine):
+            return bl.extend.gradient(lambda mine: game.loss(player, held(mine)), mine)[1][0]
+
+        def stacked(y, x):
+            if name in game.players:
+                return slope(name, lambda mine: {leader: x, name: mine}, y)
+            return {m: slope(m, lambda mine, m=m: {leader: x, name: {**y, m: mine}}, y[m]) for m in y}
+
+        answer = map_leaves(lambda t: t.detach(), y)
+        return bl.root(stacked, answer, others[leader], symmetric=False, linear_solver=bl.linear.Dense()), after
+
+
 MET: dict[str, tuple[str, bl.Response]] = {
     "clip not differentiated": ("clipping", ClipNotDifferentiated()),
     "clip ignored": ("clipping", ClipIgnored(unrolled=True)),
@@ -252,6 +275,7 @@ MET: dict[str, tuple[str, bl.Response]] = {
     "not examined": ("far start", Unexamined(tolerance=1e-3)),
     "saddle not examined": ("no minimum", Unexamined(tolerance=1e-3)),
     "no farther look": ("short horizon", LooksNoFarther(unrolled=True)),
+    "members not examined": ("members", MembersUnexamined(linear_solver=bl.GMRES())),
 }
 
 
@@ -319,6 +343,41 @@ def _no_examination(patch: Any) -> None:
     patch.setattr(Examination, "__call__", lambda self, *given: [])
 
 
+def _no_member(patch: Any) -> None:
+    patch.setattr(Examination, "_member", lambda self, *given: None)
+
+
+def _one_direction(patch: Any) -> None:
+    patch.setattr("bilevel.responses.examination._lowest", lambda inner, u, once, twice: torch.zeros(()))
+
+
+def _first_order_alone(patch: Any) -> None:
+    def found(name: str, *given: Any, **named: Any) -> Finding:
+        return Finding(name, Standing.CERTIFIED, 1.0, "> 0")
+
+    for module in ("_certify", "alone"):
+        patch.setattr(f"bilevel.certificates.{module}.definite", found)
+
+
+def _never_warns(patch: Any) -> None:
+    patch.setattr(bl.Hypernetwork, "_warn", lambda self, *given: None)
+
+
+def _always_warns(patch: Any) -> None:
+    patch.setattr(bl.Hypernetwork, "_warn", lambda self, *given: warnings.warn(bl.errors.NonConvergenceWarning("?")))
+
+
+def _one_iterator(patch: Any) -> None:
+    class UsersOwn:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Any:
+            return iter(self.loader)  # which begins the one iterator of its workers again
+
+    patch.setattr("bilevel.game.passes.PersistentLoader", UsersOwn)
+
+
 def _no_fault_seen(patch: Any) -> None:
     patch.setattr("bilevel.responses.unrolled.first_fault.FirstFault.found", lambda self: None)
 
@@ -340,6 +399,8 @@ UNROLLED = bl.Unrolled(SGD, steps=50)
 COLD = replace(UNROLLED, warm_start=False)
 IMPLICIT = bl.Implicit(SGD, steps=50)
 DENSE = bl.Implicit(SGD, steps=50, linear_solver=bl.linear.Dense())
+LEARNED = bl.Hypernetwork(partial(torch.optim.Adam, lr=1e-2), scale=0.1)
+ROOT = bl.Implicit(bl.ScipyRoot(), linear_solver=bl.GMRES())
 BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "hooks accepted": ("hooks", UNROLLED, _hooks_accepted),
     "records collide": ("names", UNROLLED, _keys_collide),
@@ -355,6 +416,13 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "any residual will do": ("worse than nothing", bl.Implicit(SGD, linear_solver=bl.linear.Identity()), _any_residual),
     "far start not examined": ("far start", IMPLICIT, _no_examination),
     "curvature not examined": ("no minimum", DENSE, _no_examination),
+    "no member examined": ("members", DENSE, _no_member),
+    "a member examined along one direction": ("members", IMPLICIT, _one_direction),
+    "a root's curvature not examined": ("dead demand", ROOT, _no_examination),
+    "certified by first order alone": ("certificates", IMPLICIT, _first_order_alone),
+    "a warning that never speaks": ("learned slopes", LEARNED, _never_warns),
+    "a warning that always speaks": ("learned slopes", LEARNED, _always_warns),
+    "one iterator of persistent workers": ("workers", UNROLLED, _one_iterator),
     "horizon not looked at": ("short horizon", COLD, _no_look),
     "horizon not looked at with data": ("short horizon, data", COLD, _no_look_back),
 }

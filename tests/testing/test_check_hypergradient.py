@@ -396,3 +396,17 @@ def test_a_step_out_of_the_domain_is_shortened() -> None:
         lambda s: math.log(0.05 + s) if s > -0.05 else math.nan, math.log(0.05), step=1.0, noise=1e-15, goal=1e-2
     )
     assert abs(found.value - 20.0) <= found.error <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_follower_that_starts_at_its_optimum_of_0_is_checked(dtype, size):
+    """It has neither a gradient nor a size to measure by."""
+    zero = torch.tensor(0.0, dtype=dtype)
+    game = bl.Game(
+        x=bl.Player(lambda y: (y - 3 * size) ** 2, zero),
+        y=bl.Player(lambda x, y: (y - x) ** 2 + 0.25 * y**2, zero),
+    )
+    response = bl.Implicit(partial(torch.optim.SGD, lr=0.1), steps=50)
+    check = check_hypergradient(game, response)
+    assert check.verdict is Verdict.RIGHT, str(check)

@@ -7,19 +7,18 @@ import torch
 
 import bilevel as bl
 from bilevel.testing import check_response
-from bilevel.testing.laws import LAWS
-from bilevel.testing.laws.alarms import ALARMS
-from bilevel.testing.laws.optimizers import OPTIMIZERS
-from bilevel.testing.laws.surroundings import SURROUNDINGS
+from bilevel.testing.laws import ALARMS, CALIBRATION, LAWS, OPTIMIZERS, READING, RESTING, SURROUNDINGS
 
 from .surrounded import BROKEN, MET
 
+OF_USE = (*OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *RESTING, *CALIBRATION)
 BY_NAME = {law.name: law for law in LAWS}
 SGD = partial(torch.optim.SGD, lr=0.5)
 # Those that test_laws.py does not hold to all laws; and two in each run.
 SHIPPED = {
     "unrolled": bl.Unrolled(SGD),
     "implicit": bl.Implicit(SGD),
+    "implicit by roots": bl.Implicit(bl.ScipyRoot(), linear_solver=bl.GMRES()),
     "unrolled cold": bl.Unrolled(SGD, warm_start=False),
     "unrolled truncated": bl.Unrolled(SGD, backprop_steps=1),
     "unrolled Adam": bl.Unrolled(partial(torch.optim.Adam, lr=0.05)),
@@ -50,11 +49,11 @@ FAST = ("unrolled", "implicit")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in SHIPPED])
 def test_shipped_responses_obey_the_laws_of_use(name):
-    report = check_response(SHIPPED[name], laws=(*OPTIMIZERS, *SURROUNDINGS, *ALARMS))
+    report = check_response(SHIPPED[name], laws=OF_USE)
     held = {row.law for row in report.rows if row.verdict == "holds"}
-    assert {"names", "batches", "modules", "interrupts", "memory"} <= held, str(report)
+    assert {"names", "batches", "workers", "modules", "interrupts", "memory", "certificates"} <= held, str(report)
 
 
 def test_every_law_of_use_has_a_defect_of_its_own():
     planted = {law for law, *_ in (*MET.values(), *BROKEN.values())}
-    assert planted == {law.name for law in (*OPTIMIZERS, *SURROUNDINGS, *ALARMS)}
+    assert planted == {law.name for law in OF_USE}

@@ -17,6 +17,7 @@ from bilevel.game import Game
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.kkt import KKT
 from bilevel.game.residual import OwnGradient
+from bilevel.game.situation import Situation
 from bilevel.tree import Variables, flatten, structure_of
 
 Array = NDArray[np.float64]
@@ -135,7 +136,8 @@ class Reader:
         kkt = self.constraints[player]
         if kkt is None:
             return {}
-        return kkt.values(self.game, player, self.at(z), self.batches[player], self.buffers)
+        everybody = self.at(z)
+        return kkt.values(Situation(self.game, player, everybody, self.batches[player], self.buffers), everybody)
 
     def rows(self, player: str, kinds: Sequence[str]) -> tuple[Rows, list[Claim]]:
         """Its constraints of some kinds as rows, with what is to be held against them."""

@@ -40,7 +40,7 @@ from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Rep
 from bilevel.tree import Variables, flatten, leaves
 
 SIGN_HOLDS = 5.0
-"""The residual of a learned slope up to which its hypergradient mostly has the right sign (docs/decisions.md)."""
+"""The residual of a learned slope up to which its hypergradient's sign mostly holds (docs/decisions-derivatives.md)."""
 
 
 @final
@@ -335,7 +335,8 @@ class Hypernetwork(Response):
         """Say what the fit leaves, of the slope's equation and of the follower's own gradient."""
         residual, stationarity, allowed = state["residual"], state["stationarity"], float(self.tolerance or 0.0)
         worth = (
-            "The hypergradient's size is not to be relied on; its sign mostly is, while residuals stay around this."
+            "The hypergradient's size is not to be relied on; its sign mostly is, while residuals stay around this, "
+            "unless the leader's direct gradient points the other way: a slope that is not learned yet leaves 1."
             if residual <= SIGN_HOLDS
             else "Do not trust the hypergradient on its word, its sign included, if residuals stay like this."
         )

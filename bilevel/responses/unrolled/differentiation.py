@@ -157,7 +157,7 @@ class Steps:
         others, y = self.others, point.y
         if not transforms_active():
             kernels, form = self.follower.game.kernels(self.follower.name), structure_of(others)
-            if kernels.norms:
+            if kernels.third:
                 others = form.build(once_only(self.follower.name, kernels, leaves(others)))
                 y = once_only(self.follower.name, kernels, y)
         stepper = self.stepper(replace(point, y=y), others)

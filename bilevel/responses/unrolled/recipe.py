@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel.game import Follower, Residual
 from bilevel.game.residual import PlayedGame
+from bilevel.game.situation import Situation
 from bilevel.inner.differentiable import Stepper
 from bilevel.inner.optimizer import TorchOptimizer
 from bilevel.inner.schedule import Changes
@@ -75,7 +76,7 @@ class Recipe:
         """What follows a step, where the follower has a domain or a proximal map."""
         if not self.rests.projects:
             return None
-        return lambda z, step: self.rests.settled(self.game, self.player, z, others, step)
+        return lambda z, step: self.rests.settled(Situation(self.game, self.player, others), z, step)
 
 
 class InnerStep:

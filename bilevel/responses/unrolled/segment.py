@@ -16,6 +16,7 @@ from bilevel.autodiff import NewLeafTracker, captured_leaves
 from bilevel.errors import BilevelError, CapturedTensorError
 from bilevel.game import Buffers, Follower
 from bilevel.game.data import Batch
+from bilevel.game.situation import Situation
 from bilevel.randomness import random_kept, random_state, set_random_state
 from bilevel.responses.unrolled.differentiation import Point, Steps
 from bilevel.responses.unrolled.memory_plan import Sizes, measured_graph, unique_bytes
@@ -125,7 +126,7 @@ class Segment:
             warnings.simplefilter("ignore")  # they were issued the first time
             for number, record in enumerate(self.records, start=1):
                 with record.again(game.device):
-                    _, slopes, after = recipe.rests.field(game, name, y, others, record.batch, buffers)
+                    _, slopes, after = recipe.rests.field(Situation(game, name, others, record.batch, buffers), y)
                     total = slopes if total is None else [a + b for a, b in zip(total, slopes, strict=True)]
                     if number % batches == 0:
                         y, total = stepper.step(y, recipe.settings.mean(total)), None

@@ -247,9 +247,13 @@ def _diagonals(outputs: Sequence[Slot], inputs: Sequence[Slot]) -> list[dict[str
 
 
 def _summed(terms: Sequence[tuple[Tensor, Tensor]], like: Tensor, *, start: Tensor | None) -> Tensor:
-    total = start
-    for diagonal, tangent in terms:
-        total = diagonal * tangent if total is None else total.addcmul_(diagonal, tangent)
+    # What autograd handed out is not ours to write to: torch 2.6 gives a leaf that requires grad.
+    total = None if start is None else start.detach()
+    for number, (diagonal, tangent) in enumerate(terms):
+        if total is None:
+            total = diagonal * tangent
+        else:
+            total = total.addcmul_(diagonal, tangent) if number else total.addcmul(diagonal, tangent)
     return torch.zeros_like(like) if total is None else total
 
 

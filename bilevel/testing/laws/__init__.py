@@ -3,21 +3,27 @@
 from bilevel.testing.laws.alarms import ALARMS
 from bilevel.testing.laws.answers import ANSWERS
 from bilevel.testing.laws.base import Law, LawRow
+from bilevel.testing.laws.calibration import CALIBRATION
 from bilevel.testing.laws.invariance import INVARIANCE
 from bilevel.testing.laws.optimizers import OPTIMIZERS
+from bilevel.testing.laws.reading import READING
 from bilevel.testing.laws.reports import REPORTS
+from bilevel.testing.laws.resting import RESTING
 from bilevel.testing.laws.state import STATE
 from bilevel.testing.laws.surroundings import SURROUNDINGS
 
-LAWS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE, *OPTIMIZERS, *SURROUNDINGS, *ALARMS)
+LAWS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE, *OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *RESTING, *CALIBRATION)
 
 __all__ = [
     "ALARMS",
     "ANSWERS",
+    "CALIBRATION",
     "INVARIANCE",
     "LAWS",
     "OPTIMIZERS",
+    "READING",
     "REPORTS",
+    "RESTING",
     "STATE",
     "SURROUNDINGS",
     "Law",

@@ -1,4 +1,4 @@
-"""Laws of what surrounds a response: names, data, modules, interrupts, settings and memory change no number."""
+"""Laws of what surrounds a response: names, modules, interrupts, settings and memory change no number."""
 
 from __future__ import annotations
 
@@ -6,54 +6,32 @@ import copy
 import gc
 import inspect
 import tempfile
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from time import sleep
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError, CheckpointError
 from bilevel.game import Game, Player
-from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import solve
 from bilevel.testing.families import Quadratic
 from bilevel.testing.known import KnownGame
 from bilevel.testing.laws.answers import require_close
 from bilevel.testing.laws.base import Law
+from bilevel.testing.laws.short_runs import FEW, few_steps, quiet, sgd
 from bilevel.testing.laws.state import same_bits, snapshot
-from bilevel.testing.subject import NotOffered, ResponseSubject, Subject
+from bilevel.testing.subject import NotOffered, Subject
 from bilevel.testing.tolerance import exact
-
-_FEW = 2  # steps of the follower a call: what surrounds a response does not depend on how far it gets
-
-
-def _response(subject: Subject) -> Response:
-    if not isinstance(subject, ResponseSubject):
-        raise NotOffered("Only a response has surroundings.")
-    return subject.with_steps(_FEW)
-
-
-@contextmanager
-def _quiet(seed: int = 0) -> Iterator[None]:
-    """Without warnings, and with torch's random numbers from a seed, which are put back."""
-    with random_kept(start=seed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.0625)
-
 
 # Names -----------------------------------------------------------------------------------------------------------
 
@@ -87,75 +65,21 @@ def _named(known: KnownGame, leader: str, follower: str) -> Game:
 
 def names_do_not_matter(subject: Subject, known: KnownGame) -> None:
     """What the players are called changes neither a hypergradient nor what a run records of itself."""
-    response = _response(subject)
+    response = few_steps(subject)
     slopes: list[Tensor] = []
     records: list[list[float]] = []
     for leader, follower in (("x", "y"), *NAMES):
         game, x = _named(known, leader, follower), known.x0.clone().requires_grad_()
-        with _quiet():
+        with quiet():
             y, _ = response(game, {leader: x}, response.init(game))
             slopes += torch.autograd.grad(game.loss(leader, {leader: x, follower: y}), x)
-            found = solve(game, optimizer=_sgd, steps=2, **{follower: response})  # type: ignore[call-overload]
+            found = solve(game, optimizer=sgd, steps=2, **{follower: response})  # type: ignore[call-overload]
         keys = ("step", "gradients", "products", "work")
         records.append([found.history[-1][key] for key in keys])
         told = f"with players {leader!r} and {follower!r}"
         # The same arithmetic; rounding is for whoever orders his sums by name.
         require_close(slopes[-1], slopes[0], 1e-12 * exact(known).scale, f"hypergradient {told}")
         assert records[-1] == records[0], f"{told} the last record has {keys} {records[-1]}; expected {records[0]}"
-
-
-# Data ------------------------------------------------------------------------------------------------------------
-
-
-class _Rows(Dataset[Any]):
-    """Numbered rows, which count how often they are read."""
-
-    def __init__(self) -> None:
-        self.reads = 0
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        self.reads += 1
-        return index, torch.tensor(0.125 * (index % 5), dtype=torch.float64)
-
-
-def _firsts(seen: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys(seen))
-
-
-def _turns(seen: Sequence[int]) -> int:
-    """How often another batch follows."""
-    return sum(one != other for one, other in zip(seen, [None, *seen], strict=False))
-
-
-def batches_in_order(subject: Subject, known: KnownGame) -> None:
-    """A run shows each loss its batches in order, from the first one on, and reads none that it does not show."""
-    response, rows = _response(subject), _Rows()
-    loader = DataLoader(rows, batch_size=1, collate_fn=lambda batch: batch[0])
-    seen: dict[str, list[int]] = {"x": [], "y": []}
-
-    def leader(x: Tensor, y: Tensor, batch: tuple[int, Tensor]) -> Tensor:
-        seen["x"].append(batch[0])
-        return known.leader(x, y) + batch[1] * y.sum()
-
-    def follower(x: Tensor, y: Tensor, batch: tuple[int, Tensor]) -> Tensor:
-        seen["y"].append(batch[0])
-        return known.follower(x, y) + batch[1] * y.sum()
-
-    # One loader for both: each has a place of its own in it.
-    game = Game(x=Player(leader, known.x0, loader), y=Player(follower, known.y0, loader))
-    for run in ("a run", "a second run of the same game"):
-        rows.reads, seen["x"][:], seen["y"][:] = 0, [], []
-        with _quiet():
-            solve(game, y=response, optimizer=_sgd, steps=4)
-        for name, numbers in seen.items():
-            first = _firsts(numbers)
-            assert first == list(range(len(first))), f"{run} shows {name!r} the batches {first}; expected 0, 1, 2, ..."
-        shown = _turns(seen["x"]) + _turns(seen["y"])
-        # Each of the two may have read one more, which nobody has asked for yet.
-        assert rows.reads <= shown + 2, f"{run} reads {rows.reads} batches to show {shown}"
 
 
 # Modules ---------------------------------------------------------------------------------------------------------
@@ -231,10 +155,10 @@ def _all_of(module: nn.Module) -> dict[str, Any]:
 
 def modules_are_the_users(subject: Subject, _: object) -> None:
     """A module that is a player, or two, stays as it was; who trains it meanwhile changes no game."""
-    response = _response(subject)
+    response = few_steps(subject)
     shared = _module()
     before = _all_of(shared)
-    with _quiet():
+    with quiet():
         game = _module_game(shared, shared)
         slope, state = _module_slope(response, game)
         same_bits(_all_of(shared), before, "the user's module, of two players, after a call")
@@ -292,8 +216,8 @@ LOSSES: Mapping[str, Callable[[], Game]] = {
 
 def losses_are_functions(subject: Subject, kind: str) -> None:
     """A loss that is no function of its arguments is refused: by the game, or by the response."""
-    response = _response(subject)
-    with _quiet():
+    response = few_steps(subject)
+    with quiet():
         try:
             game = LOSSES[kind]()
             decay = game.initial("decay").clone().requires_grad_()
@@ -306,17 +230,23 @@ def losses_are_functions(subject: Subject, kind: str) -> None:
 
 def threads_are_apart(subject: Subject, _: object) -> None:
     """Two threads that call one response, with one module, answer as one after the other."""
-    response = _response(subject)
+    response = few_steps(subject)
     if response.behaviour.random:
         raise NotOffered("It draws from torch's global random numbers, which threads share.")
     module = _module()
-    with _quiet():
+    with quiet():
         game = _module_game(module, module, pause=1e-3)
         states = [response.init(game, seed=seed) for seed in (0, 1)]
         _, states[1] = _module_slope(response, game, states[1])
         alone = [_module_slope(response, game, copy.copy(state)) for state in states]
+        begin = Barrier(2)
+
+        def beside(state: Any) -> Any:
+            begin.wait(60.0)  # a busy machine may start the second thread when the first one has ended
+            return _module_slope(response, game, copy.copy(state))
+
         with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(lambda state: _module_slope(response, game, copy.copy(state)), states))
+            together = list(pool.map(beside, states))
     for (slope, after), (wanted, kept) in zip(together, alone, strict=True):
         require_close(slope, wanted, 1e-12 * (1.0 + float(wanted.abs())), "hypergradient beside another thread's")
         same_bits(after.get("buffers"), kept.get("buffers"), "the buffers after a call beside another thread's")
@@ -353,19 +283,19 @@ def _noisy(known: KnownGame, interrupt: Callable[[], None]) -> Game:
 
 def interrupted_is_untouched(subject: Subject, known: KnownGame) -> None:
     """A call that Ctrl-C stops leaves nothing behind, and a run that it stops goes on as if it had not."""
-    response, interrupt = _response(subject), _Interrupt()
+    response, interrupt = few_steps(subject), _Interrupt()
     game = _noisy(known, interrupt)
     x = known.x0.clone().requires_grad_()
-    with _quiet():
+    with quiet():
         state = response.init(game)
-    with _quiet():
+    with quiet():
         wanted, _ = response(game, {"x": x}, state)
     interrupt.arm()
     try:
-        with _quiet():
+        with quiet():
             response(game, {"x": x}, state)
     except KeyboardInterrupt:
-        with _quiet():
+        with quiet():
             found, _ = response(game, {"x": x}, state)
         same_bits(found.detach(), wanted.detach(), "the answer of a call that was stopped before, and made again")
     interrupt.left = 0
@@ -375,35 +305,35 @@ def interrupted_is_untouched(subject: Subject, known: KnownGame) -> None:
             interrupt.arm()
 
     def run(**options: Any) -> Any:
-        return solve(game, y=response, optimizer=_sgd, steps=4, **options)
+        return solve(game, y=response, optimizer=sgd, steps=4, **options)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.pt"
-        with _quiet():
+        with quiet():
             whole = run()
-        with _quiet():
+        with quiet():
             try:
                 run(checkpoint=path, callbacks=[halfway])
             except KeyboardInterrupt:
                 interrupt.left = 0
-        with _quiet(seed=1):
+        with quiet(seed=1):
             resumed = run(checkpoint=path)
     same_bits(resumed.variables, whole.variables, "where a run ends that was stopped in a step")
 
 
 def settings_are_known(subject: Subject, known: KnownGame) -> None:
     """A run that is resumed with other settings of the response is refused."""
-    response = _response(subject)
+    response = few_steps(subject)
     if response.budget is None:
         raise NotOffered("It has no budget that could be another.")
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "run.pt"
-        solve(known.game(), y=response, optimizer=_sgd, steps=1, checkpoint=path)
+        solve(known.game(), y=response, optimizer=sgd, steps=1, checkpoint=path)
         try:
-            solve(known.game(), y=response.with_budget(_FEW + 1), optimizer=_sgd, steps=2, checkpoint=path)
+            solve(known.game(), y=response.with_budget(FEW + 1), optimizer=sgd, steps=2, checkpoint=path)
         except CheckpointError:
             return
-    raise AssertionError(f"a run saved with {_FEW} steps a call goes on with {_FEW + 1}, and nobody is told")
+    raise AssertionError(f"a run saved with {FEW} steps a call goes on with {FEW + 1}, and nobody is told")
 
 
 # Memory ----------------------------------------------------------------------------------------------------------
@@ -431,7 +361,7 @@ def _only_new_objects() -> Iterator[None]:
 
 def nothing_is_kept(subject: Subject, known: KnownGame) -> None:
     """A call whose answer is let go of leaves its state alone: no graph and no tensor more, however many calls."""
-    response, witnesses = _response(subject), weakref.WeakSet[_Witness]()
+    response, witnesses = few_steps(subject), weakref.WeakSet[_Witness]()
 
     def follower(x: Tensor, y: Tensor) -> Tensor:
         loss = known.follower(x, y)
@@ -448,7 +378,7 @@ def nothing_is_kept(subject: Subject, known: KnownGame) -> None:
         return response.after_backward(after, y)
 
     game, counts = Game(x=Player(known.leader, known.x0), y=Player(follower, known.y0)), []
-    with _quiet(), _only_new_objects():
+    with quiet(), _only_new_objects():
         state = response.init(game)
         for number in range(9):
             state = call(state)
@@ -480,7 +410,6 @@ def _losses() -> st.SearchStrategy[str]:
 
 SURROUNDINGS = (
     Law("names", "what players are called changes nothing", _known, names_do_not_matter, 0.1),
-    Law("batches", "in order, and read once", _known, batches_in_order, 0.1),
     Law("modules", "the user's own module is left alone", _modules, modules_are_the_users, 0.1),
     Law("losses", "what is no function of its arguments is refused", _losses, losses_are_functions, 0.3),
     Law("threads", "beside another thread as alone", _modules, threads_are_apart, 0.1),
