@@ -54,7 +54,7 @@ def build(
             )
         given = list(zip(names, parameters, strict=True))
     named = {name: (players or {})[name] for name in player_parameters(factory, players or {})}
-    versions = [parameter._version for parameter in parameters]
+    versions = _versions(parameters)
     try:
         optimizer = factory(given, **named)
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def build(
         raise
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
         raise TypeError(_HOOKED)
-    if [parameter._version for parameter in parameters] != versions:
+    if _versions(parameters) != versions:
         raise ValueError(
             "optimizer(parameters) writes into the parameters. A factory only makes an optimiser, and is called as "
             "often as one is needed; where the variables begin is their player's init."
@@ -89,6 +89,11 @@ def build(
     for slot in optimizer.state.values():  # what a factory loads is not copied, and a step writes into it
         slot |= _copied(dict(slot))
     return optimizer
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written into; tensors of inference mode do not count it."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def require_factory(asker: str, factory: object) -> None:
