@@ -163,8 +163,7 @@ class Examination:
             if self.hidden and len(u) > 1 and bool(found.beats_zero) and not bool((flat | negative).any()):
                 self.products += 2
                 with torch.no_grad():
-                    once = products(u, slice(1))[0]
-                    curvature = _lowest(inner, u, once, products(once, slice(1))[0])
+                    curvature = _lowest(inner, u, lambda v: products(v, slice(1))[0])
                 negative = seen & (curvature < 0.0)
             return self._told(follower.name, curvature, flat, negative)
         for member in self.game.members(follower.name):
@@ -203,7 +202,7 @@ class Examination:
         if not bool((flat | negative).any()) and int(here.sum()) > 1:
             self.products += 1
             with torch.no_grad():
-                curvature = _lowest(inner, own, product, here * products(product, slice(1))[0])
+                curvature = _lowest(inner, own, lambda v: here * products(v, slice(1))[0], product)
             negative = seen & (curvature < 0.0)
         return self._told(member, curvature, flat, negative)
 
@@ -252,12 +251,23 @@ class Examination:
         return worst, f" in {len(games)} of {len(which)} games, the worst being game {worst}", games
 
 
-def _lowest(inner: Callable[[Tensor, Tensor], Tensor], u: Tensor, once: Tensor, twice: Tensor) -> Tensor:
-    """The lowest curvature of H in the plane of u and H u, from H u and H H u; 0 where rounding may have made it up.
+def _lowest(
+    inner: Callable[[Tensor, Tensor], Tensor],
+    u: Tensor,
+    product: Callable[[Tensor], Tensor],
+    once: Tensor | None = None,
+) -> Tensor:
+    """The lowest curvature of H in the plane of u and H u, `once` if it is known; 0 where rounding may have made it up.
 
     Two steps of Lanczos' method. What is below 0 is so beyond rounding: the plane has an angle of at least sqrt(eps),
     by which the rounding of H's products is magnified.
     """
+    once = product(u) if once is None else once
+    # In units of their own, as squares of a loss of 1e-20 vanish in float32.
+    length, unit = (torch.where(size > 0.0, size, 1.0) for size in (u.abs().amax(), once.abs().amax()))
+    u, once = u / length, once / unit
+    unit = unit / length
+    twice = product(once) / unit
     square = inner(u, u)
     square = torch.where(square > 0.0, square, 1.0)
     first, turned, third = inner(u, once) / square, inner(once, once) / square, inner(once, twice) / square
@@ -268,4 +278,4 @@ def _lowest(inner: Callable[[Tensor, Tensor], Tensor], u: Tensor, once: Tensor, 
     second = (third - 2.0 * first * turned + first**3) / across
     lowest = 0.5 * (first + second) - (0.25 * (first - second) ** 2 + across).sqrt()
     largest = (third / torch.where(turned > 0.0, turned, 1.0)).abs()
-    return torch.where(plane & (lowest < -10.0 * angle * largest), lowest, 0.0)
+    return unit * torch.where(plane & (lowest < -10.0 * angle * largest), lowest, 0.0)

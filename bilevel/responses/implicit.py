@@ -398,7 +398,8 @@ class Implicit(Response):
             reference=reference,
             near=near,
             curved=curved,
-            hidden=not self._linear(follower).tells_indefinite,
+            # Away from its optimum a network's curvature has any sign.
+            hidden=near and not self._linear(follower).tells_indefinite,
         )
         told = examination.at_once([x for x, track in zip(follower.xs, tracked, strict=True) if track], products)
         after["products"] += examination.products

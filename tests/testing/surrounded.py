@@ -348,7 +348,7 @@ def _no_member(patch: Any) -> None:
 
 
 def _one_direction(patch: Any) -> None:
-    patch.setattr("bilevel.responses.examination._lowest", lambda inner, u, once, twice: torch.zeros(()))
+    patch.setattr("bilevel.responses.examination._lowest", lambda inner, u, product, once=None: torch.zeros(()))
 
 
 def _first_order_alone(patch: Any) -> None:
