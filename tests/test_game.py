@@ -371,3 +371,34 @@ def test_a_game_and_a_step_of_it_grow_with_the_players_and_not_with_their_pairs(
     few, many = calls(20), calls(80)
     # Four times as many: 4 where it is in proportion, 16 where it is by pairs; half-way between on a log scale is 8.
     assert all(large < 6 * small for small, large in zip(few, many, strict=True)), (few, many)
+
+
+DEFAULTS = {
+    "a leader": {"objective": lambda y, x=0.5: (y - 2 * x) ** 2},
+    "a leader, by keyword alone": {"objective": lambda y, *, x=0.5: (y - 2 * x) ** 2},
+    "itself": {"objective": lambda x, y=0.0: (y - 2 * x) ** 2},
+    "residual": {"objective": lambda x, y: (y - x) ** 2, "residual": lambda y, x=1.0: y - x},
+    "inequality": {"objective": lambda x, y: (y - x) ** 2, "inequality": lambda y, x=1.0: y - x},
+    "start": {"objective": lambda x, y: (y - x) ** 2, "start": lambda x, y=1.0: x},
+    "batch": {"objective": lambda x, y, batch=None: (y - x) ** 2, "data": [torch.ones(2)]},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_default_that_has_a_players_name_is_refused(name):
+    """A call would use the default, and the player would not be seen, in silence."""
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="with a default value, which would be used in the place of"):
+        bl.Game(x=bl.Player(lambda x, y: (y - 3 * x) ** 2, one), y=bl.Player(init=one, **DEFAULTS[name]))
+
+
+def test_what_partial_binds_and_other_defaults_are_the_users():
+    one = torch.tensor(1.0)
+    fixed = partial(lambda y, z, x, rate=0.5: (y - rate * x) ** 2 + (y - z) ** 2, x=2.0)
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y - 3 * x) ** 2, one),
+        z=bl.Player(lambda x, z, batch=None: (z - x) ** 2, one),
+        y=bl.Player(fixed, one),
+    )
+    assert game.arguments("y") == ("y", "z")
+    assert float(game.loss("y", {"y": one, "z": one})) == 0.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from bilevel.errors import SecondDerivativeError
 from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
 from bilevel.game.player import Player, kind
-from bilevel.game.residual import GRADIENT, PlayedGame
+from bilevel.game.residual import GRADIENT, PlayedGame, signature
 from bilevel.game.situation import Situation
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.game.statistics import moving_layers
@@ -45,9 +47,12 @@ def check_names(players: Mapping[str, Player]) -> None:
             raise TypeError(f"Game: {name!r} is {kind(player)}; expected a Player(objective, init=...).")
     for name, player in players.items():
         _check_parameters(name, "objective", player.names, players)
+        _refuse_defaults(name, "objective", player.objective, players, player)
         if "batch" in player.names and player.data is None:
             raise ValueError(f"Player {name!r}: its objective takes `batch`, but the player has no data=.")
         check_start_names(name, players)
+        if player.start is not None:
+            _refuse_defaults(name, "start", player.start, players, player)
         takes_batch = "batch" in player.names
         if player.residual is not None:
             parameters = player.own_residual.names
@@ -57,12 +62,14 @@ def check_names(players: Mapping[str, Player]) -> None:
                     "that name. Rename the player."
                 )
             _check_parameters(name, "residual", [p for p in parameters if p != GRADIENT], players)
+            _refuse_defaults(name, "residual", player.own_residual.function, players, player)
             if "batch" in parameters and player.data is None:
                 raise ValueError(f"Player {name!r}: its residual takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in parameters
         takes_batch = takes_batch or "batch" in player.start_names
         for what, function in player.constraints.items():
             _check_parameters(name, what, player.parameters(function), players)
+            _refuse_defaults(name, what, function, players, player)
             if "batch" in player.parameters(function) and player.data is None:
                 raise ValueError(f"Player {name!r}: its {what} takes `batch`, but the player has no data=.")
             takes_batch = takes_batch or "batch" in player.parameters(function)
@@ -83,6 +90,25 @@ def _check_parameters(name: str, what: str, parameters: Sequence[str], players: 
             raise ValueError(
                 f"Player {name!r}: its {what} has a parameter {parameter!r}, which names no player. "
                 f"Players are {list(players)}; rename it, or give it a default value."
+            )
+
+
+def _refuse_defaults(
+    name: str, what: str, function: Callable[..., Any], players: Mapping[str, Player], player: Player
+) -> None:
+    """Refuse a parameter with a default that has a player's name: does it mean the player, or its default?
+
+    What `functools.partial` binds was meant.
+    """
+    bound = function.keywords if isinstance(function, partial) else {}
+    for parameter, given in signature(function).parameters.items():
+        if given.default is inspect.Parameter.empty or parameter in bound:
+            continue
+        if parameter in players or (parameter == "batch" and player.data is not None):
+            meant = f"player {parameter!r}" if parameter in players else "the batch"
+            raise ValueError(
+                f"Player {name!r}: its {what} has a parameter {parameter!r} with a default value, which would be used "
+                f"in the place of {meant}. Leave the default out to be given {meant}, or rename the parameter."
             )
 
 
