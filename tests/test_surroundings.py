@@ -235,6 +235,9 @@ def test_losses_that_change_their_batch_are_refused(loss: Any, told: str) -> Non
         {"callbacks": None},
         {"callbacks": [1]},
         {"record": 3},
+        {"progress": "no"},
+        {"resume": 0},
+        {"accept_changes": "yes"},
         {"scheduler": "cosine"},
     ],
 )

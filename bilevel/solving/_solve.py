@@ -155,6 +155,9 @@ def solve(
     if not isinstance(game, Game):
         raise TypeError(f"solve: game is {game!r}; expected a bilevel.Game.")
     _require_options(steps, checkpoint_every, seed, clip_norm, callbacks, record)
+    for name, flag in (("resume", resume), ("accept_changes", accept_changes), ("progress", progress)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"solve: {name}={flag!r}; expected True or False.")
     if starts is not None and parallel is not None:
         raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
     if starts is not None:
