@@ -82,7 +82,9 @@ class FastKernels:
     def of(outputs: Iterable[Tensor], modules: Iterable[nn.Module] = ()) -> FastKernels:
         """Those in the graph of `outputs`, or in `modules` that were compiled in place."""
         names = {node.name() for node in nodes(outputs)}
-        in_place = any(part._compiled_call_impl is not None for module in modules for part in module.modules())
+        # Of what is compiled as a module older versions of PyTorch may show nothing at the first call.
+        parts = [part for module in modules for part in module.modules()]
+        in_place = any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts)
         return FastKernels(
             attention=any(name.startswith("ScaledDotProduct") for name in names),
             compiled=in_place or any(name.startswith("CompiledFunction") for name in names),

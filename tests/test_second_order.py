@@ -245,8 +245,8 @@ def test_what_is_compiled_has_the_originals_derivative(form, response):
     torch.testing.assert_close(found, wanted)
     with pytest.warns(BilevelWarning, match="what torch.compile made runs uncompiled"):
         hypergradient(game, response, quiet=False)
-    if form == "in place":  # PyTorch may run it uncompiled at first
-        return
+    if form == "in place" or (form == "module" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)):
+        return  # PyTorch may run it uncompiled at first
     # The leader's loss needs one derivative, and stays compiled.
     loss = game.loss("x", {n: bl.tree.map_leaves(lambda t: t.requires_grad_(), game.initial(n)) for n in game.names})
     assert any(node.name().startswith("CompiledFunction") for node in nodes([loss]))
