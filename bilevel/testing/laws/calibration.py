@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -53,6 +54,8 @@ def warning_separates(subject: Subject, known: Opposed) -> None:
         raise NotOffered("It learns no slope about which it would warn.")
     if subject.of_steps:
         raise NotOffered("It promises the derivative of its steps.")
+    if not math.isnan(subject.promise.stated_bias):
+        raise NotOffered("It states a bias, and a sign may be wrong within it.")
     wanted = known.hypergradient()
     for steps in (1, 4, 16, 64, 256, 1024):
         found, told = _after(subject.with_steps(steps), known)

@@ -49,7 +49,12 @@ def _answered(response: Response, game: Game) -> _Answered:
     x = game.initial(leader).requires_grad_()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        y, _ = response(game, {leader: x}, response.init(game))
+        try:
+            y, _ = response(game, {leader: x}, response.init(game))
+        except TypeError as error:
+            if len(game.members(follower)) == 1:
+                raise
+            raise NotOffered("It refuses several followers who answer together.") from error
         (gradient,) = torch.autograd.grad(game.loss(leader, {leader: x, follower: y}), x)
     told = [str(entry.message) for entry in caught if issubclass(entry.category, BilevelWarning)]
     return _Answered(map_leaves(Tensor.detach, y), gradient, told)
@@ -150,6 +155,11 @@ class DyingDemand:
     def _profit(self, prices: Tensor, firm: int) -> Tensor:
         return (prices[firm] - self._costs[firm]) * self._shares(prices)[firm]
 
+    def demand(self, answer: Variables) -> float:
+        """The least share that any of the followers sells at these prices, the leader at 2."""
+        own = list(answer.values()) if isinstance(answer, Mapping) else [answer]
+        return float(self._shares(torch.stack([2.0 * _ONE, *own]))[1:].min())
+
     def leader(self, price: float) -> float:
         """The leader's loss where its followers are at their optimum."""
         prices = torch.cat([torch.tensor([price], dtype=torch.float64), self._costs[1:] + 1.0])
@@ -166,6 +176,8 @@ class DyingDemand:
 def demand_is_alive(subject: Subject, known: DyingDemand) -> None:
     """A follower that a search has led to where its demand has died out, and every derivative with it, is told of."""
     found, wanted = _answered(_of_a_solver(subject), known.game()), known.hypergradient()
+    if known.demand(found.answer) > 1e-3:
+        raise NotOffered("It ended where there is demand.")
     wrong = abs(float(found.gradient) - wanted) / abs(wanted)
     assert wrong < 0.5 or found.told, (
         f"its gradient vanishes at prices of {_numbers(found.answer)}, where nobody buys: the hypergradient is wrong "
