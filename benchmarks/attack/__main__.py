@@ -16,7 +16,7 @@ answer is a definition (a damped solve, a value function with a finite multiplie
 
 The same seed is the same game while its family stays as it is.
 
-    python -m benchmarks.attack --first 0 --count 541 --records attack.jsonl
+    python -m benchmarks.attack --first 0 --count 3000 --records attack.jsonl
     python -m benchmarks.attack --read attack.jsonl --output docs/attacked/verdicts.json
     python -m benchmarks.attack --again unrolled:17
 """
