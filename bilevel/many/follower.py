@@ -16,6 +16,7 @@ from bilevel.inner.torch_optim import player_parameters
 from bilevel.linear import LinearSolver
 from bilevel.many.inner import BatchedInnerSolver, entrywise
 from bilevel.many.linear import BatchedLinearSolver
+from bilevel.many.numbering import told_of
 from bilevel.randomness import random_kept
 from bilevel.tree import Structure, Variables, join, leaf_names, leaves, map_leaves
 
@@ -203,11 +204,6 @@ def among(values: Tensor, noun: str = "game", offset: int = 0) -> str:
     if not wrong:
         return ""
     return f" in {len(wrong)} of {told_of(len(values), noun, offset)}, the first being {noun} {offset + wrong[0]}"
-
-
-def told_of(count: int, noun: str, offset: int) -> str:
-    """So many games from one on, in words."""
-    return f"{noun}s {offset} to {offset + count - 1}" if offset else f"{count} {noun}s"
 
 
 def refuse_mixing(

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel.errors import BilevelError, NonConvergenceWarning
 from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.operator import Shapes
+from bilevel.many.numbering import told_of
 from bilevel.tree import join
 
 
@@ -95,9 +96,7 @@ class BatchedLinearSolver:
 
     @property
     def _told(self) -> str:
-        if self.offset:
-            return f"{self.noun}s {self.offset} to {self.offset + self.count - 1}"
-        return f"{self.count} {self.noun}s"
+        return told_of(self.count, self.noun, self.offset)
 
     def _numbers(self, chosen: Tensor) -> list[int]:
         found: list[int] = (chosen.nonzero().flatten() + self.offset).tolist()

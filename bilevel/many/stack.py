@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
-from bilevel.many.follower import BatchedFollower, among, refuse_mixing, told_of
+from bilevel.many.follower import BatchedFollower, among, refuse_mixing
+from bilevel.many.numbering import told_of
 from bilevel.tree import Structure, Variables, leaves, map_leaves, rebuilt
 
 

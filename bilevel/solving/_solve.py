@@ -154,10 +154,13 @@ def solve(
     """
     if not isinstance(game, Game):
         raise TypeError(f"solve: game is {game!r}; expected a bilevel.Game.")
-    _require_options(steps, checkpoint_every, seed, clip_norm, callbacks, record)
-    for name, flag in (("resume", resume), ("accept_changes", accept_changes), ("progress", progress)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"solve: {name}={flag!r}; expected True or False.")
+    _require_options(
+        {"steps": steps, "checkpoint_every": checkpoint_every, "seed": seed},
+        {"resume": resume, "accept_changes": accept_changes, "progress": progress},
+        clip_norm,
+        callbacks,
+        record,
+    )
     if starts is not None and parallel is not None:
         raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
     if starts is not None:
@@ -257,14 +260,17 @@ def solve(
 
 
 def _require_options(
-    steps: object, checkpoint_every: object, seed: object, clip_norm: object, callbacks: object, record: object
+    numbers: Mapping[str, object], flags: Mapping[str, object], clip_norm: object, callbacks: object, record: object
 ) -> None:
     """Refuse options of another kind than was asked for."""
-    for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every), ("seed", seed)):
+    for name, number in numbers.items():
         if not isinstance(number, Integral) or isinstance(number, bool):
             raise TypeError(f"solve: {name}={number!r}; expected a whole number.")
         if name != "seed" and int(number) < 1:
             raise ValueError(f"solve: {name}={number}; expected at least 1.")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"solve: {name}={flag!r}; expected True or False.")
     if clip_norm is not None:
         if not isinstance(clip_norm, Real) or isinstance(clip_norm, bool):
             raise TypeError(f"solve: clip_norm={clip_norm!r}; expected a number, or None.")
