@@ -343,6 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10, help="rounds: of each game, stopped in each way")
     parser.add_argument("--only", action="append", help="games; repeat it for several")
+    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="repeat it for several; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="a JSON file")
     options = parser.parse_args()
@@ -363,14 +364,14 @@ def main() -> None:
                 raise SystemExit(f"{title} does not run by itself: {ranks.told(0)}")
             seconds = time.perf_counter() - began
             trials[title] = Trial(make, place, ranks.found(0), seconds, chance, 2)
-            found[title] = {fault: [] for fault in FAULTS}
+            found[title] = {fault: [] for fault in options.fault or FAULTS}
             print(f"{title:<20}{seconds:5.1f} s", flush=True)
         for number in range(options.trials):  # in rounds: whoever ends it early has some of each
             for title, trial in trials.items():
-                for fault, stopped in FAULTS.items():
+                for fault in found[title]:
                     folder = place / f"{title} {fault} {number}"
                     (folder / "out").mkdir(parents=True)
-                    verdict = stopped(replace(trial, folder=folder, size=(2, 1, 3)[number % 3]))
+                    verdict = FAULTS[fault](replace(trial, folder=folder, size=(2, 1, 3)[number % 3]))
                     shutil.rmtree(folder, ignore_errors=True)
                     found[title][fault].append(verdict)
                     print(f"{number + 1}  {title:<20}{fault:<12}{verdict}", flush=True)

@@ -117,7 +117,14 @@ class Unsharded(Tensor):
         if func in _OF_ITS_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(Unsharded, Unsharded.whole, (args, kwargs or {}))
+        wholes: dict[int, Tensor] = {}  # what comes twice is put together once
+
+        def whole(value: Unsharded) -> Tensor:
+            if id(value) not in wholes:
+                wholes[id(value)] = value.whole()
+            return wholes[id(value)]
+
+        args, kwargs = pytree.tree_map_only(Unsharded, whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod

@@ -1,10 +1,15 @@
-"""The table of docs/processes-measured.md: what `benchmarks/interrupted_ranks.py` found."""
+"""The tables of docs/processes-measured.md: interrupted ranks, the memory of sharded variables, the cost model."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).resolve().parents[1] / "processes" / "interrupted.json"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks import cost_model  # noqa: E402
+
+FILE = ROOT / "docs" / "processes" / "interrupted.json"
 
 
 def measured() -> dict[str, Any]:
@@ -23,4 +28,9 @@ def interrupted() -> list[list[str]]:
     return rows
 
 
-PARTS = {"interrupted": interrupted}
+PARTS = {
+    "interrupted": interrupted,
+    "memory": cost_model.checked,
+    "extrapolated": cost_model.extrapolated,
+    "advised": cost_model.advised,
+}
