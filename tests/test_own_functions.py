@@ -288,6 +288,14 @@ def test_what_is_meant_as_it_is_passes_in_silence(kind, dtype):
         assert torch.isfinite(hypergradient(game, UNROLLED))
 
 
+def test_where_all_entries_are_in_the_flat_or_the_right_branch():
+    square = saving(lambda x: x.clamp(min=0.0).square(), lambda s: s, lambda x: 2.0 * x.clamp(min=0.0))
+    for function in (square, Half):
+        game = game_of(lambda y, function=function: function.apply(-y.square()).sum() + y.square().sum())
+        with pytest.raises(SecondDerivativeError, match="is wrong"):
+            UNROLLED.init(game)
+
+
 def test_many_entries_with_kinks_among_them():
     torch.manual_seed(0)
     relu, wrong = MEANT["relu by a mask"], WRONG["softplus by a saved sigmoid"][0].apply
