@@ -304,12 +304,12 @@ def _second(function: _Function) -> Slopes | None:
             break
     # Where it is now it may be flat, or in its one right branch: other signs are where it may come to be.
     far: list[tuple[str, Slopes]] = []
-    for _ in range(3):
+    for _ in range(4):
         point = [t * function.drawn(t).sign() for t in function.here]
         along = [_direction(function, t, _ENTRIES) for t in point]
         far.append(judged(function.slopes, point, along, function.steps))
     wrong = [slopes for verdict, slopes in far if verdict == "wrong"]
-    if len(wrong) > 1 and not any(verdict == "right" for verdict, _ in far):
+    if len(wrong) > 1:
         return wrong[0]
     along = [function.drawn(c) for c in function.cotangents]
     verdict, slopes = judged(function.with_cotangents, function.cotangents, along, function.steps)
