@@ -15,9 +15,9 @@ from bilevel.autodiff import Pullback, below_transforms, concrete, transforms_ac
 from bilevel.errors import (
     BilevelWarning,
     ConvergenceError,
+    FollowerNonConvergenceWarning,
     IndefiniteSystemError,
     KinkWarning,
-    NonConvergenceWarning,
     NotSymmetricError,
     SecondDerivativeError,
     UnreliableResponseWarning,
@@ -89,8 +89,8 @@ class Implicit(Response):
         curvature: The matrix of its equation: `responses.Hessian()`, or `GaussNewton(...)`, which is definite.
 
     Raises:
-        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
-            says by how much.
+        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a
+            `FollowerNonConvergenceWarning` says by how much.
         NotSymmetricError: If the linear solver needs a symmetric Jacobian and the follower has none.
         ConstraintError: If a follower's constraints contradict each other, are dependent where they bind, or leave it
             no strict minimum; a `KinkWarning` where they are about to bind or to let go.
@@ -369,7 +369,7 @@ class Implicit(Response):
                 "where the follower is ill-conditioned. Give it more steps or another optimiser (torch's LBFGS also "
                 "stops by its own tolerance_grad and tolerance_change), or accept it by tolerance=."
             )
-            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
+            self._tell(FollowerNonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):
             self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import below_transforms, gradient, nearest, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, require_kinds
+from bilevel.errors import (
+    ConvergenceError,
+    FollowerNonConvergenceWarning,
+    LinearNonConvergenceWarning,
+    NonConvergenceWarning,
+    NonFiniteError,
+    require_kinds,
+)
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
@@ -69,8 +76,8 @@ class Nudged(Response):
         strict: Raise where it would warn.
 
     Raises:
-        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning` says by how
-            much.
+        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `FollowerNonConvergenceWarning` says
+            by how much, or of nudged solves a `LinearNonConvergenceWarning`.
         SecondDerivativeError: When its derivative is differentiated.
         TypeError: For a follower that minimises no loss, and for `ClosedForm`, which cannot be nudged.
 
@@ -215,16 +222,17 @@ class Nudged(Response):
         relative = follower.relative(follower.norm([slopes]), state)
         if self.tolerance is not None and relative > self.tolerance:
             self._tell(
+                FollowerNonConvergenceWarning,
                 f"Nudged: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
                 f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased by as much, by "
                 "more where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
-                "tolerance=."
+                "tolerance=.",
             )
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, kind: type[NonConvergenceWarning], message: str) -> None:
         if self.strict:
             raise ConvergenceError(message)
-        warnings.warn(NonConvergenceWarning(message), stacklevel=4)
+        warnings.warn(kind(message), stacklevel=4)
 
 
 _ADVICE = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
@@ -425,10 +433,11 @@ class _Settled(BackwardPass):
             wrong, cause, error, remedy = "small", "rounding", left, "Raise"
         elif left > asked or left >= 1.0:
             response._tell(
+                LinearNonConvergenceWarning,
                 f"Nudged: the nudged solves of player {self.name!r} left {left:.3g} of the nudge after "
                 f"{response.steps} steps; wanted {min(asked, 1.0):g}. The hypergradient is biased by as much, by more "
                 "where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
-                "tolerance=."
+                "tolerance=.",
             )
             return
         elif shares.rounding > max(asked, shares.truncation):
@@ -440,8 +449,9 @@ class _Settled(BackwardPass):
         balanced = "The next call's is balanced by what this one measured, where its state comes from after_backward."
         way_out = f"{remedy} nudge=, or leave it out to have it balanced." if response.nudge is not None else balanced
         response._tell(
+            LinearNonConvergenceWarning,
             f"Nudged: a nudge of {shares.size:.3g} is too {wrong} for player {self.name!r}: {cause} alone makes an "
-            f"error of about {error:.2g} in the hypergradient. {way_out}"
+            f"error of about {error:.2g} in the hypergradient. {way_out}",
         )
 
 

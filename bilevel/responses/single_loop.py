@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import nearest, pullback, transforms_active
-from bilevel.errors import NonConvergenceWarning, NonFiniteError
+from bilevel.errors import LinearNonConvergenceWarning, NonFiniteError
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.situation import Buffers, Situation
@@ -71,8 +71,8 @@ class SingleLoop(Response):
         NonFiniteError: When a direction is NaN or infinite.
 
     Warns:
-        NonConvergenceWarning: When the means of \(g_{yy} v + f_y\) and of \(f_y\) over the last hundred steps tell of
-            an adjoint that is about as wrong as 0, or over the first ten and more of one ten times as wrong.
+        LinearNonConvergenceWarning: When the means of \(g_{yy} v + f_y\) and of \(f_y\) over the last hundred steps
+            tell of an adjoint that is about as wrong as 0, or over the first ten and more of one ten times as wrong.
 
     Source: Dagréou et al. 2022 (SOBA and SABA, arXiv 2201.13409) and 2024 (SRBA, arXiv 2302.08766); the leader's moving
     average of MA-SOBA, Chen et al. 2023 (arXiv 2306.12067), is torch's SGD with momentum and dampening 1 - theta.
@@ -262,7 +262,7 @@ class SingleLoop(Response):
                 f"left {left / slope:.3g} of its equation; an adjoint of 0 would leave 1. The hypergradient is not to "
                 "be trusted. Give adjoint= another learning rate, or lower that of optimizer= or of the leader."
             )
-            warnings.warn(NonConvergenceWarning(message), stacklevel=3)
+            warnings.warn(LinearNonConvergenceWarning(message), stacklevel=3)
 
 
 @dataclass(frozen=True)

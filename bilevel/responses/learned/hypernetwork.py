@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
-from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning, require_kinds
+from bilevel.errors import (
+    FollowerNonConvergenceWarning,
+    LinearNonConvergenceWarning,
+    NonConvergenceWarning,
+    UnreliableResponseWarning,
+    require_kinds,
+)
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.inner.torch_optim import (
@@ -225,8 +231,9 @@ class Hypernetwork(Response):
     ) -> tuple[Variables, State]:
         """The learned response at `others`, differentiable in them, and the state to continue from.
 
-        A `NonConvergenceWarning` says that the slope's residual, or the follower's own gradient, is above `tolerance`
-        as it was measured last. Inside a `torch.func` transform nothing is fitted.
+        A `LinearNonConvergenceWarning` says that the slope's residual is above `tolerance` as it was measured last, a
+        `FollowerNonConvergenceWarning` that the follower's own gradient is. Inside a `torch.func` transform nothing is
+        fitted.
         """
         given = {name: others[name] for name in state["players"] if name in others}
         follower = game.follower(given, state, batch)
@@ -345,14 +352,17 @@ class Hypernetwork(Response):
             "game; compare with Implicit, and accept it by tolerance=None."
         )
         name, wanted = f"player {follower.name!r}", f"after {state['fits']} steps of fitting; wanted {allowed:g}"
+        kind: type[NonConvergenceWarning]
         if not residual <= allowed:
+            kind = LinearNonConvergenceWarning
             told = f"the learned slope of {name} leaves {residual:.3g} of the change that it should answer {wanted}"
         elif not stationarity <= allowed:
+            kind = FollowerNonConvergenceWarning
             told = f"the gradient of {name} is still {stationarity:.3g} of its value at the start {wanted}"
         else:
             return
         told += f" (measured {age} calls ago)" if age else ""
-        warnings.warn(NonConvergenceWarning(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
+        warnings.warn(kind(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
 
 
 def _like(tensor: Tensor, leaf: Tensor) -> Tensor:
