@@ -450,8 +450,12 @@ class Game:
             return None, None
         return self._parts.streams[player].draw(position)
 
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
-        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+    def whole_pass(self, player: str, position: Position | None, asker: str, way_out: str = "") -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first; None once where there is no data.
+
+        Raises `DataError`, in which `asker` reads them, for a pass that does not end: after 10,000 batches of data
+        without a length. Its message may close with one more `way_out`.
+        """
         if position is None or player not in self._parts.streams:
             if position is not None and any(position[member] is not None for member in self.members(player)):
                 raise TypeError(
@@ -460,12 +464,19 @@ class Game:
                 )
             yield self.draw(player, position)[0]
             return
-        epoch, place = position["epoch"], {**position, "index": 0}
-        while True:
-            batch, place = self._parts.streams[player].draw(place)
-            if place["epoch"] != epoch:
-                return
-            yield batch
+        yield from self._parts.streams[player].whole_pass(position, asker, way_out)
+
+    def pass_length(self, player: str) -> int | None:
+        """How many batches a pass over a player's data has, as far as the data say."""
+        return self._parts.streams[player].length if player in self._parts.streams else None
+
+    def require_end(self, player: str, asker: str, way_out: str = "", *, read: bool = False) -> None:
+        """Raise `ValueError` before any work where a pass over a player's data is known to have no end.
+
+        With `read`, one pass over data that say no length is read to know it.
+        """
+        for stream in self._streams(player).values():
+            stream.require_end(asker, way_out, read=read)
 
     def hold(self, player: str, batches: HeldBatches) -> None:
         """Let `batches` keep all that is drawn for a player from now on, whoever draws it, until `release`.

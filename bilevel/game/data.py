@@ -6,13 +6,15 @@ of its members'.) Two draws at the same position give the same batch, so that a 
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from bilevel.errors import DataError, ExhaustedDataError
+from bilevel.game.ends import length_of, most_of, never_ends
 from bilevel.game.held import HeldBatches
 from bilevel.game.passes import END, Place, Reader, Source
 
@@ -92,6 +94,54 @@ class Stream:
         for function in self._functions:
             batch = function(batch)
         return batch, {"seed": seed, "epoch": epoch, "index": index}
+
+    @property
+    def length(self) -> int | None:
+        """How many batches a pass has, as far as the data say."""
+        return length_of(self.data)
+
+    def whole_pass(self, position: Position, asker: str, way_out: str = "") -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first.
+
+        Raises `DataError`, in which `asker` reads them, after 10,000 batches of data without a length, and after twice
+        as many as a length says.
+        """
+        seed, epoch, place = position["seed"], position["epoch"], {**position, "index": 0}
+        for count in itertools.count():
+            batch, place = self.draw(place)
+            if place["epoch"] != epoch:
+                return
+            if count == most_of(self.data):
+                self.close()  # the workers of a pass that nobody goes on with
+                raise DataError(
+                    self._endless(asker, f"they have given {count:,} in pass {epoch + 1} (seed {seed})", way_out)
+                )
+            yield batch
+
+    def require_end(self, asker: str, way_out: str = "", *, read: bool = False) -> None:
+        """Raise `ValueError` where a pass is known to have no end: by what the data say, or with `read` by reading one.
+
+        With `read` one pass over data without a length is read, and nothing of others.
+        """
+        if read and self.length is None:
+            try:
+                for _ in self.whole_pass(self.start(), asker, way_out):
+                    pass
+            except ExhaustedDataError:
+                raise
+            except DataError as error:
+                raise ValueError(str(error)) from error
+            return
+        why = never_ends(self.data, (reader.iterator for reader in self._readers))
+        if why:
+            raise ValueError(self._endless(asker, why, way_out))
+
+    def _endless(self, asker: str, why: str, way_out: str) -> str:
+        return (
+            f"{asker} reads all batches of a pass, and the data of player {self.owner!r} do not end: {why}. Give data "
+            "that end, such as a list or a DataLoader whose data set has a length (where a pass is longer than 10,000 "
+            f"batches, len(data) must say so){way_out}."
+        )
 
     def close(self) -> None:
         """Stop what reads, with its workers, and let go of the batches; the next draw begins its pass anew."""

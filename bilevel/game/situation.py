@@ -78,8 +78,11 @@ class GameOfLosses(Protocol):
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position."""
 
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+    def whole_pass(self, player: str, position: Position | None, asker: str, way_out: str = "") -> Iterator[Batch]:
         """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+
+    def pass_length(self, player: str) -> int | None:
+        """How many batches a pass over a player's data has, as far as the data say."""
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""

@@ -130,7 +130,9 @@ class SingleLoop(Response):
         state = fresh_state(game, follower, seed)
         name, y = state["follower"], leaves(state["variables"])
         if self.variance is not None:
-            game.require_whole(f"SingleLoop(variance={self.variance!r})", [name, *game.arguments(name)])
+            told = f"SingleLoop(variance={self.variance!r})"
+            game.require_whole(told, [name, *game.arguments(name)])
+            game.require_end(name, told)
         for steps in (self._y_steps, self._v_steps):
             refuse_optimizer_hyper(self, game, name, steps)
             built = steps.build([leaf.clone() for leaf in y], leaf_names(state["variables"], name))
@@ -285,6 +287,7 @@ class _Batches:
         self._fixed = follower.fixed
         known = isinstance(position, dict) and "epoch" in position and not follower.fixed
         self.epoch: int | None = position["epoch"] if known else None
+        self.length = game.pass_length(follower.name)
         self._xs = [x.detach() for x in follower.xs]
         self._shapes = [y.shape, v.shape, *(x.shape for x in self._xs)]
         self._where = [y, v, *self._xs]
@@ -321,7 +324,7 @@ class _Batches:
         if self._fixed:
             return self.here()
         total, count = None, 0
-        for batch in self._game.whole_pass(self.owner, self._follower.position):
+        for batch in self._game.whole_pass(self.owner, self._follower.position, "SingleLoop(variance=...)"):
             found, buffers = self._evaluate(self.point, batch)
             if total is None:
                 self.buffers = buffers

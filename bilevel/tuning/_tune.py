@@ -84,7 +84,8 @@ def tune(
         warmup: The share of the training steps before the first of these. Weights that have not settled yet say of
             whatever regularises that there should be less of it.
         check: The share of the training steps that is taken again from the trained weights, at the values found and at
-            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none.
+            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none. It takes
+            the whole of the validation data: of those without a length one pass is read before any training.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
             falls from 0.1 to 0, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
@@ -126,6 +127,8 @@ def tune(
     )
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
+    if check:
+        game.require_end(tuning.leader, "tune(check=...)", ", or pass check=0", read=True)
     # The start of a fresh run: a resumed one does not begin there.
     start = game.initial(tuning.leader)
     responses: Any = {tuning.follower: chosen.response}
