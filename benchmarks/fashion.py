@@ -34,7 +34,7 @@ from bilevel.files import write_whole
 from bilevel.hyper import Tuning
 from games.experiments.data import idx_digits
 
-TRIALS, BATCH, STEPS, RATE = 50, 100, 500, 1e-3
+TRIALS, BATCH, STEPS, RATE = 50, 100, 1000, 1e-3
 RATES = (1e-4, 1e-2)
 RUNGS, REDUCTION = 20, 3
 """Hyperband and ASHA look after 20, 60 and 180 steps, and keep a third each time."""
