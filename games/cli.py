@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import bilevel as bl
 from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.economics.command import economics_command
+from games.experiments.console import interrupted
 from games.gan.command import gan_command
 from games.meta.command import meta_command
 from games.mixture.command import mixture_command
@@ -60,7 +62,26 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 --help explains a command's options. The long ones write to a folder and go on after an interruption with --resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    """Commands that end in one line wherever they are stopped: also while their options are read."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """The options, read."""
+        try:
+            return super().make_context(*args, **options)
+        except KeyboardInterrupt as pressed:
+            raise interrupted(pressed) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        """A command, run."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as pressed:
+            raise interrupted(pressed) from None
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

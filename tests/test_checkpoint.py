@@ -518,3 +518,18 @@ def test_runs_that_are_killed_starved_doubled_and_damaged():
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = ("kill -9", "SIGINT", "SIGTERM", "disk full", "folder read-only", "two processes", "flipped bit")
     assert all(kind in done.stdout for kind in kinds)
+
+
+def test_resuming_a_run_that_is_not_there_is_refused_with_the_path(tmp_path):
+    path, sgd = tmp_path / "run.pt", partial(SGD, lr=0.1)
+    with pytest.raises(ValueError, match="resume=True goes on from a checkpoint; say which"):
+        bl.solve(line(), optimizer=sgd, steps=3, resume=True)
+    with pytest.raises(TypeError, match=r"resume='yes'; expected True, False, or None"):
+        bl.solve(line(), optimizer=sgd, steps=3, resume="yes")
+    for options in ({}, {"starts": [{"x": torch.zeros((), dtype=D)}, {"x": torch.ones((), dtype=D)}]}):
+        with pytest.raises(bl.errors.CheckpointError, match=r"there is no checkpoint .*run.pt. .* leave resume= out"):
+            bl.solve(line(), optimizer=sgd, steps=3, checkpoint=path, resume=True, **options)
+    assert not list(tmp_path.iterdir())
+    bl.solve(line(), optimizer=sgd, steps=3, checkpoint=path)
+    again = bl.solve(line(), optimizer=sgd, steps=5, checkpoint=path, resume=True)
+    assert [record["step"] for record in again.history] == [1, 2, 3, 4, 5]

@@ -49,7 +49,7 @@ def tune(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
-    resume: bool = True,
+    resume: bool | None = None,
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
@@ -91,7 +91,7 @@ def tune(
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
-        resume: Go on from the checkpoint.
+        resume: Go on from the checkpoint: None where there is one; True, and it must be there; False begins again.
         accept_changes: Go on although losses or settings are others than the checkpoint's, with the present ones.
         progress: Show a bar.
         seed: Of data that is shuffled by the library and of the learned answer; dropout's is torch's own.

@@ -259,7 +259,7 @@ def test_a_training_that_fails_is_no_wrong_input(place, tmp_path, model, told):
 
 
 def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, tmp_path):
-    for resume in ((), ("--resume",)):
+    for resume in ((), ("--resume",)):  # a run that was refused has begun, and has nothing to lose
         result = call(place, "--steps", 60, "--hyper", "decay", "--output", tmp_path, *resume, model="at_once")
         assert "on its first batch (a list): the images are too dark" in refused(result)
     assert not list(tmp_path.glob("*.pt"))
