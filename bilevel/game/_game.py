@@ -161,7 +161,10 @@ class Game:
 
         Where two derivatives are taken, that form is run.
         """
-        found = [astuple(self._parts.runs[member].kernels) for member in self.members(player)]
+        members = self.members(player)
+        if len(members) == 1:
+            return self._parts.runs[members[0]].kernels
+        found = [astuple(self._parts.runs[member].kernels) for member in members]
         return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
 
     def require_follower(self, name: str) -> None:
@@ -677,8 +680,7 @@ class Game:
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""
-        structure, wanted = structure_of(variables), self._parts.structures[player]
-        if structure.spec != wanted.spec or structure.shapes != wanted.shapes:
+        if not self._parts.structures[player].fits(variables):
             came = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(variables)}
             expected = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(self.initial(player))}
             raise ValueError(f"Variables of player {player!r} are {came}; expected the form of its init, {expected}.")

@@ -295,6 +295,10 @@ class Follower:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
 
+    def sizes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The largest entry of each leaf of F, or what else is finite where all entries are: 0-d tensors."""
+        return [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in slopes]
+
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""
         return torch.dot(first, second)

@@ -63,7 +63,7 @@ class Recipe:
     ) -> InnerStep:
         """The optimiser after `taken` steps of the call, its hyperparameters taken from `others`."""
         players = {name: value for name, value in others.items() if name in self.game.names}
-        placeholders = [leaf.detach().clone() for leaf in y]
+        placeholders = [leaf.detach() for leaf in y]  # to which nothing is written: who does was refused at `init`
         names = leaf_names(self.form.build(placeholders), self.player)
         stepper = Stepper(self.settings.build(placeholders, names, players), placeholders, memory)
         settled = self.settings.settled(players)
