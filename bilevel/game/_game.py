@@ -143,6 +143,11 @@ class Game:
         return DeclaredPlayers(self._parts.players, self._parts.initial)
 
     @property
+    def optimizer_players(self) -> tuple[str, ...]:
+        """Those who are hyperparameters of an inner optimiser (`optimizer_hyper=True`)."""
+        return self._parts.optimizer_players
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The players' names, in order of play."""
         return self._parts.order
@@ -396,18 +401,31 @@ class Game:
 
     def buffers(self) -> Buffers:
         """A fresh copy of the initial buffers of every player's module."""
-        return self._parts.groups.joined(detached(self._parts.buffers), self.names)
+        return self._parts.groups.joined(detached(self._parts.buffers))
+
+    def buffers_of(self, player: str) -> dict[str, Tensor]:
+        """A fresh copy of a player's among them."""
+        members = {member: detached(self._parts.buffers[member]) for member in self.members(player)}
+        return self._parts.groups.joined(members)[player]
 
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names; of a joint player, all its members' objectives."""
-        named = [name for member in self.members(player) for name in self._parts.arguments[member]]
-        for member in self.members(player):
-            own = self._parts.players[member]
-            named += own.option_players if own.residual is None else own.own_residual.players
-            named += [name for name in own.start_names if name != "batch"]
-            for function in own.constraints.values():
-                named += [name for name in own.parameters(function) if name != "batch"]
-        return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
+        return self._parts.arguments_of(player)
+
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, in order of play, and `further` ones.
+
+        They are those whom the functions name; what a loss reads by a condition is among them, for its name is asked
+        for in any case. Whoever names a player who is anticipated reads everybody: that one may look at anybody.
+
+        >>> from bilevel.game import Player
+        >>> zero = torch.tensor(0.0)
+        >>> y = Player(lambda x, y: (x - y) ** 2, zero)
+        >>> game = Game(x=Player(lambda y: y, zero), y=y, z=Player(lambda z: z, zero))
+        >>> game.reads("y")
+        ('x',)
+        """
+        return self._parts.reads(player, further)
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
@@ -429,9 +447,20 @@ class Game:
         """How a player's variables are laid out in one game."""
         return self.structure(player)
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
-        return Follower(self, others, state, batch)
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
+        """The follower of a response's state during one call: its residual, its batches, its module's buffers.
+
+        Of the others it takes those whom its functions name (`reads`), and those `further` ones whom the response looks
+        up by itself; what the rest play costs nothing.
+        """
+        return Follower(self, others, state, batch, further)
 
     # Playing it ----------------------------------------------------------------------------------------------------
 
@@ -557,9 +586,7 @@ class Game:
 
     def moves_statistics(self, player: str, variables: Mapping[str, Variables]) -> bool:
         """Whether somebody goes by running statistics of a player's module, which move with variables on a graph."""
-        return any(
-            member in runs.by_statistics for member in self.members(player) for runs in self._parts.runs.values()
-        ) and on_graph(variables)
+        return not self._parts.read_by_statistics.isdisjoint(self.members(player)) and on_graph(variables)
 
     def by_statistics(self, player: str) -> tuple[str, ...]:
         """Those whose modules a player's loss runs by running statistics that move, as BatchNorm's."""

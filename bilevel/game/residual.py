@@ -193,7 +193,7 @@ class OwnGradient(Residual):
 
         with at.game.saving():
             value, found = gradient(loss, *y)
-        return value, list(found), {name: after[name] for name in at.buffers if name in after}
+        return value, list(found), {name: after.get(name, held) for name, held in at.buffers.items()}
 
     def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """By one derivative in y itself, and not one in each leaf."""
@@ -366,7 +366,7 @@ class UserResidual(Residual):
             with torch.no_grad():
                 loss, _ = at.loss(variables)
             found, after = at.call(self.function, variables)
-            after = {name: after[name] for name in at.buffers if name in after}
+            after = {name: after.get(name, held) for name, held in at.buffers.items()}
         self._require_form(at.player, found, at.form)
         return loss, _apart(leaves(found), y), after
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -40,6 +40,9 @@ class GameOfLosses(Protocol):
 
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names."""
+
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, in order of play, and `further` ones."""
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -82,9 +82,16 @@ class TaskBatch(Stack):
         losses, after = super().evaluate(player, variables, batch, buffers)
         return (losses.mean() if player in self.shared else losses), after
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of all tasks at once, whose solvers keep them apart."""
-        return TaskFollower(self, others, state, batch)
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
+        """The followers of all tasks at once, whose solvers keep them apart."""
+        return TaskFollower(self, others, state, batch, further)
 
     def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
         """The leaders' norm, the same for each task `[tasks]`; of a sum over the tasks, the mean one's."""
@@ -107,9 +114,14 @@ class TaskFollower(BatchedFollower):
     """The followers of a batch of tasks. They are new, so that stationarity is in units of that where they begin."""
 
     def __init__(
-        self, games: TaskBatch, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        games: TaskBatch,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
-        super().__init__(games, others, state, batch)
+        super().__init__(games, others, state, batch, further)
         self._unit: Size = None
         self._measured: tuple[list[Tensor], list[int], Tensor] | None = None
         self._may_be_kept, self._cold = games.kept, True

@@ -144,7 +144,7 @@ class Implicit(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         require_second_derivative(start, state)
         refuse_captured(start, state)
         inner.refuse(start, "Implicit")
@@ -204,7 +204,7 @@ class Implicit(Response):
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
         game = self._bounded(game, state["follower"])
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=self._solver.names)
         linear = self._linear(follower)
         solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)
@@ -508,7 +508,8 @@ class _Solve:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
         batch = self.given.put(inputs[self.count :])
-        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
+        given: Mapping[str, Variables] = self.form.build(inputs[: self.count])
+        follower = self.game.follower(given, self.state, batch, further=given)
         rest, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         if rest.kink:

@@ -148,7 +148,7 @@ class Nudged(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
             raise TypeError(
                 f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
@@ -163,13 +163,13 @@ class Nudged(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable once in `others`, and the state to continue from."""
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=self._solver.names)
         if transforms_active():
             given, count, held = BatchTensors(batch), len(follower.xs), [follower.batch]
 
             def below(*inputs: Tensor) -> tuple[Tensor]:
                 others = follower.input_form.build(inputs[:count])
-                plain = game.follower(others, state, given.put(inputs[count:]))
+                plain = game.follower(others, state, given.put(inputs[count:]), further=others)
                 y, _ = self._settle(game, plain, state)
                 held[0] = plain.batch
                 return (join(y),)

@@ -322,10 +322,10 @@ class Run:
         """
         first, found = played.first, dict(played.first.losses)
         here = map_leaves(lambda t: t.detach(), dict(first.variables))
+        buffers = with_followers(first.buffers, first.states)
         for name in self.followers.responses:
             seen = first.states[name].get("loss")
-            told = isinstance(seen, Tensor)
-            found |= {name: seen} if told else self.shown(name, here, first.states, first.buffers)
+            found |= {name: seen} if isinstance(seen, Tensor) else self.shown(name, here, first.states, buffers)
         return found
 
     def _record(
@@ -356,7 +356,7 @@ class Run:
     ) -> dict[str, Tensor]:
         """A leader's own loss on its last batch, or a follower's on the one that comes next: shown, not used.
 
-        At detached variables. Of a joint player, its members'.
+        At detached variables, with everybody's buffers. Of a joint player, its members'.
         """
         with torch.no_grad(), random_kept(self.game.device):
             if name in states:
@@ -364,11 +364,10 @@ class Run:
             else:
                 place = self.game.position_of_answer(name, states)
                 batch = self.last_batch(name) if place is None else self.game.draw(name, place)[0]
-            current = with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: self.game.loss(name, variables, batch, current)}
-            return {m: self.game.loss(m, variables, None if batch is None else batch[m], current) for m in members}
+                return {name: self.game.loss(name, variables, batch, buffers)}
+            return {m: self.game.loss(m, variables, None if batch is None else batch[m], buffers) for m in members}
 
     def last_batch(self, leader: str) -> Batch:
         """A leader's last batch, drawn again where another process made the last step."""
