@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
+from bilevel.custom_functions import OwnFunctions, refuse_second
 from bilevel.game.calling import called
 from bilevel.game.checks import check_domains, check_follower, check_names, check_objectives, check_variables
 from bilevel.game.constrained import ConstrainedGradient
@@ -171,6 +172,22 @@ class Game:
             return self._parts.runs[members[0]].kernels
         found = [astuple(self._parts.runs[member].kernels) for member in members]
         return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
+
+    def own_functions(self, player: str) -> OwnFunctions:
+        """The user's own autograd functions in a player's loss and constraints; a joint player's all."""
+        found = OwnFunctions()
+        for member in self.members(player):
+            found = found.with_those_of(self._parts.runs[member].functions)
+        return found
+
+    def require_twice(self, player: str) -> None:
+        """Raise `SecondDerivativeError` where a second derivative of what a player minimises would be wrong.
+
+        So it is with an autograd function of the user's whose backward uses numbers that its forward has computed.
+        """
+        for member in self.members(player):
+            if self.residual(member).curves_loss:
+                refuse_second(member, self._parts.runs[member].functions)
 
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints.coordinates import Coordinate
+from bilevel.custom_functions import OwnFunctions
 from bilevel.game.data import Batch, Position
 from bilevel.second_order import FastKernels
 from bilevel.tree import Structure, Variables
@@ -114,6 +115,12 @@ class GameOfLosses(Protocol):
 
     def kernels(self, player: str) -> FastKernels:
         """What a player's loss uses that has one derivative only, where there is a form with two."""
+
+    def own_functions(self, player: str) -> OwnFunctions:
+        """The user's own autograd functions in a player's loss."""
+
+    def require_twice(self, player: str) -> None:
+        """Raise `SecondDerivativeError` where a second derivative of what a player minimises would be wrong."""
 
     @property
     def record_keys(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from bilevel.game.others import Others
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
+from bilevel.responses.own_functions import warn_of_second
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.second_order import differentiated_twice, require_custom_second, require_second
 from bilevel.tree import Variables, leaf_names, leaves, map_leaves
@@ -329,6 +330,7 @@ def require_second_derivative(start: Follower, state: State) -> None:
     Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
     """
     if transforms_active():  # there nothing is on a graph that could be looked at
+        start.game.require_twice(start.name)
         return
     game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
     others = start.input_form.build([_tracked(x) for x in start.xs])
@@ -341,6 +343,8 @@ def require_second_derivative(start: Follower, state: State) -> None:
                 custom += require_custom_second(member, loss)
         _, slopes, _ = start.rests(start.situation(others), leaves(y))
     require_second(name, slopes, custom)
+    game.require_twice(name)
+    warn_of_second(start, start.as_unknowns(state))
     kernels = game.kernels(start.name)
     if kernels.told():
         warnings.warn(

@@ -48,6 +48,7 @@ from bilevel.responses.curvature import Curvature, Hessian
 from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
+from bilevel.responses.own_functions import require_symmetric
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
 
@@ -155,6 +156,8 @@ class Implicit(Response):
                 f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
+        if start.symmetric and linear.needs_symmetry:
+            require_symmetric("Implicit", start, start.as_unknowns(state))
         if not start.definite and start.symmetric and linear.needs_symmetry:
             raise IndefiniteSystemError(
                 f"Implicit: the system of {start.name!r} has multipliers, and with them is indefinite; "

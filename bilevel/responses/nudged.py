@@ -32,6 +32,7 @@ from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
+from bilevel.responses.own_functions import warn_of_first
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
@@ -156,6 +157,7 @@ class Nudged(Response):
             )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
+        warn_of_first("Nudged", start, flatten(state["variables"]))
         nothing = flatten(state["variables"])[:0].clone()
         return state | {"optimizer": None, "nudge": {"displacement": nothing, **vars(_Shares())}}
 

@@ -22,7 +22,15 @@ from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept, random_state
-from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import (
+    Response,
+    State,
+    at_start,
+    fresh_state,
+    refuse_captured,
+    refuse_optimizer_hyper,
+    require_second_derivative,
+)
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
@@ -147,6 +155,7 @@ class SingleLoop(Response):
                 f"SingleLoop: player {start.name!r} has {start.rests.told}, which its steps would leave. Use "
                 "Implicit, which differentiates the constraints that bind."
             )
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         nothing = torch.zeros_like(flatten(state["variables"]))
         adjoint = {
