@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from games.mixture.command import mixture_command
 from games.paper.command import paper_command
 from games.published.command import problems_command
 from games.reweighting.command import reweight_command
+from games.stopping import raising
 from games.tuning.command import tune_command
 
 OVERVIEW = """\
@@ -63,22 +66,28 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell of an interruption that the command itself has not told."""
+    try:
+        with raising():
+            yield
+    except KeyboardInterrupt as pressed:
+        raise interrupted(pressed) from None
+
+
 class _Commands(TyperGroup):
     """Commands that end in one line wherever they are stopped: also while their options are read."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """The options, read."""
-        try:
+        with _told():
             return super().make_context(*args, **options)
-        except KeyboardInterrupt as pressed:
-            raise interrupted(pressed) from None
 
     def invoke(self, ctx: Any) -> Any:
         """A command, run."""
-        try:
+        with _told():
             return super().invoke(ctx)
-        except KeyboardInterrupt as pressed:
-            raise interrupted(pressed) from None
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode=None)

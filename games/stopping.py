@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,8 +16,30 @@ class Terminated(KeyboardInterrupt):
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """What a signal does: raise."""
+    """What a signal does: raise, or come again a little later where an exception would be printed and lost."""
+    if _unheard(frame):
+        again = threading.Timer(0.01, os.kill if os.name == "posix" else _raise, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _raise(_: int, number: int) -> None:
+    signal.raise_signal(number)
+
+
+def _unheard(frame: FrameType | None) -> bool:
+    """Whether this is within a finaliser or a weak reference's callback, whose exceptions Python ignores."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename.endswith(_CALLBACKS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALLBACKS = ("weakref.py", "_weakrefset.py")
 
 
 def code_of(pressed: KeyboardInterrupt) -> int:
@@ -44,6 +68,27 @@ def held_back() -> Iterator[None]:
 
 
 @contextmanager
+def raising() -> Iterator[None]:
+    """Let both raise at once, and tell of them whatever the code that they met has made of the exception.
+
+    An import that is interrupted may raise an ImportError or a RuntimeError instead.
+    """
+    pressed: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        stop(number, frame)
+
+    with handled(handle):
+        try:
+            yield
+        except Exception:
+            if pressed:
+                stop(pressed[0], None)
+            raise
+
+
+@contextmanager
 def handled(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Let both signals call `handle`; one that is ignored, as a shell's background job ignores Ctrl-C, stays so."""
     before = {}
@@ -64,7 +109,7 @@ def handled(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]
 def main(load: Callable[[], Callable[[], object]]) -> None:
     """Load a command line and run it; a signal at any moment is one line on stderr, and its code."""
     try:
-        with handled(stop):
+        with raising():
             with held_back():
                 run = load()
             run()

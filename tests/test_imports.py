@@ -90,7 +90,7 @@ GAMES_MAY = {
     "cross_validation": {"errors"},
     "problems": {"errors", "experiments"},
     **dict.fromkeys(APPLICATIONS, BELOW),
-    "cli": APPLICATIONS | {"experiments"},
+    "cli": APPLICATIONS | {"experiments", "stopping"},
     "__main__": {"cli", "stopping"},
 }
 

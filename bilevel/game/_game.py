@@ -515,6 +515,15 @@ class Game:
             return
         yield from self._parts.streams[player].whole_pass(position, asker, way_out)
 
+    def remembered(self, player: str, position: Position | None) -> dict[str, Batch]:
+        """The batch before a position, as the data gave it, by member; nothing of those whose batch is gone."""
+        places = {} if position is None else {player: position} if "epoch" in position else position
+        streams = self._streams(player)
+        found = {
+            name: streams[name].remembered(at) for name, at in places.items() if name in streams and at is not None
+        }
+        return {name: batch for name, batch in found.items() if batch is not None}
+
     def pass_length(self, player: str) -> int | None:
         """How many batches a pass over a player's data has, as far as the data say."""
         return self._parts.streams[player].length if player in self._parts.streams else None

@@ -1,7 +1,8 @@
 """Batches for ever, from any data, with the place in it as plain numbers.
 
-A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. (A joint player's is a dict
-of its members'.) Two draws at the same position give the same batch, so that a saved position resumes bit for bit.
+A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. It has "kept" as well where
+data keep something in themselves from pass to pass: what it was as the pass began. (A joint player's is a dict of its
+members'.) Two draws at the same position give the same batch, so that a saved position resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from bilevel.errors import DataError, ExhaustedDataError
 from bilevel.game.ends import length_of, most_of, never_ends
 from bilevel.game.held import HeldBatches
+from bilevel.game.own_state import Kept
 from bilevel.game.passes import END, Place, Reader, Source
 
 Batch = Any
@@ -49,6 +51,7 @@ class Stream:
         self._recent = _RecentBatches()
         self._holders: list[HeldBatches] = []
         self._replayed: HeldBatches | None = None
+        self._kept: OrderedDict[tuple[int, int], Kept] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: the data. Readers cannot travel, and are made again."""
@@ -86,6 +89,8 @@ class Stream:
         raise, or when a pass is too short for the position.
         """
         place = (position["seed"], position["epoch"], position["index"])
+        if "kept" in position:
+            self._keep(place, position["kept"])
         if isinstance(self.data, list | tuple):
             batch, (seed, epoch, index) = self._listed(self.data, place)
         else:
@@ -93,7 +98,16 @@ class Stream:
             batch, (seed, epoch, index) = found
         for function in self._functions:
             batch = function(batch)
-        return batch, {"seed": seed, "epoch": epoch, "index": index}
+        kept = self._kept.get((seed, epoch))
+        return batch, {"seed": seed, "epoch": epoch, "index": index} | ({"kept": kept} if kept else {})
+
+    def remembered(self, position: Position) -> Batch | None:
+        """The batch before a position in its pass, as the data gave it; None where there is none, or it is gone."""
+        place = (position["seed"], position["epoch"], position["index"] - 1)
+        if isinstance(self.data, list | tuple):
+            return self.data[place[2]] if 0 <= place[2] < len(self.data) else None
+        found = self._recent.find(place)
+        return None if found is None else found[0]
 
     @property
     def length(self) -> int | None:
@@ -152,8 +166,15 @@ class Stream:
     def _copied(self) -> Stream:
         other = Stream(self.owner, self.data, self.device)
         other._readers, other._recent, other._holders = self._readers, self._recent, self._holders
-        other._functions, other._replayed = self._functions, self._replayed
+        other._functions, other._replayed, other._kept = self._functions, self._replayed, self._kept
         return other
+
+    def _keep(self, place: Place, kept: Kept) -> None:
+        """What the data had kept in themselves as a pass began, for the positions in it."""
+        self._kept[place[:2]] = kept
+        self._kept.move_to_end(place[:2])
+        while len(self._kept) > _MANY:
+            self._kept.popitem(last=False)
 
     def _drawn(self, place: Place) -> tuple[Batch, Place]:
         found = self._recent.find(place)
@@ -220,7 +241,9 @@ class Stream:
 
     def _begin(self, reader: Reader, seed: int, epoch: int) -> Reader:
         before = [reader.iterator, *(other.iterator for other in self._readers)]
-        reader.begin(seed, epoch)
+        reader.begin(seed, epoch, self._kept.get((seed, epoch), {}))
+        if reader.kept:
+            self._keep(reader.place, reader.kept)
         if not reader.resumes and any(reader.iterator is other for other in before):
             raise ExhaustedDataError(
                 f"The data of player {self.owner!r} gave, for pass {epoch + 1}, the iterator that it had given before: "

@@ -247,6 +247,8 @@ def solve(
                     "resume=False."
                 )
             if run.now.step < steps:
+                if saved is not None and path is not None and parallel is None:
+                    run.require_batches(saved, path)  # of several ranks each has read its own
                 with (
                     progress_bar(progress and company.writes, run.now.step, steps) as show,
                     _saving(company, run, path, checkpoint_every) as save_if_due,

@@ -15,7 +15,7 @@ from bilevel import BilevelError
 from bilevel.errors import CheckpointError
 from bilevel.files import write_whole
 from games.errors import DataError, MissingExtraError
-from games.stopping import code_of, handled, stop
+from games.stopping import code_of, handled, raising, stop
 
 fcntl: ModuleType | None
 try:
@@ -192,16 +192,15 @@ def errors_in_one_line() -> Iterator[ExitStack]:
 
     For Ctrl-C the code is 130, for SIGTERM 143. Yields what holds contexts up to the command's end.
     """
-    with handled(stop):
-        try:
-            with ExitStack() as held:
-                yield held
-        except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
-            _fail(error, 2)
-        except BilevelError as error:
-            _fail(error, 1)
-        except KeyboardInterrupt as pressed:
-            raise interrupted(pressed) from None
+    try:
+        with raising(), ExitStack() as held:
+            yield held
+    except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
+        _fail(error, 2)
+    except BilevelError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt as pressed:
+        raise interrupted(pressed) from None
 
 
 def interrupted(pressed: KeyboardInterrupt) -> typer.Exit:

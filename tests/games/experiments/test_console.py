@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from bilevel import BilevelError
 from games import stopping
 from games.cli import app
 from games.experiments.console import Stopped, UsageError, errors_in_one_line, interrupt_after_step, output_folder
@@ -159,3 +160,38 @@ def test_a_signal_before_a_command_has_begun_is_one_line(number, code, monkeypat
     with stopping.handled(stopping.stop):
         result = CliRunner().invoke(app, ["paper", "fig2"])
     assert (result.exit_code, result.stderr) == (code, "Interrupted.\n")
+
+
+class Finalised:
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        sum(range(1000))  # here the signal is handled, and what it raises would be lost
+
+
+@POSIX
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_finaliser_is_not_lost(number, code, capsys):
+    with pytest.raises(typer.Exit) as ended, errors_in_one_line():
+        Finalised(number)
+        threading.Event().wait(10.0)
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@POSIX
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError, BilevelError, OSError])
+def test_a_signal_is_told_as_one_whatever_was_made_of_it(kind, capsys):
+    """As an import does that is interrupted, of Matplotlib for one."""
+    with pytest.raises(typer.Exit) as ended, errors_in_one_line():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(10.0)
+        except KeyboardInterrupt as pressed:
+            raise kind("Error calling __set_name__") from pressed
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
