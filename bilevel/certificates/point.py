@@ -74,7 +74,7 @@ class LeaderFollowerPoint:
     ) -> None:
         self.game, self.leader, self.follower = game, leader, follower
         state = fresh_state(game, follower, seed)
-        self.reference = float(state["reference"])
+        self.reference = float(state["reference"]) or 1.0
         self.others = {name: v for name, v in variables.items() if name != follower}
         self.held = game.follower(self.others, state, batches.get(follower))
         self.held.buffers = buffers
