@@ -245,6 +245,12 @@ class Game:
         return self
 
     @property
+    def batches_stand_still(self) -> bool:
+        """Whether every draw of a player is the same batch, or there are none."""
+        streams = self._parts.streams.values()
+        return all(isinstance(stream.data, list | tuple) and len(stream.data) == 1 for stream in streams)
+
+    @property
     def leads_alike(self) -> bool:
         """Whether the leaders' variables are the same in all processes that play this game together."""
         return True

@@ -248,7 +248,8 @@ def fresh_state(
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. Who does not say that it can do more is refused where more is needed.
+    at the start; `terms`, the size of the terms that cancel in it there. Who does not say that it can do more is
+    refused where more is needed.
 
     Args:
         game: The game.
@@ -287,6 +288,7 @@ def fresh_state(
         "products": 0,
         "stationarity": math.nan,
         "reference": 1.0,
+        "terms": 0.0,
     }
     start = at_start(game, state)
     if not constrained and start.constraints is not None:
@@ -302,9 +304,11 @@ def fresh_state(
         begins, _ = start.begins(state, warm=False)
         state["variables"] = start.form.build([leaf.clone() for leaf in begins])
         _, slopes = start.gradients(begins)
-        state |= start.first()
-    # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
-    return state | {"reference": start.reference(slopes)}
+        if unknowns := start.first():
+            state |= unknowns
+            start = at_start(game, state)
+        # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
+        return state | start.measured(slopes, start.as_unknowns(state))
 
 
 def at_start(game: Game, state: State, further: Iterable[str] = ()) -> Follower:

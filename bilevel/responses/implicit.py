@@ -78,7 +78,8 @@ class Implicit(Response):
         optimizer: What finds the optimum: a callable from tensors to any torch.optim optimiser, LBFGS included, or an
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
-        tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
+        tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; where it started at its
+            optimum, to what the leader's moves have made of it. Never below rounding. None asks for no accuracy.
         linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
             residual has no symmetric Jacobian: one with a domain, or several players who answer together. For a
             follower with multipliers, whose system is indefinite, `Dense()` up to 500 unknowns and `GMRES()` beyond.
@@ -345,11 +346,12 @@ class Implicit(Response):
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
         solver = follower.adapted_inner(self._solver)
-        reference = follower.unit(state)
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
-        threshold = tolerance * reference
+        scale = follower.measure(state, start if tolerance > 0.0 else None)
         with torch.no_grad():
-            y, memory = minimised(solver, follower, start, memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(
+                solver, follower, start, memory, steps=self.steps, threshold=scale.threshold(tolerance)
+            )
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)
@@ -359,11 +361,11 @@ class Implicit(Response):
         slope, products = self._judged(residual, flat, follower.xs, tracked, source)
         follower.gradient_count += 1
         if source is not None and any(tracked):
-            follower.gradient_count += self.curvature.check(residual, flat, follower.xs, reference)
+            follower.gradient_count += self.curvature.check(residual, flat, follower.xs, scale.unit)
         follower.require_finite(y, advice, residual.loss)
-        norm = follower.norm(follower.unknowns.split(slope))
-        relative = follower.relative(norm, state)
-        missed = None if self.tolerance is None else follower.shortfall(norm, threshold, relative)
+        missed = None
+        if self.tolerance is not None:
+            missed, scale = follower.missed(scale, tolerance, slope, residual, flat)
         if missed is not None:
             how_far, games = missed
             message = (
@@ -381,7 +383,9 @@ class Implicit(Response):
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
             "gradients": state["gradients"] + follower.gradient_count,
-            "stationarity": relative,
+            "stationarity": follower.norm(follower.unknowns.split(slope)) / scale.shown,
+            "reference": scale.reference,
+            "terms": scale.terms,
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
@@ -398,7 +402,7 @@ class Implicit(Response):
             residual,
             flat,
             slope,
-            reference=reference,
+            reference=scale.unit,
             near=near,
             curved=curved,
             # Away from its optimum a network's curvature has any sign.

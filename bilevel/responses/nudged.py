@@ -24,6 +24,7 @@ from bilevel.errors import (
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
+from bilevel.game.rounding import GradientScale
 from bilevel.inner import InnerSolver, TorchOptimizer
 from bilevel.inner.base import FreeProblem, minimised, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
@@ -172,22 +173,23 @@ class Nudged(Response):
             def below(*inputs: Tensor) -> tuple[Tensor]:
                 others = follower.input_form.build(inputs[:count])
                 plain = game.follower(others, state, given.put(inputs[count:]), further=others)
-                y, _ = self._settle(game, plain, state)
+                y, _, _ = self._settle(plain, state)
                 held[0] = plain.batch
                 return (join(y),)
 
             (y,) = below_transforms(below, [*follower.xs, *given.tensors], _SECOND)
             follower.batch = held[0] if batch is None else batch
-            settled = _Settled(self, follower, state, state["optimizer"])
+            settled = _Settled(self, follower, state, state["optimizer"], follower.measure(state))
             return follower.form.unflatten(settled.attach(y.detach(), follower.xs)), state
-        found, memory = self._settle(game, follower, state)
-        settled = _Settled(self, follower, state, memory)
+        found, memory, scale = self._settle(follower, state)
+        settled = _Settled(self, follower, state, memory, scale)
         flat = join(found).clone()
         with torch.no_grad():
             loss, slopes = settled.slope(flat, [x.detach() for x in follower.xs])
         follower.gradient_count += 1
         follower.require_finite(found, _ADVICE, float(loss))
-        self._judge(follower, state, slopes)
+        scale = self._judge(follower, scale, slopes, flat)
+        state = state | {"reference": scale.reference, "terms": scale.terms}
         after = follower.next_state(state, found, follower.form.split(slopes)) | {"optimizer": memory}
         return follower.form.unflatten(settled.attach(flat, follower.xs)), after
 
@@ -209,27 +211,32 @@ class Nudged(Response):
     def _solver(self) -> InnerSolver:
         return self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Nudged", self.optimizer)
 
-    def _settle(self, game: Game, follower: Follower, state: State) -> tuple[list[Tensor], Any]:
-        """The optimum's leaves, and the optimiser's memory."""
+    def _settle(self, follower: Follower, state: State) -> tuple[list[Tensor], Any, GradientScale]:
+        """The optimum's leaves, the optimiser's memory, and what the gradient is measured by."""
         with torch.no_grad():
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
-        threshold = (self.tolerance or 0.0) * state["reference"]
+        scale = follower.measure(state, start if self.tolerance else None)
+        threshold = scale.threshold(self.tolerance or 0.0)
         with torch.no_grad():
             y, memory = minimised(self._solver, follower, start, memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
-        return y, memory
+        return y, memory, scale
 
-    def _judge(self, follower: Follower, state: State, slopes: Tensor) -> None:
-        relative = follower.relative(follower.norm([slopes]), state)
-        if self.tolerance is not None and relative > self.tolerance:
+    def _judge(self, follower: Follower, scale: GradientScale, slopes: Tensor, y: Tensor) -> GradientScale:
+        """Warn of a gradient above the tolerance; what it is measured by from now on."""
+        if self.tolerance is None:
+            return scale
+        missed, scale = follower.missed(scale, self.tolerance, slopes, follower.held_residual(), y)
+        if missed is not None:
             self._tell(
                 FollowerNonConvergenceWarning,
-                f"Nudged: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
+                f"Nudged: the gradient of player {follower.name!r} is still {missed[0]} "
                 f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased by as much, by "
                 "more where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
                 "tolerance=.",
             )
+        return scale
 
     def _tell(self, kind: type[NonConvergenceWarning], message: str) -> None:
         if self.strict:
@@ -283,12 +290,12 @@ class _Settled(BackwardPass):
     asker = "Nudged"
     refusal = _SECOND
 
-    def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any) -> None:
+    def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any, scale: GradientScale) -> None:
         self.response, self.memory = response, memory
         self.name, self.form, self.others = follower.name, follower.form, follower.others
         self._batch, self._follower = follower.batch, follower
         self.loss: HeldLoss = follower.held_loss()
-        self.reference = float(state["reference"])
+        self.reference = float(scale.natural)
         self.before = state["nudge"]
         self.displacement: Tensor | None = None
         self.shares = _Shares()

@@ -21,6 +21,7 @@ from bilevel.errors import (
 )
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
+from bilevel.game.rounding import rounding
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
     SchedulerFactory,
@@ -328,8 +329,18 @@ class Hypernetwork(Response):
         age = state["calls"] % self.examine_every
         if age == 0:
             direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * self.scale
-            norm, after["residual"] = fitting.examine(w0, network | state["constants"], x, direction)
-            after["stationarity"] = follower.relative(norm, state)
+            norm, left, change = fitting.examine(w0, network | state["constants"], x, direction)
+            # Who starts at an optimum has no gradient to measure by: then the one that the leader makes counts.
+            scale = follower.measure(state)
+            scale = scale if scale.tells else scale.begun(change)
+            after["stationarity"] = norm / scale.shown
+            after |= {"reference": scale.reference, "terms": scale.terms}
+            if change > scale.rounding:
+                after["residual"] = left / change
+            elif bool(direction.any()):  # the leader makes none: only rounding may be left
+                after["residual"] = 0.0 if left <= rounding(scale.terms, x.dtype) else math.inf
+            else:
+                after["residual"] = math.nan
             after["gradients"] += 3
         if self.tolerance is not None and self.scale > 0.0:
             self._warn(follower, after, age)
