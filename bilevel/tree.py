@@ -6,9 +6,9 @@ all entries; users never see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,31 @@ from torch.utils import _pytree as pytree  # the pytrees that torch.func itself 
 
 Variables = Any
 """A tensor, or a nest of dicts, lists and tuples of tensors."""
+
+
+@final
+class Made(Mapping[str, Any]):
+    """Entries that are made, once, when they are first asked for: what nobody looks at costs nothing."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Any]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
