@@ -100,6 +100,23 @@ def test_threads_with_what_needs_another_form_are_refused():
         game_of(fit)
 
 
+def test_hooks_that_threads_set_are_refused():
+    def hooked(y, weight):
+        found = part(y, weight)
+        if found.requires_grad:
+            found.register_hook(lambda g: 2.0 * g)
+        return found
+
+    def fit(y):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(hooked, y, 1.0).result()
+
+    before = torch.Tensor.register_hook
+    with pytest.raises(ValueError, match="Player 'y': its objective computes in threads .* sets hooks"):
+        game_of(fit)
+    assert torch.Tensor.register_hook is before
+
+
 def double(number):
     return 2.0 * number
 
@@ -137,7 +154,7 @@ def test_a_meta_tensor_is_named_where_it_comes():
     with pytest.raises(ValueError, match=rf"Player 'x': init is {told}.*device='cpu'"):
         bl.Game(x=bl.Player(lead, meta), y=bl.Player(follow, meta))
     with pytest.raises(ValueError, match=rf"Player 'y': init\['weight'\] is {told}"):
-        bl.Game(x=bl.Player(lambda x: x.sum(), ones), y=bl.Player(follow, nn.Linear(2, 1, device="meta")))
+        bl.Game(y=bl.Player(lambda y: y(ones).sum(), nn.Linear(2, 1, device="meta")))
     with pytest.raises(ValueError, match=f"Player 'y': its loss is {told}"):
         bl.Game(x=bl.Player(lead, ones), y=bl.Player(lambda x, y: (y - x).to("meta").sum(), ones))
     with pytest.raises(ValueError, match="Player 'x': its loss is on the meta device"), torch.device("meta"):

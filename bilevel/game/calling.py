@@ -144,7 +144,7 @@ def _hooks(parts: Parts, player: str, given: Mapping[str, Any], runs: Runs) -> A
     modules = {what: module for what, module in modules.items() if has_hooks(module)}
     if not (modules or runs.sets_hooks or hooks_of_every_module()):
         return nullcontext()
-    return GradientHooks(player, modules).around()
+    return GradientHooks(player, leaves(parts.initial[player])[0].dtype, modules).around()
 
 
 def _watched(parts: Parts, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from bilevel.custom_functions import OwnFunctions, examined, own_functions, reco
 from bilevel.errors import BilevelError, SecondDerivativeError
 from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
-from bilevel.game.hooks import GradientHooks, hooked_parts
+from bilevel.game.hooks import GradientHooks, hooked_parts, hooks_elsewhere
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame, signature
 from bilevel.game.situation import Situation
@@ -145,7 +145,6 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
                 number = isinstance(leaf, int | float)
                 told = f"as in torch.tensor({float(leaf)})" if number else "as torch.as_tensor makes one"
                 raise TypeError(f"{where} is {kind(leaf)}; expected a tensor, {told}.")
-            refuse_numberless(where, leaf)
             if leaf.is_complex():
                 raise TypeError(
                     f"{where} is complex ({leaf.dtype}); expected real variables. Pass torch.view_as_real(init), and "
@@ -165,6 +164,7 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
+            refuse_numberless(f"Player {name!r}: init{path}", leaf)
             if not bool(torch.isfinite(leaf).all()):
                 raise ValueError(
                     f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
@@ -372,7 +372,7 @@ def _dependence(
         seen = FirstCall()
         called = [players[other].init for other in game.arguments(name)]
         modules = [module for module in called if isinstance(module, nn.Module)]
-        hooks, began = GradientHooks(name), next_number()
+        hooks, began = GradientHooks(name, leaves(trial[name])[0].dtype), next_number()
         try:
             with seen.watched(owned.parts, own_module=bool(modules)), hooks.around():
                 loss = game.loss(name, trial, batch)
@@ -420,12 +420,19 @@ def _dependence(
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
 
+    elsewhere: list[object] = []
+
     def again() -> Tensor:
-        with random_kept(game.device), torch.enable_grad():
+        with random_kept(game.device), torch.enable_grad(), hooks_elsewhere(elsewhere):
             return game.loss(name, trial, batch)
 
     # On a GPU a gradient inside the loss is computed by PyTorch's own threads.
     threads = game.device.type == "cpu" and made_in_threads(loss, began, again)
+    if elsewhere:
+        raise ValueError(
+            f"Player {name!r}: its objective computes in threads of its own, and sets hooks on gradients there, which "
+            "nobody sees to. Take the hooks away, or compute in the loss's own thread."
+        )
     if threads and (kernels.weight_norm or kernels.chunked or kernels.third):
         raise ValueError(
             f"Player {name!r}: its objective computes in threads of its own, and runs what PyTorch does not "
@@ -580,9 +587,13 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
         told = told_of_recomputation(error)
         if told:
             raise ValueError(f"Player {name!r}: {told}") from error
+        if isinstance(error, BilevelError):
+            raise
         told = explanation(error)
         if not told:
-            raise
+            raise ValueError(
+                f"Player {name!r}: the gradient of its {what} raised {type(error).__name__} at init: {error}"
+            ) from error
         raise SecondDerivativeError(f"Player {name!r}: its {what} takes a gradient itself: {told}") from error
     found: Paths = {}
     for (other, path, _), grad in zip(owners, grads, strict=True):

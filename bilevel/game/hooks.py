@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock, local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as _modules
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from bilevel.autodiff import transforms_active
@@ -37,46 +38,37 @@ def hooked_parts(module: nn.Module, name: str) -> dict[str, nn.Module]:
 
 
 @dataclass(eq=False)
-class GradientHooks(TorchFunctionMode):
+class GradientHooks:
     """Lets the hooks that a loss sets, or that modules have, run under a guard which lets them look alone.
 
     A hook that returns another gradient, or writes into the one that it is given, raises `BilevelError` in the backward
     pass: what it would do is no part of the loss, and would be taken once more by each further derivative. Hooks of a
-    module are guarded while it runs, and found by `modules`; `Tensor.register_hook` is met as a torch function. Those
-    of `grad_fn` are not seen.
+    module are guarded while it runs, and found by `modules`; `Tensor.register_hook` is met where it is called. Those of
+    `grad_fn` are not seen.
 
     Args:
         player: Whose loss it is.
+        dtype: Of the variables.
         modules: Those with hooks, by what they are called.
         met: Whether the loss has set a hook itself.
         lossy: What hooks on saved tensors give back otherwise than it was saved, in words.
     """
 
     player: str
+    dtype: torch.dtype
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     met: bool = False
     lossy: str = ""
 
     def __post_init__(self) -> None:
-        super().__init__()
         self._tried: list[Any] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.register_hook:
-            self.met = True
-            tensor, hook = args[0], args[1] if len(args) > 1 else (kwargs or {})["hook"]
-            if not tensor.requires_grad:  # an evaluation for its value alone: there will be no gradient to look at
-                return RemovableHandle(OrderedDict())
-            return func(tensor, partial(self.guarded, hook, f"a tensor of shape {tuple(tensor.shape)}", 0))
-        found = func(*args, **(kwargs or {}))
-        self._try_saving(found)
-        return found
+    def registered(self, tensor: Tensor, hook: Callable[..., Any]) -> Any:
+        """What `tensor.register_hook(hook)` returns."""
+        self.met = True
+        if not tensor.requires_grad:  # an evaluation for its value alone: there will be no gradient to look at
+            return RemovableHandle(OrderedDict())
+        return _REGISTER(tensor, partial(self.guarded, hook, f"a tensor of shape {tuple(tensor.shape)}", 0))
 
     def guarded(self, hook: Callable[..., Any], what: str, place: int, *given: Any) -> Any:
         """What a hook returns, which has to be nothing, or what it was given."""
@@ -97,19 +89,15 @@ class GradientHooks(TorchFunctionMode):
             "clip_norm=), one of the leader's solve(..., clip_norm=). A hook that returns nothing may stay."
         )
 
-    def _try_saving(self, found: Any) -> None:
-        """Try hooks on saved tensors once on what a function returned."""
-        pair = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if pair is None or self.lossy or not isinstance(found, Tensor) or not found.is_floating_point():
-            return
-        pack, unpack = pair
-        if any(one is pack for one in self._tried) or getattr(pack, "__module__", "") == _RECOMPUTED:
+    def saved_by(self, pack: Callable[..., Any], unpack: Callable[..., Any], dtype: torch.dtype) -> None:
+        """Try hooks on saved tensors, once each: what they give back has to be what was saved."""
+        if self.lossy or any(one is pack for one in self._tried) or getattr(pack, "__module__", "") == _RECOMPUTED:
             return
         self._tried.append(pack)
         try:
             with torch.no_grad():
                 # Of no power of two, and far from 0.
-                sample = torch.linspace(0.7, 1.3, 7, dtype=found.dtype, device=found.device)
+                sample = torch.linspace(0.7, 1.3, 7, dtype=dtype)
                 back = unpack(pack(sample.clone()))
                 if not torch.equal(back, sample):
                     self.lossy = f"{_name(pack)} and {_name(unpack)}, by up to {float((back - sample).abs().max()):.2g}"
@@ -133,13 +121,70 @@ class GradientHooks(TorchFunctionMode):
             for what, table in tables:
                 for key, hook in list(table.items()):
                     table[key] = partial(self.guarded, hook, what, 1)
-            with self:
+            with _installed(self):
                 yield
         finally:
             for table, before in kept:
                 for key, hook in before.items():
                     if key in table:
                         table[key] = hook
+
+
+# Torch's own methods, which are another's while a loss is watched. A mode of torch functions would see the same calls,
+# but torch.compile traces what a mode does.
+_REGISTER: Callable[..., Any] = Tensor.register_hook
+_ENTER: Callable[..., Any] = saved_tensors_hooks.__enter__
+_WATCHING = RLock()
+_watched: list[GradientHooks | list[object]] = []
+_here = local()
+
+
+@contextmanager
+def _installed(watch: GradientHooks | list[object]) -> Iterator[None]:
+    """Let a watch see the hooks that this thread sets; a list sees those of other threads."""
+    mine = isinstance(watch, GradientHooks)
+    before = getattr(_here, "watch", None)
+    with _WATCHING:
+        if not _watched:
+            Tensor.register_hook = _register  # type: ignore[method-assign]
+            saved_tensors_hooks.__enter__ = _enter  # type: ignore[method-assign]
+        _watched.append(watch)
+    _here.watch = watch if mine else before
+    _here.looks = True
+    try:
+        yield
+    finally:
+        _here.watch, _here.looks = before, before is not None
+        with _WATCHING:
+            _watched[:] = [one for one in _watched if one is not watch]
+            if not _watched:
+                Tensor.register_hook = _REGISTER  # type: ignore[method-assign]
+                saved_tensors_hooks.__enter__ = _ENTER  # type: ignore[method-assign]
+
+
+def _register(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+    watch = getattr(_here, "watch", None)
+    if watch is not None:
+        return watch.registered(tensor, hook)
+    if not getattr(_here, "looks", False):
+        for one in list(_watched):
+            if isinstance(one, list):
+                one.append(hook)
+    return _REGISTER(tensor, hook)
+
+
+def _enter(self: saved_tensors_hooks) -> Any:
+    watch = getattr(_here, "watch", None)
+    if watch is not None:
+        watch.saved_by(self.pack_hook, self.unpack_hook, watch.dtype)
+    return _ENTER(self)
+
+
+@contextmanager
+def hooks_elsewhere(met: list[object]) -> Iterator[None]:
+    """Note the hooks on tensors that other threads than this one set."""
+    with _installed(met):
+        yield
 
 
 def _tables(module: nn.Module) -> list[dict[int, Any]]:
