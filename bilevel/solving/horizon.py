@@ -223,17 +223,19 @@ class _Watched:
             return None
         if noisy and not beyond_noise(near, far, tolerance):
             return []
-        return [self._short(found, len(near))]
+        return [self._short(found, len(near), noisy=noisy)]
 
-    def _short(self, found: Disagreement, count: int) -> UnreliableResponseWarning:
+    def _short(self, found: Disagreement, count: int, *, noisy: bool) -> UnreliableResponseWarning:
         way = "points the other way" if found.cosine < 0.0 else f"has a cosine of {found.cosine:.2f} to it"
+        # With noise its follower never comes to rest within a tolerance.
+        implicit = "Implicit(..., tolerance=None)" if noisy else "Implicit"
         mean = f", in the mean of {count} looks and beyond their noise" if count > 1 else ""
         return UnreliableResponseWarning(
             f"Short horizon: the response {self.told} from the same place give another hypergradient{mean}. Of that, "
             f"the one in use misses {found.missing:.0%}, and it {way}: norm "
             f"{found.near:.3g} for {found.far:.3g}. What only a few steps gain is not what the leader wants in the "
-            "end: regularisation, for one, is driven to an edge. Give it more steps=, use Implicit, or accept it by "
-            "tolerance=None."
+            "end: regularisation, for one, is driven to an edge. Give it more steps=, use "
+            f"{implicit}, or accept it by tolerance=None."
         )
 
     def unexamined(self, why: str) -> UnreliableResponseWarning:
