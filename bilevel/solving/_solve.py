@@ -133,8 +133,9 @@ def solve(
             step.
         starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
             from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
-            `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
-            can, as `Games`; else one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
+            `[{"x": tensor}, ...]`. Ends whose follower stopped short come last, however low their values.
+            `solution.starts` has the spread. All at once where the responses and the optimiser can, as `Games`; else
+            one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
         **responses: Follower -> its response.
 
     Raises:

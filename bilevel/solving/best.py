@@ -91,13 +91,16 @@ def _chosen(
     values = tuple(ends[place].values[leader] if place in ends else math.nan for place in range(count))
     violations = tuple(ends[place].violations.get(leader, 0.0) if place in ends else math.nan for place in range(count))
 
-    def worth(place: int) -> tuple[bool, float, float]:
+    left = tuple(ends[place].not_converged if place in ends else () for place in range(count))
+
+    def worth(place: int) -> tuple[bool, float, bool, float]:
         off = max(violations[place] - tolerance, 0.0)
-        return math.isnan(values[place]), off, values[place]
+        # A value at a follower that stopped short is nobody's; that of a leader on its way is attained where it is.
+        return math.isnan(values[place]), off, "follower" in left[place], values[place]
 
     best = min(ends, key=worth)
     for warning in told:
         if any(str(warning) == text for text in ends[best].warnings):
             warnings.warn(str(warning), type(warning), stacklevel=4)
-    spread = Spread(leader, values, violations, best, tolerance, dict(failures), together)
+    spread = Spread(leader, values, violations, left, best, tolerance, dict(failures), together)
     return replace(ends[best], starts=spread)

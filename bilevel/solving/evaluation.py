@@ -79,6 +79,8 @@ class StepEvaluator:
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
         """The wanted leaders' own gradients at a point."""
+        if differentiable:
+            self._require_twice()
         with torch.enable_grad(), differentiated_twice(differentiable):
             losses, slopes = self._play(point, wanted), {}
             for name in wanted:
@@ -136,9 +138,14 @@ class StepEvaluator:
 
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
+        self._require_twice()
         self.gradients += len(self.leaders.names)
         with torch.enable_grad(), differentiated_twice():
             return self._play(point, self.leaders.names)
+
+    def _require_twice(self) -> None:
+        for name in self.leaders.names:
+            self.game.require_twice(name)
 
     # As the step that a rule of play may look into: `dynamics.field.Play` --------------------------------------------
 
@@ -151,6 +158,7 @@ class StepEvaluator:
                 cut[name] = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
             return {name: self.tree(name, cut[name]) for name in variables}
 
+        self._require_twice()
         self.gradients += len(self.leaders.names)
         with torch.enable_grad(), differentiated_twice():
             losses = self._play(point, self.leaders.names, apart)

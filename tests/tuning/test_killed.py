@@ -60,7 +60,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
     tuned = bl.tune(
-        model, loss, loss, loader(0, 2), loader(1, 0), steps=200, every=5, checkpoint=sys.argv[1], checkpoint_every=3,
+        model, loss, loss, loader(0, 2), loader(1, 0), steps=60, every=2, checkpoint=sys.argv[1], checkpoint_every=3,
         hyper=[bl.hyper.WeightDecay(per="layer"), bl.hyper.Dropout(), bl.hyper.Noise()],
         optimizer=partial(torch.optim.Adam, lr=1e-2), callbacks=[told],
     )
