@@ -298,6 +298,13 @@ def told_of_loss(error: RuntimeError) -> str:
             "ForwardMode and ReverseMode(offload=True) do. Take the gradient inside the loss by "
             "torch.autograd.grad(..., create_graph=True), or use plain ReverseMode()."
         )
+    if "must override the setup_context" in text or "does not have vmap support" in text:
+        named = re.search(r"vmap over (\w+)", text)
+        return (
+            f"{f'the autograd function {named.group(1)}' if named else 'an autograd function'} in its loss is not made "
+            "for torch.func, by which many games at once and Hypernetwork(...) are computed. Give it "
+            "`generate_vmap_rule = True` and a setup_context(ctx, inputs, output), with a forward without ctx."
+        )
     if "requires_grad_() inside of a function being transformed" in text or (
         "torch.autograd.functional" in text and "functorch" in text
     ):

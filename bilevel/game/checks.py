@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
+from bilevel.custom_functions import OwnFunctions, examined, own_functions, recorded, refuse_second
 from bilevel.errors import SecondDerivativeError
 from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
@@ -174,11 +175,15 @@ class Runs:
         kernels: What of it has one derivative only, where there is a form with two.
         strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
         by_statistics: The other players whose modules it runs by running statistics, as BatchNorm's, that move.
+        beside: The players whose modules it runs and who are not called for by their names.
+        functions: The user's own autograd functions in it, and in what constrains the player.
     """
 
     kernels: FastKernels = field(default_factory=FastKernels)
     strangers: tuple[tuple[nn.Module, str], ...] = ()
     by_statistics: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    functions: OwnFunctions = field(default_factory=OwnFunctions)
 
 
 Depends = Mapping[str, frozenset[str]]
@@ -241,10 +246,11 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
 
 def _moves(game: PlayedGame, name: str, initial: Mapping[str, Variables]) -> bool:
     """Whether the running statistics of a player's module depend on variables, and not on its data alone."""
-    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
+    named = {name, *(member for other in game.arguments(name) for member in game.members(other))}
+    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), initial[other]) for other in named}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
-        found = game.moments(name, trial, batch, game.buffers())
+        found = game.moments(name, trial, batch, {})
     return any(value.requires_grad for value in found.values())
 
 
@@ -293,16 +299,20 @@ Paths = dict[str, set[str]]
 
 @dataclass(frozen=True)
 class _Owned:
-    """The modules that are players: ids of all their parts, and of each parameter the player and its name there."""
+    """The modules that are players: of each of their parts the players, of each parameter one and its name there."""
 
-    parts: frozenset[int]
+    parts: Mapping[int, Sequence[str]]
     parameters: Mapping[int, tuple[str, str]]
 
     @staticmethod
     def of(players: Mapping[str, Player]) -> _Owned:
         modules = {name: player.init for name, player in players.items() if isinstance(player.init, nn.Module)}
+        parts: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for part in module.modules():
+                parts.setdefault(id(part), []).append(name)
         return _Owned(
-            frozenset(id(part) for module in modules.values() for part in module.modules()),
+            parts,
             {id(p): (name, path) for name, module in modules.items() for path, p in module.named_parameters()},
         )
 
@@ -359,29 +369,53 @@ def _dependence(
             f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
             ".real, or .abs().square()."
         )
-    kernels = FastKernels.of([loss], modules)
+    kernels, custom = FastKernels.of([loss], modules), own_functions([loss])
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    own = players[name].residual is not None
+    own, known = players[name].residual is not None, len(custom)
+    functions = _examined(game, players[name], name, trial, batch, custom)
+    if own and players[name].rests.curves_loss:
+        refuse_second(name, functions)
     with seen.watched(owned.parts, own_module=bool(modules)):
         rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
         for what, function in players[name].constraints.items():
-            for other, paths in _constraint_dependence(
-                game, players, owned, name, what, function, trial, batch
-            ).items():
+            reached, more = _constraint_dependence(game, players, owned, name, what, function, trial, batch)
+            for other, paths in reached.items():
                 rests.setdefault(other, set()).update(paths)
+            custom += more
+        if len(custom) > known:
+            functions = _examined(game, players[name], name, trial, batch, custom)
     _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    moving = {
-        other: {id(layer) for layer in moving_layers(own.init).values()}
-        for other, own in players.items()
-        if other != name and isinstance(own.init, nn.Module)
-    }
-    by_statistics = tuple(other for other, layers in moving.items() if layers & seen.by_statistics)
-    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)), by_statistics)
+    evaluated = {owner for layer in seen.by_statistics for owner in owned.parts.get(layer, ()) if owner != name}
+    by_statistics = tuple(
+        other
+        for other in sorted(evaluated, key=list(players).index)
+        if any(id(layer) in seen.by_statistics for layer in moving_layers(players[other].init).values())
+    )
+    ran = dict.fromkeys(owner for part in seen.owned for owner in owned.parts[part])
+    beside = tuple(owner for owner in ran if owner not in initial)
+    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)), by_statistics, beside, functions)
+
+
+def _examined(
+    game: PlayedGame,
+    player: Player,
+    name: str,
+    trial: Mapping[str, Variables],
+    batch: object,
+    custom: Sequence[type],
+) -> OwnFunctions:
+    """What is wrong with the user's own autograd functions in what a player minimises, and in its constraints."""
+    if not custom:
+        return OwnFunctions()
+    with random_kept(game.device), torch.enable_grad(), recorded(list(dict.fromkeys(custom))) as calls:
+        for function in (player.objective, *player.constraints.values()):
+            game.call(name, function, trial, batch, game.buffers(), {})
+    return examined(calls)
 
 
 def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
@@ -530,8 +564,11 @@ def _constraint_dependence(
     function: Callable[..., Any],
     trial: Mapping[str, Variables],
     batch: object,
-) -> Paths:
-    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+) -> tuple[Paths, list[type]]:
+    """What a constraint depends on, and the user's own autograd functions in it.
+
+    Refuses one that is no tensor of the variables' dtype, or not the player's own.
+    """
     told = f"Player {name!r}: its {what}"
     with random_kept(game.device), torch.enable_grad():
         try:
@@ -567,7 +604,7 @@ def _constraint_dependence(
         for other, paths in reached.items():
             found.setdefault(other, set()).update(paths)
     _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), owned, trial)
-    return found
+    return found, own_functions(leaf for leaf in leaves(value) if leaf.requires_grad)
 
 
 def _refuse_own_parameters(name: str, loss: Tensor, owned: _Owned, trial: Mapping[str, Variables]) -> None:

@@ -112,8 +112,9 @@ def retrain(
 
     Raises:
         CheckpointError: For a file of other trainings: of other values, another length or another model.
-        ValueError: For a layer with parameters of its own that cannot be reset; then give `make`. For `plain` with a
-            training loss that has hyperparameters of its own.
+        ValueError: For a layer with parameters of its own that cannot be reset; then give `make`. Before any training
+            for `plain` with a training loss that has hyperparameters of its own, and for validation data that do not
+            end; of data without a length one pass is read to know it.
 
     Costs 2 `seeds` trainings, with `plain` 3.
     """
@@ -128,6 +129,7 @@ def retrain(
     losses: dict[str, list[float]] = {which: [] for which in training}
     models: list[nn.Module] = []
     game = tuned.tuning.game()
+    game.require_end(tuned.tuning.leader, "retrain", read=True)
     kept = _Kept.of(None if checkpoint is None else Path(checkpoint), tuned, game, given, count)
     try:
         for seed in range(seeds):
@@ -220,7 +222,7 @@ def _train(
 def _validate(tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables]) -> float:
     """The mean of the validation loss over one pass, whose batches come to where the model is."""
     loss, leader = tuned.tuning.valid_loss_at(values), tuned.tuning.leader
-    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader))]
+    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader), "tune")]
     return statistics.fmean(float(loss) for loss in losses)
 
 
