@@ -84,13 +84,14 @@ APPLICATIONS = {
 }
 GAMES_MAY = {
     "errors": set(),
-    "experiments": {"errors"},
+    "stopping": set(),
+    "experiments": {"errors", "stopping"},
     "matrix": {"errors"},
     "cross_validation": {"errors"},
     "problems": {"errors", "experiments"},
     **dict.fromkeys(APPLICATIONS, BELOW),
-    "cli": APPLICATIONS,
-    "__main__": {"cli"},
+    "cli": APPLICATIONS | {"experiments", "stopping"},
+    "__main__": {"cli", "stopping"},
 }
 
 

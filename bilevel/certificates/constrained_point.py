@@ -96,8 +96,8 @@ class ConstrainedPoint:
         }
         self.others = {name: v for name, v in variables.items() if name != follower}
         state = {"follower": follower, "data": None, "buffers": buffers.get(follower, {})}
-        state |= self.game.follower(self.others, state, self.batches[follower]).first()
-        self.held = self.game.follower(self.others, state, self.batches[follower])
+        state |= self.game.follower(self.others, state, self.batches[follower], further=self.others).first()
+        self.held = self.game.follower(self.others, state, self.batches[follower], further=self.others)
         self.held.buffers = buffers
         self.residual, self.random = self.held.held_residual(), random_state(game.device)
         here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}

@@ -76,9 +76,9 @@ class LeaderFollowerPoint:
         for name in (leader, follower):
             game.require_twice(name)
         state = fresh_state(game, follower, seed)
-        self.reference = float(state["reference"])
+        self.reference = float(state["reference"]) or 1.0
         self.others = {name: v for name, v in variables.items() if name != follower}
-        self.held = game.follower(self.others, state, batches.get(follower))
+        self.held = game.follower(self.others, state, batches.get(follower), further=self.others)
         self.held.buffers = buffers
         self.buffers = buffers
         self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]

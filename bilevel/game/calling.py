@@ -39,7 +39,7 @@ def called(
     saving: AbstractContextManager[object],
     seen: Seen | None = None,
 ) -> tuple[Variables, Buffers]:
-    """What a player's function returns, and everybody's buffers after it; the modules' own stay as they are.
+    """What a player's function returns, and the buffers after it of all that it can run; the modules' own stay.
 
     Args:
         parts: Of the game.
@@ -97,7 +97,7 @@ def _called(
     arguments = dict(given)
     if "batch" in parts.named(player, function):
         arguments["batch"] = batch
-    current = parts.all_buffers(buffers)
+    current = parts.lent_buffers(player, given, buffers)
     for name, value in given.items():
         module = parts.players[name].init if name in parts.players else None
         if isinstance(module, nn.Module) and isinstance(value, Mapping):
@@ -116,7 +116,7 @@ def _called(
             if told:
                 raise BilevelError(f"Player {player!r}: {told}") from error
             raise
-    return found, parts.groups.joined(advanced, parts.order)
+    return found, parts.groups.joined(advanced)
 
 
 def _unhooked() -> AbstractContextManager[object]:
@@ -150,7 +150,8 @@ def _hooks(parts: Parts, player: str, given: Mapping[str, Any], runs: Runs) -> A
 def _watched(parts: Parts, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:
     """The modules whose normalising layers do more than usual while a player's function is called."""
     found: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
-    for name, own in parts.players.items():  # of players who share a module the last one lends its buffers
-        if isinstance(own.init, nn.Module) and buffers[name]:
-            found[id(own.init)] = (own.init, watching(own.init, seen if name == player else None, buffers[name]))
+    for name, tensors in buffers.items():  # of players who share a module the last one lends its buffers
+        module = parts.players[name].init
+        assert isinstance(module, nn.Module)
+        found[id(module)] = (module, watching(module, seen if name == player else None, tensors))
     return [(module, forwards) for module, forwards in found.values() if forwards]

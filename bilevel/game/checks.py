@@ -206,6 +206,7 @@ class Runs:
         kernels: What of it has one derivative only, where there is a form with two.
         strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
         by_statistics: The other players whose modules it runs by running statistics, as BatchNorm's, that move.
+        beside: The players whose modules it runs and who are not called for by their names.
         functions: The user's own autograd functions in it, and in what constrains the player.
         hooked: Modules with hooks on their gradients, by what they are called.
         sets_hooks: Whether it sets hooks on gradients itself.
@@ -215,6 +216,7 @@ class Runs:
     kernels: FastKernels = field(default_factory=FastKernels)
     strangers: tuple[tuple[nn.Module, str], ...] = ()
     by_statistics: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     functions: OwnFunctions = field(default_factory=OwnFunctions)
     hooked: tuple[tuple[str, nn.Module], ...] = ()
     sets_hooks: bool = False
@@ -281,10 +283,11 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
 
 def _moves(game: PlayedGame, name: str, initial: Mapping[str, Variables]) -> bool:
     """Whether the running statistics of a player's module depend on variables, and not on its data alone."""
-    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
+    named = {name, *(member for other in game.arguments(name) for member in game.members(other))}
+    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), initial[other]) for other in named}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
-        found = game.moments(name, trial, batch, game.buffers())
+        found = game.moments(name, trial, batch, {})
     return any(value.requires_grad for value in found.values())
 
 
@@ -333,16 +336,20 @@ Paths = dict[str, set[str]]
 
 @dataclass(frozen=True)
 class _Owned:
-    """The modules that are players: ids of all their parts, and of each parameter the player and its name there."""
+    """The modules that are players: of each of their parts the players, of each parameter one and its name there."""
 
-    parts: frozenset[int]
+    parts: Mapping[int, Sequence[str]]
     parameters: Mapping[int, tuple[str, str]]
 
     @staticmethod
     def of(players: Mapping[str, Player]) -> _Owned:
         modules = {name: player.init for name, player in players.items() if isinstance(player.init, nn.Module)}
+        parts: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for part in module.modules():
+                parts.setdefault(id(part), []).append(name)
         return _Owned(
-            frozenset(id(part) for module in modules.values() for part in module.modules()),
+            parts,
             {id(p): (name, path) for name, module in modules.items() for path, p in module.named_parameters()},
         )
 
@@ -450,25 +457,25 @@ def _dependence(
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    moving = {
-        other: {id(layer) for layer in moving_layers(own.init).values()}
-        for other, own in players.items()
-        if other != name and isinstance(own.init, nn.Module)
-    }
-    by_statistics = tuple(other for other, layers in moving.items() if layers & seen.by_statistics)
-    return (
-        found,
-        rests,
-        Runs(
-            kernels,
-            tuple(dict.fromkeys(seen.strangers)),
-            by_statistics,
-            functions,
-            tuple(hooks.modules.items()),
-            hooks.met,
-            threads,
-        ),
+    evaluated = {owner for layer in seen.by_statistics for owner in owned.parts.get(layer, ()) if owner != name}
+    by_statistics = tuple(
+        other
+        for other in sorted(evaluated, key=list(players).index)
+        if any(id(layer) in seen.by_statistics for layer in moving_layers(players[other].init).values())
     )
+    ran = dict.fromkeys(owner for part in seen.owned for owner in owned.parts[part])
+    beside = tuple(owner for owner in ran if owner not in initial)
+    runs = Runs(
+        kernels,
+        tuple(dict.fromkeys(seen.strangers)),
+        by_statistics,
+        beside,
+        functions,
+        tuple(hooks.modules.items()),
+        hooks.met,
+        threads,
+    )
+    return found, rests, runs
 
 
 def _examined(

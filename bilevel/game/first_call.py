@@ -29,12 +29,14 @@ class FirstCall:
         spread: What is told of modules that are spread over processes.
         strangers: Buffers that the call advanced, of modules that no player owns: the module, and the buffer's name.
         by_statistics: The identities of normalising layers that it ran in evaluation mode.
+        owned: The identities of those parts of players' modules that it ran.
         hooked: Modules that it ran, with hooks on their gradients.
     """
 
     spread: list[str] = field(default_factory=list)
     strangers: list[tuple[nn.Module, str]] = field(default_factory=list)
     by_statistics: set[int] = field(default_factory=set)
+    owned: set[int] = field(default_factory=set)
     hooked: list[nn.Module] = field(default_factory=list)
 
     @contextmanager
@@ -54,6 +56,8 @@ class FirstCall:
                 self.hooked.append(module)
             if isinstance(module, _NormBase) and not module.training:
                 self.by_statistics.add(id(module))
+            if id(module) in owned:
+                self.owned.add(id(module))
             if id(module) in owned or id(module) in taken:
                 return
             lent = {}

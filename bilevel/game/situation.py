@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -42,6 +42,9 @@ class GameOfLosses(Protocol):
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names."""
 
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, in order of play, and `further` ones."""
+
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""
 
@@ -79,8 +82,11 @@ class GameOfLosses(Protocol):
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position."""
 
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+    def whole_pass(self, player: str, position: Position | None, asker: str, way_out: str = "") -> Iterator[Batch]:
         """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+
+    def pass_length(self, player: str) -> int | None:
+        """How many batches a pass over a player's data has, as far as the data say."""
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""

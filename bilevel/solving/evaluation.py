@@ -195,9 +195,13 @@ class StepEvaluator:
             self.batches[name], self.positions[name] = self.game.draw(name, self.positions[name])
         self._random = random_state(self.game.device)
 
-    def whole_pass(self, name: str) -> Iterator[Batch]:
+    def whole_pass(self, name: str, asker: str) -> Iterator[Batch]:
         """All the batches of a leader's present pass."""
-        return self.game.whole_pass(name, self.positions[name])
+        return self.game.whole_pass(name, self.positions[name], asker)
+
+    def pass_length(self, name: str) -> int | None:
+        """How many batches a pass of a leader's has, as far as its data say."""
+        return self.game.pass_length(name)
 
     def tree(self, name: str, leaves: Sequence[Any]) -> Variables:
         """Leaves in the form of a player's variables."""
