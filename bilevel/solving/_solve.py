@@ -26,6 +26,7 @@ from bilevel.solving.description import Describer
 from bilevel.solving.drawn import Start, starts_of
 from bilevel.solving.end import solution
 from bilevel.solving.history import Observe, Record
+from bilevel.solving.identity import described
 from bilevel.solving.leaders import LeaderOptimizer, tolerated
 from bilevel.solving.progress import progress_bar
 from bilevel.solving.run import Run
@@ -220,7 +221,7 @@ def solve(
                         "resume": resume,
                         "callbacks": len(callbacks),
                     },
-                    "objectives": {name: Describer().describe(p.objective) for name, p in game.players.items()},
+                    "players": {name: described(Describer(), player) for name, player in game.players.items()},
                 }
             )
             run = Run(

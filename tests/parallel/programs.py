@@ -302,10 +302,100 @@ def disagree():
     tell(case="version", kind=kind, text=text)
 
 
-def one_player(name):
+class Drops(torch.nn.Module):
+    """A layer that drops out in training, by a share that is no parameter."""
+
+    def __init__(self, share):
+        super().__init__()
+        torch.manual_seed(1)
+        self.head, self.drop = torch.nn.Linear(4, 1).double(), torch.nn.Dropout(share)
+
+    def forward(self, inputs):
+        return self.head(self.drop(inputs))
+
+
+def times(factor):
+    return lambda decay, weights, batch: factor * fit(decay, weights, batch)
+
+
+def disagree_further(folder):
+    """Each case differs on the last rank, in what a start and a first batch do not show."""
+    odd = RANK == SIZE - 1
+    together = bl.DataParallel(timeout=20.0)
+    zeros = {"w": torch.zeros(4, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    two, other = [(TRAIN, TARGET), (TRAIN + 1, TARGET)], [(TRAIN, TARGET), (TRAIN + 1 + odd, TARGET)]
+    longer = [(TRAIN, TARGET), (TRAIN[: 7 - odd], TARGET[: 7 - odd])]
+
+    def player(loss=fit, init=zeros, data=((TRAIN, TARGET),), **options):
+        return bl.Player(loss, init, data=list(data), **options)
+
+    def module(share):
+        def loss(weights, decay, batch):
+            return (weights(batch[0])[:, 0] - batch[1]).square().mean() + bl.penalty(weights, decay.exp().mean())
+
+        def judged(weights, batch):
+            return (weights(batch[0])[:, 0] - batch[1]).square().mean()
+
+        leader = bl.Player(judged, torch.full((4,), -1.0, dtype=torch.float64), data=[(VALID, WANTED)])
+        return make(decay=leader, weights=bl.Player(loss, Drops(share), data=[(TRAIN, TARGET)]))
+
+    def frozen():
+        made = Drops(0.1)
+        made.head.bias.requires_grad_(not odd)
+        return bl.Player(lambda weights, batch: weights(batch[0]).square().mean(), made, data=[(TRAIN, TARGET)])
+
+    def determined():
+        torch.use_deterministic_algorithms(odd)
+        try:
+            return together.game(make())
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def threads():
+        torch.set_num_threads(1 + odd)
+        try:
+            return together.game(make())
+        finally:
+            torch.set_num_threads(1)
+
+    slow = bl.Unrolled(partial(SGD, lr=0.4 if odd else 0.5), steps=2, tolerance=None)
+    exact = bl.Implicit(SGD_STEPS, steps=2, tolerance=None)
+    turned = bl.dynamics.Extragradient(0.1) if odd else bl.dynamics.Alternating()
+    play = partial(PLAY, steps=4, parallel=together)
+    cases = {
+        "rate": lambda: play(make(), weights=slow),
+        "kind": lambda: play(make(), **({"weights": exact} if odd else {})),
+        "captured": lambda: play(make(weights=player(times(1.0 + odd)))),
+        "leader": lambda: play(make(), optimizer=partial(SGD, lr=0.1 + odd)),
+        "dynamics": lambda: bl.solve(make(), steps=2, parallel=together, dynamics=turned),
+        "seed": lambda: play(make(), seed=int(odd)),
+        "clipped": lambda: play(make(), clip_norm=1.0 + odd),
+        "dtype": lambda: together.game(one_player("decay", torch.float32 if odd else torch.float64)),
+        "frozen": lambda: together.game(bl.Game(weights=frozen())),
+        "dropout": lambda: play(module(0.5 if odd else 0.1)),
+        "coupled": lambda: bl.DataParallel(coupled=bool(odd), timeout=20.0).game(make()),
+        "sharded": lambda: bl.DataParallel(sharded=bool(odd), timeout=20.0).game(make()),
+        "examples": lambda: bl.DataParallel(
+            examples=(lambda batch: 2 * len(batch[0])) if odd else None, timeout=20.0
+        ).game(make()),
+        "limit": lambda: bl.DataParallel(timeout=20.0 + odd).game(make()),
+        "checkpoint": lambda: play(make(), checkpoint=f"{folder}/run.pt" if odd else None),
+        "second batch": lambda: play(make(weights=player(data=other if odd else two))),
+        "second length": lambda: play(make(weights=player(data=longer))),
+        "Games": lambda: together.game(games() if odd else make()),
+        "Tasks": lambda: together.game(tasks_game(SINES) if odd else make()),
+        "deterministic": determined,
+        "threads": threads,
+    }  # fmt: skip
+    for case, play_it in cases.items():
+        kind, text = told(play_it)
+        tell(case=case, kind=kind, text=text)
+
+
+def one_player(name, dtype=torch.float32):
     if name == "other":
         return bl.Game(other=bl.Player(lambda other: other.square().sum(), torch.ones(2)))
-    return bl.Game(decay=bl.Player(lambda decay: decay.square().sum(), torch.ones(2)))
+    return bl.Game(decay=bl.Player(lambda decay: decay.square().sum(), torch.ones(2, dtype=dtype)))
 
 
 def runs(path, timeout):
