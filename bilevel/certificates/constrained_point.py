@@ -85,6 +85,8 @@ class ConstrainedPoint:
                 f"certify: leader {leader!r} is {list(game.members(leader))} together, and somebody has constraints. "
                 "Name one of them as leader=."
             )
+        for name in (leader, follower):
+            game.require_twice(name)
         self.original, self.leader, self.follower, self.seed = game, leader, follower, seed
         self.game = game.by_functions(leader, "certify").by_functions(follower, "certify")
         self.variables, self.buffers = dict(variables), buffers

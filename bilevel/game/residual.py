@@ -75,6 +75,11 @@ class Residual(ABC):
     def differentiates_loss(self) -> bool:
         """Whether F is the first derivative of what the game's loss returns."""
 
+    @property
+    def curves_loss(self) -> bool:
+        """Whether a derivative of F takes a second one of the loss, and of what constrains the player."""
+        return True
+
     @abstractmethod
     def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """The loss, F in each leaf of y, and the buffers after it; differentiable in y and others if grad is on."""
@@ -350,6 +355,11 @@ class UserResidual(Residual):
     def names(self) -> tuple[str, ...]:
         """The parameters that the function must be called with."""
         return required(self.function)
+
+    @property
+    def curves_loss(self) -> bool:
+        """Where the function takes the objective's gradient."""
+        return GRADIENT in self.names
 
     @property
     def players(self) -> list[str]:

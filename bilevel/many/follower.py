@@ -119,11 +119,6 @@ class BatchedFollower(Follower):
         """The dot product in each game, `[count]`."""
         return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for leaf in self.form.split(first * second)]).sum(0)
 
-    def reference(self, slopes: Sequence[Tensor]) -> Size:
-        """The norm of F at the start of each game `[count]`, or 1 where that is 0."""
-        norms = self.games.norms(slopes)
-        return torch.where(norms > 0.0, norms, 1.0)
-
     def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
         """How far the worst game is above its threshold, in words, and which games are."""
         above = ~(norm <= threshold)

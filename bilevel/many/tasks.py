@@ -223,8 +223,8 @@ class Tasks(Game):
         """The response as it answers for batch after batch of tasks."""
         if player != self._last:
             raise ValueError(f"solve: {player!r} leads all tasks; the one with a response is {self._last!r}.")
-        if not isinstance(response, Response):
-            return response  # told by who asked
+        if not isinstance(response, Response) or isinstance(response, EachTask):
+            return response  # what is no response is told by who asked
         each: Any = EachTask(response)
         return each  # type: ignore[no-any-return]
 

@@ -22,6 +22,7 @@ from bilevel.game.others import Others
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
+from bilevel.responses.own_functions import warn_of_second
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.second_order import differentiated_twice, require_custom_second, require_second
 from bilevel.tree import Variables, leaf_names, leaves, map_leaves
@@ -247,7 +248,8 @@ def fresh_state(
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. Who does not say that it can do more is refused where more is needed.
+    at the start; `terms`, the size of the terms that cancel in it there. Who does not say that it can do more is
+    refused where more is needed.
 
     Args:
         game: The game.
@@ -286,6 +288,7 @@ def fresh_state(
         "products": 0,
         "stationarity": math.nan,
         "reference": 1.0,
+        "terms": 0.0,
     }
     start = at_start(game, state)
     if not constrained and start.constraints is not None:
@@ -301,9 +304,11 @@ def fresh_state(
         begins, _ = start.begins(state, warm=False)
         state["variables"] = start.form.build([leaf.clone() for leaf in begins])
         _, slopes = start.gradients(begins)
-        state |= start.first()
-    # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
-    return state | {"reference": start.reference(slopes)}
+        if unknowns := start.first():
+            state |= unknowns
+            start = at_start(game, state)
+        # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
+        return state | start.measured(slopes, start.as_unknowns(state))
 
 
 def at_start(game: Game, state: State, further: Iterable[str] = ()) -> Follower:
@@ -329,6 +334,7 @@ def require_second_derivative(start: Follower, state: State) -> None:
     Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
     """
     if transforms_active():  # there nothing is on a graph that could be looked at
+        start.game.require_twice(start.name)
         return
     game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
     others = start.input_form.build([_tracked(x) for x in start.xs])
@@ -341,6 +347,8 @@ def require_second_derivative(start: Follower, state: State) -> None:
                 custom += require_custom_second(member, loss)
         _, slopes, _ = start.rests(start.situation(others), leaves(y))
     require_second(name, slopes, custom)
+    game.require_twice(name)
+    warn_of_second(start, start.as_unknowns(state))
     kernels = game.kernels(start.name)
     if kernels.told():
         warnings.warn(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import FollowerNonConvergenceWarning
 from bilevel.game import Buffers, Size
 from bilevel.randomness import random_kept
 from bilevel.solving.driven import doubts, fitted
@@ -137,7 +137,7 @@ def _still_loose(name: str, looser: float) -> RunWarning:
         f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its tolerances: "
         "the leader's last step was taken with that. Give it more steps, or a faster schedule."
     )
-    return RunWarning(text, category=NonConvergenceWarning)
+    return RunWarning(text, category=FollowerNonConvergenceWarning)
 
 
 def _unknown(residual: Size | None) -> bool:

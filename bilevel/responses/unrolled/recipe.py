@@ -61,7 +61,7 @@ class Recipe:
         self, y: Sequence[Tensor], memory: Memory | None, taken: int, others: Mapping[str, Variables]
     ) -> InnerStep:
         """The optimiser after `taken` steps of the call, its hyperparameters taken from `others`."""
-        placeholders = [leaf.detach().clone() for leaf in y]
+        placeholders = [leaf.detach() for leaf in y]  # to which nothing is written: who does was refused at `init`
         names = leaf_names(self.form.build(placeholders), self.player)
         stepper = Stepper(self.settings.build(placeholders, names, others), placeholders, memory)
         settled = self.settings.settled(others)

@@ -188,9 +188,10 @@ class Unrolled(Response):
         """
         settings = torch_optimizer("Unrolled", self.optimizer)
         follower = game.follower(others, state, batch, further=settings.players(others))
+        y, kept = follower.begins(state, warm=self.warm_start)
         lift = _lifting([*follower.xs, *leaves(follower.batch)]) if transforms_active() else torch.clone
-        begins, kept = follower.begins(state, warm=self.warm_start)
-        y = [lift(leaf) for leaf in begins]
+        if transforms_active() or not any(leaf.requires_grad for leaf in y):
+            y = [lift(leaf) for leaf in y]  # what is on a graph a step copies before it writes
         memory = state["optimizer"] if kept else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
         place = state.get("schedule") if kept else None
