@@ -186,6 +186,11 @@ class InnerSolver(ABC):
         return []
 
 
+def named_by(optimizer: object) -> tuple[str, ...]:
+    """The `names` of an inner solver; none of what makes a torch.optim optimiser."""
+    return optimizer.names if isinstance(optimizer, InnerSolver) else ()
+
+
 def require_solver(asker: str, optimizer: object) -> None:
     """Raise `TypeError` for what is neither an inner solver nor makes a torch.optim optimiser."""
     if isinstance(optimizer, type) and issubclass(optimizer, InnerSolver):

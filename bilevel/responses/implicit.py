@@ -27,7 +27,7 @@ from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised, require_solver
+from bilevel.inner.base import minimised, named_by, require_solver
 from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
@@ -208,7 +208,7 @@ class Implicit(Response):
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
         game = self._bounded(game, state["follower"])
-        follower = game.follower(others, state, batch, further=self._solver.names)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         linear = self._linear(follower)
         solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)

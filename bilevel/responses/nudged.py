@@ -26,7 +26,7 @@ from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
 from bilevel.game.rounding import GradientScale
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import FreeProblem, minimised, require_minimum, require_solver
+from bilevel.inner.base import FreeProblem, minimised, named_by, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
@@ -166,7 +166,7 @@ class Nudged(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable once in `others`, and the state to continue from."""
-        follower = game.follower(others, state, batch, further=self._solver.names)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         if transforms_active():
             given, count, held = BatchTensors(batch), len(follower.xs), [follower.batch]
 

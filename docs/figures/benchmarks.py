@@ -33,6 +33,8 @@ ALL = (
              "python -m benchmarks.compiled", "performance/compiled"),
     Measured("Growth with weights, leaders, steps", "performance.md#growth",
              "python benchmarks/growth.py", "performance/growth"),
+    Measured("Growth with players", "performance.md#many-players",
+             "python -m benchmarks.growth --players", "performance/players"),
     Measured("Responses side by side", "choosing.md#what-was-measured",
              "bilevel compare", "choosing/comparison"),
     Measured("Other libraries under the same laws", "conformance.md",
