@@ -112,7 +112,9 @@ def _called(
             if told:
                 raise BilevelError(f"Player {player!r}: {told}") from error
             raise
-    return found, parts.groups.joined(advanced, parts.order)
+    # Variables that a function hands back are plain ones, which trees are walked faster of.
+    plain = dict(found) if isinstance(found, CallableVariables) else found
+    return plain, parts.groups.joined(advanced, parts.order)
 
 
 def _watched(parts: Parts, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from bilevel.game.residual import Kinks, PlayedGame, Rest
 from bilevel.game.situation import Buffers, Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.sharding.tensor import noise_like
-from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 Size = Any
 """A float; of many games a tensor `[count]` with one for each."""
@@ -67,7 +68,6 @@ class Follower:
         self.inputs = dict(others)
         self.xs: list[Tensor] = leaves(self.inputs)
         """The leaves of the others' variables."""
-        self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
         """The layout of y, its variables."""
         self.multipliers: dict[str, Variables] = dict(state.get("multipliers") or {})
@@ -86,7 +86,12 @@ class Follower:
     @property
     def others(self) -> dict[str, Variables]:
         """The other players' variables, detached."""
-        return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
+        return map_leaves(Tensor.detach, self.inputs)  # type: ignore[no-any-return]
+
+    @cached_property
+    def input_form(self) -> Structure:
+        """The layout of the others' variables."""
+        return structure_of(self.inputs)
 
     def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
         """Where it is on the present batch; `others` in place of their own variables, detached."""
