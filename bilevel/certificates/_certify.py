@@ -73,6 +73,7 @@ def certify(
             smooth functions (a cone, a `prox=`), or more than 1,000 unknowns within constraints.
 
     Examples:
+        >>> import torch
         >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
         >>> def follow(x, y): return (y - 2 * x) ** 2
         >>> from bilevel.game import Player
@@ -188,6 +189,7 @@ def certify_nash(
         ValueError: For missing players, wrong shapes or dtypes, NaN, or batches of players without data.
 
     Examples:
+        >>> import torch
         >>> def first(x, y): return x ** 2 + x * y
         >>> def second(x, y): return y ** 2 - x * y
         >>> from bilevel.game import Player

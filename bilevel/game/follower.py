@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from bilevel.game.rounding import (
 from bilevel.game.situation import Buffers, Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.sharding.tensor import noise_like
-from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
+from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 Solver = TypeVar("Solver")
 
@@ -76,7 +77,6 @@ class Follower:
         """F: what vanishes where it rests."""
         self.xs: list[Tensor] = leaves(self.inputs)
         """The leaves of those."""
-        self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
         """The layout of y, its variables."""
         self.multipliers: dict[str, Variables] = dict(state.get("multipliers") or {})
@@ -95,7 +95,12 @@ class Follower:
     @property
     def others(self) -> dict[str, Variables]:
         """The variables of the players whom it reads, detached."""
-        return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
+        return map_leaves(Tensor.detach, self.inputs)  # type: ignore[no-any-return]
+
+    @cached_property
+    def input_form(self) -> Structure:
+        """The layout of the others' variables that it reads."""
+        return structure_of(self.inputs)
 
     def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
         """Where it is on the present batch; `others` in place of their own variables, detached."""

@@ -207,11 +207,19 @@ def _mode(module: nn.Module, parts: Sequence[tuple[str, nn.Module]], training: b
     others = [part for _, part in parts if part.training != training]
     try:
         for part in others:
-            part.training = training
+            _set_mode(part, training)
         yield
     finally:
         for part in others:
-            part.training = not training
+            _set_mode(part, not training)
+
+
+def _set_mode(part: nn.Module, training: bool) -> None:
+    """`part.training = training`, without the search for parameters of that name that PyTorch begins with."""
+    if type(part).__setattr__ is nn.Module.__setattr__ and "training" in part.__dict__:
+        part.__dict__["training"] = training
+    else:
+        part.training = training
 
 
 @contextmanager
