@@ -12,6 +12,8 @@ from torch import nn
 
 import bilevel as bl
 from bilevel.game.others import Others
+from bilevel.game.residual import _apart
+from bilevel.tree import Made
 
 D = torch.float64
 RATE, STEPS = 0.05, 3
@@ -245,6 +247,23 @@ def test_the_others_are_looked_at_only_when_they_are_asked_for():
         others["c"]
 
 
+def test_what_is_made_when_it_is_asked_for_is_made_once():
+    made = []
+    found = Made(["a", "b"], lambda name: made.append(name) or name.upper())
+    assert len(found) == 2 and "b" in found and "c" not in found and not made
+    assert found["b"] == found["b"] == "B" and made == ["b"]
+    assert dict(found) == {"a": "A", "b": "B"} and made == ["b", "a"]
+    with pytest.raises(KeyError):
+        found["c"]
+
+
+def test_a_residual_that_is_its_own_variables_is_copied_however_many_there_are():
+    y = [torch.ones(2), torch.ones(3), torch.ones(4)[:2]]
+    found = _apart([y[0], y[1] * 1.0, y[2], y[1].view(3)], y)
+    assert [any(value is own or value._base is own for own in y) for value in found] == [False] * 4
+    assert [bool((value == 1).all()) for value in found] == [True] * 4
+
+
 def test_a_response_that_writes_into_somebody_whom_the_loss_does_not_name_is_told():
     class Writes(bl.Unrolled.__bases__[0]):  # the public base class of responses
         promise = bl.Unrolled(SGD, steps=1).promise
@@ -337,10 +356,14 @@ def calls_of_a_step(kind, count, response, **options):
         ("joined", bl.Unrolled(SGD, steps=2), {}),
         ("modules", bl.Unrolled(SGD, steps=2), {}),
         ("leaders", None, {}),
+        ("leaders", None, {"dynamics": bl.dynamics.Alternating()}),
+        ("leaders", None, {"dynamics": bl.dynamics.LookAhead(0.1)}),
+        ("leaders", None, {"dynamics": bl.dynamics.LOLA(0.1)}),
     ],
     ids=str,
 )
 def test_a_step_makes_calls_in_proportion_to_the_players(kind, response, options):
     few, many = (calls_of_a_step(kind, count, response, **options) for count in (12, 48))
-    # Of calls a + b n, the ratio is below 4; what looks at all others for each would bring it near 16.
-    assert many < 4.2 * few
+    # Of calls a + b n the ratio is below 4; what looks at all others for each would bring it near 16. LOLA's pass
+    # for each player has an entry for everybody, None as a rule, which torch goes over.
+    assert many < (6.0 if "LOLA" in str(options) else 4.2) * few

@@ -16,7 +16,14 @@ from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
 from bilevel.custom_functions import OwnFunctions, refuse_second
 from bilevel.game.calling import called
-from bilevel.game.checks import check_domains, check_follower, check_names, check_objectives, check_variables
+from bilevel.game.checks import (
+    check_domains,
+    check_follower,
+    check_names,
+    check_objectives,
+    check_shared,
+    check_variables,
+)
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
@@ -66,6 +73,7 @@ class Game:
         like = first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
         refuse_spread(players)
+        check_shared(players)
         refuse_layouts(players, initial)
         players, initial, shards = spread(players, initial)
         check_variables(initial)
@@ -95,6 +103,7 @@ class Game:
             alone=plays_alone(),
             shards=shards,
             modular=any(isinstance(player.init, nn.Module) for player in players.values()),
+            submodules={n: tuple(p.init.modules()) for n, p in players.items() if isinstance(p.init, nn.Module)},
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)

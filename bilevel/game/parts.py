@@ -33,7 +33,7 @@ class Parts:
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
     `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
     `shards` tells of players whose variables are spread over the ranks.
-    `modular` that somebody is a module.
+    `modular` that somebody is a module; `submodules` are its parts, by player.
     """
 
     players: Mapping[str, Player]
@@ -52,6 +52,7 @@ class Parts:
     alone: bool = False
     shards: Mapping[str, Shards] = field(default_factory=dict)
     modular: bool = False
+    submodules: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
 
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""

@@ -397,14 +397,8 @@ class UserResidual(Residual):
 
 def _apart(values: list[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
     """The values, copied where they are y itself: an optimiser steps y in place, and its gradient must stand still."""
-    return [value.clone() if any(_same(value, own) for own in y) else value for value in values]
-
-
-def _same(value: Tensor, own: Tensor) -> bool:
-    if value is own:
-        return True
-    base = value._base if value._is_view() else value
-    return base is own or (own._is_view() and base is own._base)
+    own = {id(leaf) for leaf in y} | {id(leaf._base) for leaf in y if leaf._is_view()}
+    return [value.clone() if id(value) in own or id(value._base) in own else value for value in values]
 
 
 def _shapes(tree: Variables) -> str:

@@ -368,11 +368,19 @@ class Implicit(Response):
             missed, scale = follower.missed(scale, tolerance, slope, residual, flat)
         if missed is not None:
             how_far, games = missed
+            moving = not follower.fixed and follower.position is not None
+            drawn = moving and follower.game.pass_length(follower.name) != 1
+            remedy = (
+                "With another batch in each step it does not come to rest: accept it by tolerance=None, or give larger "
+                "batches."
+                if drawn
+                else "Give it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
+                "tolerance_change), or accept it by tolerance=None."
+            )
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {how_far} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased by as much, by more "
-                "where the follower is ill-conditioned. Give it more steps or another optimiser (torch's LBFGS also "
-                "stops by its own tolerance_grad and tolerance_change), or accept it by tolerance=."
+                f"where the follower is ill-conditioned. {remedy}"
             )
             self._tell(FollowerNonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):

@@ -34,7 +34,7 @@ from bilevel.responses.base import (
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
-from bilevel.tree import Structure, Variables, flatten, join, leaf_names, leaves, structure_of
+from bilevel.tree import Structure, Variables, cut, flatten, join, leaf_names, leaves, structure_of
 from bilevel.variance import VarianceReduction
 
 _SECOND = (
@@ -311,8 +311,7 @@ class _Batches:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """y, v and the others' leaves of a point; F, F_y'v and F_x'v of a direction."""
-        parts = torch.split(vector, [shape.numel() for shape in self._shapes])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return cut(vector, self._shapes)
 
     def here(self) -> Tensor:
         """On the step's batch, where it is; the module's buffers advance."""

@@ -21,7 +21,7 @@ States = Mapping[str, State]
 _LEADS = -1
 """The place of who leads: everybody answers to it."""
 
-Answers = tuple[dict[str, Variables], dict[str, State], Buffers]
+Answers = tuple[Mapping[str, Variables], dict[str, State], Buffers]
 """Everybody's variables, the followers' next states, and everybody's buffers."""
 
 
@@ -90,6 +90,8 @@ class Followers:
 
     def respond(self, point: Mapping[str, Variables], states: States, buffers: Buffers) -> Answers:
         """What the followers answer to the leaders' `point`, from these states."""
+        if not self.responses:
+            return point, {}, buffers
         variables, after = dict(point), dict(states)
         views = self.views(states)
         for name, response in self.responses.items():

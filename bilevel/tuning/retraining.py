@@ -113,8 +113,8 @@ def retrain(
     Raises:
         CheckpointError: For a file of other trainings: of other values, another length or another model.
         ValueError: For a layer with parameters of its own that cannot be reset; then give `make`. Before any training
-            for `plain` with a training loss that has hyperparameters of its own, and for validation data that do not
-            end; of data without a length one pass is read to know it.
+            for validation data that do not end; of data without a length one pass is read to know it. For `plain` with
+            a training loss that has hyperparameters of its own.
 
     Costs 2 `seeds` trainings, with `plain` 3.
     """
