@@ -141,6 +141,10 @@ class InfeasibleWarning(BilevelWarning):
     """A leader's functions are broken where a run ended; the message says which, and by how much."""
 
 
+class OtherDataWarning(BilevelWarning):
+    """A run goes on with other batches than it was saved with; the message says whose."""
+
+
 class KinkWarning(UnreliableResponseWarning):
     """A follower's constraint is about to begin or to cease to hold: its answer has two one-sided derivatives."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelError, NonFiniteError
 from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
+from bilevel.game.others import Others
 from bilevel.game.residual import Kinks, PlayedGame, Rest
 from bilevel.game.rounding import (
     GradientScale,
@@ -42,18 +43,21 @@ class Follower:
     """
 
     def __init__(
-        self, game: PlayedGame, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        game: PlayedGame,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
         self.game, self.name = game, str(state["follower"])
         # In each call: a process group may have come after the game and the state.
         game.require_ranks(f"The response of player {self.name!r}")
-        known = set(game.names)
-        for name in others:
-            if name not in known or name == self.name:
-                raise ValueError(
-                    f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
-                    f"other players, {[n for n in game.names if n != self.name]}."
-                )
+        if not isinstance(others, Others):
+            self._refuse_strangers(others)
+        self.inputs = {name: others[name] for name in game.reads(self.name, further) if name in others}
+        """The variables of those whom it reads."""
+        for name in self.inputs:
             game.check(name, others[name])
             # Steps and backward passes of the library's own would lose them, and a state would keep them.
             if any(has_tangent(leaf) for leaf in leaves(others[name])):
@@ -62,17 +66,16 @@ class Follower:
                     "torch.autograd.forward_ad, as torch.autograd.functional.jacobian(strategy='forward-mode') makes "
                     "them. For derivatives in forward mode call it inside torch.func.jvp or torch.func.jacfwd."
                 )
-        missing = [n for n in game.arguments(self.name) if n != self.name and n not in others]
-        missing = [n for n in missing if n not in game.anticipated]
+        missing = [n for n in game.arguments(self.name) if n != self.name and n not in self.inputs]
+        missing = [n for n in missing if n not in game.anticipated] if missing else missing
         if missing:
             raise ValueError(
                 f"The response of player {self.name!r} needs the variables of {missing}; given are {sorted(others)}."
             )
         self.rests = game.residual(self.name).scaled(state.get("scale", 1.0))
         """F: what vanishes where it rests."""
-        self.inputs = dict(others)
         self.xs: list[Tensor] = leaves(self.inputs)
-        """The leaves of the others' variables."""
+        """The leaves of those."""
         self.input_form = structure_of(self.inputs)
         self.form: Structure = game.structure(self.name)
         """The layout of y, its variables."""
@@ -91,12 +94,22 @@ class Follower:
 
     @property
     def others(self) -> dict[str, Variables]:
-        """The other players' variables, detached."""
+        """The variables of the players whom it reads, detached."""
         return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
 
     def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
         """Where it is on the present batch; `others` in place of their own variables, detached."""
-        return Situation(self.game, self.name, self.others if others is None else others, self.batch, self.buffers)
+        seen = self.others if others is None else {name: others[name] for name in self.inputs if name in others}
+        return Situation(self.game, self.name, seen, self.batch, self.buffers)
+
+    def _refuse_strangers(self, others: Mapping[str, Variables]) -> None:
+        known = set(self.game.names)
+        for name in others:
+            if name not in known or name == self.name:
+                raise ValueError(
+                    f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
+                    f"other players, {[n for n in self.game.names if n != self.name]}."
+                )
 
     @property
     def symmetric(self) -> bool:
@@ -145,7 +158,7 @@ class Follower:
         variables = {**others, self.name: y}
         loss, buffers = self.game.evaluate(self.name, variables, self.batch, self.buffers)
         if advance_buffers and self.buffers:
-            self.buffers = {self.name: buffers[self.name]}
+            self.buffers = {self.name: buffers.get(self.name, self.buffers[self.name])}
         return loss
 
     def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -300,6 +313,10 @@ class Follower:
     def norm(self, slopes: Sequence[Tensor]) -> Size:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
+
+    def sizes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The largest entry of each leaf of F, or what else is finite where all entries are: 0-d tensors."""
+        return [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in slopes]
 
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""

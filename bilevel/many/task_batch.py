@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -83,9 +83,16 @@ class TaskBatch(Stack):
         losses, after = super().evaluate(player, variables, batch, buffers)
         return (losses.mean() if player in self.shared else losses), after
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of all tasks at once, whose solvers keep them apart."""
-        return TaskFollower(self, others, state, batch)
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
+        """The followers of all tasks at once, whose solvers keep them apart."""
+        return TaskFollower(self, others, state, batch, further)
 
     def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
         """The leaders' norm, the same for each task `[tasks]`; of a sum over the tasks, the mean one's."""
@@ -108,12 +115,36 @@ class TaskFollower(BatchedFollower):
     """The followers of a batch of tasks. They are new, so that stationarity is in units of that where they begin."""
 
     def __init__(
-        self, games: TaskBatch, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        games: TaskBatch,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
-        super().__init__(games, others, state, batch)
+        super().__init__(games, others, state, batch, further)
         self._unit: Size = None
+        self._measured: tuple[list[Tensor], list[int], Tensor] | None = None
         self._scale: GradientScale | None = None
         self._may_be_kept, self._cold = games.kept, True
+
+    def norm(self, slopes: Sequence[Tensor]) -> Tensor:
+        """The norm of F in each task, `[tasks]`: of the same tensors it is taken once."""
+        # The unit, the search for a step that fails and the stationarity ask for it, of small tasks at a tenth of the
+        # call each. Who holds the tensors knows that no other ones lie there.
+        versions = [slope._version for slope in slopes]
+        if self._measured is not None:
+            known, then, size = self._measured
+            if versions == then and all(slope.is_set_to(other) for slope, other in zip(slopes, known, strict=True)):
+                return size
+        found: Tensor = super().norm(slopes)
+        self._measured = [slope.detach() for slope in slopes], versions, found
+        return found
+
+    def sizes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The largest norm, or where a square overflows the largest entries."""
+        largest = self.norm(slopes).max()
+        return [largest] if bool(torch.isfinite(largest)) else super().sizes(slopes)
 
     def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
         """The leaves that a call begins from, and whether they are kept ones."""

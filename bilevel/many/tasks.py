@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
@@ -246,7 +246,14 @@ class Tasks(Game):
         place: Position | None = states[self._last]["data"]
         return place if leader in self._parts.streams else None
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
         """There is one for each batch of tasks."""
         raise TypeError(
             "A response answers for a batch of tasks: give it the game tasks.together(batch), and solve the Tasks."

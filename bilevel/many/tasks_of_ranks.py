@@ -17,6 +17,7 @@ from bilevel.game.processes import refuse_lone_rank
 from bilevel.many.task_batch import TaskBatch
 from bilevel.many.task_data import count_of
 from bilevel.many.tasks import Tasks
+from bilevel.parallel.agreement import glanced
 from bilevel.parallel.batches import is_sharded, part_of
 from bilevel.parallel.data_parallel import DataParallel, shared
 from bilevel.parallel.game import averaged, own_numbers
@@ -57,6 +58,8 @@ class TasksOfRanks(Tasks):
     def draw_tasks(self, position: Position) -> tuple[dict[str, Batch], Position]:
         """The tasks of the batch at a position that are this rank's, and the next position."""
         batch, after = super().draw_tasks(position)
+        if not self._dealt and self.ranks.size > 1:
+            self.ranks.read = (31 * self.ranks.read + glanced(batch)) % 2**62
         return self._own(batch), after
 
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:

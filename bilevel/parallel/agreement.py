@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel._version import __version__
 from bilevel.errors import ParallelError
 from bilevel.game import Game
-from bilevel.parallel.batches import sampler_of
+from bilevel.parallel.batches import Examples, sampler_of, weight
 from bilevel.parallel.ranks import Ranks
 from bilevel.randomness import random_state
 from bilevel.sharding import ShardedTensor
@@ -24,6 +25,7 @@ Table = Mapping[str, str]
 """What is compared -> what it is here, in words."""
 
 _TOLD = 4
+_GLANCED = 1024  # entries of a batch's tensor that are compared in each step
 _WIDTHS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,8 +58,14 @@ _HINTS = {
     "the version of": "Install the same on each machine.",
     "the processor's": "Use machines of one kind: others round otherwise, and would decide otherwise.",
     "the device": "Use machines of one kind: others round otherwise, and would decide otherwise.",
+    "the examples that": "Count them by the same examples= on each.",
     "the number of threads": "Set the same OMP_NUM_THREADS on each machine.",
 }
+
+
+def of_the_call(game: object, options: Mapping[str, str]) -> dict[str, str]:
+    """What was asked for: told apart first, for what kind of game it is decides what ranks say to each other next."""
+    return {"the kind of game": type(game).__name__} | {f"DataParallel's {key}": text for key, text in options.items()}
 
 
 def of_the_machine(device: torch.device) -> dict[str, str]:
@@ -70,10 +78,13 @@ def of_the_machine(device: torch.device) -> dict[str, str]:
         "the processor's instruction set": torch.backends.cpu.get_cpu_capability(),
         "the device": f"{device.type}, {name}",
         "the number of threads": str(torch.get_num_threads()),
+        "the default dtype": str(torch.get_default_dtype()),
+        "torch.are_deterministic_algorithms_enabled()": str(torch.are_deterministic_algorithms_enabled()),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
     }
 
 
-def of_the_game(game: Game, sharded: Iterable[str]) -> dict[str, str]:
+def of_the_game(game: Game, sharded: Iterable[str], examples: Examples | None = None) -> dict[str, str]:
     """Who plays, from where, on which data."""
     found = {"players, in order of play": ", ".join(game.names), "torch's random numbers": told(random_state())}
     dealt = set(sharded)
@@ -81,14 +92,26 @@ def of_the_game(game: Game, sharded: Iterable[str]) -> dict[str, str]:
         forms = [f"{path}{shape_of(leaf)} {leaf.dtype}" for path, leaf in named_leaves(game.initial(name))]
         found[f"the form of {name!r}"] = _short(", ".join(forms), 120)
         found[f"the start of {name!r}"] = told((game.initial(name), game.buffers().get(name, {})))
+        if isinstance(player.init, nn.Module):
+            found |= {f"{path or 'the module'} of {name!r}": text for path, text in _layers(player.init)}
         if player.data is None:
             continue
         found[f"the data of {name!r}"] = f"{type(player.data).__name__}, {'sharded' if name in dealt else 'whole'}"
         if isinstance(player.data, Sized):
             found[f"the number of batches of {name!r}"] = _length(player.data)
         if name not in dealt:
-            found[f"the first batch of {name!r}"] = told(game.draw(name, game.start(name))[0])
+            batch = game.draw(name, game.start(name))[0]
+            found[f"the first batch of {name!r}"] = told(batch)
+            if examples is not None and type(game) is Game:
+                found[f"the examples that the first batch of {name!r} holds"] = str(weight(name, batch, examples))
     return found
+
+
+def _layers(module: nn.Module) -> Iterable[tuple[str, str]]:
+    """What the layers are beside their parameters: a share of dropout, a padding, whether they train."""
+    for path, part in module.named_modules():
+        own = re.sub(r" at 0x[0-9a-f]+", "", part.extra_repr())
+        yield path, f"{type(part).__name__}({own}){' in training' if part.training else ''}"
 
 
 def require_sampler(ranks: Ranks, name: str, data: Any) -> None:
@@ -112,6 +135,19 @@ def fingerprint(tree: Any) -> int:
     for place, leaf in enumerate(leaves(tree), start=1):
         total = (total + place * _bits(leaf)) % 2**62
     return total
+
+
+def glanced(tree: Any) -> int:
+    """The same of some entries of each tensor, evenly spaced: as cheap for large batches as for small ones."""
+
+    def some(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, ShardedTensor):
+            return leaf
+        flat = leaf.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // _GLANCED)]
+
+    shapes = [tuple(leaf.shape) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    return fingerprint([[some(leaf) for leaf in leaves(tree)], shapes])
 
 
 def told(tree: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from bilevel.errors import ParallelError, require_kinds
 from bilevel.game import Game
-from bilevel.parallel.agreement import of_the_game, of_the_machine, require_agreement, require_sampler
+from bilevel.parallel.agreement import of_the_call, of_the_game, of_the_machine, require_agreement, require_sampler
 from bilevel.parallel.batches import Examples, is_sharded
 from bilevel.parallel.game import Dealing, ParallelGame
 from bilevel.parallel.ranks import Ranks
@@ -82,14 +82,22 @@ class DataParallel:
         """
         ranks = Ranks(game.device, self.timeout)
         try:
-            require_agreement(ranks, of_the_machine(game.device), "DataParallel")
+            asked = of_the_call(game, self._in_words) | of_the_machine(game.device)
+            require_agreement(ranks, asked, "DataParallel")
             found = ranks.together(lambda: shared(game, ranks, self))
             # Not before each knows its own data: those that are dealt out differ.
-            require_agreement(ranks, ranks.together(lambda: of_the_game(game, found.sharded)), "DataParallel")
+            own = ranks.together(lambda: of_the_game(game, found.sharded, self.examples))
+            require_agreement(ranks, own, "DataParallel")
         except BaseException as error:
             ranks.leave(error if not isinstance(error, ParallelError) else None)
             raise
         return found
+
+    @property
+    def _in_words(self) -> dict[str, str]:
+        counts = "None" if self.examples is None else "a function"
+        options = {"sharded": self.sharded, "examples": counts, "coupled": self.coupled, "timeout": self.timeout}
+        return {f"{key}=": str(value) for key, value in options.items()}
 
 
 @singledispatch

@@ -14,9 +14,10 @@ from torch import Tensor
 from bilevel.autodiff import transforms_left
 from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
-from bilevel.game.data import Batch
+from bilevel.game.data import Batch, Position
 from bilevel.game.processes import refuse_lone_rank
 from bilevel.game.shards import resettled
+from bilevel.parallel.agreement import glanced
 from bilevel.parallel.batches import Examples, Part, part_of
 from bilevel.parallel.pair import entered, weighted_mean
 from bilevel.parallel.ranks import Ranks
@@ -81,6 +82,14 @@ class ParallelGame(Game):
             share, after = super().evaluate(player, taken, part.batch, buffers)
         mean = weighted_mean(self.ranks, share, part.weight, inputs)
         return mean, self._together(player, after, part.weight)
+
+    def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
+        """A player's batch; `solve` compares after each step whether all ranks have read the same."""
+        batch, after = super().draw(player, position)
+        whole = batch is not None and self.members(player) == (player,) and player not in self.sharded
+        if whole and self.ranks.size > 1:
+            self.ranks.read = (31 * self.ranks.read + glanced(batch)) % 2**62
+        return batch, after
 
     @property
     def sharded(self) -> frozenset[str]:

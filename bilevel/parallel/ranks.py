@@ -23,12 +23,14 @@ class Ranks:
     """The ranks of a process group of the game's own; `size` is 1 where there is one process.
 
     `bytes` and `reductions` count what the derivatives have sent so far: the payload of each all-reduce, in which every
-    rank sends and receives about twice as much whatever their number.
+    rank sends and receives about twice as much whatever their number. `read` is a fingerprint of the batches that this
+    rank has read whole.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
         self.rank, self.size, self.timeout, self._device = 0, 1, timeout, device
         self.bytes = self.reductions = 0
+        self.read = 0
         self._group: Any = None
         self._ended = False
         within = timedelta(seconds=timeout)

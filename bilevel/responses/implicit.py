@@ -27,7 +27,7 @@ from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised, require_solver
+from bilevel.inner.base import minimised, named_by, require_solver
 from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
@@ -48,6 +48,7 @@ from bilevel.responses.curvature import Curvature, Hessian
 from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
+from bilevel.responses.own_functions import require_symmetric
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
 
@@ -145,7 +146,7 @@ class Implicit(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         require_second_derivative(start, state)
         refuse_captured(start, state)
         inner.refuse(start, "Implicit")
@@ -156,6 +157,8 @@ class Implicit(Response):
                 f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
+        if start.symmetric and linear.needs_symmetry:
+            require_symmetric("Implicit", start, start.as_unknowns(state))
         if not start.definite and start.symmetric and linear.needs_symmetry:
             raise IndefiniteSystemError(
                 f"Implicit: the system of {start.name!r} has multipliers, and with them is indefinite; "
@@ -205,7 +208,7 @@ class Implicit(Response):
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
         game = self._bounded(game, state["follower"])
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         linear = self._linear(follower)
         solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)
@@ -365,11 +368,19 @@ class Implicit(Response):
             missed, scale = follower.missed(scale, tolerance, slope, residual, flat)
         if missed is not None:
             how_far, games = missed
+            moving = not follower.fixed and follower.position is not None
+            drawn = moving and follower.game.pass_length(follower.name) != 1
+            remedy = (
+                "With another batch in each step it does not come to rest: accept it by tolerance=None, or give larger "
+                "batches."
+                if drawn
+                else "Give it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
+                "tolerance_change), or accept it by tolerance=None."
+            )
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {how_far} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased by as much, by more "
-                "where the follower is ill-conditioned. Give it more steps or another optimiser (torch's LBFGS also "
-                "stops by its own tolerance_grad and tolerance_change), or accept it by tolerance=."
+                f"where the follower is ill-conditioned. {remedy}"
             )
             self._tell(FollowerNonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):
@@ -512,7 +523,8 @@ class _Solve:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
         batch = self.given.put(inputs[self.count :])
-        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
+        given: Mapping[str, Variables] = self.form.build(inputs[: self.count])
+        follower = self.game.follower(given, self.state, batch, further=given)
         rest, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         if rest.kink:

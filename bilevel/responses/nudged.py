@@ -26,13 +26,14 @@ from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
 from bilevel.game.rounding import GradientScale
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import FreeProblem, minimised, require_minimum, require_solver
+from bilevel.inner.base import FreeProblem, minimised, named_by, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
+from bilevel.responses.own_functions import warn_of_first
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
@@ -149,7 +150,7 @@ class Nudged(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
             raise TypeError(
                 f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
@@ -157,6 +158,7 @@ class Nudged(Response):
             )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
+        warn_of_first("Nudged", start, flatten(state["variables"]))
         nothing = flatten(state["variables"])[:0].clone()
         return state | {"optimizer": None, "nudge": {"displacement": nothing, **vars(_Shares())}}
 
@@ -164,13 +166,13 @@ class Nudged(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable once in `others`, and the state to continue from."""
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         if transforms_active():
             given, count, held = BatchTensors(batch), len(follower.xs), [follower.batch]
 
             def below(*inputs: Tensor) -> tuple[Tensor]:
                 others = follower.input_form.build(inputs[:count])
-                plain = game.follower(others, state, given.put(inputs[count:]))
+                plain = game.follower(others, state, given.put(inputs[count:]), further=others)
                 y, _, _ = self._settle(plain, state)
                 held[0] = plain.batch
                 return (join(y),)

@@ -22,11 +22,19 @@ from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept, random_state
-from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import (
+    Response,
+    State,
+    at_start,
+    fresh_state,
+    refuse_captured,
+    refuse_optimizer_hyper,
+    require_second_derivative,
+)
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
-from bilevel.tree import Structure, Variables, flatten, join, leaf_names, leaves, structure_of
+from bilevel.tree import Structure, Variables, cut, flatten, join, leaf_names, leaves, structure_of
 from bilevel.variance import VarianceReduction
 
 _SECOND = (
@@ -130,7 +138,9 @@ class SingleLoop(Response):
         state = fresh_state(game, follower, seed)
         name, y = state["follower"], leaves(state["variables"])
         if self.variance is not None:
-            game.require_whole(f"SingleLoop(variance={self.variance!r})", [name, *game.arguments(name)])
+            told = f"SingleLoop(variance={self.variance!r})"
+            game.require_whole(told, [name, *game.arguments(name)])
+            game.require_end(name, told)
         for steps in (self._y_steps, self._v_steps):
             refuse_optimizer_hyper(self, game, name, steps)
             built = steps.build([leaf.clone() for leaf in y], leaf_names(state["variables"], name))
@@ -145,6 +155,7 @@ class SingleLoop(Response):
                 f"SingleLoop: player {start.name!r} has {start.rests.told}, which its steps would leave. Use "
                 "Implicit, which differentiates the constraints that bind."
             )
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         nothing = torch.zeros_like(flatten(state["variables"]))
         adjoint = {
@@ -285,6 +296,7 @@ class _Batches:
         self._fixed = follower.fixed
         known = isinstance(position, dict) and "epoch" in position and not follower.fixed
         self.epoch: int | None = position["epoch"] if known else None
+        self.length = game.pass_length(follower.name)
         self._xs = [x.detach() for x in follower.xs]
         self._shapes = [y.shape, v.shape, *(x.shape for x in self._xs)]
         self._where = [y, v, *self._xs]
@@ -299,8 +311,7 @@ class _Batches:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """y, v and the others' leaves of a point; F, F_y'v and F_x'v of a direction."""
-        parts = torch.split(vector, [shape.numel() for shape in self._shapes])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return cut(vector, self._shapes)
 
     def here(self) -> Tensor:
         """On the step's batch, where it is; the module's buffers advance."""
@@ -321,7 +332,7 @@ class _Batches:
         if self._fixed:
             return self.here()
         total, count = None, 0
-        for batch in self._game.whole_pass(self.owner, self._follower.position):
+        for batch in self._game.whole_pass(self.owner, self._follower.position, "SingleLoop(variance=...)"):
             found, buffers = self._evaluate(self.point, batch)
             if total is None:
                 self.buffers = buffers

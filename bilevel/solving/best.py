@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel.errors import BilevelError, BilevelWarning
+from bilevel.errors import BilevelError, BilevelWarning, CheckpointError
 from bilevel.game import Game
 from bilevel.many import Games
 from bilevel.solving.drawn import Start
@@ -40,10 +40,12 @@ def best_of(
     told: dict[int, list[BilevelWarning]] = {}
     failures: dict[int, str] = {}
     for place, one in enumerate(games):
-        path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.stem}.{place}{checkpoint.suffix}")
+        path = None if checkpoint is None else checkpoint_of(checkpoint, place)
         with caught() as ours:
             try:
                 end = solve_one(one, path)
+            except CheckpointError:
+                raise  # of the file, and not of the start
             except BilevelError as error:
                 failures[place] = f"{type(error).__name__}: {error}"
                 continue
@@ -52,6 +54,11 @@ def best_of(
     if not ends:
         raise BilevelError(f"solve: all of {len(games)} starts failed, the first with: {failures[0]}")
     return _chosen(leader, ends, [w for place in told for w in told[place]], failures, tolerance, together=False)
+
+
+def checkpoint_of(path: Path, place: int) -> Path:
+    """The checkpoint of one start, where they are played one by one: "run.3.pt"."""
+    return path.with_name(f"{path.stem}.{place}{path.suffix}")
 
 
 def _together(
@@ -64,6 +71,8 @@ def _together(
     try:
         with caught() as ours:
             found = solve_one(Games(game, len(games), init=stacked), path)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, BilevelError):
         return None
     return list(found), ours  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def solution(run: Run) -> End[Any]:
         point = run.leaders.trees(run.leaders.points)
         variables, states, buffers = run.followers.respond(point, now.states, now.buffers)
     ends = run.followers.reports(states)
-    variables = map_leaves(lambda t: t.detach(), variables)
+    variables = map_leaves(lambda t: t.detach(), dict(variables))
     values: dict[str, Tensor] = {}
     for name in run.game.names:
         values |= run.shown(name, variables, states, buffers)

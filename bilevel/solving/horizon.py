@@ -252,22 +252,24 @@ class _Watched:
             count = len(near[0])
             pairs = {game: ([look[game] for look in near], [look[game] for look in far]) for game in found}
             found = {game: found[game] for game, rows in pairs.items() if beyond_noise(*rows, tolerance, count)}
-        return [self._short(found, len(near))] if found else []
+        return [self._short(found, len(near), noisy=noisy)] if found else []
 
-    def _short(self, of: Mapping[int, Disagreement], count: int) -> UnreliableResponseWarning:
+    def _short(self, of: Mapping[int, Disagreement], count: int, *, noisy: bool) -> UnreliableResponseWarning:
         worst = min(of, key=lambda game: of[game].cosine)
         found, games, where = of[worst], None, ""
         if isinstance(self.game, Games):
             games = [self.game.offset + game for game in of]
             where = f" in {len(of)} of {self.game.told}, the worst being game {self.game.offset + worst}"
         way = "points the other way" if found.cosine < 0.0 else f"has a cosine of {found.cosine:.2f} to it"
+        # With noise its follower never comes to rest within a tolerance.
+        implicit = "Implicit(..., tolerance=None)" if noisy else "Implicit"
         mean = f", in the mean of {count} looks and beyond their noise" if count > 1 else ""
         return UnreliableResponseWarning(
             f"Short horizon: the response {self.told} from the same place give another hypergradient{mean}{where}. Of "
             f"that, the one in use misses {found.missing:.0%}, and it {way}: norm "
             f"{found.near:.3g} for {found.far:.3g}. What only a few steps gain is not what the leader wants in the "
-            "end: regularisation, for one, is driven to an edge. Give it more steps=, use Implicit, or accept it by "
-            "tolerance=None.",
+            "end: regularisation, for one, is driven to an edge. Give it more steps=, use "
+            f"{implicit}, or accept it by tolerance=None.",
             games=games,
         )
 

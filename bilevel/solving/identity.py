@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel.dynamics import Dynamics
 from bilevel.errors import CheckpointError
-from bilevel.game import Game
+from bilevel.game import Game, Player
 from bilevel.responses import Response
 from bilevel.sharding.tensor import shape_of
 from bilevel.solving.description import Describer, Description, differences
@@ -34,13 +34,7 @@ def identity(
     over = {name: Describer(leaves(players[name]), players) for name in game.names}
     members = [(member, game.players[member]) for name in game.names for member in game.members(name)]
     settings: dict[str, Description] = {
-        "players": {
-            member: {
-                **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
-                **{what: describer.describe(function) for what, function in player.constraints.items()},
-            }
-            for member, player in members
-        },
+        "players": {member: described(describer, player) for member, player in members},
         "responses": {name: over[name].describe(response) for name, response in responses.items()},
         "optimizer": {name: over[name].optimizer(factory) for name, factory in leaders.factories.items()},
         "dynamics": describer.describe(dynamics),
@@ -61,6 +55,14 @@ def identity(
         "seed": seed,
     }
     return {"form": form, "settings": settings}
+
+
+def described(describer: Describer, player: Player) -> dict[str, Description]:
+    """What a player wants and may do."""
+    return {
+        **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
+        **{what: describer.describe(function) for what, function in player.constraints.items()},
+    }
 
 
 def differ(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:

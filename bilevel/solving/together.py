@@ -142,8 +142,15 @@ class Together(Alone):
 
     def stopped(self, wanted: bool, parts: Mapping[str, Any]) -> bool:
         """Raises `ParallelError` where the ranks have drifted apart."""
-        rows = self._ranks.rows([int(wanted), *(fingerprint(part) for part in parts.values())])
-        for place, name in enumerate(parts, start=1):
+        rows = self._ranks.rows([int(wanted), self._ranks.read, *(fingerprint(part) for part in parts.values())])
+        other = next((rank for rank, row in enumerate(rows) if row[1] != rows[0][1]), None)
+        if other is not None:
+            raise ParallelError(
+                f"solve: rank {other} has read other batches than rank 0 in this step. A batch is whole on each rank, "
+                "which takes its share of the rows: data that the program shuffles itself need the same seed on each. "
+                "Where each rank reads a part of its own, use a DistributedSampler, or DataParallel(sharded=True)."
+            )
+        for place, name in enumerate(parts, start=2):
             other = next((rank for rank, row in enumerate(rows) if row[place] != rows[0][place]), None)
             if other is not None:
                 raise ParallelError(

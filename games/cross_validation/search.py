@@ -134,6 +134,7 @@ class CrossValidation:
             )
         one = game.game(0) if isinstance(game, bl.Games) else game
         name = game.names[-1] if follower is None else follower
+        game.require_end(game.names[0], "CrossValidation", read=True)
         if not candidates:
             raise ValueError("CrossValidation: there are no candidates; expected at least one.")
         for candidate in candidates:

@@ -45,12 +45,45 @@ def test_ranks_that_differ_are_refused_in_words_on_all(played):
     assert {told["case"]: told["kind"] for told in odd} | {"loss": "", "data": ""} == by_case | {"loss": "", "data": ""}
 
 
+FURTHER = {
+    "rate": r"responses\.weights.*lr.* is 0\.5 on rank 0 and 0\.4 on rank 1",
+    "kind": r"responses\.weights",
+    "captured": r"players\.weights\.objective\.captured\.factor is 1\.0 on rank 0 and 2\.0 on rank 1",
+    "leader": r"optimizer\.keywords\.lr is 0\.1 on rank 0 and 1\.1 on rank 1",
+    "dynamics": r"dynamics\.class is Alternating on rank 0 and Extragradient on rank 1",
+    "seed": r"options\.seed is 0 on rank 0 and 1 on rank 1",
+    "clipped": r"clip_norm is 1\.0 on rank 0 and 2\.0 on rank 1",
+    "dtype": r"the form of 'decay' is \[2\] torch.float64 on rank 0 and \[2\] torch.float32 on rank 1",
+    "frozen": r"the form of 'weights'",
+    "dropout": r"drop of 'weights' is Dropout\(p=0\.1.*\) in training on rank 0 and Dropout\(p=0\.5",
+    "coupled": r"DataParallel's coupled= is False on rank 0 and True on rank 1",
+    "sharded": r"DataParallel's sharded= is False on rank 0 and True on rank 1",
+    "examples": r"DataParallel's examples= is None on rank 0 and a function on rank 1",
+    "limit": r"DataParallel's timeout= is 20\.0 on rank 0 and 21\.0 on rank 1",
+    "checkpoint": r"options\.checkpoint is False on rank 0 and True on rank 1",
+    "second batch": r"rank 1 has read other batches than rank 0",
+    "second length": r"rank 1 has read other batches than rank 0",
+    "Games": r"the kind of game is Game on rank 0 and Games on rank 1",
+    "Tasks": r"the kind of game is Game on rank 0 and Tasks on rank 1",
+    "deterministic": r"are_deterministic_algorithms_enabled\(\) is False on rank 0 and True on rank 1",
+    "threads": r"the number of threads is 1 on rank 0 and 2 on rank 1. Set the same OMP_NUM_THREADS",
+}
+
+
+def test_ranks_that_differ_in_what_a_start_does_not_show_are_refused_in_words_on_all(played, tmp_path):
+    for lines in played("disagree_further", 2, str(tmp_path), limit=100.0):
+        found = {told["case"]: told for told in lines}
+        assert list(found) == list(FURTHER)
+        for case, words in FURTHER.items():
+            assert re.search(words, found[case]["text"]), found[case]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, tmp_path, size):
     path = tmp_path / "run.pt"
     with ranks("runs", size, str(path), "60") as started:
         for rank in range(size):
-            assert started.said(rank) == {"step": 5}
+            assert started.said(rank)[0] == {"step": 5}
         started.kill(size - 1)
         began = time.monotonic()
         for rank in range(size - 1):
@@ -65,7 +98,7 @@ def test_a_rank_that_hangs_ends_the_others_after_the_time_limit(ranks, tmp_path)
     path = tmp_path / "run.pt"
     with ranks("runs", 2, str(path), "3") as started:
         for rank in range(2):
-            assert started.said(rank) == {"step": 5}
+            assert started.said(rank)[0] == {"step": 5}
         started.stop(1)
         began = time.monotonic()
         _, lines, _ = started.outcome(0, limit=60.0)

@@ -60,8 +60,9 @@ class Hypernetwork(Response):
     \min_{w_0,\,\operatorname{net}} \mathbb{E}_x\, f(x, y(x)), \qquad s = \text{scale} \cdot \sqrt n
     $$
 
-    for n entries of others. The slope is as good as the fit: zero at first, its residual reported. A call costs
-    `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product. Source: arXiv 1802.09419.
+    for n entries of those whom the follower's functions name. The slope is as good as the fit: zero at first, its
+    residual reported. A call costs `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product.
+    Source: arXiv 1802.09419.
 
     Args:
         optimizer: from tensors to a torch.optim optimiser, for w0 and the network together.
@@ -237,7 +238,7 @@ class Hypernetwork(Response):
         fitted.
         """
         given = {name: others[name] for name in state["players"] if name in others}
-        follower = game.follower(given, state, batch)
+        follower = game.follower(given, state, batch, further=given)
         x = Ranges.of(follower).free(flatten(given))
         learned = learned_map(self.network, x.numel(), follower.form)
         if transforms_active():
