@@ -24,6 +24,9 @@ from bilevel.solving.warning_log import Log, caught, logged
 FIRST, SPACING = 16, 4
 """Leader steps in which it is looked: 16, 64, 256, ..."""
 
+EARLY = (2, 4)
+"""Further ones of a leader that SciPy moves: its method may come to its end in fewer."""
+
 HELD = 2**30
 """Bytes of batches that are held for a look, at most."""
 
@@ -85,8 +88,8 @@ class HorizonWatch:
     numbers are what they are without it. What is noisy is looked at up to `LOOKS` times before it is told.
     """
 
-    def __init__(self, game: Game, followers: Followers) -> None:
-        self._game = game
+    def __init__(self, game: Game, followers: Followers, *, driven: bool = False) -> None:
+        self._game, self._driven = game, driven
         self._window: _Window | None = None
         self._same = game.batches_stand_still
         # Each call takes one batch of tasks, whatever the horizon: the one that the run itself takes next.
@@ -110,7 +113,7 @@ class HorizonWatch:
         if self._watched is None or _GIVEN_UP in log:
             return log, {}
         if self._at_once:
-            if not (looks or due(step)):
+            if not (looks or due(step) or (self._driven and step in EARLY)):
                 return carried(log, step), {}
             return self._now(self._watched, log, looks, step, first, here(), slopes)
         window = self._window
@@ -130,7 +133,7 @@ class HorizonWatch:
     def ended(self, log: Log, step: int, first: Tensor, here: Callable[[], Place], slopes: Slopes) -> Log:
         """The log after a look where a run has ended, which had few steps: of a leader whose batches stand still."""
         watched = self._watched
-        if watched is None or _KEY in log or _GIVEN_UP in log:
+        if watched is None or _GIVEN_UP in log or log.get(_KEY, {"last": -1})["last"] == step:
             return log
         return self._now(replace(watched, smallest=SMALLEST_AT_END), log, {}, step, first, here(), slopes)[0]
 

@@ -108,7 +108,7 @@ class Run:
         self.driven: Driven | None = None
         self.history = History()
         self.whole = True
-        self._watch = HorizonWatch(game, self.followers)
+        self._watch = HorizonWatch(game, self.followers, driven=bool(self.leaders.driven))
         self._batches: dict[str, Batch] = {}  # the leaders' last
         in_place = self.followers.in_place
         told = (
