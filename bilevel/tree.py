@@ -6,9 +6,9 @@ all entries; users never see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,31 @@ from torch.utils import _pytree as pytree  # the pytrees that torch.func itself 
 
 Variables = Any
 """A tensor, or a nest of dicts, lists and tuples of tensors."""
+
+
+@final
+class Made(Mapping[str, Any]):
+    """Entries that are made, once, when they are first asked for: what nobody looks at costs nothing."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Any]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -36,8 +61,7 @@ class Structure:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The leaves, as views of `vector: [n]`."""
-        parts = torch.split(vector, [shape.numel() for shape in self.shapes])
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return cut(vector, self.shapes)
 
     def unflatten(self, vector: Tensor) -> Variables:
         """The pytree whose leaves are views of `vector: [n]`."""
@@ -108,7 +132,18 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     """One flat vector `[n]` of all tensors, each in row-major order."""
     if len(tensors) == 1:
         return tensors[0].reshape(-1)
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if all(tensor.numel() for tensor in tensors):
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    # Of a vector without entries PyTorch's derivative of `cat` is a new tensor, cut off from all others; of a column
+    # it is not. A rank's part of a small tensor may be empty, and must take part in the derivatives as others do.
+    return torch.cat([tensor.reshape(-1, 1) for tensor in tensors]).reshape(-1)
+
+
+def cut(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Tensors of these shapes, as views of the flat vector `[n]` that they make up."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = torch.split(vector if all(sizes) else vector.reshape(-1, 1), sizes)  # in columns, as `join` says
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def flatten(tree: Variables) -> Tensor:

@@ -31,8 +31,9 @@ inner, inputs = nn.Linear(4, 1), torch.randn(6, 4)
 wrapped = nn.parallel.DistributedDataParallel(inner)
 
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+older = FullyShardedDataParallel(nn.Linear(4, 1), device_id=torch.device("cpu"))
 mesh = init_device_mesh("cpu", (2,))
 sharded = fully_shard(nn.Linear(4, 1), mesh=mesh)
 fit = lambda y: y(inputs).square().mean()
@@ -50,6 +51,10 @@ with bl.extend.separate_ranks():
     print("within:", told(lambda: bl.Game(y=bl.Player(fit, nn.Sequential(wrapped)))))
     print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * wrapped(inputs)).square().mean(), torch.ones(1)))))
     print("called:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * inner(inputs)).square().mean(), torch.ones(1)))))
+    print("older fsdp:", told(lambda: bl.Game(y=bl.Player(fit, older))))
+    print("older fsdp:", told(lambda: bl.Game(y=bl.Player(fit, nn.Sequential(older)))))
+    print("older fsdp:", told(lambda: bl.Game(y=bl.Player(lambda y: y.sum() * older(inputs).mean(), torch.ones(1)))))
+    print("inside it:", told(lambda: bl.Game(y=bl.Player(fit, older.module))))
     print("fsdp:", told(lambda: bl.Game(y=bl.Player(lambda y: (y * sharded(inputs)).square().mean(), torch.ones(1)))))
 game = bl.Game(x=bl.Player(lambda y: y(inputs).mean(), torch.ones(())), y=bl.Player(lambda x, y: fit(y) * x, inner))
 print("early:", told(lambda: settle(early, {"x": one}, begun)))
@@ -105,6 +110,15 @@ def test_a_wrapped_module_in_a_loss_is_refused(lines):
 
 def test_a_sharded_module_that_is_no_player_is_refused(lines):
     assert "is sharded by fully_shard, and no player's" in of(lines, "fsdp")[0]
+
+
+def test_the_older_wrapper_is_refused_wherever_it_is_with_the_way_out(lines):
+    places = ["its module is", "'0' in its module is", "a module that its objective calls is"]
+    for refused, place in zip(of(lines, "older fsdp"), places, strict=True):
+        assert refused.startswith(f"Player 'y': {place} wrapped by FullyShardedDataParallel")
+        assert "Use torch.distributed.fsdp.fully_shard(module), and parallel=bilevel.DataParallel()." in refused
+    # What it wraps is no way out, as with DistributedDataParallel: this rank's part of one flat vector.
+    assert of(lines, "inside it") != ["made"]
 
 
 def test_a_game_that_is_older_than_the_process_group_is_refused_when_it_is_solved(lines):

@@ -297,7 +297,7 @@ def test_a_run_goes_on_with_other_settings(tmp_path):
 
 
 def test_implicit_warns_of_tasks_that_fall_short():
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"in \d of 5 tasks, the worst being task \d"):
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning, match=r"in \d of 5 tasks, the worst being task \d"):
         bl.solve(imaml(), task=bl.Implicit(partial(SGD, lr=0.1), steps=20), steps=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -117,9 +117,17 @@ class CallableVariables(dict[str, Tensor]):
     ) -> None:
         super().__init__(variables)
         self._module, self._training, self._forwards = module, training, dict(forwards or {})
+        self._thread = get_ident()
 
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
+        if get_ident() != self._thread:
+            # A module holds one set of parameters at a time; two threads would mix them, and leave them mixed.
+            raise BilevelError(
+                "A player's module was called in another thread than the one that evaluates the loss, where its "
+                "variables and the module's own parameters would be mixed up. Call it in the loss's own thread, on the "
+                "whole batch: PyTorch's operations use several cores by themselves."
+            )
         mode = self._training if training is None else training
         parts = list(self._module.named_modules())
         slots = _slots(self._module, parts, self)

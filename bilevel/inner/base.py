@@ -52,7 +52,7 @@ class Problem(Protocol):
 
     @property
     def others(self) -> Mapping[str, Variables]:
-        """The other players' variables, detached."""
+        """The variables, detached, of the players whom the follower's functions name, and of the solver's `names`."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
@@ -132,6 +132,11 @@ class InnerSolver(ABC):
     def takes_equilibria(self) -> bool:
         """Whether it settles several players within constraints, whose programme does not `minimises`."""
         return False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The players that it looks up in `problem.others` besides those whom the follower's own functions name."""
+        return ()
 
     @property
     def takes_parts(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class Stack(Game):
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
-        current = self._parts.all_buffers(buffers)
+        current = self._parts.lent_buffers(player, given, buffers)
         parts = (dict(given), batch, current, dict(extra))
         # One flat list of what varies: vmap would walk the nests again and again.
         values: list[Any] = []
@@ -168,9 +168,16 @@ class Stack(Game):
         dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
         return torch.func.vmap(function, in_dims=dims)(*trees)
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
         """The follower of all games at once, whose solvers keep them apart."""
-        return BatchedFollower(self, others, state, batch)
+        return BatchedFollower(self, others, state, batch, further)
 
     def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
         """Refuse an optimiser that does not move each entry by itself."""

@@ -160,8 +160,10 @@ def _formed(packet: Any, made: Any, given: Sequence[ShardedTensor], args: Sequen
             made.form = Form(form.layouts, True)
         elif len(form.layouts) == 1 and tuple(made.shape) == form.layouts[0].part(made.peers.rank):
             made.form = Form(form.layouts, False)
+        elif _in_line(made):
+            made.form = Form(form.layouts, True)
     elif packet is _aten.cat and isinstance(made, ShardedTensor):
-        vectors = made.ndim == 1 and all(form.flat or given[i].ndim == 1 for i, form in enumerate(known))
+        vectors = _in_line(made) and all(_in_line(part) for part in given)
         made.form = Form(tuple(layout for form in known for layout in form.layouts), True) if vectors else None
     elif packet in (_aten.split, _aten.split_with_sizes) and known[0].flat:
         rank = given[0].peers.rank
@@ -173,6 +175,11 @@ def _formed(packet: Any, made: Any, given: Sequence[ShardedTensor], args: Sequen
             for part in made:
                 part.form = None
     return made
+
+
+def _in_line(part: Tensor) -> bool:
+    """Whether its entries are one after the other, in a vector or in a column."""
+    return part.ndim == 1 or (part.ndim == 2 and part.shape[1] == 1)
 
 
 def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

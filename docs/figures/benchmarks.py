@@ -48,6 +48,8 @@ ALL = (
     Measured("Memory of long unrolls", "unrolling.md", "python benchmarks/memory.py", "unrolling/memory"),
     Measured("Networks of a learned response", "networks.md", "python benchmarks/structured.py", "networks/structured"),
     Measured("Many games at once", "many-games.md", "python benchmarks/batch.py", "many-games/batch"),
+    Measured("Ranks that are killed, stopped, or out of disk", "processes-measured.md#what-was-interrupted",
+             "python -m benchmarks.interrupted_ranks", "processes/interrupted"),
     Measured("Many tasks at once", "tasks.md", "python benchmarks/tasks.py", "tasks/tasks"),
     Measured("Few-shot regression", "tasks.md", "bilevel meta sinusoid", "tasks/sinusoid"),
     Measured("Constrained followers", "functions.md", "python -m benchmarks.constrained", "constraints/qp"),

@@ -1,4 +1,4 @@
-"""The table of docs/processes.md: what `benchmarks/interrupted_ranks.py` found."""
+"""The table of docs/processes-measured.md: what `benchmarks/interrupted_ranks.py` found."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""What the ranks of a test do: `programs.py NAME MEETING ...` prints lines of JSON."""
+"""What the ranks of a test do: each program prints lines of JSON."""
 
 import gc
 import json
 import os
-import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -31,7 +30,7 @@ from bilevel.linear import (
 )  # fmt: skip
 from bilevel.sharding import ShardedTensor
 
-# Doctest looks for examples in every module: without a rank this one does nothing.
+# Those that torchrun starts; `play` says it to the others.
 RANK, SIZE = map(int, os.environ.get("RANK_OF_TEST", "0/1").split("/"))
 
 
@@ -137,15 +136,27 @@ def same_bits(shared, tree):
     return len({repr(each) for each in shared.ranks.everybodys(own)}) == 1
 
 
+def dealt_out(names, play):
+    """What one process gives for each name: every rank finds some, and tells them to the others."""
+    with bl.extend.separate_ranks(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = {}
+        for name in list(names)[RANK::SIZE]:
+            torch.manual_seed(0)
+            own[name] = play(name)
+    all_of_them = [None] * SIZE
+    dist.all_gather_object(all_of_them, own)
+    return {name: found for some in all_of_them for name, found in some.items()}
+
+
 def answers(*names):
-    with bl.extend.separate_ranks():
-        alone = make()
+    names = names or RESPONSES
+    alone = dealt_out(names, lambda name: hypergradients(make(), RESPONSES[name])[0])
     shared = bl.DataParallel(timeout=60.0).game(make())
-    for name in names or RESPONSES:
+    for name in names:
+        one = alone[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            one, _ = hypergradients(alone, RESPONSES[name])
             torch.manual_seed(0)
             before = shared.ranks.bytes, shared.ranks.reductions
             many, state = hypergradients(shared, RESPONSES[name])
@@ -501,22 +512,20 @@ ON_PARTS = {
 }
 
 
-def compared(alone, shared, response):
+def compared(one, shared, response):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        one, _ = hypergradients(alone, response)
         torch.manual_seed(0)
         many, state = hypergradients(shared, response)
     return float((one - many).norm() / one.norm()), same_bits(shared, many), state
 
 
 def spread_answers(*names):
-    with bl.extend.separate_ranks():
-        alone = net_game(net())
+    names = names or ON_PARTS
+    alone = dealt_out(names, lambda name: hypergradients(net_game(net()), ON_PARTS[name])[0])
     shared = bl.DataParallel(timeout=60.0).game(net_game(fully_sharded()))
-    for name in names or ON_PARTS:
-        error, same, state = compared(alone, shared, ON_PARTS[name])
+    for name in names:
+        error, same, state = compared(alone[name], shared, ON_PARTS[name])
         held = sum(leaf.numel() for leaf in leaves(state["variables"]))
         tell(response=name, error=error, same=same, held=held)
 
@@ -539,12 +548,11 @@ def spread_keeps(*names):
 
 
 def spread_layouts():
-    with bl.extend.separate_ranks():
-        alone = net_game(net())
+    one = dealt_out(["ReverseMode"], lambda name: hypergradients(net_game(net()), ON_PARTS[name])[0])["ReverseMode"]
     games = {"tensor parallel": lambda: net_game(tensor_parallel()), "partly": lambda: tree_game(partly())}
     for name, made in games.items():
         shared = bl.DataParallel(timeout=60.0).game(made())
-        error, same, _ = compared(alone, shared, ON_PARTS["ReverseMode"])
+        error, same, _ = compared(one, shared, ON_PARTS["ReverseMode"])
         tell(response=name, error=error, same=same)
 
 
@@ -747,11 +755,11 @@ GRADUAL = partial(SGD, lr=0.1)
 GAMES = {
     "ReverseMode": (bl.Unrolled(partial(Adam, lr=0.05), steps=4, tolerance=None), {}),
     "Segments": (bl.Unrolled(GRADUAL, steps=4, tolerance=None, differentiation=bl.Segments()), {}),
-    "Implicit": (bl.Implicit(GRADUAL, steps=300, tolerance=1e-3), {}),
+    "Implicit": (bl.Implicit(GRADUAL, steps=60, tolerance=3e-2), {}),
     # Games end after other numbers of steps, which Adam counts.
-    "Adam": (bl.Implicit(partial(Adam, lr=0.05), steps=300, tolerance=1e-3), {}),
+    "Adam": (bl.Implicit(partial(Adam, lr=0.05), steps=60, tolerance=3e-2), {}),
     "in turn": (bl.Implicit(partial(LBFGS, lr=0.3, max_iter=4), steps=2, tolerance=None), {}),
-    "look-ahead": (bl.Implicit(GRADUAL, steps=300, tolerance=1e-3), {"dynamics": bl.dynamics.Extragradient(0.1)}),
+    "look-ahead": (bl.Implicit(GRADUAL, steps=60, tolerance=3e-2), {"dynamics": bl.dynamics.Extragradient(0.1)}),
     "clipped": (bl.Unrolled(GRADUAL, steps=3, tolerance=None), {"clip_norm": 1e-3}),
 }
 
@@ -760,26 +768,30 @@ def flat_of(tree):
     return torch.cat([leaf.detach().reshape(-1) for leaf in leaves(tree)])
 
 
+def outcome(run):
+    """All the numbers that a run of many games gives."""
+    history = [[number for key, number in record.items() if key not in UNTIMED] for record in run.history]
+    found = {what: getattr(run, what) for what in ("variables", "values", "stationarity", "residuals")}
+    return found | {"history": torch.tensor(history), "states": run.states["weights"]["variables"]}
+
+
 def games_alike():
+    def alone(name):
+        response, options = GAMES[name]
+        return outcome(bl.solve(games(), weights=response, steps=4, **options))
+
+    ones = dealt_out(GAMES, alone)
     for name, (response, options) in GAMES.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with bl.extend.separate_ranks():
-                one = bl.solve(games(), weights=response, steps=4, **options)
             seen = []
             many = bl.solve(
                 games(), weights=response, steps=4, parallel=bl.DataParallel(timeout=60.0),
                 callbacks=[lambda *told: seen.append(told[2]["decay"].tolist())], **options,
             )  # fmt: skip
-        numbers = [
-            torch.tensor([[number for key, number in record.items() if key not in UNTIMED] for record in run.history])
-            for run in (one, many)
-        ]
-        pairs = {what: (getattr(one, what), getattr(many, what)) for what in ("variables", "values", "stationarity")}
-        pairs |= {"residuals": (one.residuals, many.residuals), "history": tuple(numbers)}
-        pairs["states"] = tuple(run.states["weights"]["variables"] for run in (one, many))
         errors = {}
-        for what, (a, b) in pairs.items():
+        for what, b in outcome(many).items():
+            a = ones[name][what]
             if leaves(a):
                 errors[what] = float((flat_of(a) - flat_of(b)).norm() / flat_of(a).norm())
         same = seen[-1] == many.variables["decay"].tolist()
@@ -861,10 +873,16 @@ def games_drop():
     tell(decay=solution.variables["decay"].tolist(), steps=len(solution.history))
 
 
-if __name__ == "__main__":
-    _, name, meeting, *rest = sys.argv
+def play(rank, size, folder, name, *rest):
+    """Be one rank, in a process that was forked for it: what it prints goes into files of its own."""
+    global RANK, SIZE
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{kind}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    RANK, SIZE = rank, size
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=RANK, world_size=SIZE)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     globals()[name](*rest)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -50,7 +50,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(ranks, tmp_path, size):
     path = tmp_path / "run.pt"
     with ranks("runs", size, str(path), "60") as started:
         for rank in range(size):
-            assert started.said(rank) == {"step": 5}
+            assert started.said(rank)[0] == {"step": 5}
         started.kill(size - 1)
         began = time.monotonic()
         for rank in range(size - 1):
@@ -65,7 +65,7 @@ def test_a_rank_that_hangs_ends_the_others_after_the_time_limit(ranks, tmp_path)
     path = tmp_path / "run.pt"
     with ranks("runs", 2, str(path), "3") as started:
         for rank in range(2):
-            assert started.said(rank) == {"step": 5}
+            assert started.said(rank)[0] == {"step": 5}
         started.stop(1)
         began = time.monotonic()
         _, lines, _ = started.outcome(0, limit=60.0)

@@ -38,6 +38,12 @@ def test_every_response_on_parts(played):
     assert all(sum(told["held"] for told in each) == WEIGHTS for each in zip(*lines, strict=True))
 
 
+def test_a_rank_may_hold_nothing_of_a_small_tensor(played):
+    lines = played("spread_answers", 4, "clipped", "SingleLoop")  # of four ranks the last has none of three rows
+    assert check(lines) == ["clipped", "SingleLoop"]
+    assert min(told["held"] for told in lines[-1]) < WEIGHTS / 8
+
+
 def test_no_graph_of_parts_holds_itself(played):
     for rank in played("spread_keeps", 2, "Segments", "Nudged", "SingleLoop", "ConjugateGradient"):
         for told in rank:

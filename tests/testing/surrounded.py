@@ -14,6 +14,7 @@ import bilevel as bl
 from bilevel.autodiff import transforms_active
 from bilevel.certificates import Standing
 from bilevel.certificates.certificate import Finding
+from bilevel.custom_functions import OwnFunctions
 from bilevel.inner import TorchOptimizer
 from bilevel.randomness import random_state
 from bilevel.responses.examination import Examination
@@ -305,6 +306,14 @@ def _writes_pass(patch: Any) -> None:
     patch.setattr("bilevel.game.checks._refuse_written", lambda *given, **named: None)
 
 
+def _bends_pass(patch: Any) -> None:
+    patch.setattr("bilevel.game.hooks.GradientHooks.guarded", lambda self, hook, what, place, *given: hook(*given))
+
+
+def _saved_pass(patch: Any) -> None:
+    patch.setattr("bilevel.game.checks.examined", lambda calls: OwnFunctions())
+
+
 def _reads_again(patch: Any) -> None:
     patch.setattr("bilevel.game.data._RecentBatches.find", lambda self, place: None)
 
@@ -408,6 +417,8 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "buffers put back in the wrong order": ("modules", UNROLLED, _wrong_order),
     "a module for a player": ("losses", UNROLLED, _module_for_player),
     "losses that write": ("losses", UNROLLED, _writes_pass),
+    "hooks that bend": ("losses", UNROLLED, _bends_pass),
+    "slopes that are saved": ("functions", UNROLLED, _saved_pass),
     "modules without a lock": ("threads", UNROLLED, _no_lock),
     "random numbers saved after the lost draws": ("interrupts", UNROLLED, _late_numbers),
     "changed settings pass": ("settings", UNROLLED, _settings_pass),
