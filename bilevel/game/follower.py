@@ -99,7 +99,7 @@ class Follower:
 
     @cached_property
     def input_form(self) -> Structure:
-        """The layout of the others' variables that it reads."""
+        """The layout of the variables of those whom it reads."""
         return structure_of(self.inputs)
 
     def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
