@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -40,8 +43,9 @@ def require_workers(asker: str, jobs: int, cluster: str | None) -> None:
     if cluster is None:
         return
     try:
-        import ray  # noqa: F401, PLC0415
-        from ray.util.joblib import register_ray  # noqa: F401, PLC0415
+        with _interrupts_wait():
+            import ray  # noqa: F401, PLC0415
+            from ray.util.joblib import register_ray  # noqa: F401, PLC0415
     except ImportError as error:
         raise ImportError(f"A cluster needs Ray ({error}). pip install 'bilevel[cluster]'") from error
 
@@ -69,7 +73,7 @@ def side_by_side(
     from joblib import Parallel, delayed  # noqa: PLC0415
     from joblib.parallel import get_active_backend  # type: ignore[import-untyped]  # noqa: PLC0415
 
-    with _ray(cluster, min(len(work), jobs) if jobs > 1 else None):
+    with on_cluster(cluster, min(len(work), jobs) if jobs > 1 else None):
         at_once = -1 if cluster is not None and jobs == 1 else jobs
         # A cluster's backend gives all results at the end.
         as_they_end = get_active_backend()[0].supports_return_generator
@@ -83,8 +87,11 @@ def _done(index: int, work: Callable[[], Kind]) -> tuple[int, Kind]:
 
 
 @contextmanager
-def _ray(cluster: str | None, processes: int | None) -> Iterator[None]:
-    """While joblib's work goes to a Ray cluster; it is left, or stopped, in the end."""
+def on_cluster(cluster: str | None, processes: int | None = None) -> Iterator[None]:
+    """While joblib's work goes to a Ray cluster; it is left, or stopped, in the end. None: while it does not.
+
+    Around several calls of `side_by_side`, which then share the one that is up.
+    """
     if cluster is None:
         yield
         return
@@ -93,15 +100,52 @@ def _ray(cluster: str | None, processes: int | None) -> Iterator[None]:
     from ray.util.joblib import register_ray  # noqa: PLC0415
 
     ours = not ray.is_initialized()
-    if ours:
-        _start(ray, cluster, processes)
     try:
+        if ours:
+            with _interrupts_wait():
+                _start(ray, cluster, processes)
         register_ray()
         with joblib.parallel_config("ray"):
             yield
     finally:
         if ours:
-            ray.shutdown()
+            with _interrupts_wait():
+                ray.shutdown()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM come when this is over; a second one does not wait.
+
+    While Ray starts, an exception that a handler raises may come up in a callback that nobody waits for, and be lost,
+    or leave half a cluster behind; and Ray puts a handler of its own in the place of SIGTERM's.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    # Signals arrive in the main thread; a handler that C code has set cannot be put back.
+    if threading.current_thread() is not threading.main_thread() or None in before.values():
+        yield
+        return
+    came: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if came:
+            restore()
+            signal.raise_signal(number)
+        came.append(number)
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _start(ray: Any, cluster: str, processes: int | None) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -16,6 +16,7 @@ from bilevel.constraints import Choice, Coordinate
 from bilevel.search.process import ADDITIVE, Process, fitted
 from bilevel.search.proposals import Region, least
 from bilevel.search.space import Space
+from bilevel.workers import on_cluster, require_workers, side_by_side
 
 State = dict[str, Any]
 NEAREST, SCATTERED = 30, 32
@@ -212,7 +213,13 @@ class Found:
 
 
 def minimise(
-    objective: Callable[..., Tensor], search: GradientSearch, *, state: State | None = None, seed: int = 0
+    objective: Callable[..., Tensor],
+    search: GradientSearch,
+    *,
+    state: State | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    cluster: str | None = None,
 ) -> Found:
     """Evaluate `search.evaluations` points of an objective, each with its gradient.
 
@@ -220,8 +227,15 @@ def minimise(
     choices, and returns a 0-d loss. Where that has a graph its gradient is taken by autograd, through a response for
     instance, which makes it a hypergradient; where it has none the search goes by losses alone. A parameter that the
     graph does not hold, as after `.item()`, and a slope that is not finite count as not seen. `state` goes on from an
-    earlier end, whose evaluations count. Raises `TypeError` for names that differ or a loss that is no number,
-    `ValueError` where every loss failed.
+    earlier end, whose evaluations count.
+
+    `jobs` points are asked for at once and evaluated side by side, in processes of one thread (joblib), or with
+    `cluster` on a Ray cluster, by its address or "local". So an objective may be a run of `bilevel.tune`: each trial
+    is a piece of work. Which points are tried depends on `jobs`, and not on where, or which of them ends first.
+
+    Raises `TypeError` for names that differ, a loss that is no number or a `cluster` that is no address, `ValueError`
+    where every loss failed or for `jobs` below 1, `ImportError` for packages that are missing, `ConnectionError` where
+    nobody answers at a cluster's address.
 
     >>> from bilevel.constraints import Interval
     >>> space = {"x": Interval(-2.0, 2.0), "y": Interval(-2.0, 2.0)}
@@ -229,31 +243,48 @@ def minimise(
     >>> round(found.values["x"], 2), round(found.values["y"], 2)
     (1.0, -0.5)
     """
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(
+            f"minimise: jobs={jobs!r}; expected a whole number from 1. So many points are asked for at once, and which "
+            "ones they are depends on it."
+        )
+    require_workers("minimise", jobs, cluster)
     names = list(inspect.signature(objective).parameters)
     if set(names) != set(search.space):
         raise TypeError(
             f"minimise: the objective takes {names}; expected the names of the space, {list(search.space)}."
         )
     state = search.init(seed) if state is None else state
-    while len(state["values"]) < search.evaluations:
-        (point,), state = search.ask(state)
-        numbers = {
-            name: torch.tensor(z, dtype=torch.float64, requires_grad=True)
-            for name, z in point.items()
-            if not isinstance(search.space[name], Choice)
-        }
-        loss = objective(**(point | numbers))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"minimise: the objective returned {loss!r}; expected a tensor with one number, the loss.")
-        gradient = {}
-        if loss.requires_grad and numbers:
-            # No zeros in the place of None: what the graph does not hold has an unknown slope, not a flat one.
-            slopes = torch.autograd.grad(loss.sum(), list(numbers.values()), allow_unused=True)
-            gradient = {
-                name: float(slope)
-                for name, slope in zip(numbers, slopes, strict=True)
-                if slope is not None and bool(slope.isfinite())
-            }
-        state = search.tell(state, point, float(loss.detach()), gradient)
+    with on_cluster(cluster, jobs):
+        while (left := search.evaluations - len(state["values"])) > 0:
+            points, state = search.ask(state, min(jobs, left))
+            work = [partial(_evaluated, objective, search.space, point) for point in points]
+            ends = dict(side_by_side(work, jobs=jobs, cluster=cluster))
+            for index, point in enumerate(points):  # in this order, whichever ended first
+                state = search.tell(state, point, *ends[index])
     values, least = search.best(state)
     return Found(values, least, state["values"].tolist(), state)
+
+
+def _evaluated(
+    objective: Callable[..., Tensor], space: Mapping[str, Coordinate | Choice], point: Mapping[str, Any]
+) -> tuple[float, dict[str, float]]:
+    """The loss at a point, and its slopes where they are known."""
+    numbers = {
+        name: torch.tensor(z, dtype=torch.float64, requires_grad=True)
+        for name, z in point.items()
+        if not isinstance(space[name], Choice)
+    }
+    loss = objective(**{**point, **numbers})
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"minimise: the objective returned {loss!r}; expected a tensor with one number, the loss.")
+    gradient = {}
+    if loss.requires_grad and numbers:
+        # No zeros in the place of None: what the graph does not hold has an unknown slope, not a flat one.
+        slopes = torch.autograd.grad(loss.sum(), list(numbers.values()), allow_unused=True)
+        gradient = {
+            name: float(slope)
+            for name, slope in zip(numbers, slopes, strict=True)
+            if slope is not None and bool(slope.isfinite())
+        }
+    return float(loss.detach()), gradient

@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -24,6 +24,7 @@ from bilevel.solving.description import Describer, differences
 from bilevel.solving.identity import in_words
 from bilevel.tree import Variables
 from bilevel.tuning.tuned import TrainedOn, Tuned
+from bilevel.workers import require_workers, side_by_side
 
 
 def trained_on(tuned: Tuned, steps: int, seed: int) -> TrainedOn:
@@ -92,6 +93,8 @@ def retrain(
     values: Mapping[str, Variables] | None = None,
     plain: bool = False,
     checkpoint: str | Path | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
 ) -> Retrained:
     """Train fresh models at the hyperparameters that a run of `tune` has found, and at those that it started from.
 
@@ -109,9 +112,14 @@ def retrain(
         plain: Train with the training loss as it is as well. The start's values are not "nothing": a declaration begins
             with some smoothing or noise, which may be worse than none.
         checkpoint: A file that keeps each training as it ends; what it has is not done again. More `seeds` may follow.
+        jobs: How many trainings go at once, in processes of one thread (joblib); -1: as many as there are cores.
+        cluster: Train on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one on
+            this machine. As many at once as it has cores, or `jobs`. The file is written here, at the end.
 
     Raises:
         CheckpointError: For a file of other trainings: of other values, another length or another model.
+        ImportError: For `jobs` without joblib, for `cluster` without Ray.
+        ConnectionError: Where nobody answers at a cluster's address.
         ValueError: For a layer with parameters of its own that cannot be reset; then give `make`. Before any training
             for validation data that do not end; of data without a length one pass is read to know it. For `plain` with
             a training loss that has hyperparameters of its own.
@@ -120,26 +128,38 @@ def retrain(
     """
     if seeds < 1:
         raise ValueError(f"retrain: seeds={seeds}; expected at least 1.")
+    if plain:
+        tuned.tuning.undeclared()  # refused before any work where there is none
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < -1 or jobs == 0:
+        raise ValueError(f"retrain: jobs={jobs!r}; expected a whole number from 1, or -1 for one a core.")
+    require_workers("retrain", jobs, cluster)
     count = tuned.plan.steps if steps is None else steps
     fresh = partial(_reset, tuned.model) if make is None else make
     given = {"found": tuned.hyper if values is None else values, "start": tuned.start}
-    training = {which: tuned.tuning.loss_at(at) for which, at in given.items()}
-    if plain:
-        training["plain"] = tuned.tuning.undeclared()
-    losses: dict[str, list[float]] = {which: [] for which in training}
+    # At None, the training loss as it is.
+    trained: dict[str, Mapping[str, Variables] | None] = {**given, **({"plain": None} if plain else {})}
+    losses: dict[str, list[float]] = {which: [] for which in trained}
     models: list[nn.Module] = []
     game = tuned.tuning.game()
     game.require_end(tuned.tuning.leader, "retrain", read=True)
     kept = _Kept.of(None if checkpoint is None else Path(checkpoint), tuned, game, given, count)
     try:
+        if jobs != 1 or cluster is not None:
+            # Without the run, which nobody needs there, and which may be large.
+            own = replace(tuned, solution=None)  # type: ignore[arg-type]
+            todo = {
+                f"{which} {seed}": partial(_afresh, own, fresh, at, count, seed, keep=which == "found")
+                for seed in range(seeds)
+                for which, at in trained.items()
+                if f"{which} {seed}" not in kept.trainings
+            }
+            for index, ended in side_by_side(list(todo.values()), jobs=jobs, cluster=cluster if todo else None):
+                kept.keep(list(todo)[index], ended)
         for seed in range(seeds):
-            for which, training_loss in training.items():
+            for which, at in trained.items():
                 done = kept.trainings.get(f"{which} {seed}")
                 if done is None:
-                    with random_kept(start=seed):
-                        model = _train(tuned, game, fresh(), training_loss, count, seed)
-                    with random_kept(start=seed):  # loaders that shuffle give all the same batches
-                        loss = _validate(tuned, game, model, given.get(which, tuned.start))
+                    model, loss = _one(tuned, game, fresh, at, count, seed)
                     done = {
                         "loss": loss,
                         "model": model.state_dict() if which == "found" else {},
@@ -155,6 +175,35 @@ def retrain(
     finally:
         game.stop_reading()
     return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models), tuple(losses.get("plain", ())))
+
+
+def _one(
+    tuned: Tuned, game: Game, fresh: Callable[[], nn.Module], at: Mapping[str, Variables] | None, steps: int, seed: int
+) -> tuple[nn.Module, float]:
+    """A fresh model that was trained, and its validation loss."""
+    training_loss = tuned.tuning.undeclared() if at is None else tuned.tuning.loss_at(at)
+    with random_kept(start=seed):
+        model = _train(tuned, game, fresh(), training_loss, steps, seed)
+    with random_kept(start=seed):  # loaders that shuffle give all the same batches
+        return model, _validate(tuned, game, model, tuned.start if at is None else at)
+
+
+def _afresh(
+    tuned: Tuned,
+    fresh: Callable[[], nn.Module],
+    at: Mapping[str, Variables] | None,
+    steps: int,
+    seed: int,
+    *,
+    keep: bool,
+) -> dict[str, Any]:
+    """What is kept of a training that is done in a process of its own."""
+    game = tuned.tuning.game()
+    try:
+        model, loss = _one(tuned, game, fresh, at, steps, seed)
+    finally:
+        game.stop_reading()
+    return {"loss": loss, "model": model.state_dict() if keep else {}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,30 @@
 """What runs through joblib runs on whatever backend is active, a cluster's too, which gives its results at the end."""
 
 import dataclasses
+import json
+import signal
+import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import bilevel as bl
+from bilevel.search import GradientSearch, minimise
+from bilevel.workers import on_cluster, side_by_side
+from games.cli import app
+from games.experiments.experiment import Experiment, Part
+from games.experiments.style import empty_figure
+from games.paper import catalogue
+from games.paper.implicit import at_kink
 
 joblib = pytest.importorskip("joblib")
+# Ray leaves its processes to be ended by themselves.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::FutureWarning"
+)
 
 
 def lead(x, y):
@@ -38,9 +54,25 @@ def test_a_backend_without_generators_serves():
 
 @pytest.fixture
 def ray():
+    """Not started."""
     found = pytest.importorskip("ray")
+    found.shutdown()
     yield found
     found.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _stopped():
+    yield
+    pytest.importorskip("ray").shutdown()
+
+
+@pytest.fixture
+def up(_stopped):
+    """One on this machine, which the tests share: `local` is this one while it is up."""
+    found = pytest.importorskip("ray")
+    if not found.is_initialized():
+        found.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 
 
 @pytest.mark.slow
@@ -81,10 +113,134 @@ def without_times(row):
     return repr(kept(dataclasses.asdict(row)))
 
 
+def bowl(x, kind):
+    return (x - 0.3) ** 2 + (0.1 if kind == "wide" else 0.0)
+
+
+def searched(**options):
+    space = {"x": bl.Interval(-1.0, 1.0), "kind": bl.Choice(["wide", "narrow"])}
+    return minimise(bowl, GradientSearch(space, evaluations=7), **options)
+
+
+def test_trials_side_by_side_are_those_of_one_process():
+    pairs = searched(jobs=2)
+    with joblib.parallel_config("sequential"):
+        assert searched(jobs=2).losses == pairs.losses
+    assert len(pairs.losses) == 7
+    assert pairs.loss == pytest.approx(0.0, abs=1e-2)
+    assert searched().losses[0] == pairs.losses[0]
+    for jobs in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="minimise: jobs=.* which ones they are depends on it"):
+            searched(jobs=jobs)
+
+
+def miss(weights, batch):
+    return (weights(batch[0])[:, 0] - batch[1]).square().mean()
+
+
+def decayed(weights, decay, batch):
+    return miss(weights, batch) + bl.penalty(weights, decay)
+
+
+def tuned():
+    inputs = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    data = [[(part, part.sum(1))] for part in inputs.split(6)]
+    torch.manual_seed(0)
+    model, hyper = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.1)), {"decay": bl.Log(1e-4, 1.0)}
+    adam = partial(torch.optim.Adam, lr=0.05)
+    return bl.tune(model, decayed, miss, *data, hyper=hyper, optimizer=adam, steps=10, check=0.0)
+
+
+def same(one, other):
+    # One thread or two: sums of a few products in another order, through ten steps.
+    assert one.found == pytest.approx(other.found, rel=1e-5)
+    assert one.start == pytest.approx(other.start, rel=1e-5)
+    for a, b in zip(one.models, other.models, strict=True):
+        assert not b.training
+        for key, value in a.state_dict().items():
+            assert torch.allclose(value, b.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+def test_seeds_side_by_side_are_those_of_one_process(tmp_path):
+    found = tuned()
+    alone = bl.retrain(found, seeds=2)
+    with joblib.parallel_config("sequential"):
+        same(alone, bl.retrain(found, seeds=2, jobs=2, checkpoint=tmp_path / "kept.pt"))
+    same(alone, bl.retrain(found, seeds=2, checkpoint=tmp_path / "kept.pt"))  # which has them all
+    with pytest.raises(ValueError, match="retrain: jobs=0"):
+        bl.retrain(found, jobs=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("up")
+def test_trials_and_seeds_go_to_ray(tmp_path):
+    assert searched(jobs=2, cluster="local").losses == searched(jobs=2).losses
+    found = tuned()
+    same(bl.retrain(found, seeds=2), bl.retrain(found, seeds=2, cluster="local", checkpoint=tmp_path / "kept.pt"))
+    same(bl.retrain(found, seeds=2), bl.retrain(found, seeds=2, checkpoint=tmp_path / "kept.pt"))
+
+
+def kink():
+    part = Part("kink", at_kink, {"penalty": 2.9, "seed": 0}, 2.0)
+    return {"kink": Experiment("kink", "The kink", (part,), lambda _: empty_figure(), lambda _: "there")}
+
+
+COMMANDS = {
+    "paper": ["kink"],
+    "gan": ["ring", "--seeds", "1", "--evaluations", "60", "--method", "alternating", "--method", "learned"],
+    "meta": ["sinusoid", "--shots", "5", "--steps", "3", "--tasks", "2", "--held-out", "4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("up")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_go_to_ray(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "experiments", kink)
+    results = []
+    for name, where in (("here", ["--jobs", "1"]), ("there", ["--ray", "local"])):
+        arguments = [command, *COMMANDS[command], *where, "--output", str(tmp_path / name)]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        (file,) = (tmp_path / name).glob("*.json")
+        results.append(numbers(json.loads(file.read_text())["results"]))
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+def numbers(tree, path=""):
+    """Those that a run has found, but for how long it took."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else []
+    found = {key: value for name, part in pairs for key, value in numbers(part, f"{path}/{name}").items()}
+    return found | ({path: tree} if isinstance(tree, int | float) and "second" not in path else {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ray_starts_is_not_lost(ray, monkeypatch, number):
+    """As where it comes in a callback, whose errors Python prints and forgets; Ray's handler of SIGTERM goes, too."""
+    done = []
+
+    def init(**_):
+        with suppress(BaseException):
+            signal.raise_signal(number)
+            time.sleep(0.0)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def terminated(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with pytest.raises(KeyboardInterrupt), on_cluster("local"):
+            done.append("work")
+        assert signal.getsignal(signal.SIGTERM) is terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not done
+
+
 @pytest.mark.slow
 def test_an_error_stops_the_workers(ray):
-    from bilevel.workers import side_by_side
-
     with pytest.raises(ZeroDivisionError):
         list(side_by_side([partial(divmod, 1, 0), partial(divmod, 1, 1)], jobs=2, cluster="local"))
     assert not ray.is_initialized()
