@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -44,6 +45,29 @@ def transforms_left() -> Iterator[None]:
     """Work beside the running `torch.func` transforms, for what is no function of their inputs."""
     with torch._C._DisableFuncTorch():
         yield
+
+
+def in_all_rows(
+    function: Callable[..., tuple[Tensor, ...]], count: int, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """`function(*rows)` for each of `count` rows of all `tensors: [count, ...]`, by one pass; random numbers differ.
+
+    It is `torch.func.vmap(function, randomness="different")(*tensors)` by the calls that this makes itself, without
+    its walks over nests and its checks: on small networks they took as long as what is computed.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or any(tensor.shape[:1] != (count,) for tensor in tensors):
+        return torch.func.vmap(function, randomness="different")(*tensors)
+    lazy_load_decompositions()
+    level = functorch._vmap_increment_nesting(count, "different")
+    try:
+        found = function(*[functorch._add_batch_dim(tensor, 0, level) for tensor in tensors])
+        if all(isinstance(tensor, Tensor) for tensor in found):
+            return tuple(functorch._remove_batch_dim(tensor, level, count, 0) for tensor in found)
+    finally:
+        functorch._vmap_decrement_nesting()
+    kinds = sorted({type(tensor).__name__ for tensor in found if not isinstance(tensor, Tensor)})
+    raise ValueError(f"a function that is run for many games at once returned {kinds}; expected tensors")
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 
 class StopRun(Exception):  # noqa: N818 - no error: a callback of `solve` asks for it
@@ -98,7 +98,35 @@ class BilevelWarning(UserWarning):
 
 
 class NonConvergenceWarning(BilevelWarning):
-    """A linear or inner solver stopped short of its tolerance; the message says by how much."""
+    """Something stopped short of where it should end; the message says by how much, and `of` what it was.
+
+    Its kinds are `FollowerNonConvergenceWarning`, `LeaderNonConvergenceWarning` and `LinearNonConvergenceWarning`.
+    A filter for this class is one for all of them.
+    """
+
+    of: ClassVar[str] = ""
+
+
+class FollowerNonConvergenceWarning(NonConvergenceWarning):
+    """A follower is not at its optimum: the lower level was not solved to its tolerance."""
+
+    of = "follower"
+
+
+class LeaderNonConvergenceWarning(NonConvergenceWarning):
+    """A run ended while its leader was on the way, ran away, or was stopped by SciPy's method: the upper level."""
+
+    of = "leader"
+
+
+class LinearNonConvergenceWarning(NonConvergenceWarning):
+    """A linear system is not solved to its tolerance.
+
+    It is that of a linear solver, as a rule for a hypergradient's adjoint; or the same equation where `SingleLoop`
+    follows it, `Nudged` solves nudged problems in its place, and `Hypernetwork` fits a slope to it.
+    """
+
+    of = "linear system"
 
 
 class UnreliableResponseWarning(BilevelWarning):
@@ -111,6 +139,10 @@ class ShortHorizonWarning(UnreliableResponseWarning):
 
 class InfeasibleWarning(BilevelWarning):
     """A leader's functions are broken where a run ended; the message says which, and by how much."""
+
+
+class OtherDataWarning(BilevelWarning):
+    """A run goes on with other batches than it was saved with; the message says whose."""
 
 
 class KinkWarning(UnreliableResponseWarning):

@@ -289,14 +289,39 @@ def explanation(error: RuntimeError) -> str:
     return ""
 
 
-def told_of_loss(error: RuntimeError) -> str:
-    """What an error of PyTorch's that a loss raised says of gradients inside it, with the way out; else empty."""
+WITHIN_TRANSFORMS = "a loss inside torch.func saves tensors by hooks"
+
+
+def told_of_loss(error: RuntimeError, *, transformed: bool) -> str:
+    """What an error of PyTorch's that a loss raised says of gradients inside it, with the way out; else empty.
+
+    `transformed` says whether the loss was run inside of a transform of torch.func.
+    """
     text = str(error)
+    if transformed and ("saved tensor hooks" in text or WITHIN_TRANSFORMS in text):
+        return (
+            "its loss saves tensors by hooks, as torch.utils.checkpoint and save_on_cpu do, which PyTorch does not run "
+            "inside torch.func, by which many games at once and Hypernetwork(...) are computed. Leave the hooks out, "
+            "or use another response and plain autograd."
+        )
     if "saved tensor hooks" in text:
         return (
             "its loss uses torch.func, which PyTorch does not run where saved tensors are watched, as Segments, "
             "ForwardMode and ReverseMode(offload=True) do. Take the gradient inside the loss by "
             "torch.autograd.grad(..., create_graph=True), or use plain ReverseMode()."
+        )
+    if "device meta" in text:
+        return (
+            f"a tensor in its loss is on the meta device, and has no numbers (PyTorch says: {text[:100]}). A game "
+            "keeps a copy of its players' variables and buffers alone: batches, frozen parameters and what a loss "
+            "captures stay where they were made."
+        )
+    if "must override the setup_context" in text or "does not have vmap support" in text:
+        named = re.search(r"vmap over (\w+)", text)
+        return (
+            f"{f'the autograd function {named.group(1)}' if named else 'an autograd function'} in its loss is not made "
+            "for torch.func, by which many games at once and Hypernetwork(...) are computed. Give it "
+            "`generate_vmap_rule = True` and a setup_context(ctx, inputs, output), with a forward without ctx."
         )
     if "requires_grad_() inside of a function being transformed" in text or (
         "torch.autograd.functional" in text and "functorch" in text

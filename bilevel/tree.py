@@ -6,9 +6,9 @@ all entries; users never see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,31 @@ from torch.utils import _pytree as pytree  # the pytrees that torch.func itself 
 
 Variables = Any
 """A tensor, or a nest of dicts, lists and tuples of tensors."""
+
+
+@final
+class Made(Mapping[str, Any]):
+    """Entries that are made, once, when they are first asked for: what nobody looks at costs nothing."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], Any]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,20 @@ class Structure:
             return dict(zip(spec.context, leaves, strict=True))
         return pytree.tree_unflatten(list(leaves), spec)
 
+    def fits(self, tree: Variables) -> bool:
+        """Whether a pytree is laid out like this."""
+        spec = self.spec
+        if type(tree) is dict and spec.type is dict and spec.num_nodes == len(self.shapes) + 1:
+            given = tree.values()
+            if not _TENSORS.issuperset(map(type, given)):
+                return self == structure_of(tree)
+            return list(tree) == spec.context and all(map(_of_shape, given, self.shapes))
+        return self == structure_of(tree)
+
+
+def _of_shape(tensor: Tensor, shape: torch.Size) -> bool:
+    return tensor.shape == shape
+
 
 def structure_of(tree: Variables) -> Structure:
     """The layout of a pytree."""
@@ -65,7 +104,8 @@ def leaves(tree: Variables) -> list[Any]:
 
 # A step of a small follower walks some thirty trees, nearly all of them plain dicts of tensors. PyTorch's own walk,
 # which looks each node's kind up in a registry, took a fifth of the step.
-_LEAVES = frozenset((Tensor, nn.Parameter, int, float, bool, str, type(None)))
+_TENSORS = frozenset((Tensor, nn.Parameter))
+_LEAVES = _TENSORS | frozenset((int, float, bool, str, type(None)))
 
 
 def _gather(tree: Variables, found: list[Any]) -> None:
@@ -138,6 +178,8 @@ def named_leaves(tree: Variables) -> list[tuple[str, Any]]:
 
 def leaf_names(tree: Variables, bare: str) -> list[str]:
     """Each leaf's path with dots, as `model.named_parameters()` names them; `bare` for a tensor by itself."""
+    if type(tree) is dict and _TENSORS.issuperset(map(type, tree.values())):
+        return [str(key) or bare for key in tree]
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return [".".join(str(_step_of(key)) for key in path) or bare for path, _ in pairs]
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from bilevel.errors import require_kinds
 from bilevel.tree import leaves
 
+_MOST = 10_000  # batches of a first pass without a length, after which it is held to be endless
+
 __all__ = ["SAGA", "SARAH", "BatchMean", "VarianceReduction"]
 
 Memory = dict[str, Any]
@@ -27,11 +29,13 @@ class BatchMean(Protocol):
         owner: Whose data they are, for errors.
         batch: The present one; None without data.
         epoch: The pass that it is of; None where that is not known.
+        length: How many batches a pass has; None where the data do not say.
     """
 
     owner: str
     batch: Any
     epoch: int | None
+    length: int | None
 
     @property
     def point(self) -> Tensor:
@@ -72,7 +76,8 @@ class SAGA(VarianceReduction):
     batch, and a digest of the batch a step.
 
     Raises:
-        ValueError: When a pass has a batch that the first one had not, or the same one twice.
+        ValueError: When a pass has a batch that the first one had not, or the same one twice; and when the first has
+            not ended after 10,000 batches, nor has a length above that.
 
     Source: Defazio et al. 2014 (arXiv 1407.0202); for bilevel problems, SABA, Dagréou et al. 2022 (arXiv 2201.13409).
 
@@ -97,6 +102,12 @@ class SAGA(VarianceReduction):
             raise ValueError(
                 f"SAGA keeps an entry for each batch, and the data of player {mean.owner!r} gave the same one twice in "
                 "a pass. Leave it out of the list, or make larger batches."
+            )
+        if before is None and len(table) >= max(_MOST, mean.length or 0):
+            raise ValueError(
+                f"SAGA keeps an entry for each batch, and the data of player {mean.owner!r} have given {len(table):,} "
+                "in their first pass and have not ended. Use SARAH(period) on data that end, or make the batches "
+                "once, data=list(loader)."
             )
         table[key], seen[key] = now, -1 if mean.epoch is None else mean.epoch
         old = memory.get("mean")
@@ -130,6 +141,7 @@ class SARAH(VarianceReduction):
 
     Raises:
         ValueError: For a period below 1.
+        DataError: When a pass has not ended after 10,000 batches of data without a length.
 
     Source: Nguyen et al. 2017 (arXiv 1703.00102); for bilevel problems, SRBA, Dagréou et al. 2024 (arXiv 2302.08766).
 

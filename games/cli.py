@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import bilevel as bl
 from games.checking.command import certify_command, check_command
 from games.compare.command import compare_command
 from games.economics.command import economics_command
+from games.experiments.console import interrupted
 from games.gan.command import gan_command
 from games.meta.command import meta_command
 from games.mixture.command import mixture_command
 from games.paper.command import paper_command
 from games.published.command import problems_command
 from games.reweighting.command import reweight_command
+from games.stopping import raising
 from games.tuning.command import tune_command
 
 OVERVIEW = """\
@@ -60,7 +65,32 @@ bilevel {version}: nested optimisation and differentiable games in PyTorch.
 --help explains a command's options. The long ones write to a folder and go on after an interruption with --resume.
 In Python: import bilevel as bl; bl.solve(game) solves a game of your own."""
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell of an interruption that the command itself has not told."""
+    try:
+        with raising():
+            yield
+    except KeyboardInterrupt as pressed:
+        raise interrupted(pressed) from None
+
+
+class _Commands(TyperGroup):
+    """Commands that end in one line wherever they are stopped: also while their options are read."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """The options, read."""
+        with _told():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """A command, run."""
+        with _told():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

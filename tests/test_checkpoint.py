@@ -2,6 +2,8 @@
 
 import errno
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
@@ -518,3 +520,75 @@ def test_runs_that_are_killed_starved_doubled_and_damaged():
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = ("kill -9", "SIGINT", "SIGTERM", "disk full", "folder read-only", "two processes", "flipped bit")
     assert all(kind in done.stdout for kind in kinds)
+
+
+def test_resuming_a_run_that_is_not_there_is_refused_with_the_path(tmp_path):
+    path, sgd = tmp_path / "run.pt", partial(SGD, lr=0.1)
+    with pytest.raises(ValueError, match="resume=True goes on from a checkpoint; say which"):
+        bl.solve(line(), optimizer=sgd, steps=3, resume=True)
+    with pytest.raises(TypeError, match=r"resume='yes'; expected True, False, or None"):
+        bl.solve(line(), optimizer=sgd, steps=3, resume="yes")
+    for options in ({}, {"starts": [{"x": torch.zeros((), dtype=D)}, {"x": torch.ones((), dtype=D)}]}):
+        with pytest.raises(bl.errors.CheckpointError, match=r"there is no checkpoint .*run.pt. .* leave resume= out"):
+            bl.solve(line(), optimizer=sgd, steps=3, checkpoint=path, resume=True, **options)
+    assert not list(tmp_path.iterdir())
+    bl.solve(line(), optimizer=sgd, steps=3, checkpoint=path)
+    again = bl.solve(line(), optimizer=sgd, steps=5, checkpoint=path, resume=True)
+    assert [record["step"] for record in again.history] == [1, 2, 3, 4, 5]
+
+
+class Shaken(Dataset):
+    """Rows with random numbers from somewhere."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, row):
+        return torch.tensor([row, self.numbers.random()], dtype=D)
+
+
+@pytest.mark.parametrize("asked", ["solve", "tune"])
+def test_data_that_give_other_batches_are_told_when_a_run_goes_on(asked, tmp_path, recwarn):
+    def loss(y, batch):
+        return (y - batch.mean(0)).square().sum()
+
+    def run(numbers, steps, rows=None):
+        data = DataLoader(Shaken(numbers) if rows is None else rows, batch_size=2)
+        options = {"checkpoint": tmp_path / f"{asked}.pt", "checkpoint_every": 1}
+        if asked == "solve":
+            player = bl.Player(loss, torch.zeros(2, dtype=D), data=data)
+            return bl.solve(bl.Game(y=player), optimizer=partial(SGD, lr=0.1), steps=steps, **options)
+
+        def fit(weights, decay, batch):
+            return (weights(batch) - 1.0).square().mean() + bl.penalty(weights, decay)
+
+        def judge(weights, batch):
+            return (weights(batch) - 1.0).square().mean()
+
+        def stop(step, *_):
+            if step == steps:
+                raise bl.errors.StopRun
+
+        torch.manual_seed(0)
+        return bl.tune(
+            torch.nn.Linear(2, 1, dtype=D), fit, judge, data, [torch.ones(2, 2, dtype=D)], steps=7, every=1,
+            callbacks=[stop],
+            hyper={"decay": bl.Log(1e-4, 1e-2)}, optimizer=partial(SGD, lr=1e-3), check=0, warmup=0, **options
+        ).solution  # fmt: skip
+
+    random.seed(0)
+    run(random, 5)  # Python's global generator: in another process it would stand elsewhere
+    random.seed(1)
+    found = run(random, 7)
+    told = [str(w.message) for w in recwarn if issubclass(w.category, bl.errors.OtherDataWarning)]
+    assert len(told) == 1 and re.search(r"give another batch \d of pass \d than when", told[0])
+    assert told[0] in found.warnings
+    # The way out: a generator that the data hold.
+    (tmp_path / f"{asked}.pt").unlink()
+    recwarn.clear()
+    run(random.Random(0), 5)
+    run(random.Random(1), 7)
+    assert not [w for w in recwarn if issubclass(w.category, bl.errors.OtherDataWarning)]

@@ -15,6 +15,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
@@ -82,8 +83,127 @@ def endless():
     yield from itertools.count(int(torch.randint(100, ())))
 
 
+class InOrder(Sampler):
+    """A sampler that goes on where it was stopped, and shuffles by a generator of its own, as torchdata's do."""
+
+    def __init__(self):
+        self.own, self.order, self.place = torch.Generator().manual_seed(3), None, 0
+
+    def __iter__(self):
+        if self.order is None:
+            self.order = torch.randperm(7, generator=self.own).tolist()
+        while self.place < 7:
+            self.place += 1
+            yield self.order[self.place - 1]
+        self.order, self.place = None, 0
+
+    def __len__(self):
+        return 7
+
+    def state_dict(self):
+        return {"own": self.own.get_state(), "order": self.order, "place": self.place}
+
+    def load_state_dict(self, state):
+        self.own.set_state(state["own"])
+        self.order, self.place = state["order"], state["place"]
+
+
+class Counting(Sampler):
+    """It counts its passes, and shuffles by their number."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        yield from np.random.default_rng(self.passes).permutation(7).tolist()
+        self.passes += 1
+
+    def __len__(self):
+        return 7
+
+
+class InPlace(Counting):
+    """It shuffles one order again and again."""
+
+    def __init__(self, kind):
+        self.order = list(range(7)) if kind == "list" else np.arange(7) if kind == "array" else torch.arange(7)
+        self.shuffle = random.Random(5).shuffle if kind == "list" else np.random.default_rng(5).shuffle
+        self.random = self.shuffle.__self__
+
+    def __iter__(self):
+        self.random.shuffle(self.order if not isinstance(self.order, torch.Tensor) else self.order.numpy())
+        yield from map(int, self.order)
+
+
+class Walk(IterableDataset):
+    """Numbers that go on from pass to pass, with a state that can be saved."""
+
+    def __init__(self):
+        self.place, self.random = 0, np.random.RandomState(4)
+
+    def __iter__(self):
+        info = get_worker_info()
+        for _ in range(5):
+            self.place += 1
+            yield torch.tensor([self.place + 100.0 * (info.id if info else 0), self.random.rand()])
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+class Batches:
+    """Batches of one's own making: a list that is shuffled anew in each pass, and a count."""
+
+    def __init__(self):
+        self.made, self.random, self.order = 0, random.Random(2), [0, 1, 2, 3]
+
+    def __iter__(self):
+        self.random.shuffle(self.order)
+        for number in self.order:
+            self.made += 1
+            yield torch.tensor([number, self.made])
+
+
+class Jitter:
+    """A transform with a generator of its own."""
+
+    def __init__(self):
+        self.random = np.random.default_rng(1)
+
+    def __call__(self, index):
+        return torch.tensor([index, self.random.random()])
+
+
+class Jittered(Dataset):
+    def __init__(self):
+        self.transforms = [Jitter()]
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return self.transforms[0](index)
+
+
 DATA = TensorDataset(torch.arange(7))
+KEEPING = {
+    "a sampler that goes on": lambda **options: DataLoader(DATA, batch_size=2, sampler=InOrder(), **options),
+    "in a batch sampler": lambda **options: DataLoader(
+        DATA, batch_sampler=BatchSampler(InOrder(), 2, False), **options
+    ),
+    "counts its passes": lambda **options: DataLoader(DATA, batch_size=2, sampler=Counting(), **options),
+    "shuffles a list": lambda **options: DataLoader(DATA, batch_size=2, sampler=InPlace("list"), **options),
+    "shuffles an array": lambda **options: DataLoader(DATA, batch_size=2, sampler=InPlace("array"), **options),
+    "shuffles a tensor": lambda **options: DataLoader(DATA, batch_size=2, sampler=InPlace("tensor"), **options),
+    "iterable with a state": lambda **options: DataLoader(Walk(), batch_size=2, **options),
+    "transform with a generator": lambda **options: DataLoader(Jittered(), batch_size=2, **options),
+}
 LOADERS = {
+    **KEEPING,
+    "batches of one's own": Batches,
     "list": lambda: [0, 1, 2],
     "shuffled": lambda: DataLoader(DATA, batch_size=2, shuffle=True),
     "own generator": lambda: DataLoader(DATA, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(5)),
@@ -148,6 +268,38 @@ def test_consumers_of_one_object_do_not_disturb_each_other(make):
         second = one.draw(second)[1]
     assert ahead == whole
     assert batches == whole[:7]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("name", ["in a batch sampler", "shuffles an array", *list(KEEPING)[-2:]])
+def test_what_data_keep_is_kept_beside_workers(name, persistent):
+    make = partial(KEEPING[name], num_workers=2, persistent_workers=persistent)
+    whole, _ = draws(Stream("w", make()), Stream.start(3), 10)  # into the third pass
+    _, position = draws(Stream("w", make()), Stream.start(3), 9)
+    assert draws(Stream("w", make()), position, 1)[0] == whole[9:]
+
+
+def test_a_user_may_set_what_a_sampler_goes_by():
+    sampler = Counting()
+    stream = Stream("w", DataLoader(DATA, batch_size=7, sampler=sampler))
+    (first, second), position = draws(stream, Stream.start(), 2)
+    assert first != second and sampler.passes == 1
+    sampler.passes = 0
+    assert draws(stream, position, 1)[0] != [first]  # the pass after it has ended adds one
+    stream.close()
+    sampler.passes = 5
+    (sixth,), _ = draws(Stream("w", DataLoader(DATA, batch_size=7, sampler=sampler)), Stream.start(), 1)
+    assert sixth == np.random.default_rng(5).permutation(7).tolist()
+
+
+def test_what_is_kept_is_plain_and_small_and_absent_where_there_is_nothing(tmp_path):
+    for name, make in LOADERS.items():
+        if "workers" in name or "persistent" in name or name == "endless":
+            continue
+        _, position = draws(Stream("w", make()), Stream.start(), 9)
+        assert ("kept" in position) == (name in (*list(KEEPING)[2:7], "batches of one's own")), name
+        torch.save(position, tmp_path / "position")
+        assert torch.load(tmp_path / "position", weights_only=True) == position
 
 
 def test_two_consumers_in_turn_see_the_same():

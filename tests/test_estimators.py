@@ -1,6 +1,7 @@
 """Linear models with a penalty for each feature."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 pytest.importorskip("sklearn")
 from sklearn.base import clone
-from sklearn.datasets import make_regression
+from sklearn.datasets import load_breast_cancer, make_regression
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
+from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,11 +20,13 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bilevel.estimators import ElasticNetTuned, LogisticTuned, RidgeTuned, SquaredHingeTuned
+from bilevel.estimators.blocks import KnownBlocks
 from bilevel.estimators.losses import Logistic, RowLoss, Softmax, SquaredError, SquaredHinge
 from bilevel.estimators.newton import Table, fitted, logs_of
 from bilevel.estimators.selection import folds_of, gained
 from bilevel.estimators.sparse import fitted_sparse
 from bilevel.estimators.tuned import Stack
+from bilevel.linear import LinearOperator
 
 ALL = (RidgeTuned, ElasticNetTuned, LogisticTuned, SquaredHingeTuned)
 
@@ -70,6 +74,9 @@ def test_the_hypergradient_is_that_of_refitted_folds(loss, sparse):
     def total(level, deviation):
         weights, _ = stack.optimum(logs_of({"level": level, "deviation": deviation}))
         prior = 0.5 * (deviation / stack.spread[:, None]).square().sum()
+        if isinstance(loss, Logistic | Softmax):  # a likelihood's level has a prior of its own
+            size = stack.table.inputs[:, :4].square().mean()
+            prior = prior + 0.5 * ((level - size.log()) / 2.0).square().sum()
         return (stack.losses(weights) / stack.unit).sum() + prior
 
     torch.testing.assert_close(value, total(level, deviation), rtol=1e-12, atol=0.0)
@@ -172,6 +179,37 @@ def test_a_single_pair_of_penalties_is_scikit_learns(rows):
     np.testing.assert_allclose(tuned.predict(X), wanted, rtol=1e-6, atol=1e-6 * y.std())
     assert np.ptp(tuned.l1_penalties_) == 0.0
     assert np.ptp(tuned.l2_penalties_) == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_penalty_is_not_next_to_none_where_folds_are_separated():
+    # One deal of these 100 rows is separated in every fold, and loses the less the weaker the penalty is: the least
+    # loss of that deal is at 8e-4, which triples the loss on other rows.
+    X, y = load_breast_cancer(return_X_y=True)
+    X, X_test, y, y_test = train_test_split(X, y, train_size=100, random_state=0)
+    tuned, tenth = LogisticTuned(spreads=()).fit(X, y), LogisticTuned(spreads=(), standardize=False)
+    scale = X.std(0)
+    tenth.fit((X - X.mean(0)) / scale / 10.0, y)
+    assert tuned.single_penalty_ > 0.02
+    # A penalty is in units of the features' squares; L-BFGS ends within 1e-4 of a slope of 0 in its logarithm.
+    assert tenth.single_penalty_ == pytest.approx(tuned.single_penalty_ / 100.0, rel=1e-2)
+    weak = LogisticRegression(C=1.0 / 8e-4, max_iter=10_000).fit((X - X.mean(0)) / scale, y)
+    lost = log_loss(y_test, tuned.predict_proba(X_test))
+    assert lost < 0.6 * log_loss(y_test, weak.predict_proba((X_test - X.mean(0)) / scale))
+
+
+def test_known_blocks_refine_where_rounding_leaves_too_much():
+    # Blocks that are known to five digits leave 1e-5 of |b|, and a refinement the square of that.
+    scales = torch.logspace(0.0, -1.0, 6, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    matrix = basis @ scales.square().diag() @ basis.T
+    off = matrix * (1.0 + 1e-5)
+    b = torch.ones(6, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = KnownBlocks(matrices=off[None], rtol=1e-8).solve(LinearOperator(lambda v: matrix @ v), b)
+    assert found.products == 2
+    assert float(found.residual_norm) <= 1e-8 * float(b.norm())
 
 
 def test_a_squared_hinge_is_linear_svcs(rows):

@@ -7,9 +7,22 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bilevel as bl
-from bilevel.errors import IndefiniteSystemError, NotSymmetricError, UnreliableResponseWarning
+from bilevel.errors import (
+    BilevelWarning,
+    CheckpointError,
+    ConvergenceError,
+    IndefiniteSystemError,
+    NonConvergenceWarning,
+    NotSymmetricError,
+    SecondDerivativeError,
+    UnreliableResponseWarning,
+)
+from bilevel.responses import AllBatches, FreshBatches, HeldBatch
+from bilevel.variance import SAGA, SARAH
 
 D = torch.float64
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -220,3 +233,233 @@ def test_half_precision():
             slopes.append(torch.autograd.grad(game.loss("x", {"x": x, "y": y}), x)[0])
         # bfloat16 has 8 bits: 0.4 % an operation, of which few follow each other here.
         torch.testing.assert_close(*slopes, rtol=0.1, atol=0.01)
+
+
+# On a model with normalisation, in float32, with a loader ---------------------------------------------------------
+
+
+INPUTS = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+EXAMPLES = TensorDataset(INPUTS, INPUTS[:, :3].argmax(1))
+
+
+def loader(size=32, **options):
+    return DataLoader(EXAMPLES, batch_size=size, **options)
+
+
+def network(norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), norm(8) if norm is nn.BatchNorm1d else norm, nn.ReLU(), nn.Linear(8, 3))
+
+
+def valid(weights, batch):
+    return cross_entropy(weights(batch[0]), batch[1])
+
+
+def train(weights, decay, batch):
+    return valid(weights, batch) + bl.penalty(weights, decay.exp())
+
+
+def model_game(data=None, model=None):
+    return bl.Game(
+        decay=bl.Player(valid, torch.tensor(-4.0), data=loader(96)),
+        weights=bl.Player(
+            train, network() if model is None else model, data=loader(shuffle=True) if data is None else data
+        ),
+    )
+
+
+def told(play, category=BilevelWarning):
+    """What it warns of; it must not raise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        play()
+    return [str(warning.message) for warning in caught if issubclass(warning.category, category)]
+
+
+def played(game, response, steps=2, **options):
+    return bl.solve(game, weights=response, optimizer=partial(torch.optim.Adam, lr=0.01), steps=steps, **options)
+
+
+def test_an_implicit_response_whose_batches_differ():
+    options = {"steps": 20, "linear_solver": bl.ConjugateGradient(damping=1.0, max_steps=50, rtol=1e-2)}
+    first = told(lambda: played(model_game(), bl.Implicit(SGD, **options)), NonConvergenceWarning)
+    assert any("accept it by tolerance=None, or give larger batches" in text for text in first)
+    assert not any("more steps or another optimiser" in text for text in first)
+    after = told(lambda: played(model_game(), bl.Implicit(SGD, tolerance=None, **options)), NonConvergenceWarning)
+    assert not any("is still" in text for text in after)
+    # On one batch the follower can be at its optimum: there more steps help.
+    one = told(lambda: played(model_game([next(iter(loader(96)))]), bl.Implicit(SGD, **options)), NonConvergenceWarning)
+    assert any("Give it more steps or another optimiser" in text for text in one)
+
+
+def test_a_short_horizon_with_batches():
+    rows = torch.randn(160, 2, generator=torch.Generator().manual_seed(0), dtype=D)
+    speeds = torch.tensor([1.0, 0.04], dtype=D)
+
+    def play(response):
+        def follow(x, y, batch):
+            return 0.5 * (speeds * (y - x * (1.0 + 0.3 * batch.mean(0))) ** 2).sum()
+
+        data = DataLoader(rows, batch_size=8, shuffle=True)
+        lead = bl.Player(lambda y: y[0] - 4.0 * y[1], torch.tensor(1.0, dtype=D))
+        game = bl.Game(x=lead, y=bl.Player(follow, torch.zeros(2, dtype=D), data=data))
+        bl.solve(game, y=response, optimizer=partial(torch.optim.SGD, lr=1e-3), steps=40)
+
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    (first,) = told(lambda: play(bl.Unrolled(sgd, steps=5)))
+    assert "Short horizon" in first and re.search(r"more steps=, use Implicit\(\.\.\., tolerance=None\), or", first)
+    for response in (bl.Implicit(sgd, tolerance=None), bl.Unrolled(sgd, steps=5, tolerance=None)):
+        assert told(lambda response=response: play(response)) == []
+
+
+def test_a_sample_inside_transforms():
+    linear = bl.linear.StochasticGradient(step_size=0.05, max_steps=4)
+
+    def slope(**options):
+        response, game = (
+            bl.Implicit(SGD, steps=3, tolerance=None, **options),
+            model_game(loader(), network(nn.Identity())),
+        )
+        state = response.init(game)
+
+        def value(decay):
+            weights, _ = response(game, {"decay": decay}, state)
+            return game.loss("decay", {"decay": decay, "weights": weights}, next(iter(loader(96))))
+
+        return torch.func.grad(value)(torch.tensor(-4.0))
+
+    with pytest.raises(
+        SecondDerivativeError, match=r"nor is it taken inside torch.func. Use HeldBatch\(\) or AllBatches\(\)"
+    ):
+        slope(batches=FreshBatches(), linear_solver=linear)
+    for batches in (HeldBatch(), AllBatches()):
+        solver = bl.ConjugateGradient(damping=1.0, max_steps=30, rtol=1e-2)
+        assert torch.isfinite(slope(batches=batches, linear_solver=solver))
+
+
+def test_a_table_of_a_shuffled_loader():
+    model = network(nn.LayerNorm(8))
+
+    def play(data, variance):
+        played(model_game(data, model), bl.SingleLoop(SGD, variance=variance), steps=8)
+
+    with pytest.raises(ValueError, match=r"Make the batches once, data=list\(loader\)"):
+        play(loader(shuffle=True), SAGA())
+    play(list(loader(shuffle=True)), SAGA())
+    batch = next(iter(loader()))
+    with pytest.raises(ValueError, match=r"the same one twice in a pass. Leave it out of the list, or make larger"):
+        play([batch, batch], SAGA())
+    play([batch], SAGA())
+    play(list(loader(48)), SAGA())
+    play(loader(shuffle=True), SARAH(4))
+
+
+class Unsized(IterableDataset):
+    def __iter__(self):
+        return iter(EXAMPLES)
+
+
+def test_epochs_of_data_without_a_length():
+    def tune(**length):
+        loss = lambda weights, decay, batch: valid(weights, batch) + bl.penalty(weights, decay)
+        data, hyper = DataLoader(Unsized(), batch_size=32), {"decay": bl.Log(1e-6, 1e-1)}
+        adam = partial(torch.optim.Adam, lr=1e-3)
+        return bl.tune(network(), loss, valid, data, data, hyper=hyper, optimizer=adam, **length)
+
+    with pytest.raises(ValueError, match="epochs cannot be counted. Give steps= instead"):
+        tune(epochs=2)
+    assert told(lambda: tune(steps=10), UnreliableResponseWarning) == []
+
+
+def test_a_checkpoint_that_cannot_serve(tmp_path):
+    response, path = bl.Unrolled(SGD, steps=2, tolerance=None), tmp_path / "runs" / "a.pt"
+    with pytest.raises(ValueError, match="its folder does not exist. Create it first"):
+        played(model_game(), response, checkpoint=path)
+    path.parent.mkdir()
+    with pytest.raises(CheckpointError, match="leave resume= out"):
+        played(model_game(), response, checkpoint=path, resume=True)
+    played(model_game(), response, checkpoint=path, steps=3)
+    with pytest.raises(ValueError, match="Ask for more steps, or pass resume=False"):
+        played(model_game(), response, checkpoint=path, steps=2)
+    assert len(played(model_game(), response, checkpoint=path, steps=4, resume=True).history) == 4
+    assert len(played(model_game(), response, checkpoint=path, steps=2, resume=False).history) == 2
+    other = bl.Unrolled(SGD, steps=3, tolerance=None)
+    with pytest.raises(CheckpointError, match="accept_changes=True .* another checkpoint=, or resume=False"):
+        played(model_game(), other, checkpoint=path, steps=3)
+    played(model_game(), other, checkpoint=path, steps=3, accept_changes=True)
+    played(model_game(), other, checkpoint=tmp_path / "runs" / "b.pt")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="Delete it to start anew"):
+        played(model_game(), other, checkpoint=path)
+    path.unlink()
+    played(model_game(), other, checkpoint=path)
+
+
+def test_a_normalisation_with_a_forward_of_its_own():
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x)
+
+    response = bl.Unrolled(SGD, steps=2, tolerance=None)
+    (first,) = told(lambda: played(model_game(model=network(Own(8))), response))
+    assert "Use torch's BatchNorm as it is, GroupNorm or LayerNorm" in first
+    for norm in (nn.BatchNorm1d, nn.GroupNorm(2, 8), nn.LayerNorm(8)):
+        assert told(lambda norm=norm: played(model_game(model=network(norm)), response)) == []
+
+
+def test_a_follower_who_runs_another_by_running_statistics():
+    def play(norm):
+        def second(weights, head, batch):
+            return cross_entropy(weights(batch[0]) * head, batch[1])
+
+        game = bl.Game(
+            decay=bl.Player(
+                lambda weights, head, batch: second(weights, head, batch), torch.tensor(-4.0), data=loader(96)
+            ),
+            weights=bl.Player(train, network(norm), data=loader()),
+            head=bl.Player(
+                lambda decay, weights, head, batch: second(weights, head, batch), torch.ones(3), data=loader()
+            ),
+        )
+        response = bl.Unrolled(SGD, steps=2, tolerance=None)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        bl.solve(game, weights=response, head=response, optimizer=optimizer, steps=2)
+
+    first = told(lambda: play(nn.BatchNorm1d), UnreliableResponseWarning)
+    assert any("Use GroupNorm or LayerNorm there" in text for text in first)
+    for norm in (nn.GroupNorm(2, 8), nn.LayerNorm(8)):
+        assert told(lambda norm=norm: play(norm), UnreliableResponseWarning) == []
+
+
+def test_a_step_of_a_series_that_is_too_long():
+    game = model_game([next(iter(loader(96)))], network(nn.LayerNorm(8)))
+
+    def play(solver):
+        played(game, bl.Implicit(SGD, steps=200, tolerance=None, linear_solver=solver))
+
+    with pytest.raises(
+        ConvergenceError, match="diverges.*(Take half of that, or None|a smaller step_size, some damping)"
+    ) as raised:
+        play(bl.Neumann(step_size=50.0, damping=0.5))
+    (bound,) = re.findall(r"bounds it by ([\d.e+-]+)\.", str(raised.value))
+    for size in (0.5 * float(bound), None):
+        play(bl.Neumann(step_size=size, damping=0.5, max_steps=200, rtol=1e-2))
+    play(bl.GMRES(damping=0.5))
+
+
+def test_conjugate_gradients_in_single_precision():
+    game = model_game([next(iter(loader(96)))], network(nn.LayerNorm(8)))
+
+    def play(**options):
+        solver = bl.ConjugateGradient(**options)
+        return told(lambda: played(game, bl.Implicit(SGD, steps=200, tolerance=None, linear_solver=solver)))
+
+    first = play(rtol=1e-3, damping=0.05, max_steps=2)
+    assert any("ConjugateGradient stopped" in text or "ConjugateGradient answered" in text for text in first)
+    assert any("Give it more max_steps, a preconditioner, more damping, or a larger rtol" in text for text in first)
+    for options in (
+        {"damping": 0.05},
+        {"damping": 50.0, "max_steps": 2},
+        {"damping": 0.05, "max_steps": 8, "rtol": 0.5},
+    ):
+        assert not any("ConjugateGradient" in text for text in play(**{"rtol": 1e-2, **options}))

@@ -1,5 +1,6 @@
 """A short horizon is told, on data as on none; and to look changes nothing of the run."""
 
+import math
 import random
 import warnings
 from functools import partial
@@ -242,3 +243,121 @@ def test_held_batches_are_given_again_and_not_read():
     with pytest.raises(bl.errors.DataError, match="is not held"):
         again.draw("y", place)
     assert len(data.given) == count
+
+
+# Many games, tasks, and leaders that SciPy moves ----------------------------------------------------------------------
+
+
+def decayed(y, x, curvature, target=1.0):
+    """From y = 0: at its optimum y is above 1/2, so that more decay is right; after few steps it is below."""
+    return 0.5 * curvature * (y - target) ** 2 + 0.5 * x.exp() * y**2
+
+
+def lead_half(y):
+    return 0.5 * (y - 0.5) ** 2
+
+
+def decays(curvatures, spread=0.0, size=4):
+    """A game for each curvature, with noise in what the follower is fitted to, or none."""
+    zero = torch.zeros((), dtype=torch.float64)
+    rows = torch.tensor(curvatures, dtype=torch.float64)
+
+    def follow(x, y, batch):
+        return decayed(y, x, batch[0], 1.0 + batch[1])
+
+    def batches():
+        noise = torch.Generator().manual_seed(0)
+        while True:
+            drawn = torch.randn(len(rows), size, generator=noise, dtype=torch.float64).mean(1)
+            yield torch.stack([rows, spread * drawn], 1)
+
+    data = [torch.stack([rows, 0.0 * rows], 1)] if spread == 0.0 else [b for b, _ in zip(batches(), range(64))]
+    one = bl.Game(x=bl.Player(lead_half, zero - 5.0), y=bl.Player(follow, zero, data=[data[0][0]]))
+    return bl.Games(one, len(rows), data={"y": data})
+
+
+def solved(game, optimizer=None, steps=40, **response):
+    chosen = optimizer or partial(torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = bl.solve(game, **response, optimizer=chosen, steps=steps)
+    return found, [str(warning.message) for warning in caught if "Short horizon" in str(warning.message)]
+
+
+def ahead(steps, **options):
+    return bl.Unrolled(SGD, steps=steps, warm_start=False, **options)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_of_many_games_those_that_look_too_short_ahead_are_told(spread):
+    """Four steps of .5 bring y to 1 - (1 - h / 2)^4 of the way: .94 for h = 1, and .23 for h = 1/8."""
+    found, told = solved(decays([1.0, 0.125, 0.125], spread), y=ahead(4))
+    (text,) = told
+    assert "looks 4 steps ahead; 16" in text and "in 2 of 3 games" in text and "points the other way" in text
+    assert ["Short horizon" in " ".join(one.warnings) for one in found] == [False, True, True]
+    silent, told = solved(decays([1.0, 0.125, 0.125], spread), y=ahead(4, tolerance=None))
+    assert not told
+    for one, other in zip(found.variables.values(), silent.variables.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_many_games_whose_horizon_is_long_enough_are_not_told(spread):
+    _, told = solved(decays([1.0, 0.5, 0.8], spread), y=ahead(16))
+    assert not told
+
+
+def test_noise_in_a_hundred_games_is_no_short_horizon():
+    """The noise is thirty times the pull, and no batch comes twice."""
+    zero = torch.zeros((), dtype=torch.float64)
+    noise = torch.randn(900, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def follow(x, y, batch):
+        return 0.5 * (y - x - batch) ** 2 * 0.1
+
+    one = bl.Game(x=bl.Player(lambda x, y: y * y + x * x, zero + 0.1), y=bl.Player(follow, zero, data=[zero]))
+    games = bl.Games(one, 100, data={"y": list(3.0 * noise)})
+    _, told = solved(games, optimizer=partial(torch.optim.SGD, lr=1e-4), y=ahead(20))
+    assert not told
+
+
+def tasks_of(curvature, count):
+    zero = torch.zeros((), dtype=torch.float64)
+    noise = torch.Generator().manual_seed(0)
+    batches = [1.0 + 0.1 * torch.randn(3, generator=noise, dtype=torch.float64) for _ in range(count)]
+    return bl.Tasks(
+        x=bl.Player(lambda y, batch: lead_half(y) + 0.0 * batch, zero - 5.0),
+        y=bl.Player(lambda x, y, batch: decayed(y, x, curvature, batch), zero),
+        data=[{"support": batch, "query": batch} for batch in batches],
+    )
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize(("curvature", "short"), [(0.125, True), (1.0, False)])
+def test_tasks_that_look_too_short_ahead_are_told_and_others_are_not(curvature, short, count):
+    found, told = solved(tasks_of(curvature, count), y=ahead(4))
+    assert bool(told) == short
+    if short:
+        assert "looks 4 steps ahead; 16" in told[0] and "points the other way" in told[0]
+        assert ("in the mean of 5 looks" in told[0]) == (count > 1)
+    silent, told = solved(tasks_of(curvature, count), y=ahead(4, tolerance=None))
+    assert not told and torch.equal(found.variables["x"], silent.variables["x"])
+
+
+@pytest.mark.parametrize("method", ["L-BFGS-B", "SLSQP", "trust-constr"])
+@pytest.mark.parametrize(("steps", "short"), [(4, True), (200, False)])
+def test_a_leader_that_scipy_moves_is_told_of_a_short_horizon(method, steps, short):
+    """As an end too: L-BFGS-B takes a handful of evaluations to the edge, fewer than the sixteen of a first look."""
+    zero = torch.zeros((), dtype=torch.float64)
+    game = bl.Game(
+        x=bl.Player(lead_half, zero - 3.0, domain=bl.Box(-5.0, 2.0)),
+        y=bl.Player(lambda x, y: decayed(y, x, 0.125), zero),
+    )
+    found, told = solved(game, optimizer=bl.Scipy(method), y=ahead(steps))
+    assert bool(told) == short
+    if short:
+        assert f"looks {steps} steps ahead; {4 * steps}" in told[0] and "norm" in told[0]
+        assert found.variables["x"] <= -2.9  # led to the edge, where h / (h + e^x) = 1/2 is at x = log h
+    else:
+        # 200 steps of 1/2 leave (1 - h)^200 = e^-26 of the way.
+        assert abs(float(found.variables["x"]) - math.log(0.125)) <= 1e-2

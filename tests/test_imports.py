@@ -20,6 +20,7 @@ GROUND = {
     "randomness",
     "second_order",
     "elementary",
+    "custom_functions",
     "_returned",
     "_printed",
     "_drawn",
@@ -43,6 +44,7 @@ MAY = {
     "elementary": set(),
     "second_order": {"errors", "elementary"},
     "autodiff": {"errors", "second_order"},
+    "custom_functions": {"errors", "randomness", "second_order"},
     "variance": {"errors", "tree"},
     "networks": {"errors", "tree"},
     "constraints": GROUND,
@@ -82,13 +84,14 @@ APPLICATIONS = {
 }
 GAMES_MAY = {
     "errors": set(),
-    "experiments": {"errors"},
+    "stopping": set(),
+    "experiments": {"errors", "stopping"},
     "matrix": {"errors"},
     "cross_validation": {"errors"},
     "problems": {"errors", "experiments"},
     **dict.fromkeys(APPLICATIONS, BELOW),
-    "cli": APPLICATIONS,
-    "__main__": {"cli"},
+    "cli": APPLICATIONS | {"experiments", "stopping"},
+    "__main__": {"cli", "stopping"},
 }
 
 

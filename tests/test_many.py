@@ -433,13 +433,13 @@ def with_curvature(curvature, **options):
 def test_a_game_that_stops_short_is_named():
     curvature = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.01]], dtype=D)
     y = bl.Implicit(partial(SGD, lr=1.0), steps=3, tolerance=1e-3, linear_solver=CG)
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"in 1 of 3 games, the worst being game 2"):
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning, match=r"in 1 of 3 games, the worst being game 2"):
         found = bl.solve(with_curvature(curvature), y=y, steps=2)
     assert "game 2" in str(found)
     assert [len(alone.warnings) for alone in found] == [0, 0, 1] and found[-1].warnings == found.warnings
     y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=bl.ConjugateGradient(max_steps=1))
     with pytest.warns(
-        bl.errors.NonConvergenceWarning, match=r"ConjugateGradient.*in 1 of 3 games, the worst being game 2"
+        bl.errors.LinearNonConvergenceWarning, match=r"ConjugateGradient.*in 1 of 3 games, the worst being game 2"
     ):
         bl.solve(with_curvature(curvature), y=y, steps=1)
 
@@ -447,7 +447,9 @@ def test_a_game_that_stops_short_is_named():
 def test_a_game_whose_solve_is_worse_than_none_is_named():
     curvature = torch.tensor([[1.0, 1.0], [1.0, 1.0], [9.0, 9.0]], dtype=D)
     y = bl.Implicit(bl.ClosedForm(lambda x: x), linear_solver=bl.linear.Identity(scale=0.5))
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"0 in 1 of 3 games, the worst being game 2.*3.5 \|b\|"):
+    with pytest.warns(
+        bl.errors.LinearNonConvergenceWarning, match=r"0 in 1 of 3 games, the worst being game 2.*3.5 \|b\|"
+    ):
         found = bl.solve(with_curvature(curvature), y=y, steps=1)
     assert [len(alone.warnings) for alone in found] == [0, 0, 1]
 

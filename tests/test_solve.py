@@ -216,7 +216,7 @@ def test_a_step_in_which_several_leaders_hear_of_it_is_one_step():
 
 def test_warnings_are_gathered_and_issued_once_while_they_hold():
     short = bl.Implicit(partial(SGD, lr=0.01), steps=1)
-    with pytest.warns(bl.errors.NonConvergenceWarning) as caught:
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning) as caught:
         solution = bl.solve(cournot(), follower=short, optimizer=partial(SGD, lr=0.1), steps=4)
     assert len(caught) == 1 and len(solution.warnings) == 1
     assert "in 4 of 4 steps" in solution.warnings[0] and "wanted 0.001" in solution.warnings[0]
@@ -283,7 +283,9 @@ def far_leader(start):
 def test_a_leader_who_has_hardly_begun_is_told_with_its_gradient():
     """Adam's default step of .01 takes 1 of the 20,000 that there are; the gradient is 2 x."""
     response = bl.Implicit(bl.ClosedForm(lambda x: x))
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' was far from an optimum: after 100 .* 39998, 100%"):
+    with pytest.warns(
+        bl.errors.LeaderNonConvergenceWarning, match=r"'x' was far from an optimum: after 100 .* 39998, 100%"
+    ):
         found = bl.solve(far_leader(2e4), y=response)
     assert "norm of the leaders' gradient in the last step: 39998, 1 of that at the start" in str(found)
     assert any("was far from an optimum" in text for text in found.warnings)
@@ -359,7 +361,7 @@ def turning(start=0.5):
 
 def test_players_who_run_away_in_finite_numbers_are_told():
     """Each step is (1 + .3^2)^(1/2) times as far out: from quarter to quarter (25 steps) 2.9 times, in 100 steps 74."""
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' and 'y' ran away: in 100 steps"):
+    with pytest.warns(bl.errors.LeaderNonConvergenceWarning, match=r"'x' and 'y' ran away: in 100 steps"):
         bl.solve(turning(), optimizer=partial(torch.optim.SGD, lr=0.3), steps=100)
 
 
@@ -369,7 +371,7 @@ def test_a_leader_whose_rate_is_too_large_is_told():
         x=bl.Player(lambda y: y.square().sum(), torch.tensor([0.3], dtype=torch.float64)),
         y=bl.Player(lambda x, y: (y - x).square().sum(), torch.tensor([0.3], dtype=torch.float64)),
     )
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"'x' ran away: in 30 steps"):
+    with pytest.warns(bl.errors.LeaderNonConvergenceWarning, match=r"'x' ran away: in 30 steps"):
         bl.solve(game, y=bl.Implicit(bl.ClosedForm(lambda x: x)), optimizer=partial(torch.optim.SGD, lr=1.2), steps=30)
 
 

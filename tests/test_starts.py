@@ -96,6 +96,76 @@ def test_only_the_best_ones_warnings_are_issued():
     assert len(ours) == 1 and ours[0] in found.warnings
 
 
+def slow_on_the_left(x, y):
+    """Its optimum is 2 + x / 100; where x < 0 its curvature is a thousandth, so that from 0 it does not get there."""
+    return (torch.where(x > 0.0, 1.0, 1e-3) * (y - 2.0 - 0.01 * x).square()).sum() / 2.0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "order"),
+    [(partial(SGD, lr=0.0), (0, 1)), (partial(SGD, lr=0.0), (1, 0)), (bl.Scipy("L-BFGS-B"), (0, 1))],
+    ids=str,
+)
+def test_an_end_whose_follower_stopped_short_is_passed_over(optimizer, order):
+    """At the follower's optimum the leader has 4 + x; at the one that stopped short, near 0, far less: no answer."""
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y**2 + 0.01 * x).sum(), number(1.0), domain=BOX),
+        y=bl.Player(slow_on_the_left, number(0.0)),
+    )
+    starts = [[{"x": number(1.5)}, {"x": number(-1.5)}][place] for place in order]
+    response = bl.Implicit(partial(SGD, lr=1.0), steps=5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = bl.solve(game, y=response, optimizer=optimizer, steps=2, starts=starts)
+    spread = found.starts
+    right, short = order.index(0), order.index(1)
+    assert spread.best == right and found.variables["x"] > 0.0 and found.values["x"] > 3.9
+    assert spread.values[short] < 0.1 and "follower" in spread.not_converged[short]
+    assert "follower" not in spread.not_converged[right] and "follower" not in found.not_converged
+    text = str(spread)
+    assert "the follower of 1" in text
+    assert "1 ended lower, the lowest at -0.0" in text and text.endswith("and is passed over.")
+    # What is said of the other one's follower is not issued.
+    assert not [w for w in told if issubclass(w.category, bl.errors.FollowerNonConvergenceWarning)]
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning):
+        alone = bl.solve(game.starting(**starts[short]), y=response, optimizer=partial(SGD, lr=0.0), steps=2)
+    assert alone.not_converged == ("follower",)
+
+
+def test_the_lowest_value_counts_where_no_follower_has_converged():
+    game = bl.Game(
+        x=bl.Player(lambda x, y: (y**2 + x).sum(), number(1.0)),
+        y=bl.Player(lambda x, y: (y - 2.0).square().sum() + 0.0 * x, number(0.0)),
+    )
+    starts = [{"x": number(v)} for v in (1.0, -3.0, 2.0)]
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning):
+        found = bl.solve(
+            game, y=bl.Implicit(partial(SGD, lr=1e-3), steps=2), optimizer=partial(SGD, lr=0.0), steps=2, starts=starts
+        )
+    assert found.starts.best == 1 and "Not converged: the follower of 3." in str(found)
+    assert "ended lower" not in str(found) and found.not_converged == ("follower",)
+
+
+def test_many_games_say_which_of_them_have_not_converged_at_the_end():
+    """One that was short in the first steps alone is told of, and has converged."""
+    rates = torch.tensor([1.0, 1e-3, 0.5], dtype=D)
+    one = bl.Game(
+        x=bl.Player(lambda x, y: (y**2).sum() + 0.0 * x.sum(), torch.zeros(1, dtype=D)),
+        y=bl.Player(
+            lambda x, y, batch: (batch * (y - 2.0 - 0.1 * x).square()).sum() / 2.0,
+            torch.zeros(1, dtype=D),
+            data=[rates[:1]],
+        ),
+    )
+    games = bl.Games(one, 3, data={"y": [rates[:, None]]})
+    # Curvatures of 1 and 1/2 leave 0 and a fourth a call of two steps, from call to call: 4^-6 after six.
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning):
+        found = bl.solve(games, y=bl.Implicit(partial(SGD, lr=1.0), steps=2), optimizer=partial(SGD, lr=0.0), steps=6)
+    assert found.not_converged["follower"].tolist() == [False, True, False]
+    assert [one.not_converged for one in found] == [(), ("follower",), ()]
+    assert found.warned[0] == {1, 2}
+
+
 def test_a_run_of_many_starts_resumes(tmp_path):
     options = {"y": RESPONSE, "optimizer": bl.Scipy("SLSQP"), "starts": 3}
     with warnings.catch_warnings():

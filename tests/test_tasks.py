@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 import bilevel as bl
+from bilevel.autodiff import in_all_rows, transforms_active
 from bilevel.inner import EntrywiseSGD
 
 D = torch.float64
@@ -296,7 +297,7 @@ def test_a_run_goes_on_with_other_settings(tmp_path):
 
 
 def test_implicit_warns_of_tasks_that_fall_short():
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"in \d of 5 tasks, the worst being task \d"):
+    with pytest.warns(bl.errors.FollowerNonConvergenceWarning, match=r"in \d of 5 tasks, the worst being task \d"):
         bl.solve(imaml(), task=bl.Implicit(partial(SGD, lr=0.1), steps=20), steps=1)
 
 
@@ -615,3 +616,58 @@ def test_new_tasks_are_answered_with_learned_rates_too():
     with torch.no_grad():
         response.init(game.together(batch_of()))
     assert bool(torch.isfinite(found.losses["meta"]).all())
+
+
+# What a pass is made of ----------------------------------------------------------------------------------------------
+
+
+def test_a_start_is_called_once_for_all_tasks_unless_it_draws_or_sees_them():
+    calls = []
+
+    def same(meta):
+        calls.append(meta)
+        return meta
+
+    def drawn(meta):
+        return {name: w + torch.randn(w.shape, dtype=w.dtype) for name, w in meta.items()}
+
+    def seen(meta, batch):
+        return {name: w + batch[0].mean() for name, w in meta.items()}
+
+    for start, differ in ((same, False), (drawn, True), (seen, True)):
+        game = bl.Tasks(meta=bl.Player(judge, net()), task=bl.Player(judge, net(), start=start), data=[batch_of()])
+        stack = game.together(batch_of())
+        meta = stack.initial("meta")
+        calls.clear()
+        found = stack.starting_point("task", {"meta": meta}, batch_of()["support"])
+        for name, leaf in found.items():
+            assert leaf.shape == (TASKS, *meta[name].shape)
+            assert (not torch.equal(leaf[0], leaf[1])) == differ
+    calls.clear()
+    game = bl.Tasks(meta=bl.Player(judge, net()), task=bl.Player(judge, net(), start=same), data=[batch_of()])
+    stack = game.together(batch_of())
+    calls.clear()
+    stack.starting_point("task", {"meta": stack.initial("meta")}, batch_of()["support"])
+    assert len(calls) == 1
+
+
+def test_a_function_in_all_rows_is_its_vmap():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(shape, generator=generator, dtype=D) for shape in ((4, 3), (4, 3, 2)))
+
+    def function(row, matrix):
+        noise = torch.rand(2, dtype=D)
+        return (row @ matrix).tanh() + noise, noise, torch.ones(2, dtype=D)
+
+    torch.manual_seed(1)
+    found = in_all_rows(function, 4, [first, second])
+    torch.manual_seed(1)
+    expected = torch.func.vmap(function, randomness="different")(first, second)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0)
+    with pytest.raises(ValueError, match="size"):
+        in_all_rows(function, 4, [first, second[:3]])
+    with pytest.raises(ValueError, match="returned \\['float'\\]; expected tensors"):
+        in_all_rows(lambda row: (1.0,), 4, [first])
+    # What fails inside leaves no level behind.
+    assert not transforms_active()

@@ -48,3 +48,15 @@ def test_a_structure_builds_what_pytorch_would(name):
     assert pytree.tree_structure(built) == pytree.tree_structure(pytree.tree_unflatten(found, form.spec))
     with pytest.raises(ValueError):
         form.build([*found, torch.ones(1)])
+
+
+def test_a_structure_fits_what_is_laid_out_alike():
+    tree = {"a": torch.zeros(2), "b": torch.zeros(3, 1)}
+    form = structure_of(tree)
+    assert form.fits({"a": torch.ones(2), "b": torch.ones(3, 1)})
+    assert not form.fits({"b": torch.ones(3, 1), "a": torch.ones(2)})  # another order is another flat vector
+    assert not form.fits({"a": torch.ones(2), "b": torch.ones(3)})
+    assert not form.fits({"a": torch.ones(2)})
+    assert not form.fits({"a": torch.ones(2), "b": {"c": torch.ones(3, 1)}})
+    assert not form.fits([torch.ones(2), torch.ones(3, 1)])
+    assert structure_of(torch.zeros(2)).fits(torch.ones(2))

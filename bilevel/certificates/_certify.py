@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-
 from bilevel.certificates.alone import Settings, members_alone
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
 from bilevel.certificates.certificate import Certificate, Finding
@@ -17,6 +15,7 @@ from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, defini
 from bilevel.certificates.within import certified_within, has_constraints
 from bilevel.game import Game
 from bilevel.game.data import Batch
+from bilevel.game.rounding import rounding, terms
 from bilevel.responses import Response
 from bilevel.responses.base import State
 from bilevel.solving.solution import Solution
@@ -74,6 +73,7 @@ def certify(
             smooth functions (a cone, a `prox=`), or more than 1,000 unknowns within constraints.
 
     Examples:
+        >>> import torch
         >>> def lead(x, y): return (y - 1) ** 2 + x ** 2
         >>> def follow(x, y): return (y - 2 * x) ** 2
         >>> from bilevel.game import Player
@@ -112,8 +112,8 @@ def certify(
     curvature = held.spectrum(held.y, lanczos_steps)
     slope = float(held.slope(held.y, *held.own).detach().norm())
     # A gradient of two terms as large as |H| |y| cannot be told from 0 below their rounding.
-    rounding = 100.0 * torch.finfo(held.y.dtype).eps * curvature.largest * float(held.y.norm())
-    findings = [small("follower's first order", slope, held.reference, rounding, tolerance)]
+    lost = rounding(terms(curvature.largest, float(held.y.norm())), held.y.dtype, 100.0)
+    findings = [small("follower's first order", slope, held.reference, lost, tolerance)]
     here = attempt(lambda: held.implicit(held.y)) if curvature.smallest > 0.0 else None
     if held.held.symmetric:
         findings.append(definite("follower's second order", curvature, f"of {last}'s own Hessian", lowest=held.lowest))
@@ -189,6 +189,7 @@ def certify_nash(
         ValueError: For missing players, wrong shapes or dtypes, NaN, or batches of players without data.
 
     Examples:
+        >>> import torch
         >>> def first(x, y): return x ** 2 + x * y
         >>> def second(x, y): return y ** 2 - x * y
         >>> from bilevel.game import Player
@@ -226,18 +227,17 @@ def _corrected(held: LeaderFollowerPoint, here: Taken, steps: int) -> tuple[Take
     curvature = attempt(lambda: held.spectrum(there.y, steps))
     if curvature is None or curvature.smallest <= 0.0:
         return there, math.inf, far
-    epsilon = torch.finfo(there.y.dtype).eps
     mu, remark = curvature.lower, ""
     if not mu > 0.0:
         mu, remark = 0.5 * curvature.smallest, "mu is a guess"
-    floor = held.reference + curvature.largest * float(there.y.norm()) + there.mixed * float(flatten(held.own).norm())
-    if not (there.slope <= 0.5 * here.slope or there.slope <= 100.0 * epsilon * floor):
+    sizes = terms(curvature.largest, float(there.y.norm()), there.mixed, float(flatten(held.own).norm()))
+    if not (there.slope <= 0.5 * here.slope or there.slope <= rounding(held.reference + sizes, there.y.dtype, 100.0)):
         return there, math.inf, far
     rate = attempt(lambda: held.sensitivity(there))
     if rate is None:
         return there, math.inf, far
-    rounding = 100.0 * epsilon * (curvature.largest / mu) * there.scale
-    return there, rate * there.slope / mu + there.mixed * there.residual / mu + rounding, remark
+    lost = rounding(curvature.largest / mu * there.scale, there.y.dtype, 100.0)
+    return there, rate * there.slope / mu + there.mixed * there.residual / mu + lost, remark
 
 
 def _leader(held: LeaderFollowerPoint, there: Taken | None, left: float, tolerance: float, steps: int) -> list[Finding]:

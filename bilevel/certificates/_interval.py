@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -254,12 +255,23 @@ class _Draws:
         """How many batches a pass has that does not depend on the seed; None where it does."""
         known = self.__dict__.setdefault("_counts", {})
         if name not in known:
-            passes = [[digest(b) for b in self._game.whole_pass(name, self._game.start(name, s))] for s in (0, 1)]
-            known[name] = len(passes[0]) if passes[0] == passes[1] else None
+            starts = [self._game.start(name, seed) for seed in (0, 1)]
+            passes = [map(digest, self._game.whole_pass(name, at, "hypergradient_interval")) for at in starts]
+            known[name] = _equal_length(*passes)
         return known[name]  # type: ignore[no-any-return]
 
     def _number(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self._generator))
+
+
+def _equal_length(one: Iterator[str], other: Iterator[str]) -> int | None:
+    """How many two passes have, where they are equal; they are read no further than to their first difference."""
+    count = 0
+    for mine, theirs in itertools.zip_longest(one, other):
+        if mine != theirs:
+            return None
+        count += 1
+    return count
 
 
 class _Runs:

@@ -85,6 +85,8 @@ class ConstrainedPoint:
                 f"certify: leader {leader!r} is {list(game.members(leader))} together, and somebody has constraints. "
                 "Name one of them as leader=."
             )
+        for name in (leader, follower):
+            game.require_twice(name)
         self.original, self.leader, self.follower, self.seed = game, leader, follower, seed
         self.game = game.by_functions(leader, "certify").by_functions(follower, "certify")
         self.variables, self.buffers = dict(variables), buffers
@@ -94,8 +96,8 @@ class ConstrainedPoint:
         }
         self.others = {name: v for name, v in variables.items() if name != follower}
         state = {"follower": follower, "data": None, "buffers": buffers.get(follower, {})}
-        state |= self.game.follower(self.others, state, self.batches[follower]).first()
-        self.held = self.game.follower(self.others, state, self.batches[follower])
+        state |= self.game.follower(self.others, state, self.batches[follower], further=self.others).first()
+        self.held = self.game.follower(self.others, state, self.batches[follower], further=self.others)
         self.held.buffers = buffers
         self.residual, self.random = self.held.held_residual(), random_state(game.device)
         here = {name: map_leaves(Tensor.detach, v) for name, v in variables.items()}

@@ -73,10 +73,12 @@ class LeaderFollowerPoint:
         seed: int,
     ) -> None:
         self.game, self.leader, self.follower = game, leader, follower
+        for name in (leader, follower):
+            game.require_twice(name)
         state = fresh_state(game, follower, seed)
-        self.reference = float(state["reference"])
+        self.reference = float(state["reference"]) or 1.0
         self.others = {name: v for name, v in variables.items() if name != follower}
-        self.held = game.follower(self.others, state, batches.get(follower))
+        self.held = game.follower(self.others, state, batches.get(follower), further=self.others)
         self.held.buffers = buffers
         self.buffers = buffers
         self.batch = batches[leader] if leader in batches else game.draw(leader, game.start(leader, seed))[0]
@@ -345,6 +347,7 @@ def own_gradient(
     game: Game, name: str, variables: Mapping[str, Variables], batch: Batch, buffers: Buffers
 ) -> OwnGradient:
     """A player's own gradient at a point."""
+    game.require_twice(name)
     form, random = game.structure(name), random_state(game.device)
 
     def slope(y: Tensor) -> Tensor:

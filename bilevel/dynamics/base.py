@@ -72,15 +72,14 @@ def directed(rule: Dynamics, field: Field, state: State) -> tuple[dict[str, list
             that moved the players or wrote into its state.
     """
     name, lent = f"{type(rule).__name__}.directions", Lent()
-    for player, point in field.point.items():
-        lent.out(f"field.point[{player!r}]", point)
+    field.noting(lambda player, point: lent.out(f"field.point[{player!r}]", point))
     found, after = both(
         rule.directions(field, lent.out("a tensor of its state", state)), name, "the directions, and the next state"
     )
     lent.require_untouched(name)
     require_instance(found, dict, f"{name}: what it returned", f"a dict of directions for {list(field.movers)}")
     require_instance(after, dict, f"{name}: the state that it returned", "a dict, {} where it remembers nothing")
-    wrong = [mover for mover in field.movers if mover not in found] or [n for n in found if n not in field.names]
+    wrong = [mover for mover in field.movers if mover not in found] or [n for n in found if n not in field.point]
     if wrong:
         raise ValueError(
             f"{name} returned directions for {list(found)}, {'without' if wrong[0] in field.movers else 'with'} "

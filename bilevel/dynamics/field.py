@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._returned import described, require_leaves
 from bilevel.dynamics.play import Play
-from bilevel.tree import join
+from bilevel.tree import Made, join
 
 Leaves = dict[str, list[Tensor]]
 Evaluate = Callable[[Mapping[str, list[Tensor]], Sequence[str], bool], dict[str, list[Tensor]]]
@@ -47,7 +47,9 @@ class Field:
         self._losses = losses
         self._play = play
         self.movers = tuple(point if movers is None else movers)
-        self.point = {name: [leaf.detach() for leaf in leaves] for name, leaves in point.items()}
+        self._noted: Callable[[str, list[Tensor]], object] | None = None
+        # A player who moves alone looks at those whom its loss reads, and the others' are not made.
+        self.point: Mapping[str, list[Tensor]] = Made(point, lambda name: self._looked(name, point[name]))
         self.products = 0
         """How many products with a player's rows of J have been asked for."""
 
@@ -56,15 +58,25 @@ class Field:
         """The players, in order of play."""
         return tuple(self.point)
 
+    def noting(self, noted: Callable[[str, list[Tensor]], object]) -> Field:
+        """The same, which tells of each player whose point is looked at for the first time."""
+        self._noted = noted
+        return self
+
+    def _looked(self, name: str, leaves: list[Tensor]) -> list[Tensor]:
+        found = [leaf.detach() for leaf in leaves]
+        if self._noted is not None:
+            self._noted(name, found)
+        return found
+
     def at(self, point: Mapping[str, list[Tensor]]) -> Leaves:
         """The movers' part of xi at a point, everybody's leaves; one gradient of each."""
         self._require_point("at", point)
-        tracked = {name: [t.detach().requires_grad_() for t in leaves] for name, leaves in point.items()}
-        return self._evaluate(tracked, self.movers, False)
+        return self._evaluate(_tracked(point), self.movers, False)
 
     def here(self) -> Leaves:
         """The movers' part of xi where the players are."""
-        return self.at(self.point)
+        return self._evaluate(_tracked(self.point), self.movers, False)
 
     def linearised(self) -> Jacobian:
         """xi and J where the players are, on one retained graph."""
@@ -119,6 +131,10 @@ class Field:
             )
         for name, here in self.point.items():
             require_leaves(point[name], here, f"Field.{method}: the point of player {name!r}")
+
+
+def _tracked(point: Mapping[str, list[Tensor]]) -> Mapping[str, list[Tensor]]:
+    return Made(point, lambda name: [leaf.detach().requires_grad_() for leaf in point[name]])
 
 
 def _split(method: str, vector: Tensor, like: Mapping[str, list[Tensor]], names: Sequence[str] | None = None) -> Leaves:

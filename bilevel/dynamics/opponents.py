@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -28,8 +29,8 @@ class LOLA(Dynamics):
     $\chi_i = \sum_j J_{ji}^\top \nabla_j L_i$ that shapes how the others learn. Its fixed points need not be the game's
     (those of `LookAhead` are).
 
-    Costs $n^2 + n$ gradients of $n$ players a step, and one backward pass through them for each. Source: Foerster et
-    al. 2017 (arXiv 1709.04326); Letcher et al. 2019 (arXiv 1811.08469).
+    Costs a gradient of each player's loss in everybody's variables a step, and one backward pass through it. Source:
+    Foerster et al. 2017 (arXiv 1709.04326); Letcher et al. 2019 (arXiv 1811.08469).
 
     Args:
         step_size: $\eta$, the step that the others are assumed to take.
@@ -49,15 +50,16 @@ class LOLA(Dynamics):
         with torch.enable_grad():
             point = field.tracked()
             losses = field.losses(point)
-            own = {name: _slopes(losses[name], point[name]) for name in field.names}
+            every = [(name, leaf) for name in field.names for leaf in point[name]]
+            # One backward pass has a loss's derivatives in everybody's variables; None in those it does not read.
+            slopes = {name: _seen(losses[name], [leaf for _, leaf in every]) for name in field.names}
+            own = [slopes[name][place] for place, (name, _) in enumerate(every)]
             found = {}
             for name in field.names:
                 shaped = losses[name]
-                for other in field.names:
-                    if other != name:
-                        crossed = _slopes(losses[name], point[other])
-                        pairs = zip(crossed, own[other], strict=True)
-                        shaped = shaped - self.step_size * torch.stack([(a * b).sum() for a, b in pairs]).sum()
+                for (other, _), crossed, theirs in zip(every, slopes[name], own, strict=True):
+                    if other != name and crossed is not None and theirs is not None:
+                        shaped = shaped - self.step_size * (crossed * theirs).sum()
                 found[name] = _last(shaped, point[name])
         return found, state
 
@@ -105,6 +107,13 @@ class ExactLOLA(Dynamics):
                 there = {other: point[name] if other == name else moved[other] for other in field.names}
                 found[name] = _last(field.losses(there)[name], point[name])
         return found, state
+
+
+def _seen(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+    """A loss's derivatives, None where it does not depend on a leaf."""
+    if not loss.requires_grad:
+        return [None] * len(leaves)
+    return torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
 
 
 def _slopes(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -41,8 +41,11 @@ class Play(Protocol):
     def advance(self, names: Sequence[str]) -> None:
         """Move the players on to their next batches, and to other random numbers."""
 
-    def whole_pass(self, name: str) -> Iterator[Any]:
-        """All the batches of a player's present pass."""
+    def whole_pass(self, name: str, asker: str) -> Iterator[Any]:
+        """All the batches of a player's present pass; `DataError`, in which `asker` reads them, where it has no end."""
+
+    def pass_length(self, name: str) -> int | None:
+        """How many batches a pass of a player's has, as far as its data say."""
 
     def tree(self, name: str, leaves: Sequence[Any]) -> Variables:
         """Leaves in the form of a player's variables."""

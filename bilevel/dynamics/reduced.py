@@ -89,6 +89,7 @@ class _OwnSlopes:
     def __init__(self, field: Field, name: str, wanted: Sequence[str], opened: OpenedStep) -> None:
         self.owner, self._field, self._wanted, self._opened = name, field, wanted, opened
         self.batch, self.epoch = field.play.batch(name)
+        self.length = field.play.pass_length(name)
         self.point = join([leaf.detach() for other in wanted for leaf in opened.leaves[other]])
 
     def split(self, vector: Tensor) -> Leaves:
@@ -107,7 +108,8 @@ class _OwnSlopes:
 
     def everywhere(self) -> Tensor:
         """The mean over the pass."""
-        found = [self._elsewhere(self.point, (batch,)) for batch in self._field.play.whole_pass(self.owner)]
+        batches = self._field.play.whole_pass(self.owner, "VarianceReduced")
+        found = [self._elsewhere(self.point, (batch,)) for batch in batches]
         return sum(found[1:], found[0]) / len(found)
 
     def _elsewhere(self, point: Tensor, batch: tuple[Any, ...]) -> Tensor:

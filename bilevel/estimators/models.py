@@ -134,14 +134,14 @@ class RidgeTuned(_RegressorTuned):
     \min_w \frac12 \sum_i (y_i - x_i^\top w - b)^2 + \frac12 \sum_j \lambda_j w_j^2
     $$
 
-    A penalty here is scikit-learn's `alpha`, of features of variance 1. All penalties minimise the cross-validated
-    loss, with a Gaussian prior on log penalties around a common level. Rows held out from all of that tuning judge the
-    prior's width, one of `spreads`, beside the single penalty; where a width gains g with a standard error of s, the
-    weights are 1 - s^2 / g^2 parts its own, and else those of the single penalty. With fewer than 20 rows, one group,
-    or `spreads=()`, there is a single penalty.
+    A penalty here is scikit-learn's `alpha`, of features of variance 1. All penalties minimise the cross-validated loss
+    of five deals into folds, with a Gaussian prior on log penalties around a common level. Rows held out from all of
+    that tuning judge the prior's width, one of `spreads`, beside the single penalty; where a width gains g with a
+    standard error of s, the weights are 1 - s^2 / g^2 parts its own, and else those of the single penalty. With fewer
+    than 20 rows, one group, or `spreads=()`, there is a single penalty.
 
     Dense float64 inputs; weights are not drawn at random, and no rows have weights. Costs (len(spreads) + 1)
-    (repeats folds + 1) folds fits for each of up to `max_steps` steps.
+    (repeats folds + 5) folds fits for each of up to `max_steps` steps.
 
     Args:
         groups: A label for each feature, `[features]`; features with one label share a penalty. None: each has its own.
@@ -264,7 +264,9 @@ class LogisticTuned(_ClassifierTuned):
 
     A penalty here is the inverse of scikit-learn's `C`, of features of variance 1; classes share a feature's. How
     penalties are tuned and how far they may differ is as in `RidgeTuned`, and so are options and attributes, `coef_`
-    being `[1 or classes, features]`. The intercept has a penalty of 1e-6.
+    being `[1 or classes, features]`. The intercept has a penalty of 1e-6. The logarithm of the common level has a prior
+    of standard deviation 2 around 0, weights of variance 1: folds that a model separates would have it fall without
+    end.
 
     Args:
         groups: A label for each feature, `[features]`; features with one label share a penalty.

@@ -36,6 +36,13 @@ class Table:
         return len(self.groups)
 
     @property
+    def size(self) -> Tensor:
+        """The mean square of penalised columns that are not 0; 1 where there is none."""
+        squares = self.inputs[:, : self.features].square().mean(0)
+        found = squares[squares > 0.0]
+        return found.mean() if len(found) else squares.new_ones(())
+
+    @property
     def kinds(self) -> int:
         """How many penalties a group has."""
         return 2 if self.sparse else 1

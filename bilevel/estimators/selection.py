@@ -20,6 +20,10 @@ _SHARES = (0.02, 0.1, 0.5, 0.9, 1.0)
 """Of the absolute values in a penalty, those of the grid of an elastic net."""
 _FEWEST_ROWS = 20
 """Below so many, rows that are held out twice say nothing."""
+_NOTHING_LEFT = 1e-12
+"""A mean square of errors, of targets of variance 1, below which there is nothing to tune."""
+_DEALS = 5
+"""How often all rows are dealt into folds anew. One deal's best single penalty is luck, and often far too weak."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,27 +82,19 @@ def selected(
     count = min(folds, n)
     outer = [folds_of(labels, everything, count, (seed, r)) for r in range(repeats if judged else 0)]
     parts = [everything] + [everything[fold != k] for fold in outer for k in range(count)]
-    inner = min(folds, *(len(rows) for rows in parts))  # of the whole as well, so that all are one stack
-    counts = [_counts(n, rows, folds_of(labels, rows, inner, (seed, repeats))) for rows in parts]
-    train, valid = (torch.stack([pair[side] for pair in counts]).to(table.inputs) for side in (0, 1))
-    nothing, one = train.new_zeros(len(parts)), train.new_ones(len(parts))
-    stack = Stack(table, train, valid, nothing, one)
+    inner = min(folds, *(len(rows) for rows in parts))
 
-    level, least = best_level(stack, _grid(table, n))
-    # A loss that is no likelihood is taken as the squares of errors of a variance that is what is left of them.
-    unit = one if table.loss.likelihood else 2.0 * least / valid.sum((1, 2))
-    judged = judged and bool((unit > 1e-12).all())
-    flat = train.new_zeros(len(parts), table.kinds * groups)
-    stack = replace(stack, unit=unit.clamp(min=1e-12))
-    level, _ = stack.descended(level, flat, steps=steps)
-    logs = [logs_of({"level": level, "deviation": flat})]
+    def single(some: list[Any], deals: int) -> tuple[Stack, Tensor]:
+        return _single(table, [_dealt(n, rows, labels, inner, (seed, repeats), deals) for rows in some], steps)
+
+    # What is kept is tuned on several deals of its rows, what only judges the spreads on one.
+    tuned = [single(parts[:1], _DEALS)] + ([single(parts[1:], 1)] if parts[1:] else [])
+    level = tuned[0][1]
+    judged = judged and all(bool((stack.unit > _NOTHING_LEFT).all()) for stack, _ in tuned)
     used = tuple(sorted(float(s) for s in spreads)) if judged else ()
-    if used:
-        many = len(used)
-        spread = torch.tensor(used).to(train).repeat_interleave(len(parts))
-        wide = Stack(table, train.repeat(many, 1, 1), valid.repeat(many, 1, 1), spread, stack.unit.repeat(many))
-        moved, deviation = wide.descended(level.repeat(many, 1), flat.repeat(many, 1), steps=steps)
-        logs += list(logs_of({"level": moved, "deviation": deviation}).view(many, len(parts), -1))
+    logs = [torch.cat(some) for some in zip(*(_apart(*each, used, steps) for each in tuned), strict=True)]
+    train = tuned[0][0].train
+    nothing, one = train.new_zeros(len(parts)), train.new_ones(len(parts))
 
     whole = train.new_zeros(len(parts), 1, n)
     for row, rows in enumerate(parts):
@@ -134,6 +130,41 @@ def selected(
     )
 
 
+def _single(table: Table, counts: list[tuple[Tensor, Tensor]], steps: int) -> tuple[Stack, Tensor]:
+    """The game of these parts, and the best penalties that all features could share, `[parts, kinds]` logarithms."""
+    train, valid = (torch.stack([pair[side] for pair in counts]).to(table.inputs) for side in (0, 1))
+    nothing, one = train.new_zeros(len(counts)), train.new_ones(len(counts))
+    stack = Stack(table, train, valid, nothing, one)
+    level, least = best_level(stack, _grid(table, train.shape[-1]))
+    # A loss that is no likelihood is taken as the squares of errors of a variance that is what is left of them.
+    unit = one if table.loss.likelihood else 2.0 * least / valid.sum((1, 2))
+    stack = replace(stack, unit=unit.clamp(min=_NOTHING_LEFT))
+    return stack, stack.descended(level, _flat(stack), steps=steps)[0]
+
+
+def _apart(stack: Stack, level: Tensor, spreads: Sequence[float], steps: int) -> list[Tensor]:
+    """The logarithms `[parts, kinds * groups]` at the single penalty, and at each of these spreads."""
+    flat, parts, many = _flat(stack), len(level), len(spreads)
+    found = [logs_of({"level": level, "deviation": flat})]
+    if spreads:
+        wide = Stack(
+            stack.table,
+            stack.train.repeat(many, 1, 1),
+            stack.valid.repeat(many, 1, 1),
+            torch.tensor(spreads).to(level).repeat_interleave(parts),
+            stack.unit.repeat(many),
+        )
+        moved, deviation = wide.descended(level.repeat(many, 1), flat.repeat(many, 1), steps=steps)
+        found += list(logs_of({"level": moved, "deviation": deviation}).view(many, parts, -1))
+    return found
+
+
+def _flat(stack: Stack) -> Tensor:
+    """No deviations, `[parts, kinds * groups]`."""
+    table = stack.table
+    return stack.train.new_zeros(len(stack.train), table.kinds * (int(table.groups.max()) + 1))
+
+
 def _grid(table: Table, n: int) -> Tensor:
     """Single penalties to begin with, `[points, kinds]`, strong ones first."""
     if not table.sparse:
@@ -144,9 +175,14 @@ def _grid(table: Table, n: int) -> Tensor:
     return torch.tensor(np.log(n * np.array(pairs))).to(table.inputs)
 
 
-def _counts(n: int, rows: Any, fold: Any) -> tuple[Tensor, Tensor]:
-    """How often each fold counts each row while it is fitted and while it is judged, `[folds, n]` both."""
-    train, valid = np.zeros((fold.max() + 1, n)), np.zeros((fold.max() + 1, n))
-    train[:, rows] = 1.0
-    train[fold, rows], valid[fold, rows] = 0.0, 1.0
-    return torch.from_numpy(train), torch.from_numpy(valid)
+def _dealt(n: int, rows: Any, labels: Any, folds: int, seed: Sequence[int], deals: int) -> tuple[Tensor, Tensor]:
+    """How often each fold of each deal counts each row while it is fitted and while it is judged, `[deals * folds, n]`.
+
+    A row is judged once in all: in each deal in one fold, as its part of the deals.
+    """
+    train, valid = np.zeros((deals, folds, n)), np.zeros((deals, folds, n))
+    train[:, :, rows] = 1.0
+    for deal in range(deals):
+        fold = folds_of(labels, rows, folds, (*seed, deal) if deal else seed)
+        train[deal, fold, rows], valid[deal, fold, rows] = 0.0, 1.0 / deals
+    return torch.from_numpy(train.reshape(-1, n)), torch.from_numpy(valid.reshape(-1, n))

@@ -23,6 +23,8 @@ from bilevel.responses import Implicit
 LOWEST, HIGHEST = 1e-5, 1e6
 """The range of a single penalty, in units of the rows' total count: features have variance 1."""
 _FARTHEST = 12.0
+_LEVELS = 2.0
+"""The standard deviation of the common level of a likelihood's log penalties, around that of weights of variance 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +35,13 @@ class Stack:
 
     $$
     \min_{l, \delta}\; \frac{1}{c_s} \sum_k \sum_{i \in \text{fold } k} \ell(x_i^\top w_k^*, y_i)
-        + \frac{|\delta|^2}{2 \sigma_s^2}
+        + \frac{|\delta|^2}{2 \sigma_s^2} + \frac{(l - \log v)^2}{2 \cdot 2^2}
     \qquad
     w_k^* = \arg\min_w \sum_{i \notin \text{fold } k} \ell(x_i^\top w, y_i) + \frac12 \sum_j e^{l + \delta_{g(j)}} w_j^2
     $$
+
+    The last term, of the level, v being the features' mean square, is there for a likelihood alone: a model that
+    separates the held-out rows of its folds loses the less the weaker its penalty is, whatever it makes of other rows.
 
     The follower of a sparse table has a term $\sum_j e^{l' + \delta'_{g(j)}} |w_j|$ as well, by its proximal map, with
     a level and deviations of its own.
@@ -75,13 +80,19 @@ class Stack:
         lost: Tensor = (self.valid * rows).sum((-2, -1))
         return lost
 
+    def prior(self, level: Tensor) -> Tensor:
+        """What a common level `[..., kinds]` costs by itself, `[...]`: it is judged in units of the features' size."""
+        if not self.table.loss.likelihood:
+            return level.new_zeros(level.shape[:-1])
+        return 0.5 * ((level - self.table.size.log()) / _LEVELS).square().sum(-1)
+
     def game(self, level: Tensor, deviation: Tensor) -> Game:
         """The game from these logarithms: `level: [stack, kinds]`, `deviation: [stack, kinds * groups]`."""
         # A deviation that is held has no term, whatever number stands here.
         spread = torch.where(self.spread > 0.0, self.spread, 1.0)[:, None]
 
         def held_out(penalties: Any, weights: Tensor) -> Tensor:
-            prior = 0.5 * (penalties["deviation"] / spread).square().sum(-1)
+            prior = 0.5 * (penalties["deviation"] / spread).square().sum(-1) + self.prior(penalties["level"])
             total: Tensor = (self.losses(weights) / self.unit + prior).sum()
             return total
 
@@ -163,7 +174,7 @@ def _on_support(matrices: Tensor, weights: Tensor, scale: float) -> Tensor:
 
 
 def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The point of `grid: [points, kinds]` of least cross-validated loss, `[stack, kinds]`, and that loss `[stack]`.
+    """The point of `grid: [points, kinds]` of least cross-validated loss and prior, `[stack, kinds]`, and these.
 
     Each point's optimum starts at that of the one before: strong penalties, which end near 0, should come first.
     """
@@ -171,6 +182,6 @@ def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:
     losses, weights = [], None
     for point in grid:
         weights, _ = stack.optimum(point.repeat_interleave(groups).expand(len(stack.train), -1), weights)
-        losses.append(stack.losses(weights))
+        losses.append(stack.losses(weights) + stack.prior(point))
     found = torch.stack(losses).min(0)
     return grid[found.indices], found.values

@@ -2,9 +2,10 @@
 
 from bilevel.game._game import Game
 from bilevel.game.data import Batch, Position, Stream
-from bilevel.game.follower import Follower, HeldResidual, Size
+from bilevel.game.follower import Follower, HeldResidual
 from bilevel.game.player import Player
 from bilevel.game.residual import Residual, UserResidual
+from bilevel.game.rounding import Size
 from bilevel.game.situation import Buffers
 
 __all__ = [

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from bilevel.autodiff import norm
 from bilevel.constraints import ConstraintSet, Coordinate
 from bilevel.constraints.walls import has_walls
+from bilevel.custom_functions import OwnFunctions, refuse_second
 from bilevel.game.calling import called
-from bilevel.game.checks import check_domains, check_follower, check_names, check_objectives, check_variables
+from bilevel.game.checks import (
+    check_domains,
+    check_follower,
+    check_names,
+    check_objectives,
+    check_shared,
+    check_variables,
+)
 from bilevel.game.constrained import ConstrainedGradient
 from bilevel.game.data import Batch, Position, Stream
 from bilevel.game.follower import Follower
@@ -65,6 +73,7 @@ class Game:
         like = first_tensor(players)
         initial = {name: player.variables(like) for name, player in players.items()}
         refuse_spread(players)
+        check_shared(players)
         refuse_layouts(players, initial)
         players, initial, shards = spread(players, initial)
         check_variables(initial)
@@ -94,6 +103,7 @@ class Game:
             alone=plays_alone(),
             shards=shards,
             modular=any(isinstance(player.init, nn.Module) for player in players.values()),
+            submodules={n: tuple(p.init.modules()) for n, p in players.items() if isinstance(p.init, nn.Module)},
         )
         depends, starts_alone, runs = check_objectives(self, self._parts.players)
         self._parts = replace(self._parts, depends=depends, starts_alone=starts_alone, runs=runs)
@@ -143,6 +153,11 @@ class Game:
         return DeclaredPlayers(self._parts.players, self._parts.initial)
 
     @property
+    def optimizer_players(self) -> tuple[str, ...]:
+        """Those who are hyperparameters of an inner optimiser (`optimizer_hyper=True`)."""
+        return self._parts.optimizer_players
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The players' names, in order of play."""
         return self._parts.order
@@ -161,8 +176,27 @@ class Game:
 
         Where two derivatives are taken, that form is run.
         """
-        found = [astuple(self._parts.runs[member].kernels) for member in self.members(player)]
+        members = self.members(player)
+        if len(members) == 1:
+            return self._parts.runs[members[0]].kernels
+        found = [astuple(self._parts.runs[member].kernels) for member in members]
         return FastKernels(*(any(flags) for flags in zip(*found, strict=True)))
+
+    def own_functions(self, player: str) -> OwnFunctions:
+        """The user's own autograd functions in a player's loss and constraints; a joint player's all."""
+        found = OwnFunctions()
+        for member in self.members(player):
+            found = found.with_those_of(self._parts.runs[member].functions)
+        return found
+
+    def require_twice(self, player: str) -> None:
+        """Raise `SecondDerivativeError` where a second derivative of what a player minimises would be wrong.
+
+        So it is with an autograd function of the user's whose backward uses numbers that its forward has computed.
+        """
+        for member in self.members(player):
+            if self.residual(member).curves_loss:
+                refuse_second(member, self._parts.runs[member].functions)
 
     def require_follower(self, name: str) -> None:
         """Raise `ValueError` for a player that cannot follow: it has nothing to choose, or nobody to answer to."""
@@ -218,6 +252,12 @@ class Game:
     def undivided(self) -> Game:
         """All that several processes play together, of which this may be a part."""
         return self
+
+    @property
+    def batches_stand_still(self) -> bool:
+        """Whether every draw of a player is the same batch, or there are none."""
+        streams = self._parts.streams.values()
+        return all(isinstance(stream.data, list | tuple) and len(stream.data) == 1 for stream in streams)
 
     @property
     def leads_alike(self) -> bool:
@@ -393,18 +433,31 @@ class Game:
 
     def buffers(self) -> Buffers:
         """A fresh copy of the initial buffers of every player's module."""
-        return self._parts.groups.joined(detached(self._parts.buffers), self.names)
+        return self._parts.groups.joined(detached(self._parts.buffers))
+
+    def buffers_of(self, player: str) -> dict[str, Tensor]:
+        """A fresh copy of a player's among them."""
+        members = {member: detached(self._parts.buffers[member]) for member in self.members(player)}
+        return self._parts.groups.joined(members)[player]
 
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names; of a joint player, all its members' objectives."""
-        named = [name for member in self.members(player) for name in self._parts.arguments[member]]
-        for member in self.members(player):
-            own = self._parts.players[member]
-            named += own.option_players if own.residual is None else own.own_residual.players
-            named += [name for name in own.start_names if name != "batch"]
-            for function in own.constraints.values():
-                named += [name for name in own.parameters(function) if name != "batch"]
-        return tuple(dict.fromkeys(self._parts.groups.owner(name) for name in named))
+        return self._parts.arguments_of(player)
+
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, in order of play, and `further` ones.
+
+        They are those whom the functions name; what a loss reads by a condition is among them, for its name is asked
+        for in any case. Whoever names a player who is anticipated reads everybody: that one may look at anybody.
+
+        >>> from bilevel.game import Player
+        >>> zero = torch.tensor(0.0)
+        >>> y = Player(lambda x, y: (x - y) ** 2, zero)
+        >>> game = Game(x=Player(lambda y: y, zero), y=y, z=Player(lambda z: z, zero))
+        >>> game.reads("y")
+        ('x',)
+        """
+        return self._parts.reads(player, further)
 
     def residual(self, player: str) -> Residual:
         """What vanishes where a player rests: it owns it, and no response asks what kind it is."""
@@ -426,9 +479,20 @@ class Game:
         """How a player's variables are laid out in one game."""
         return self.structure(player)
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of a response's state during one call: its residual, its batches, its module's buffers."""
-        return Follower(self, others, state, batch)
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
+        """The follower of a response's state during one call: its residual, its batches, its module's buffers.
+
+        Of the others it takes those whom its functions name (`reads`), and those `further` ones whom the response looks
+        up by itself; what the rest play costs nothing.
+        """
+        return Follower(self, others, state, batch, further)
 
     # Playing it ----------------------------------------------------------------------------------------------------
 
@@ -450,8 +514,12 @@ class Game:
             return None, None
         return self._parts.streams[player].draw(position)
 
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
-        """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+    def whole_pass(self, player: str, position: Position | None, asker: str, way_out: str = "") -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first; None once where there is no data.
+
+        Raises `DataError`, in which `asker` reads them, for a pass that does not end: after 10,000 batches of data
+        without a length. Its message may close with one more `way_out`.
+        """
         if position is None or player not in self._parts.streams:
             if position is not None and any(position[member] is not None for member in self.members(player)):
                 raise TypeError(
@@ -460,12 +528,28 @@ class Game:
                 )
             yield self.draw(player, position)[0]
             return
-        epoch, place = position["epoch"], {**position, "index": 0}
-        while True:
-            batch, place = self._parts.streams[player].draw(place)
-            if place["epoch"] != epoch:
-                return
-            yield batch
+        yield from self._parts.streams[player].whole_pass(position, asker, way_out)
+
+    def remembered(self, player: str, position: Position | None) -> dict[str, Batch]:
+        """The batch before a position, as the data gave it, by member; nothing of those whose batch is gone."""
+        places = {} if position is None else {player: position} if "epoch" in position else position
+        streams = self._streams(player)
+        found = {
+            name: streams[name].remembered(at) for name, at in places.items() if name in streams and at is not None
+        }
+        return {name: batch for name, batch in found.items() if batch is not None}
+
+    def pass_length(self, player: str) -> int | None:
+        """How many batches a pass over a player's data has, as far as the data say."""
+        return self._parts.streams[player].length if player in self._parts.streams else None
+
+    def require_end(self, player: str, asker: str, way_out: str = "", *, read: bool = False) -> None:
+        """Raise `ValueError` before any work where a pass over a player's data is known to have no end.
+
+        With `read`, one pass over data that say no length is read to know it.
+        """
+        for stream in self._streams(player).values():
+            stream.require_end(asker, way_out, read=read)
 
     def hold(self, player: str, batches: HeldBatches) -> None:
         """Let `batches` keep all that is drawn for a player from now on, whoever draws it, until `release`.
@@ -543,9 +627,7 @@ class Game:
 
     def moves_statistics(self, player: str, variables: Mapping[str, Variables]) -> bool:
         """Whether somebody goes by running statistics of a player's module, which move with variables on a graph."""
-        return any(
-            member in runs.by_statistics for member in self.members(player) for runs in self._parts.runs.values()
-        ) and on_graph(variables)
+        return not self._parts.read_by_statistics.isdisjoint(self.members(player)) and on_graph(variables)
 
     def by_statistics(self, player: str) -> tuple[str, ...]:
         """Those whose modules a player's loss runs by running statistics that move, as BatchNorm's."""
@@ -666,8 +748,7 @@ class Game:
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""
-        structure, wanted = structure_of(variables), self._parts.structures[player]
-        if structure.spec != wanted.spec or structure.shapes != wanted.shapes:
+        if not self._parts.structures[player].fits(variables):
             came = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(variables)}
             expected = {path or "tensor": tuple(leaf.shape) for path, leaf in named_leaves(self.initial(player))}
             raise ValueError(f"Variables of player {player!r} are {came}; expected the form of its init, {expected}.")

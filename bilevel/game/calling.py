@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
+from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelError
 from bilevel.game.checks import Runs
 from bilevel.game.data import Batch
+from bilevel.game.hooks import GradientHooks, has_hooks, hooked_parts, hooks_of_every_module
 from bilevel.game.modules import CallableVariables, lent, replaced
 from bilevel.game.parts import Parts
 from bilevel.game.situation import Buffers
 from bilevel.game.statistics import Seen, watching
 from bilevel.randomness import random_state, set_random_state
-from bilevel.second_order import told_of_loss
+from bilevel.second_order import WITHIN_TRANSFORMS, told_of_loss
 from bilevel.tree import Variables, leaves, map_leaves
 
 FIRST = Runs()
@@ -36,7 +39,7 @@ def called(
     saving: AbstractContextManager[object],
     seen: Seen | None = None,
 ) -> tuple[Variables, Buffers]:
-    """What a player's function returns, and everybody's buffers after it; the modules' own stay as they are.
+    """What a player's function returns, and the buffers after it of all that it can run; the modules' own stay.
 
     Args:
         parts: Of the game.
@@ -94,7 +97,7 @@ def _called(
     arguments = dict(given)
     if "batch" in parts.named(player, function):
         arguments["batch"] = batch
-    current = parts.all_buffers(buffers)
+    current = parts.lent_buffers(player, given, buffers)
     for name, value in given.items():
         module = parts.players[name].init if name in parts.players else None
         if isinstance(module, nn.Module) and isinstance(value, Mapping):
@@ -102,23 +105,55 @@ def _called(
     runs = parts.runs.get(player, FIRST)
     lending = lent(parts.players, current, arguments, runs.strangers, alone=parts.modular or bool(runs.kernels))
     watched = _watched(parts, player, seen, current)
-    with lending as advanced, runs.kernels.replaced(), saving, ExitStack() as stack:
+    hooks = _hooks(parts, player, given, runs)
+    with lending as advanced, runs.kernels.replaced(), saving, hooks, _unhooked(), ExitStack() as stack:
         for module, forwards in watched:
             stack.enter_context(replaced(module, forwards))
         try:
             found = function(**arguments, **extra)
         except RuntimeError as error:
-            told = told_of_loss(error)
+            told = told_of_loss(error, transformed=transforms_active())
             if told:
                 raise BilevelError(f"Player {player!r}: {told}") from error
             raise
-    return found, parts.groups.joined(advanced, parts.order)
+    # Variables that a function hands back are plain ones, which trees are walked faster of.
+    plain = dict(found) if isinstance(found, CallableVariables) else found
+    return plain, parts.groups.joined(advanced)
+
+
+def _unhooked() -> AbstractContextManager[object]:
+    """Inside torch.func no tensors are saved by hooks, which outlive the transform: vmap itself lets them be set."""
+    if not transforms_active() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return nullcontext()
+    return disable_saved_tensors_hooks(WITHIN_TRANSFORMS)
+
+
+def _hooks(parts: Parts, player: str, given: Mapping[str, Any], runs: Runs) -> AbstractContextManager[object]:
+    """Guards the hooks on gradients of a function, or of the modules that it calls; some may have come since."""
+    inside = transforms_active()
+    if inside and runs.threads:
+        raise BilevelError(
+            f"Player {player!r}: its loss computes in threads of its own, into which torch.func, by which many games "
+            "at once and Hypernetwork(...) are computed, does not follow: parts of the derivative would be lost in "
+            "silence. Compute in the loss's own thread: PyTorch's operations use several cores by themselves."
+        )
+    if not (inside or torch.is_grad_enabled() or runs.sets_hooks):
+        return nullcontext()
+    modules = dict(runs.hooked)
+    for name in given:
+        if any(part._backward_hooks or part._backward_pre_hooks for part in parts.submodules.get(name, ())):
+            modules |= hooked_parts(parts.players[name].init, name)
+    modules = {what: module for what, module in modules.items() if has_hooks(module)}
+    if not (modules or runs.sets_hooks or hooks_of_every_module()):
+        return nullcontext()
+    return GradientHooks(player, leaves(parts.initial[player])[0].dtype, modules).around()
 
 
 def _watched(parts: Parts, player: str, seen: Seen | None, buffers: Buffers) -> list[tuple[nn.Module, dict[str, Any]]]:
     """The modules whose normalising layers do more than usual while a player's function is called."""
     found: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
-    for name, own in parts.players.items():  # of players who share a module the last one lends its buffers
-        if isinstance(own.init, nn.Module) and buffers[name]:
-            found[id(own.init)] = (own.init, watching(own.init, seen if name == player else None, buffers[name]))
+    for name, tensors in buffers.items():  # of players who share a module the last one lends its buffers
+        module = parts.players[name].init
+        assert isinstance(module, nn.Module)
+        found[id(module)] = (module, watching(module, seen if name == player else None, tensors))
     return [(module, forwards) for module, forwards in found.values() if forwards]

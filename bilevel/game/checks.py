@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import captured_leaves
-from bilevel.errors import SecondDerivativeError
+from bilevel.custom_functions import OwnFunctions, examined, own_functions, recorded, refuse_second
+from bilevel.errors import BilevelError, SecondDerivativeError
 from bilevel.game.detached import refuse_detached
 from bilevel.game.first_call import FirstCall, told_of_recomputation
+from bilevel.game.hooks import GradientHooks, hooked_parts, hooks_elsewhere
 from bilevel.game.player import Player, kind
 from bilevel.game.residual import GRADIENT, PlayedGame, signature
 from bilevel.game.situation import Situation
 from bilevel.game.starts import StartsAlone, check_start_names, start_dependence
 from bilevel.game.statistics import moving_layers
+from bilevel.game.threads import made_in_threads, next_number
 from bilevel.randomness import random_kept
 from bilevel.second_order import FastKernels, explanation
 from bilevel.sharding.tensor import entries
@@ -112,6 +115,23 @@ def _refuse_defaults(
             )
 
 
+def check_shared(players: Mapping[str, Player]) -> None:
+    """Refuse players whose modules are not the same and share a parameter: each would move a copy of its own."""
+    owners: dict[int, tuple[str, str]] = {}
+    for name, player in players.items():
+        if not isinstance(player.init, nn.Module):
+            continue
+        for path, parameter in player.init.named_parameters():
+            other, there = owners.setdefault(id(parameter), (name, path))
+            if parameter.requires_grad and players[other].init is not player.init:
+                raise ValueError(
+                    f"Players {other!r} and {name!r}: {there!r} of the one module and {path!r} of the other are the "
+                    "same parameter, and each player would move a copy of its own. If it is one player's, let the "
+                    f"other's loss call that player, {other}(...), and leave it out of the other module; if two copies "
+                    "are meant, pass copy.deepcopy(module)."
+                )
+
+
 def check_variables(initial: Mapping[str, Variables]) -> None:
     """Refuse variables that are no finite floating-point tensors of one dtype on one device."""
     kinds: dict[tuple[torch.dtype, torch.device], str] = {}
@@ -144,10 +164,22 @@ def check_variables(initial: Mapping[str, Variables]) -> None:
         )
     for name, variables in initial.items():
         for path, leaf in named_leaves(variables):
+            refuse_numberless(f"Player {name!r}: init{path}", leaf)
             if not bool(torch.isfinite(leaf).all()):
                 raise ValueError(
                     f"Player {name!r}: init{path} holds NaN or infinity; expected finite numbers to start from."
                 )
+
+
+def refuse_numberless(where: str, tensor: Tensor) -> None:
+    """Raise `ValueError` for a tensor that has a shape and no numbers."""
+    fake = type(tensor).__name__ == "FakeTensor"
+    if tensor.is_meta or fake:
+        raise ValueError(
+            f"{where} is {'a fake tensor' if fake else 'on the meta device'}, which has a shape and no numbers. "
+            + ("Make it outside FakeTensorMode." if fake else "Make it on a real device: device='cpu'; a module by ")
+            + ("" if fake else "model.to_empty(device='cpu') and its initialisation.")
+        )
 
 
 _HALF = (
@@ -174,11 +206,21 @@ class Runs:
         kernels: What of it has one derivative only, where there is a form with two.
         strangers: Buffers that it advances, of modules that no player owns: the module, and the buffer's name.
         by_statistics: The other players whose modules it runs by running statistics, as BatchNorm's, that move.
+        beside: The players whose modules it runs and who are not called for by their names.
+        functions: The user's own autograd functions in it, and in what constrains the player.
+        hooked: Modules with hooks on their gradients, by what they are called.
+        sets_hooks: Whether it sets hooks on gradients itself.
+        threads: Whether it computes in threads of its own.
     """
 
     kernels: FastKernels = field(default_factory=FastKernels)
     strangers: tuple[tuple[nn.Module, str], ...] = ()
     by_statistics: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    functions: OwnFunctions = field(default_factory=OwnFunctions)
+    hooked: tuple[tuple[str, nn.Module], ...] = ()
+    sets_hooks: bool = False
+    threads: bool = False
 
 
 Depends = Mapping[str, frozenset[str]]
@@ -241,10 +283,11 @@ def check_objectives(game: PlayedGame, players: Mapping[str, Player]) -> tuple[D
 
 def _moves(game: PlayedGame, name: str, initial: Mapping[str, Variables]) -> bool:
     """Whether the running statistics of a player's module depend on variables, and not on its data alone."""
-    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), v) for other, v in initial.items()}
+    named = {name, *(member for other in game.arguments(name) for member in game.members(other))}
+    trial = {other: map_leaves(lambda t: t.detach().clone().requires_grad_(), initial[other]) for other in named}
     batch, _ = game.draw(name, game.start(name))
     with random_kept(game.device), torch.enable_grad():
-        found = game.moments(name, trial, batch, game.buffers())
+        found = game.moments(name, trial, batch, {})
     return any(value.requires_grad for value in found.values())
 
 
@@ -293,16 +336,20 @@ Paths = dict[str, set[str]]
 
 @dataclass(frozen=True)
 class _Owned:
-    """The modules that are players: ids of all their parts, and of each parameter the player and its name there."""
+    """The modules that are players: of each of their parts the players, of each parameter one and its name there."""
 
-    parts: frozenset[int]
+    parts: Mapping[int, Sequence[str]]
     parameters: Mapping[int, tuple[str, str]]
 
     @staticmethod
     def of(players: Mapping[str, Player]) -> _Owned:
         modules = {name: player.init for name, player in players.items() if isinstance(player.init, nn.Module)}
+        parts: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for part in module.modules():
+                parts.setdefault(id(part), []).append(name)
         return _Owned(
-            frozenset(id(part) for module in modules.values() for part in module.modules()),
+            parts,
             {id(p): (name, path) for name, module in modules.items() for path, p in module.named_parameters()},
         )
 
@@ -325,11 +372,18 @@ def _dependence(
         seen = FirstCall()
         called = [players[other].init for other in game.arguments(name)]
         modules = [module for module in called if isinstance(module, nn.Module)]
+        hooks, began = GradientHooks(name, leaves(trial[name])[0].dtype), next_number()
         try:
-            with seen.watched(owned.parts, own_module=bool(modules)):
+            with seen.watched(owned.parts, own_module=bool(modules)), hooks.around():
                 loss = game.loss(name, trial, batch)
+            if seen.hooked:
+                hooks.modules = _called_by_name(seen.hooked, players)
+                with hooks.around():
+                    loss = game.loss(name, trial, batch)
         except Exception as error:
             _refuse_spread(name, seen)
+            if isinstance(error, BilevelError) and str(error).startswith(f"Player {name!r}: "):
+                raise
             told = told_of_recomputation(error)
             if told:
                 raise ValueError(f"Player {name!r}: {told}") from error
@@ -338,6 +392,7 @@ def _dependence(
                 f"({kind(batch)}): {error}{_hint(error, players[name])}"
             ) from error
     _refuse_spread(name, seen)
+    _refuse_lossy(name, hooks)
     _refuse_written(name, "objective", trial, initial)
     _refuse_written_batch(name, versions, _versions(batch))
     if not isinstance(loss, Tensor):
@@ -347,6 +402,7 @@ def _dependence(
             f"Player {name!r}: its objective returned a tensor of shape {tuple(loss.shape)}; expected a scalar "
             "(shape ()). Take .sum() or .mean()."
         )
+    refuse_numberless(f"Player {name!r}: its loss", loss)
     _refuse_own_parameters(name, loss, owned, trial)
     if not loss.requires_grad:
         raise ValueError(
@@ -359,29 +415,105 @@ def _dependence(
             f"Player {name!r}: its objective returned a complex number ({loss.dtype}); expected a real one. Take "
             ".real, or .abs().square()."
         )
-    kernels = FastKernels.of([loss], modules)
+    kernels, custom = FastKernels.of([loss], modules), own_functions([loss])
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"Player {name!r}: its loss at init is {loss.item()}; expected a finite number.")
     found = _reached(name, "loss", loss, trial)
-    own = players[name].residual is not None
-    with seen.watched(owned.parts, own_module=bool(modules)):
+
+    elsewhere: list[object] = []
+
+    def again() -> Tensor:
+        with random_kept(game.device), torch.enable_grad(), hooks_elsewhere(elsewhere):
+            return game.loss(name, trial, batch)
+
+    # On a GPU a gradient inside the loss is computed by PyTorch's own threads.
+    threads = game.device.type == "cpu" and made_in_threads(loss, began, again)
+    if elsewhere:
+        raise ValueError(
+            f"Player {name!r}: its objective computes in threads of its own, and sets hooks on gradients there, which "
+            "nobody sees to. Take the hooks away, or compute in the loss's own thread."
+        )
+    if threads and (kernels.weight_norm or kernels.chunked or kernels.third):
+        raise ValueError(
+            f"Player {name!r}: its objective computes in threads of its own, and runs what PyTorch does not "
+            "differentiate twice rightly (weight_norm, linear_cross_entropy in chunks, or layers that normalise), "
+            "whose other form is run in the loss's own thread alone. Compute in that: PyTorch's operations use several "
+            "cores by themselves."
+        )
+    own, known = players[name].residual is not None, len(custom)
+    functions = _examined(game, players[name], name, trial, batch, custom)
+    if own and players[name].rests.curves_loss:
+        refuse_second(name, functions)
+    with seen.watched(owned.parts, own_module=bool(modules)), hooks.around():
         rests = _residual_dependence(game, name, trial, batch) if own else {n: set(paths) for n, paths in found.items()}
         for what, function in players[name].constraints.items():
-            for other, paths in _constraint_dependence(
-                game, players, owned, name, what, function, trial, batch
-            ).items():
+            reached, more = _constraint_dependence(game, players, owned, name, what, function, trial, batch)
+            for other, paths in reached.items():
                 rests.setdefault(other, set()).update(paths)
+            custom += more
+        if len(custom) > known:
+            functions = _examined(game, players[name], name, trial, batch, custom)
     _refuse_written(name, "residual", trial, initial)
     if not found or not rests:
         told = "residual" if found else "loss"
         raise ValueError(f"Player {name!r}: its {told} depends on no player's variables.")
-    moving = {
-        other: {id(layer) for layer in moving_layers(own.init).values()}
-        for other, own in players.items()
-        if other != name and isinstance(own.init, nn.Module)
+    evaluated = {owner for layer in seen.by_statistics for owner in owned.parts.get(layer, ()) if owner != name}
+    by_statistics = tuple(
+        other
+        for other in sorted(evaluated, key=list(players).index)
+        if any(id(layer) in seen.by_statistics for layer in moving_layers(players[other].init).values())
+    )
+    ran = dict.fromkeys(owner for part in seen.owned for owner in owned.parts[part])
+    beside = tuple(owner for owner in ran if owner not in initial)
+    runs = Runs(
+        kernels,
+        tuple(dict.fromkeys(seen.strangers)),
+        by_statistics,
+        beside,
+        functions,
+        tuple(hooks.modules.items()),
+        hooks.met,
+        threads,
+    )
+    return found, rests, runs
+
+
+def _examined(
+    game: PlayedGame,
+    player: Player,
+    name: str,
+    trial: Mapping[str, Variables],
+    batch: object,
+    custom: Sequence[type],
+) -> OwnFunctions:
+    """What is wrong with the user's own autograd functions in what a player minimises, and in its constraints."""
+    if not custom:
+        return OwnFunctions()
+    with random_kept(game.device), torch.enable_grad(), recorded(list(dict.fromkeys(custom))) as calls:
+        for function in (player.objective, *player.constraints.values()):
+            game.call(name, function, trial, batch, game.buffers(), {})
+    return examined(calls)
+
+
+def _called_by_name(modules: Sequence[nn.Module], players: Mapping[str, Player]) -> dict[str, nn.Module]:
+    """Modules by what they are called in words: parts of players' modules by their paths."""
+    owned = {
+        id(part): what
+        for name, player in players.items()
+        if isinstance(player.init, nn.Module)
+        for what, part in hooked_parts(player.init, name).items()
     }
-    by_statistics = tuple(other for other, layers in moving.items() if layers & seen.by_statistics)
-    return found, rests, Runs(kernels, tuple(dict.fromkeys(seen.strangers)), by_statistics)
+    return {owned.get(id(part), f"a {type(part).__name__} that the objective calls"): part for part in modules}
+
+
+def _refuse_lossy(name: str, hooks: GradientHooks) -> None:
+    """Refuse a loss that saves other tensors for its derivatives than it has computed."""
+    if hooks.lossy:
+        raise ValueError(
+            f"Player {name!r}: its objective saves tensors by hooks that give back others ({hooks.lossy}): its "
+            "gradient would be that of other numbers, in silence. Save them as they are, as "
+            "torch.autograd.graph.save_on_cpu() does; less memory takes Unrolled(differentiation=Segments())."
+        )
 
 
 def _refuse_written(name: str, what: str, trial: Mapping[str, Variables], initial: Mapping[str, Variables]) -> None:
@@ -452,9 +584,16 @@ def _reached(name: str, what: str, value: Tensor, trial: Mapping[str, Variables]
     try:
         grads = torch.autograd.grad(value, [leaf for *_, leaf in owners], allow_unused=True)
     except RuntimeError as error:
+        told = told_of_recomputation(error)
+        if told:
+            raise ValueError(f"Player {name!r}: {told}") from error
+        if isinstance(error, BilevelError):
+            raise
         told = explanation(error)
         if not told:
-            raise
+            raise ValueError(
+                f"Player {name!r}: the gradient of its {what} raised {type(error).__name__} at init: {error}"
+            ) from error
         raise SecondDerivativeError(f"Player {name!r}: its {what} takes a gradient itself: {told}") from error
     found: Paths = {}
     for (other, path, _), grad in zip(owners, grads, strict=True):
@@ -530,8 +669,11 @@ def _constraint_dependence(
     function: Callable[..., Any],
     trial: Mapping[str, Variables],
     batch: object,
-) -> Paths:
-    """What a constraint depends on; refuses one that is no tensor of the variables' dtype, or not the player's own."""
+) -> tuple[Paths, list[type]]:
+    """What a constraint depends on, and the user's own autograd functions in it.
+
+    Refuses one that is no tensor of the variables' dtype, or not the player's own.
+    """
     told = f"Player {name!r}: its {what}"
     with random_kept(game.device), torch.enable_grad():
         try:
@@ -567,7 +709,7 @@ def _constraint_dependence(
         for other, paths in reached.items():
             found.setdefault(other, set()).update(paths)
     _refuse_own_parameters(name, torch.stack([leaf.sum() for leaf in leaves(value)]).sum(), owned, trial)
-    return found
+    return found, own_functions(leaf for leaf in leaves(value) if leaf.requires_grad)
 
 
 def _refuse_own_parameters(name: str, loss: Tensor, owned: _Owned, trial: Mapping[str, Variables]) -> None:

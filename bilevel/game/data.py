@@ -1,19 +1,23 @@
 """Batches for ever, from any data, with the place in it as plain numbers.
 
-A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. (A joint player's is a dict
-of its members'.) Two draws at the same position give the same batch, so that a saved position resumes bit for bit.
+A position is `{"seed": s, "epoch": e, "index": i}`: the next batch is number i of pass e. It has "kept" as well where
+data keep something in themselves from pass to pass: what it was as the pass began. (A joint player's is a dict of its
+members'.) Two draws at the same position give the same batch, so that a saved position resumes bit for bit.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from bilevel.errors import DataError, ExhaustedDataError
+from bilevel.game.ends import length_of, most_of, never_ends
 from bilevel.game.held import HeldBatches
+from bilevel.game.own_state import Kept
 from bilevel.game.passes import END, Place, Reader, Source
 
 Batch = Any
@@ -47,6 +51,7 @@ class Stream:
         self._recent = _RecentBatches()
         self._holders: list[HeldBatches] = []
         self._replayed: HeldBatches | None = None
+        self._kept: OrderedDict[tuple[int, int], Kept] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs: the data. Readers cannot travel, and are made again."""
@@ -84,6 +89,8 @@ class Stream:
         raise, or when a pass is too short for the position.
         """
         place = (position["seed"], position["epoch"], position["index"])
+        if "kept" in position:
+            self._keep(place, position["kept"])
         if isinstance(self.data, list | tuple):
             batch, (seed, epoch, index) = self._listed(self.data, place)
         else:
@@ -91,7 +98,64 @@ class Stream:
             batch, (seed, epoch, index) = found
         for function in self._functions:
             batch = function(batch)
-        return batch, {"seed": seed, "epoch": epoch, "index": index}
+        kept = self._kept.get((seed, epoch))
+        return batch, {"seed": seed, "epoch": epoch, "index": index} | ({"kept": kept} if kept else {})
+
+    def remembered(self, position: Position) -> Batch | None:
+        """The batch before a position in its pass, as the data gave it; None where there is none, or it is gone."""
+        place = (position["seed"], position["epoch"], position["index"] - 1)
+        if isinstance(self.data, list | tuple):
+            return self.data[place[2]] if 0 <= place[2] < len(self.data) else None
+        found = self._recent.find(place)
+        return None if found is None else found[0]
+
+    @property
+    def length(self) -> int | None:
+        """How many batches a pass has, as far as the data say."""
+        return length_of(self.data)
+
+    def whole_pass(self, position: Position, asker: str, way_out: str = "") -> Iterator[Batch]:
+        """All the batches of the pass that a position is in, from its first.
+
+        Raises `DataError`, in which `asker` reads them, after 10,000 batches of data without a length, and after twice
+        as many as a length says.
+        """
+        seed, epoch, place = position["seed"], position["epoch"], {**position, "index": 0}
+        for count in itertools.count():
+            batch, place = self.draw(place)
+            if place["epoch"] != epoch:
+                return
+            if count == most_of(self.data):
+                self.close()  # the workers of a pass that nobody goes on with
+                raise DataError(
+                    self._endless(asker, f"they have given {count:,} in pass {epoch + 1} (seed {seed})", way_out)
+                )
+            yield batch
+
+    def require_end(self, asker: str, way_out: str = "", *, read: bool = False) -> None:
+        """Raise `ValueError` where a pass is known to have no end: by what the data say, or with `read` by reading one.
+
+        With `read` one pass over data without a length is read, and nothing of others.
+        """
+        if read and self.length is None:
+            try:
+                for _ in self.whole_pass(self.start(), asker, way_out):
+                    pass
+            except ExhaustedDataError:
+                raise
+            except DataError as error:
+                raise ValueError(str(error)) from error
+            return
+        why = never_ends(self.data, (reader.iterator for reader in self._readers))
+        if why:
+            raise ValueError(self._endless(asker, why, way_out))
+
+    def _endless(self, asker: str, why: str, way_out: str) -> str:
+        return (
+            f"{asker} reads all batches of a pass, and the data of player {self.owner!r} do not end: {why}. Give data "
+            "that end, such as a list or a DataLoader whose data set has a length (where a pass is longer than 10,000 "
+            f"batches, len(data) must say so){way_out}."
+        )
 
     def close(self) -> None:
         """Stop what reads, with its workers, and let go of the batches; the next draw begins its pass anew."""
@@ -102,8 +166,15 @@ class Stream:
     def _copied(self) -> Stream:
         other = Stream(self.owner, self.data, self.device)
         other._readers, other._recent, other._holders = self._readers, self._recent, self._holders
-        other._functions, other._replayed = self._functions, self._replayed
+        other._functions, other._replayed, other._kept = self._functions, self._replayed, self._kept
         return other
+
+    def _keep(self, place: Place, kept: Kept) -> None:
+        """What the data had kept in themselves as a pass began, for the positions in it."""
+        self._kept[place[:2]] = kept
+        self._kept.move_to_end(place[:2])
+        while len(self._kept) > _MANY:
+            self._kept.popitem(last=False)
 
     def _drawn(self, place: Place) -> tuple[Batch, Place]:
         found = self._recent.find(place)
@@ -170,7 +241,9 @@ class Stream:
 
     def _begin(self, reader: Reader, seed: int, epoch: int) -> Reader:
         before = [reader.iterator, *(other.iterator for other in self._readers)]
-        reader.begin(seed, epoch)
+        reader.begin(seed, epoch, self._kept.get((seed, epoch), {}))
+        if reader.kept:
+            self._keep(reader.place, reader.kept)
         if not reader.resumes and any(reader.iterator is other for other in before):
             raise ExhaustedDataError(
                 f"The data of player {self.owner!r} gave, for pass {epoch + 1}, the iterator that it had given before: "

@@ -14,6 +14,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from bilevel.game.hooks import has_hooks
 from bilevel.game.processes import told_of_spread
 
 _HOOKED = "a player's module saves tensors by hooks"
@@ -28,11 +29,15 @@ class FirstCall:
         spread: What is told of modules that are spread over processes.
         strangers: Buffers that the call advanced, of modules that no player owns: the module, and the buffer's name.
         by_statistics: The identities of normalising layers that it ran in evaluation mode.
+        owned: The identities of those parts of players' modules that it ran.
+        hooked: Modules that it ran, with hooks on their gradients.
     """
 
     spread: list[str] = field(default_factory=list)
     strangers: list[tuple[nn.Module, str]] = field(default_factory=list)
     by_statistics: set[int] = field(default_factory=set)
+    owned: set[int] = field(default_factory=set)
+    hooked: list[nn.Module] = field(default_factory=list)
 
     @contextmanager
     def watched(self, owned: Collection[int], own_module: bool) -> Iterator[None]:
@@ -47,8 +52,12 @@ class FirstCall:
             told = told_of_spread(module)
             if told:
                 self.spread.append(told)
+            if has_hooks(module):
+                self.hooked.append(module)
             if isinstance(module, _NormBase) and not module.training:
                 self.by_statistics.add(id(module))
+            if id(module) in owned:
+                self.owned.add(id(module))
             if id(module) in owned or id(module) in taken:
                 return
             lent = {}
@@ -73,7 +82,7 @@ class FirstCall:
             for module, lent in taken.values():
                 for name, (tensor, copied) in lent.items():
                     # By value: PyTorch's own kernels write into BatchNorm's statistics without counting a version.
-                    if module._buffers.get(name) is not copied or not torch.equal(copied, tensor):
+                    if module._buffers.get(name) is not copied or not (copied.is_meta or torch.equal(copied, tensor)):
                         self.strangers.append((module, name))
                     module._buffers[name] = tensor
 
@@ -81,6 +90,11 @@ class FirstCall:
 def told_of_recomputation(error: Exception) -> str:
     """Why a loss that recomputes its module in backward is refused; empty for any other error."""
     text = str(error)
+    if "use_reentrant=True" in text:
+        return (
+            "it runs torch.utils.checkpoint(use_reentrant=True), through which PyTorch gives no gradient of chosen "
+            "variables (torch.autograd.grad). Pass use_reentrant=False."
+        )
     if _HOOKED not in text and _REENTRANT not in text:
         return ""
     return (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -16,14 +17,21 @@ from bilevel.constraints.functions import Constrained
 from bilevel.errors import BilevelError, NonFiniteError
 from bilevel.game.constrained import spread
 from bilevel.game.data import Batch
+from bilevel.game.others import Others
 from bilevel.game.residual import Kinks, PlayedGame, Rest
+from bilevel.game.rounding import (
+    GradientScale,
+    ResidualWithLoss,
+    Size,
+    beyond_rounding,
+    least_terms,
+    measured_terms,
+    rounding,
+)
 from bilevel.game.situation import Buffers, Situation
 from bilevel.randomness import random_kept, random_state
 from bilevel.sharding.tensor import noise_like
-from bilevel.tree import Structure, Variables, flatten, join, leaves, structure_of
-
-Size = Any
-"""A float; of many games a tensor `[count]` with one for each."""
+from bilevel.tree import Structure, Variables, flatten, join, leaves, map_leaves, structure_of
 
 Solver = TypeVar("Solver")
 
@@ -36,18 +44,21 @@ class Follower:
     """
 
     def __init__(
-        self, game: PlayedGame, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        game: PlayedGame,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
         self.game, self.name = game, str(state["follower"])
         # In each call: a process group may have come after the game and the state.
         game.require_ranks(f"The response of player {self.name!r}")
-        known = set(game.names)
-        for name in others:
-            if name not in known or name == self.name:
-                raise ValueError(
-                    f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
-                    f"other players, {[n for n in game.names if n != self.name]}."
-                )
+        if not isinstance(others, Others):
+            self._refuse_strangers(others)
+        self.inputs = {name: others[name] for name in game.reads(self.name, further) if name in others}
+        """The variables of those whom it reads."""
+        for name in self.inputs:
             game.check(name, others[name])
             # Steps and backward passes of the library's own would lose them, and a state would keep them.
             if any(has_tangent(leaf) for leaf in leaves(others[name])):
@@ -56,18 +67,16 @@ class Follower:
                     "torch.autograd.forward_ad, as torch.autograd.functional.jacobian(strategy='forward-mode') makes "
                     "them. For derivatives in forward mode call it inside torch.func.jvp or torch.func.jacfwd."
                 )
-        missing = [n for n in game.arguments(self.name) if n != self.name and n not in others]
-        missing = [n for n in missing if n not in game.anticipated]
+        missing = [n for n in game.arguments(self.name) if n != self.name and n not in self.inputs]
+        missing = [n for n in missing if n not in game.anticipated] if missing else missing
         if missing:
             raise ValueError(
                 f"The response of player {self.name!r} needs the variables of {missing}; given are {sorted(others)}."
             )
         self.rests = game.residual(self.name).scaled(state.get("scale", 1.0))
         """F: what vanishes where it rests."""
-        self.inputs = dict(others)
         self.xs: list[Tensor] = leaves(self.inputs)
-        """The leaves of the others' variables."""
-        self.input_form = structure_of(self.inputs)
+        """The leaves of those."""
         self.form: Structure = game.structure(self.name)
         """The layout of y, its variables."""
         self.multipliers: dict[str, Variables] = dict(state.get("multipliers") or {})
@@ -85,12 +94,27 @@ class Follower:
 
     @property
     def others(self) -> dict[str, Variables]:
-        """The other players' variables, detached."""
-        return self.input_form.build([x.detach() for x in self.xs])  # type: ignore[no-any-return]
+        """The variables of the players whom it reads, detached."""
+        return map_leaves(Tensor.detach, self.inputs)  # type: ignore[no-any-return]
+
+    @cached_property
+    def input_form(self) -> Structure:
+        """The layout of the variables of those whom it reads."""
+        return structure_of(self.inputs)
 
     def situation(self, others: Mapping[str, Variables] | None = None) -> Situation:
         """Where it is on the present batch; `others` in place of their own variables, detached."""
-        return Situation(self.game, self.name, self.others if others is None else others, self.batch, self.buffers)
+        seen = self.others if others is None else {name: others[name] for name in self.inputs if name in others}
+        return Situation(self.game, self.name, seen, self.batch, self.buffers)
+
+    def _refuse_strangers(self, others: Mapping[str, Variables]) -> None:
+        known = set(self.game.names)
+        for name in others:
+            if name not in known or name == self.name:
+                raise ValueError(
+                    f"The response of player {self.name!r} was given variables of {name!r}; expected those of the "
+                    f"other players, {[n for n in self.game.names if n != self.name]}."
+                )
 
     @property
     def symmetric(self) -> bool:
@@ -139,7 +163,7 @@ class Follower:
         variables = {**others, self.name: y}
         loss, buffers = self.game.evaluate(self.name, variables, self.batch, self.buffers)
         if advance_buffers and self.buffers:
-            self.buffers = {self.name: buffers[self.name]}
+            self.buffers = {self.name: buffers.get(self.name, self.buffers[self.name])}
         return loss
 
     def gradients(self, y: list[Tensor], others: Mapping[str, Variables] | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -295,22 +319,83 @@ class Follower:
         """The norm of F."""
         return concrete(self.game.norms(slopes))
 
+    def sizes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The largest entry of each leaf of F, or what else is finite where all entries are: 0-d tensors."""
+        return [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in slopes]
+
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         """The dot product of two vectors `[n]` that are laid out as its variables, a 0-d tensor."""
         return torch.dot(first, second)
 
-    def reference(self, slopes: Sequence[Tensor]) -> Size:
-        """What stationarity is told in units of: the norm of F at the start, or 1 where that is 0."""
-        norm = float(self.game.norms(slopes))
-        return norm if norm > 0.0 else 1.0
+    # What F is measured by ---------------------------------------------------------------------------------------
+
+    def measured(self, slopes: Sequence[Tensor], unknowns: Tensor) -> dict[str, Size]:
+        """What a fresh state holds of the size of F: its norm at the start, and that of its terms.
+
+        Costs three evaluations of F; none inside a `torch.func` transform, out of which new tensors would leak.
+        """
+        norm = self.norm(slopes)
+        if transforms_active():
+            return {"reference": norm, "terms": 0.0 * norm}
+        with random_kept(self.game.device):
+            found = measured_terms(self, self.held_residual(), unknowns)
+        return {"reference": norm, "terms": least_terms(found)}
+
+    def measure(self, state: Mapping[str, Any], begins: Sequence[Tensor] | None = None) -> GradientScale:
+        """What F is measured by: its norm at the start of the game, and above its rounding in any case.
+
+        A follower that starts at its optimum has nothing but rounding there. Then it is the largest norm with which a
+        call began; `begins` are the leaves where this one does, and F there costs a gradient, of such a follower alone.
+        """
+        found = GradientScale(state["reference"], state["terms"], _dtype(state))
+        if begins is None or bool(torch.as_tensor(found.tells).all()):
+            return found
+        return found.begun(self._norm_at(begins))
+
+    def _norm_at(self, begins: Sequence[Tensor]) -> Size:
+        """The norm of F at some leaves; neither buffers nor random numbers go on."""
+        buffers = self.buffers
+        with torch.no_grad(), random_kept(self.game.device):
+            _, slopes = self.gradients(list(begins))
+        self.buffers = buffers
+        return self.norm(slopes)
+
+    @property
+    def owners(self) -> list[list[int]]:
+        """The places among the unknowns' leaves of each player who makes it up; all of them, of one player."""
+        members = self.game.members(self.name)
+        if self.multipliers or members == (self.name,):
+            return [list(range(len(self.unknowns.shapes)))]
+        places = self.form.build(range(len(self.form.shapes)))  # type: ignore[arg-type]
+        return [leaves(places[member]) for member in members]
+
+    def noise(self, unknowns: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers in the form of its unknowns."""
+        return noise_like(unknowns, generator) if self.multipliers else self.probe(unknowns, generator)
 
     def relative(self, slopes_norm: Size, state: Mapping[str, Any]) -> Size:
         """A norm of F in units of the one at the start of the game."""
-        return slopes_norm / self.unit(state)
+        return slopes_norm / self.measure(state).shown
 
-    def unit(self, state: Mapping[str, Any]) -> Size:
-        """What its stationarity is told in units of: the norm of F at the start of the game."""
-        return state["reference"]
+    def missed(
+        self, scale: GradientScale, tolerance: float, slope: Tensor, residual: ResidualWithLoss, unknowns: Tensor
+    ) -> tuple[tuple[str, list[int] | None] | None, GradientScale]:
+        """How far F `[n]` at its unknowns is above a tolerance, as `shortfall` says it, and what it is measured by now.
+
+        What is no more than rounding is not above it: where that may be so, it costs three evaluations of F.
+        """
+        norm = self.norm(self.unknowns.split(slope))
+        threshold = scale.threshold(tolerance)
+        if bool(torch.as_tensor(norm <= threshold).all()):
+            return None, scale
+        # Farther from 0 than where they were measured, the terms may have grown by what F was there.
+        likely = 10.0 * rounding(scale.terms + scale.unit, slope.dtype)
+        if len(self.owners) > 1 or bool(torch.as_tensor(norm <= likely).any()):
+            found = measured_terms(self, residual, unknowns)
+            scale = GradientScale(scale.reference, least_terms(found), slope.dtype)
+            norm = beyond_rounding(self, slope, found)
+            threshold = scale.threshold(tolerance)
+        return self.shortfall(norm, threshold, norm / scale.unit), scale
 
     def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
         """How far a norm of F is above a threshold, in words, and in which games; None where it is not."""
@@ -487,3 +572,8 @@ class HeldLoss:
         here = Situation(follower.game, follower.name, others, self._batch, self._buffers)
         with random_kept(follower.game.device, start=self._random):
             return here.loss(here.at_flat(y))[0]
+
+
+def _dtype(state: Mapping[str, Any]) -> torch.dtype:
+    found: torch.dtype = leaves(state["variables"])[0].dtype
+    return found

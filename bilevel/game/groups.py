@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
 
 from bilevel.game.situation import Buffers
 
@@ -20,28 +23,28 @@ class Groups:
 
     def owner(self, name: str) -> str:
         """The joint player that a member belongs to; of one who plays alone itself."""
-        return next((group for group, members in self.members.items() if name in members), name)
+        return self._owners.get(name, name)
 
-    def joined(self, buffers: Buffers, order: Sequence[str]) -> Buffers:
-        """Buffers by player in the order of play; a joint player's under its own name, `member.path`."""
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        return {member: group for group, members in self.members.items() for member in members}
+
+    def joined(self, buffers: Buffers) -> Buffers:
+        """Buffers of members by who plays; a joint player's under its own name, `member.path`."""
         if not self.members:
             return dict(buffers)
-        playing = set(order)
-        found = {name: tensors for name, tensors in buffers.items() if name in playing}
-        for group, members in self.members.items():
-            found[group] = {f"{m}.{path}": t for m in members for path, t in buffers.get(m, {}).items()}
-        return found
-
-    def parted(self, buffers: Buffers) -> Buffers:
-        """The other way round: buffers by member."""
-        if not self.members:
-            return buffers
         found: Buffers = {}
         for name, tensors in buffers.items():
-            if name not in self.members:
+            owner = self.owner(name)
+            if owner == name:
                 found[name] = tensors
-                continue
-            for path, tensor in tensors.items():
-                member, _, rest = path.partition(".")
-                found.setdefault(member, {})[rest] = tensor
+            else:
+                found.setdefault(owner, {}).update({f"{name}.{path}": t for path, t in tensors.items()})
         return found
+
+    def part(self, member: str, buffers: Buffers) -> dict[str, Tensor] | None:
+        """The other way round: a member's among buffers by who plays; None where they say nothing of it."""
+        if member in buffers:
+            return buffers[member]
+        prefix, together = f"{member}.", buffers.get(self.owner(member), {})
+        return {path.removeprefix(prefix): t for path, t in together.items() if path.startswith(prefix)} or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -117,12 +117,25 @@ class CallableVariables(dict[str, Tensor]):
     ) -> None:
         super().__init__(variables)
         self._module, self._training, self._forwards = module, training, dict(forwards or {})
+        self._thread = get_ident()
 
     def __call__(self, *inputs: Any, training: bool | None = None, **named: Any) -> Any:
         """What the module returns for these inputs."""
+        if get_ident() != self._thread:
+            # A module holds one set of parameters at a time; two threads would mix them, and leave them mixed.
+            raise BilevelError(
+                "A player's module was called in another thread than the one that evaluates the loss, where its "
+                "variables and the module's own parameters would be mixed up. Call it in the loss's own thread, on the "
+                "whole batch: PyTorch's operations use several cores by themselves."
+            )
         mode = self._training if training is None else training
-        with _mode(self._module, mode), replaced(self._module, self._forwards):
-            return torch.func.functional_call(self._module, dict(self), inputs, named)
+        parts = list(self._module.named_modules())
+        slots = _slots(self._module, parts, self)
+        with _mode(self._module, parts, mode), replaced(self._module, self._forwards):
+            if slots is None:
+                return torch.func.functional_call(self._module, dict(self), inputs, named)
+            with _filled(slots, self):
+                return self._module(*inputs, **named)
 
     @property
     def module(self) -> nn.Module:
@@ -151,21 +164,62 @@ pytree.register_pytree_node(
 )
 
 
+Slots = list[tuple[dict[str, Any], str, str]]
+"""Where a module holds each of its variables: a dict, the key there, and the variable's name."""
+
+
+def _slots(module: nn.Module, parts: Sequence[tuple[str, nn.Module]], variables: Mapping[str, Tensor]) -> Slots | None:
+    """The places of a module's parameters; None where it has others, or buffers, with which these may be tied.
+
+    What PyTorch's `functional_call` looks for takes as long as to run a small network; it serves there.
+    """
+    if isinstance(module, nn.DataParallel):
+        return None
+    found: Slots = []
+    for prefix, part in parts:
+        if type(part._parameters) is not dict or part._buffers:
+            return None
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found.append((part._parameters, name, f"{prefix}.{name}" if prefix else name))
+    return found if len(found) == len(variables) and all(slot[2] in variables for slot in found) else None
+
+
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Set the modes of a module and its submodules, and put them back."""
-    before = {part: part.training for part in module.modules()}
-    if not training:
-        wanted = dict.fromkeys(before, False)
-    else:
-        wanted = before if module.training else dict.fromkeys(before, True)
+def _filled(slots: Slots, variables: Mapping[str, Any]) -> Iterator[None]:
+    """Put variables in the place of a module's parameters, and these back."""
+    before = [held[key] for held, key, _ in slots]
     try:
-        for part, mode in wanted.items():
-            part.training = mode
+        for held, key, name in slots:
+            held[key] = variables[name]
         yield
     finally:
-        for part, mode in before.items():
-            part.training = mode
+        for (held, key, _), parameter in zip(slots, before, strict=True):
+            held[key] = parameter
+
+
+@contextmanager
+def _mode(module: nn.Module, parts: Sequence[tuple[str, nn.Module]], training: bool) -> Iterator[None]:
+    """Set the modes of a module and its submodules, `parts` all together, and put them back."""
+    if training and module.training:  # a part of it that evaluates was frozen by somebody
+        yield
+        return
+    others = [part for _, part in parts if part.training != training]
+    try:
+        for part in others:
+            _set_mode(part, training)
+        yield
+    finally:
+        for part in others:
+            _set_mode(part, not training)
+
+
+def _set_mode(part: nn.Module, training: bool) -> None:
+    """`part.training = training`, without the search for parameters of that name that PyTorch begins with."""
+    if type(part).__setattr__ is nn.Module.__setattr__ and "training" in part.__dict__:
+        part.__dict__["training"] = training
+    else:
+        part.training = training
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Parts:
     players in place of their members; `initial`, `structures` and `streams` are by name, of members and joint ones;
     `rests` are residuals in place of the players' own; `alone` says that each rank of a process group plays for itself;
     `shards` tells of players whose variables are spread over the ranks.
-    `modular` that somebody is a module.
+    `modular` that somebody is a module; `submodules` are its parts, by player.
     """
 
     players: Mapping[str, Player]
@@ -51,6 +52,7 @@ class Parts:
     alone: bool = False
     shards: Mapping[str, Shards] = field(default_factory=dict)
     modular: bool = False
+    submodules: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
 
     def value(self, name: str, variables: Mapping[str, Variables]) -> Variables:
         """A player's variables among those given, or what it answers to them."""
@@ -86,9 +88,93 @@ class Parts:
         held = self.held(player, function, variables)
         return {name: self.assembled(name, tree, shared=False) for name, tree in held.items()}
 
-    def all_buffers(self, buffers: Buffers | None) -> Buffers:
-        """Everybody's buffers by member: these, and of whom they leave out the initial ones."""
-        return self.buffers if buffers is None else {**self.buffers, **self.groups.parted(buffers)}
+    # Whose variables and buffers a player's functions may see: what one evaluation costs depends on no other player --
+
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Each player's place in the order of play; of a joint player that of its first member."""
+        found = {name: place for place, name in enumerate(self.players)}
+        return found | {name: found[members[0]] for name, members in self.groups.members.items()}
+
+    def arguments_of(self, player: str) -> tuple[str, ...]:
+        """Who is named by what a player's functions are called with; of a joint player, by all its members'."""
+        if player not in self._named:
+            self._named[player] = self._arguments(player)
+        return self._named[player]
+
+    @cached_property
+    def _named(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def _arguments(self, player: str) -> tuple[str, ...]:
+        members = self.groups.of(player)
+        named = [name for member in members for name in self.arguments[member]]
+        for member in members:
+            own = self.players[member]
+            named += own.option_players if own.residual is None else own.own_residual.players
+            named += [name for name in own.start_names if name != "batch"]
+            for function in own.constraints.values():
+                named += [name for name in own.parameters(function) if name != "batch"]
+        return tuple(dict.fromkeys(self.groups.owner(name) for name in named))
+
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, and `further` ones, in order of play.
+
+        Those whom the functions name: a name is asked for, whether a call uses it or not, so that what a loss reads by
+        a condition is among them. Who is anticipated may look at anybody.
+        """
+        named = self.arguments_of(player)
+        if self.anticipated and any(name in self.anticipated for name in named):
+            return tuple(name for name in self.order if name != player and name not in self.anticipated)
+        both = {*named, *(name for name in further if name in self.playing)} - {player}
+        return tuple(sorted(both, key=self.places.__getitem__))
+
+    @cached_property
+    def playing(self) -> frozenset[str]:
+        """Who plays, joint players in place of their members."""
+        return frozenset(self.order)
+
+    @cached_property
+    def optimizer_players(self) -> tuple[str, ...]:
+        """Those who are hyperparameters of an inner optimiser."""
+        return tuple(name for name, player in self.players.items() if player.optimizer_hyper)
+
+    @cached_property
+    def read_by_statistics(self) -> frozenset[str]:
+        """Those whose modules somebody else's loss runs by running statistics that move."""
+        return frozenset(name for runs in self.runs.values() for name in runs.by_statistics)
+
+    @cached_property
+    def partners(self) -> Mapping[str, tuple[str, ...]]:
+        """Each player whose module has buffers -> those of whom theirs are lent with them, itself among them.
+
+        Their modules share a part, or they play as one.
+        """
+        owners: dict[int | str, list[str]] = {}
+        marks: dict[str, list[int | str]] = {}
+        for name, player in self.players.items():
+            if self.buffers[name] and isinstance(player.init, nn.Module):
+                marks[name] = [*map(id, player.init.modules()), self.groups.owner(name)]
+                for mark in marks[name]:
+                    owners.setdefault(mark, []).append(name)
+        return {name: tuple({other for mark in mine for other in owners[mark]}) for name, mine in marks.items()}
+
+    def lent_buffers(self, player: str, given: Iterable[str], buffers: Buffers | None) -> Buffers:
+        """By member, those of the modules that a player's function can run: its own, and those of who is `given`.
+
+        These `buffers`, and the initial ones of whom they leave out. Before its first call, anybody's.
+        """
+        if not self.partners:
+            return {}
+        runs = self.runs.get(player)
+        ran = self.partners if runs is None else {player, *given, *runs.beside}
+        named = {other for name in ran for other in self.partners.get(name, ())}
+        # Of players who share a module the last one lends its buffers.
+        return {name: self._buffers_of(name, buffers) for name in sorted(named, key=self.places.__getitem__)}
+
+    def _buffers_of(self, member: str, buffers: Buffers | None) -> dict[str, Tensor]:
+        found = None if buffers is None else self.groups.part(member, buffers)
+        return self.buffers[member] if found is None else found
 
 
 def first_tensor(players: Mapping[str, Player]) -> Tensor | None:

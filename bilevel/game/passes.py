@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bilevel.game.own_state import Generating, Kept, OwnState, generators_in, keepers
 from bilevel.game.persistent import PersistentLoader
 from bilevel.randomness import global_generators
 
@@ -31,8 +31,10 @@ class Reader:
     """Reads pass after pass of one source: batch number i of pass e is a function of (seed, e, i).
 
     A pass begins with the generators seeded from (seed, e): PyTorch's global ones, and those of a DataLoader and its
-    samplers. While batches are made these generators are in the pass's own state, and otherwise in everybody else's, so
-    that data may draw random numbers batch by batch. Whoever has `set_epoch` is told the pass.
+    samplers, and those of any library that the data hold. While batches are made these generators are in the pass's own
+    state, and otherwise in everybody else's, so that data may draw random numbers batch by batch. Whoever has
+    `set_epoch` is told the pass. What samplers and iterable data keep in themselves besides goes on from pass to pass,
+    each reader's by itself; what it was at the beginning of a pass is `kept`.
 
     Lets go of workers and files when nobody refers to it any more.
     """
@@ -44,9 +46,13 @@ class Reader:
             self._passes = PersistentLoader(source)
         self._parts = _parts(source)
         own = [part.generator for part in self._parts if isinstance(part, _Generating)]
-        found = [*global_generators(device), *(g for g in own if isinstance(g, torch.Generator))]
+        torchs = [*global_generators(device), *(g for g in own if isinstance(g, torch.Generator))]
+        found: list[Generating] = [*torchs, *generators_in(self._parts)]
         self._generators = list({id(generator): generator for generator in found}.values())
-        self._states: list[Tensor] = []
+        self._states: list[Any] = []
+        self._own, self._begun = OwnState(keepers(source, self._parts)), False
+        self.kept: Kept = {}
+        """What the data kept in themselves as the present pass began, where it was not as at first."""
         self.iterator: Iterator[Any] = iter(())
         self.place: Place = (0, 0, 0)
 
@@ -55,8 +61,12 @@ class Reader:
         """Whether one iterator object serves all passes."""
         return isinstance(self._passes, PersistentLoader)
 
-    def begin(self, seed: int, epoch: int) -> None:
-        """Begin a pass."""
+    def begin(self, seed: int, epoch: int, kept: Kept) -> None:
+        """Begin a pass; `kept` counts for the first one."""
+        if not self._begun:
+            self._own.begin(kept)
+        self._own.enter()
+        self._begun, self.kept = True, self._own.kept()
         for part in self._parts:
             if isinstance(part, _Counting):
                 part.set_epoch(epoch)
@@ -77,6 +87,7 @@ class Reader:
     def _own_numbers(self, *, seed: int | None = None) -> Iterator[None]:
         """The pass's random state inside, everybody else's outside."""
         outside = [generator.get_state() for generator in self._generators]
+        self._own.enter()
         try:
             if seed is None:
                 for generator, state in zip(self._generators, self._states, strict=True):
@@ -86,6 +97,7 @@ class Reader:
                     generator.manual_seed(seed)
             yield
         finally:
+            self._own.leave()
             self._states = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, outside, strict=True):
                 generator.set_state(state)

@@ -11,7 +11,9 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, MapDataPipe, get_worker_info
+
+from bilevel.game.own_state import OwnState, generators_in, keepers
 
 
 @final
@@ -27,7 +29,8 @@ class PersistentLoader:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._begun = torch.zeros(2, dtype=torch.int64)  # how many passes before this one, and its seed
+        # How many passes before this one, the seed of its workers, and that of generators that the data hold.
+        self._begun = torch.zeros(3, dtype=torch.int64)
         self._begun.share_memory_()  # type: ignore[no-untyped-call]
         self._running = False
         self._loader = copy.copy(loader)
@@ -46,7 +49,8 @@ class PersistentLoader:
             # What a new iterator does: it begins its sampler, draws the workers' seed, and begins the sampler again.
             iter(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
             seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator))
-            self._begun.copy_(torch.tensor([int(self._begun[0]) + 1, seed]))
+            # The pass's own seed, as the reader of these passes has just begun with it.
+            self._begun.copy_(torch.tensor([int(self._begun[0]) + 1, seed, torch.initial_seed() % 2**63]))
         self._running = True
         return iter(loader)
 
@@ -56,12 +60,21 @@ class _Seeded:
 
     def __init__(self, dataset: Any, begun: Tensor) -> None:
         self.dataset, self._begun, self._seen = dataset, begun, 0
+        self._own: OwnState | None = None
 
     def _now(self) -> Any:
-        number, seed = self._begun.tolist()
+        if self._own is None:
+            iterable = isinstance(self.dataset, IterableDataset)
+            self._own = OwnState(keepers(self.dataset, [self.dataset]) if iterable else [])
+            self._own.begin({})
+        number, seed, own = self._begun.tolist()
         if number != self._seen:
             self._seen = number
             _seed_worker(seed)
+            self._own.leave()
+            self._own.begin({})  # as in a new worker, which gets the main process's
+            for generator in generators_in([self.dataset]):
+                generator.manual_seed(own)
         return self.dataset
 
     def __getitem__(self, index: Any) -> Any:

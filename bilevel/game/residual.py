@@ -75,6 +75,11 @@ class Residual(ABC):
     def differentiates_loss(self) -> bool:
         """Whether F is the first derivative of what the game's loss returns."""
 
+    @property
+    def curves_loss(self) -> bool:
+        """Whether a derivative of F takes a second one of the loss, and of what constrains the player."""
+        return True
+
     @abstractmethod
     def __call__(self, at: Situation, y: Sequence[Tensor]) -> Found:
         """The loss, F in each leaf of y, and the buffers after it; differentiable in y and others if grad is on."""
@@ -193,7 +198,7 @@ class OwnGradient(Residual):
 
         with at.game.saving():
             value, found = gradient(loss, *y)
-        return value, list(found), {name: after[name] for name in at.buffers if name in after}
+        return value, list(found), {name: after.get(name, held) for name, held in at.buffers.items()}
 
     def flat(self, at: Situation, y: Tensor) -> tuple[Tensor, Tensor]:
         """By one derivative in y itself, and not one in each leaf."""
@@ -352,6 +357,11 @@ class UserResidual(Residual):
         return required(self.function)
 
     @property
+    def curves_loss(self) -> bool:
+        """Where the function takes the objective's gradient."""
+        return GRADIENT in self.names
+
+    @property
     def players(self) -> list[str]:
         """Those of them that name players."""
         return [name for name in self.names if name not in (GRADIENT, "batch")]
@@ -366,7 +376,7 @@ class UserResidual(Residual):
             with torch.no_grad():
                 loss, _ = at.loss(variables)
             found, after = at.call(self.function, variables)
-            after = {name: after[name] for name in at.buffers if name in after}
+            after = {name: after.get(name, held) for name, held in at.buffers.items()}
         self._require_form(at.player, found, at.form)
         return loss, _apart(leaves(found), y), after
 
@@ -387,14 +397,8 @@ class UserResidual(Residual):
 
 def _apart(values: list[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
     """The values, copied where they are y itself: an optimiser steps y in place, and its gradient must stand still."""
-    return [value.clone() if any(_same(value, own) for own in y) else value for value in values]
-
-
-def _same(value: Tensor, own: Tensor) -> bool:
-    if value is own:
-        return True
-    base = value._base if value._is_view() else value
-    return base is own or (own._is_view() and base is own._base)
+    own = {id(leaf) for leaf in y} | {id(leaf._base) for leaf in y if leaf._is_view()}
+    return [value.clone() if id(value) in own or id(value._base) in own else value for value in values]
 
 
 def _shapes(tree: Variables) -> str:

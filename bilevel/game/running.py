@@ -96,8 +96,9 @@ def moving_modules(parts: Parts, player: str) -> dict[str, nn.Module]:
 
 def on_graph(variables: Mapping[str, Variables]) -> bool:
     """Whether somebody is to be differentiated in these."""
-    found = leaves(dict(variables)) if torch.is_grad_enabled() else []
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in found)
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for own in variables.values() for leaf in leaves(own))
 
 
 def _warn_of_unfollowed(parts: Parts, player: str, variables: Mapping[str, Variables]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.constraints.coordinates import Coordinate
+from bilevel.custom_functions import OwnFunctions
 from bilevel.game.data import Batch, Position
 from bilevel.second_order import FastKernels
 from bilevel.tree import Structure, Variables
@@ -40,6 +41,9 @@ class GameOfLosses(Protocol):
 
     def arguments(self, player: str) -> tuple[str, ...]:
         """The players that a player's objective names."""
+
+    def reads(self, player: str, further: Iterable[str] = ()) -> tuple[str, ...]:
+        """The others whose variables can reach a player's functions, in order of play, and `further` ones."""
 
     def check(self, player: str, variables: Variables) -> None:
         """Refuse variables whose nest or shapes are not those of the player's `init`."""
@@ -78,8 +82,11 @@ class GameOfLosses(Protocol):
     def draw(self, player: str, position: Position | None) -> tuple[Batch, Position | None]:
         """A player's batch at a position, and the next position."""
 
-    def whole_pass(self, player: str, position: Position | None) -> Iterator[Batch]:
+    def whole_pass(self, player: str, position: Position | None, asker: str, way_out: str = "") -> Iterator[Batch]:
         """All the batches of the pass that a position is in, from its first; None once where there is no data."""
+
+    def pass_length(self, player: str) -> int | None:
+        """How many batches a pass over a player's data has, as far as the data say."""
 
     def initial(self, player: str) -> Variables:
         """A fresh copy of a player's initial variables."""
@@ -108,6 +115,12 @@ class GameOfLosses(Protocol):
 
     def kernels(self, player: str) -> FastKernels:
         """What a player's loss uses that has one derivative only, where there is a form with two."""
+
+    def own_functions(self, player: str) -> OwnFunctions:
+        """The user's own autograd functions in a player's loss."""
+
+    def require_twice(self, player: str) -> None:
+        """Raise `SecondDerivativeError` where a second derivative of what a player minimises would be wrong."""
 
     @property
     def record_keys(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from bilevel.game.modules import CallableVariables
 from bilevel.game.player import Player
 from bilevel.game.residual import PlayedGame
 from bilevel.randomness import random_kept
-from bilevel.tree import Structure, Variables, leaves, map_leaves, named_leaves, structure_of
+from bilevel.tree import Structure, Variables, leaves, map_leaves, named_leaves
 
 StartsAlone = Mapping[str, tuple[str, ...]]
 """Player -> the variables of others, in words, that reach it by its start and reach nobody's loss."""
@@ -20,8 +20,7 @@ StartsAlone = Mapping[str, tuple[str, ...]]
 def formed(player: str, found: Variables, form: Structure) -> Variables:
     """What a start returned, as variables of the player; raises `ValueError` where it is of another form."""
     plain = dict(found) if isinstance(found, CallableVariables) else found
-    came = structure_of(plain)
-    if came.spec == form.spec and came.shapes == form.shapes:
+    if form.fits(plain):
         return plain
     # A module's variables and those of another like it may come in another order.
     given = dict(named_leaves(plain))

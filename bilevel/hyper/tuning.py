@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import Parameter, Signature
 from typing import Any
@@ -122,6 +122,18 @@ class Tuning:
             raise ValueError(f"Tuning: the values are of {sorted(values)}; expected {sorted(self.init)}.")
         return _of_module(self._training.at(values))
 
+    def undeclared(self) -> Callable[[nn.Module, Any], Tensor]:
+        """The training loss as it is, without what is declared around it.
+
+        Raises `ValueError` where it has hyperparameters of its own, without which it cannot be called.
+        """
+        if self._plain:
+            raise ValueError(
+                f"Tuning: the training loss has the hyperparameters {list(self._plain)}; it is not a loss without "
+                "them. Give their values to loss_at(values)."
+            )
+        return _of_module(replace(self._training, declared={}).at({}))
+
     def valid_loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:
         """The validation loss at fixed hyperparameters, likewise."""
         loss = _Objective(self._valid_loss, self.follower, self.leader, self._plain, {})
@@ -185,7 +197,8 @@ def _follower(train: Callable[..., Any], valid: Callable[..., Any], plain: Seque
             raise ValueError(
                 f"Tuning: hyper has {name!r}, and the training loss no parameter of that name; its parameters are "
                 f"{list(required(train))}. Use it there, or declare what needs no parameter: "
-                "bilevel.hyper.WeightDecay()."
+                "bilevel.hyper.WeightDecay(). An option of the optimiser, such as its learning rate, is in no loss: "
+                "it is tuned through the steps, by bilevel.Unrolled and bilevel.inner.TorchOptimizer(rates=...)."
             )
     own = [name for name in required(train) if name not in (*plain, "batch")]
     if len(own) != 1:

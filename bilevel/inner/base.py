@@ -52,7 +52,7 @@ class Problem(Protocol):
 
     @property
     def others(self) -> Mapping[str, Variables]:
-        """The other players' variables, detached."""
+        """The variables, detached, of the players whom the follower's functions name, and of the solver's `names`."""
 
     def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss and residual of each leaf, its gradient as a rule, on the present batch; counted as one gradient."""
@@ -134,6 +134,11 @@ class InnerSolver(ABC):
         return False
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The players that it looks up in `problem.others` besides those whom the follower's own functions name."""
+        return ()
+
+    @property
     def takes_parts(self) -> bool:
         """Whether variables may be spread over ranks: it takes sums and norms of them, and acts on each entry alone."""
         return False
@@ -179,6 +184,11 @@ class InnerSolver(ABC):
     def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
         """What a torch.optim optimiser remembers of each leaf, out of a memory; `[]` of any other method."""
         return []
+
+
+def named_by(optimizer: object) -> tuple[str, ...]:
+    """The `names` of an inner solver; none of what makes a torch.optim optimiser."""
+    return optimizer.names if isinstance(optimizer, InnerSolver) else ()
 
 
 def require_solver(asker: str, optimizer: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class ClosedForm(InnerSolver):
 
     function: Callable[..., Variables]
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Those of the function's parameters."""
+        return tuple(inspect.signature(self.function).parameters)
+
     @property
     def takes_constraints(self) -> bool:
         """Whatever the function heeds; its answer is checked."""
@@ -50,7 +56,7 @@ class ClosedForm(InnerSolver):
     ) -> tuple[list[Tensor], Any]:
         """The function's answer; nothing is remembered."""
         given = {**problem.others, "batch": problem.batch}
-        arguments = {name: given[name] for name in inspect.signature(self.function).parameters if name in given}
+        arguments = {name: given[name] for name in self.names if name in given}
         with torch.no_grad():
             found = leaves(self.function(**arguments))
         if [t.shape for t in found] != list(problem.form.shapes):

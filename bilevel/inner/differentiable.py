@@ -55,7 +55,7 @@ class Stepper:
         """
         self._set(changes, leaves[0].dtype)
         if isinstance(self.optimizer, DifferentiableOptimizer):
-            return self._updated(self.optimizer, leaves, slopes)
+            return self._updated(self.optimizer, [leaf.clone() for leaf in leaves], slopes)
         self._seed(leaves, slopes)
         return self._moved([leaf.clone() for leaf in leaves], slopes, torch.clone)
 

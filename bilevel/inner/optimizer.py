@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -106,11 +106,11 @@ class TorchOptimizer(InnerSolver):
         options = {"clip_norm": self.clip_norm, "clip_value": self.clip_value, "rates": self.rates}
         return {name: option for name, option in options.items() if callable(option)}
 
-    def option_players(self, players: Mapping[str, Any]) -> list[str]:
+    def option_players(self, players: Container[str]) -> list[str]:
         """The players that its own options read, beside those of the factory."""
         return [name for option in self._functions.values() for name in player_parameters(option, players, skip=0)]
 
-    def players(self, players: Mapping[str, Any]) -> list[str]:
+    def players(self, players: Container[str]) -> list[str]:
         """All the players that are hyperparameters of the optimiser."""
         return [*player_parameters(self.factory, players), *self.option_players(players)]
 

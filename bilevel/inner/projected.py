@@ -168,7 +168,12 @@ def _probed(rows: Rows, y: list[Tensor]) -> Tensor:
     _, slopes = rows.field(y)
     size = _norms(slopes)
     length = torch.finfo(size.dtype).eps ** 0.5 * (1.0 + _norms(y))
-    unit = [slope / _spread(torch.where(size > 0.0, size, 1.0), slope) for slope in slopes]
+    # Who stands at an optimum has no gradient to look along: then along all entries alike.
+    alike = size.new_tensor(sum(leaf[0].numel() for leaf in y)).rsqrt()
+    unit = [
+        torch.where(_spread(size, slope) > 0.0, slope / _spread(torch.where(size > 0.0, size, 1.0), slope), alike)
+        for slope in slopes
+    ]
     _, there = rows.field([leaf - _spread(length, leaf) * part for leaf, part in zip(y, unit, strict=True)])
     found = _norms([a - b for a, b in zip(there, slopes, strict=True)]) / length
     return torch.where(found > 0.0, found, 1.0)

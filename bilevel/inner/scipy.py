@@ -208,16 +208,21 @@ class ScipyRoot(InnerSolver):
         def tensors(point: Any) -> list[Tensor]:
             return form.split(torch.tensor(point, dtype=torch.float64).to(like))
 
+        unit = 1.0
+
         def residual(point: Any) -> Any:
-            return np.asarray(join(problem.gradients(tensors(point))[1]).detach().to("cpu", torch.float64))
+            return np.asarray(join(problem.gradients(tensors(point))[1]).detach().to("cpu", torch.float64)) / unit
 
         start = np.asarray(join(y).detach().to("cpu", torch.float64))
-        if float(np.linalg.norm(residual(start))) <= threshold:  # SciPy's own methods divide by it
+        size = float(np.linalg.norm(residual(start)))
+        if size <= threshold:  # SciPy's own methods divide by it
             return y, None
+        # In units of its own, as Powell's first steps are at most 100 of them; a NaN is told by who called.
+        unit = size if math.isfinite(size) else 1.0
         limits = {
-            "hybr": {"maxfev": steps * (form.size + 1)},
-            "krylov": {"maxiter": steps, "fatol": threshold / form.size**0.5},
-            "df-sane": {"maxfev": steps, "fatol": threshold},
+            "hybr": {"maxfev": steps * (form.size + 1), "eps": torch.finfo(like.dtype).eps},
+            "krylov": {"maxiter": steps, "fatol": threshold / unit / form.size**0.5},
+            "df-sane": {"maxfev": steps, "fatol": threshold / unit},
         }
         found = root(residual, start, method=self.method, options={**limits.get(self.method, {}), **self.options})
         return [t.clone() for t in tensors(found.x)], None

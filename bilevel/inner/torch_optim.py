@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -162,7 +162,7 @@ def wants_names(factory: OptimizerFactory) -> bool:
     return any(p.name in _WANTS_NAMES for p in _parameters(factory)[:1])
 
 
-def player_parameters(factory: Callable[..., Any], players: Mapping[str, Any], *, skip: int = 1) -> list[str]:
+def player_parameters(factory: Callable[..., Any], players: Container[str], *, skip: int = 1) -> list[str]:
     """The parameters of a function that are named after players, with a default or without, and not bound already.
 
     The first `skip` are something else: an optimiser's parameters.

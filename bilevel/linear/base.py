@@ -15,7 +15,13 @@ from torch import Tensor
 
 from bilevel._returned import Lent, described, require_like
 from bilevel.autodiff import concrete
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError, require_kinds
+from bilevel.errors import (
+    ConvergenceError,
+    LinearNonConvergenceWarning,
+    NonFiniteError,
+    NotSymmetricError,
+    require_kinds,
+)
 from bilevel.linear.norms import largest_entry, norm
 from bilevel.linear.operator import LinearOperator, Shapes, entries
 from bilevel.linear.system import Candidate, LinearSystem, Memory, require_memory
@@ -96,7 +102,8 @@ class LinearSolver(ABC):
             residual is reported, and it warns only where 0 were a better answer.
         atol: The least that is asked for.
         damping: Added to the diagonal of A.
-        strict: Raise `ConvergenceError` when it stops short of its tolerance, instead of a `NonConvergenceWarning`.
+        strict: Raise `ConvergenceError` when it stops short of its tolerance, instead of a
+            `LinearNonConvergenceWarning`.
     """
 
     rtol: float | None = 1e-6
@@ -390,7 +397,7 @@ class LinearSolver(ABC):
         if message and self.strict:
             raise ConvergenceError(message)
         if message:
-            warnings.warn(message, NonConvergenceWarning, stacklevel=4)
+            warnings.warn(message, LinearNonConvergenceWarning, stacklevel=4)
 
 
 def loosened(tolerance: float, factor: float) -> float:

@@ -16,7 +16,7 @@ from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.many.task_batch import TaskBatch
 from bilevel.many.task_data import CLIENT, SUPPORT
 from bilevel.responses import Response
-from bilevel.responses.base import State
+from bilevel.responses.base import FartherLook, State
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, leaves, map_leaves
 
@@ -50,6 +50,12 @@ class EachTask(Response):
     def behaviour(self) -> Behaviour:
         """That of `response`."""
         return self.response.behaviour
+
+    @property
+    def farther(self) -> FartherLook | None:
+        """That of `response`, on the same batch of tasks."""
+        look = self.response.farther
+        return None if look is None else replace(look, response=EachTask(look.response))
 
     @property
     def inner_optimizer(self) -> OptimizerFactory | None:

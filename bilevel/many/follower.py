@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -66,9 +66,14 @@ class BatchedFollower(Follower):
     """The same player in `count` games: leaves, sizes and thresholds have a leading dimension."""
 
     def __init__(
-        self, games: StackedGames, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        games: StackedGames,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
-        super().__init__(games, others, state, batch)
+        super().__init__(games, others, state, batch, further)
         self.games = games
         self.scale = state.get("scale")
         """The step s of a constrained follower's residual in each game, `[count]`; None without one."""
@@ -98,7 +103,8 @@ class BatchedFollower(Follower):
         state = {"follower": self.name, "data": self.position, "buffers": buffers, "multipliers": multipliers}
         if self.scale is not None:
             state["scale"] = float(self.scale[index])
-        return Follower(self.games.game(index), others, state, self.games.batch_of(self.name, self.batch, index))
+        batch = self.games.batch_of(self.name, self.batch, index)
+        return Follower(self.games.game(index), others, state, batch, others)
 
     @property
     def size(self) -> int:
@@ -112,11 +118,6 @@ class BatchedFollower(Follower):
     def inner(self, first: Tensor, second: Tensor) -> Tensor:
         """The dot product in each game, `[count]`."""
         return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for leaf in self.form.split(first * second)]).sum(0)
-
-    def reference(self, slopes: Sequence[Tensor]) -> Size:
-        """The norm of F at the start of each game `[count]`, or 1 where that is 0."""
-        norms = self.games.norms(slopes)
-        return torch.where(norms > 0.0, norms, 1.0)
 
     def shortfall(self, norm: Size, threshold: Size, relative: Size) -> tuple[str, list[int] | None] | None:
         """How far the worst game is above its threshold, in words, and which games are."""
@@ -210,7 +211,7 @@ def refuse_mixing(
     asker: str, optimizer: Callable[..., torch.optim.Optimizer], games: StackedGames, player: str
 ) -> None:
     """Raise `TypeError` when many games are stepped by an optimiser that would mix them."""
-    tuned = player_parameters(optimizer, dict.fromkeys(games.names))
+    tuned = player_parameters(optimizer, games.names)
     if set(tuned) - games.shared:
         raise TypeError(
             f"{asker}: its optimiser takes the variables of {tuned[0]!r}, one in each game; there is one optimiser "

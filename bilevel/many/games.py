@@ -68,7 +68,7 @@ class Games(Stack):
         game.require_whole("Games")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"Games: count={count!r}; expected the number of games, at least 1.")
-        tuned = [name for name, player in game.players.items() if player.optimizer_hyper]
+        tuned = game.optimizer_players
         if tuned:
             raise TypeError(
                 f"Games: player {tuned[0]!r} tunes the inner optimiser, of which there is one for all games. Solve "

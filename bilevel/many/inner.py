@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -240,7 +239,7 @@ def _where(moving: Tensor, new: Tensor, old: Tensor) -> Tensor:
 def _answered(solver: ClosedForm, problem: Any, y: Sequence[Tensor]) -> list[Tensor] | None:
     """The function's answers for all games, or None where vmap cannot run it (it may be NumPy's)."""
     given = {**problem.others, "batch": problem.batch}
-    arguments = {name: given[name] for name in inspect.signature(solver.function).parameters if name in given}
+    arguments = {name: given[name] for name in solver.names if name in given}
     dims = {name: problem.batch_dims if name == "batch" else problem.dims[name] for name in arguments}
     try:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.errors import BilevelError, NonConvergenceWarning
+from bilevel.errors import BilevelError, LinearNonConvergenceWarning
 from bilevel.linear import LinearOperator, LinearSolution, LinearSolver, Memory
 from bilevel.linear.operator import Shapes
 from bilevel.many.numbering import told_of
@@ -80,7 +80,7 @@ class BatchedLinearSolver:
                 f"max({self.solver.rtol:g} |b|, {self.solver.atol:g}). Give it more steps, more damping, or a larger "
                 "rtol."
             )
-            warnings.warn(NonConvergenceWarning(told, games=self._numbers(missed)), stacklevel=2)
+            warnings.warn(LinearNonConvergenceWarning(told, games=self._numbers(missed)), stacklevel=2)
         elif not bool(beats_zero.all()):
             worst = int(torch.where(beats_zero, -1.0, relative).argmax())
             told = (
@@ -89,7 +89,7 @@ class BatchedLinearSolver:
                 f"a residual of {float(relative[worst]):.3g} |b|; the answer 0 has |b|. Give it {self.solver.remedy}, "
                 "more damping, or use another solver."
             )
-            warnings.warn(NonConvergenceWarning(told, games=self._numbers(~beats_zero)), stacklevel=2)
+            warnings.warn(LinearNonConvergenceWarning(told, games=self._numbers(~beats_zero)), stacklevel=2)
         whole = torch.linalg.vector_norm(norms)
         learned = {} if memory is None else {"residuals": relative}
         return LinearSolution(self._flat(found), whole, products, not bool(missed.any()), memory=learned)
@@ -128,7 +128,7 @@ class BatchedLinearSolver:
             return found.solution, found.residual_norm, self.solver.tolerance(rhs), found.beats_zero
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NonConvergenceWarning)  # told by the caller, with the game's number
+            warnings.simplefilter("ignore", LinearNonConvergenceWarning)  # told by the caller, with the game's number
             dims = (0, None if start is None else 0)
             solutions, norms, wanted, beats_zero = torch.func.vmap(one, in_dims=dims)(rows, start)
         return solutions, norms, wanted, beats_zero, taken

@@ -19,7 +19,7 @@ EACH = "each game"
 
 _RANKS = "each rank"
 _OF = "\ngames "
-_DIVIDED = ("states", "buffers", "memory", "lagrangians", "leaders")
+_DIVIDED = ("states", "buffers", "memory", "lagrangians", "leaders", "first")
 
 
 @dataclass(frozen=True)

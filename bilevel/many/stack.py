@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from bilevel.autodiff import in_all_rows
 from bilevel.game import Buffers, Follower, Game
 from bilevel.game.data import Batch
 from bilevel.many.follower import BatchedFollower, among, refuse_mixing
 from bilevel.many.numbering import told_of
+from bilevel.randomness import random_state, set_random_state
 from bilevel.tree import Structure, Variables, leaves, map_leaves, rebuilt
 
 
@@ -73,6 +76,8 @@ class Stack(Game):
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """A function called in each game as the player's objective is; its answers have the leading dimension."""
+        if "batch" not in self._parts.named(player, function):
+            batch = None  # else it would be looked at as something that varies
         return self._at_once(
             lambda given, batch, current, extra: self._one.call(player, function, given, batch, current, extra),
             player, self._parts.given(player, function, variables), batch, buffers, extra,
@@ -99,32 +104,51 @@ class Stack(Game):
         extra: Mapping[str, Variables],
     ) -> tuple[Variables, Buffers]:
         """`function(given, batch, buffers, extra)` in all games by one vmap; an anticipated player was asked before."""
-        current = self._parts.all_buffers(buffers)
+        current = self._parts.lent_buffers(player, given, buffers)
         parts = (dict(given), batch, current, dict(extra))
-        dims = self._dims_of(parts[0]) + self._flat_dims(player, batch)
-        dims += self._dims_of(current) + [0] * len(leaves(parts[3]))
         # One flat list of what varies: vmap would walk the nests again and again.
-        values = leaves(parts)
+        values: list[Any] = []
+        dims: list[int | None] = []
+        for name, tree in parts[0].items():
+            values += leaves(tree)
+            dims += [self.dim_of(name)] * (len(values) - len(dims))
+        values += leaves(batch)
+        dims += self._flat_dims(player, batch)
+        for name, tree in current.items():
+            values += leaves(tree)
+            dims += [self.dim_of(name)] * (len(values) - len(dims))
+        values += leaves(parts[3])
+        dims += [0] * (len(values) - len(dims))
         varying = [place for place, dim in enumerate(dims) if dim is not None]
+        if not varying:
+            alike = self._alike(function, parts)
+            if alike is not None:
+                return alike[0], self._buffers_after(alike[1])
         forms: list[Any] = []
 
-        def one(_: Tensor, *mine: Tensor) -> tuple[Tensor, ...]:
+        def one(*mine: Tensor) -> tuple[Tensor, ...]:
             every = list(values)
-            for place, value in zip(varying, mine, strict=True):
+            for place, value in zip(varying, mine, strict=False):
                 every[place] = value
             result = function(*rebuilt(parts, every))
             forms.append(map_leaves(lambda _: 0, result))
             return tuple(leaves(result))
 
-        # The first argument says how many there are where nothing else varies.
-        numbers = torch.empty(self.count, device=self.device)
-        found = torch.func.vmap(one, randomness="different")(numbers, *(values[place] for place in varying))
+        # Where nothing varies, an argument that nobody reads says how many there are.
+        given_over = [values[place] for place in varying] or [torch.empty(self.count, device=self.device)]
+        found = in_all_rows(one, self.count, given_over)
         answer, after = rebuilt(forms[0], found)
         return answer, self._buffers_after(after)
 
-    def _dims_of(self, trees: Mapping[str, Variables]) -> list[int | None]:
-        """0 or None for each leaf of players' trees, in the order of the leaves."""
-        return [dim for name, tree in trees.items() for dim in [self.dim_of(name)] * len(leaves(tree))]
+    def _alike(self, function: Callable[..., Any], parts: tuple[Any, ...]) -> Any:
+        """What a function of nothing that varies returns, once for all; None where it draws random numbers."""
+        before = random_state(self.device)
+        result = function(*parts)
+        drawn = any(not torch.equal(state, before[kind]) for kind, state in random_state(self.device).items())
+        if drawn or not all(isinstance(leaf, Tensor) for leaf in leaves(result)):
+            set_random_state(before, self.device)
+            return None
+        return map_leaves(lambda leaf: leaf.expand(self.count, *leaf.shape), result)
 
     def _buffers_after(self, after: Buffers) -> Buffers:
         """Those of the shared players are one again: the mean over the games, of counts the first."""
@@ -144,9 +168,16 @@ class Stack(Game):
         dims = map_leaves(lambda leaf: None if leaf.ndim == 0 else 0, trees)
         return torch.func.vmap(function, in_dims=dims)(*trees)
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
         """The follower of all games at once, whose solvers keep them apart."""
-        return BatchedFollower(self, others, state, batch)
+        return BatchedFollower(self, others, state, batch, further)
 
     def refuse_mixing(self, asker: str, player: str, optimizer: Callable[..., Any]) -> None:
         """Refuse an optimiser that does not move each entry by itself."""
@@ -178,11 +209,17 @@ class Stack(Game):
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of a player's leaves in each game, `[count]`."""
-        rows = [tensor.reshape(self.count, -1) for tensor in tensors]
-        return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1)  # type: ignore[no-any-return]
+        # Leaf by leaf: gradients of matrices are transposed, and to join them would copy all.
+        rows = [tensor.abs() if tensor.ndim == 1 else vector_norm(tensor, dim=_inner(tensor)) for tensor in tensors]
+        return rows[0] if len(rows) == 1 else vector_norm(torch.stack(rows), dim=0)
 
     def _repeated(self, leaf: Tensor) -> Tensor:
         return leaf.expand(self.count, *leaf.shape).clone()
+
+
+def _inner(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions after the first."""
+    return tuple(range(1, tensor.ndim))
 
 
 def _spread(dims: Any, batch: Batch) -> list[int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.game import Buffers, Follower, Game, Size
 from bilevel.game.data import Batch, Stream
+from bilevel.game.rounding import GradientScale, least_terms, measured_terms, rounding
 from bilevel.many.follower import BatchedFollower
 from bilevel.many.stack import Stack
 from bilevel.many.task_data import QUERY, SUPPORT
@@ -82,9 +83,16 @@ class TaskBatch(Stack):
         losses, after = super().evaluate(player, variables, batch, buffers)
         return (losses.mean() if player in self.shared else losses), after
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
-        """The follower of all tasks at once, whose solvers keep them apart."""
-        return TaskFollower(self, others, state, batch)
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
+        """The followers of all tasks at once, whose solvers keep them apart."""
+        return TaskFollower(self, others, state, batch, further)
 
     def norms_of_others(self, tensors: Sequence[Tensor], *, summed: bool = False) -> Tensor:
         """The leaders' norm, the same for each task `[tasks]`; of a sum over the tasks, the mean one's."""
@@ -107,11 +115,36 @@ class TaskFollower(BatchedFollower):
     """The followers of a batch of tasks. They are new, so that stationarity is in units of that where they begin."""
 
     def __init__(
-        self, games: TaskBatch, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch
+        self,
+        games: TaskBatch,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch,
+        further: Iterable[str] = (),
     ) -> None:
-        super().__init__(games, others, state, batch)
+        super().__init__(games, others, state, batch, further)
         self._unit: Size = None
+        self._measured: tuple[list[Tensor], list[int], Tensor] | None = None
+        self._scale: GradientScale | None = None
         self._may_be_kept, self._cold = games.kept, True
+
+    def norm(self, slopes: Sequence[Tensor]) -> Tensor:
+        """The norm of F in each task, `[tasks]`: of the same tensors it is taken once."""
+        # The unit, the search for a step that fails and the stationarity ask for it, of small tasks at a tenth of the
+        # call each. Who holds the tensors knows that no other ones lie there.
+        versions = [slope._version for slope in slopes]
+        if self._measured is not None:
+            known, then, size = self._measured
+            if versions == then and all(slope.is_set_to(other) for slope, other in zip(slopes, known, strict=True)):
+                return size
+        found: Tensor = super().norm(slopes)
+        self._measured = [slope.detach() for slope in slopes], versions, found
+        return found
+
+    def sizes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The largest norm, or where a square overflows the largest entries."""
+        largest = self.norm(slopes).max()
+        return [largest] if bool(torch.isfinite(largest)) else super().sizes(slopes)
 
     def begins(self, state: Mapping[str, Any], *, warm: bool) -> tuple[list[Tensor], bool]:
         """The leaves that a call begins from, and whether they are kept ones."""
@@ -135,15 +168,22 @@ class TaskFollower(BatchedFollower):
 
     def _take_unit(self, slopes: Sequence[Tensor]) -> None:
         if self._unit is None and self._cold:
-            self._unit = self.reference([slope.detach() for slope in slopes])
+            self._unit = self.norm([slope.detach() for slope in slopes])
 
-    def unit(self, state: Mapping[str, Any]) -> Size:
-        """The norm of F where a new follower begins, in each task `[tasks]`."""
-        if self._unit is None:
-            buffers, cold = self.buffers, self._cold
-            with torch.no_grad(), random_kept(self.game.device):
-                begins, _ = super().begins(state, warm=False)
-                self._cold = True
-                self.gradients(begins)
-            self.buffers, self._cold = buffers, cold
-        return self._unit
+    def measure(self, state: Mapping[str, Any], begins: Sequence[Tensor] | None = None) -> GradientScale:
+        """The norm of F where a new follower begins, in each task `[tasks]`, and its terms if it may be rounding."""
+        if self._scale is None:
+            with torch.no_grad():
+                first, _ = super().begins(state, warm=False)
+            if self._unit is None:
+                cold, self._cold = self._cold, True
+                self._norm_at(first)
+                self._cold = cold
+            terms = torch.zeros_like(self._unit)
+            # Those of other tasks, before: the batch is another one, and may be of another size.
+            usual = float(torch.as_tensor(state["terms"]).max())
+            if bool((self._unit <= 10.0 * rounding(usual, self._unit.dtype)).any()):
+                with random_kept(self.game.device):
+                    terms = least_terms(measured_terms(self, self.held_residual(), join(first)))
+            self._scale = GradientScale(self._unit, terms, self._unit.dtype)
+        return self._scale

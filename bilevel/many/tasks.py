@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
@@ -223,8 +223,8 @@ class Tasks(Game):
         """The response as it answers for batch after batch of tasks."""
         if player != self._last:
             raise ValueError(f"solve: {player!r} leads all tasks; the one with a response is {self._last!r}.")
-        if not isinstance(response, Response):
-            return response  # told by who asked
+        if not isinstance(response, Response) or isinstance(response, EachTask):
+            return response  # what is no response is told by who asked
         each: Any = EachTask(response)
         return each  # type: ignore[no-any-return]
 
@@ -246,7 +246,14 @@ class Tasks(Game):
         place: Position | None = states[self._last]["data"]
         return place if leader in self._parts.streams else None
 
-    def follower(self, others: Mapping[str, Variables], state: Mapping[str, Any], batch: Batch = None) -> Follower:
+    def follower(
+        self,
+        others: Mapping[str, Variables],
+        state: Mapping[str, Any],
+        batch: Batch = None,
+        *,
+        further: Iterable[str] = (),
+    ) -> Follower:
         """There is one for each batch of tasks."""
         raise TypeError(
             "A response answers for a batch of tasks: give it the game tasks.together(batch), and solve the Tasks."

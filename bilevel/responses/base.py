@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from bilevel.autodiff import transforms_active
 from bilevel.errors import BilevelWarning
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
+from bilevel.game.others import Others
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept
+from bilevel.responses.own_functions import warn_of_second
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.second_order import differentiated_twice, require_custom_second, require_second
 from bilevel.tree import Variables, leaf_names, leaves, map_leaves
@@ -156,13 +158,17 @@ def answered(
     name = str(state["follower"])
     told = f"The response of player {name!r}, {type(response).__name__},"
     lent = Lent()
+    given = others
     if not transforms_active():
-        for other, variables in others.items():
-            lent.out(f"the variables of player {other!r}", variables)
+        if isinstance(others, Others):
+            given = others.noting(lambda other, found: lent.out(f"the variables of player {other!r}", found))
+        else:
+            for other, variables in others.items():
+                lent.out(f"the variables of player {other!r}", variables)
         if not response.in_place:
             for key, entry in state.items():
                 lent.out(f"state[{key!r}]", entry)
-    answer, after = both(response(game, others, state, batch), told, "the variables in answer, and the next state")
+    answer, after = both(response(game, given, state, batch), told, "the variables in answer, and the next state")
     lent.require_untouched(told)
     require_answer(game, name, answer, told)
     if not isinstance(after, dict):
@@ -205,8 +211,8 @@ def _require_derivative(game: Game, name: str, others: Mapping[str, Variables], 
     """Raise `ValueError` for an answer without a graph, where a player who moves wants to know how it moves."""
     if any(leaf.requires_grad for leaf in leaves(answer)):
         return
-    named = game.arguments(name)
-    moving = [o for o, v in others.items() if o in named and any(leaf.requires_grad for leaf in leaves(v))]
+    known = [other for other in game.arguments(name) if other in others]
+    moving = [other for other in known if any(leaf.requires_grad for leaf in leaves(others[other]))]
     asking = [other for other in moving if name in game.arguments(other)]
     if asking:
         raise ValueError(
@@ -242,7 +248,8 @@ def fresh_state(
 
     `follower`, the player's name; `variables`, its init; `data`, its place in its batches, and `buffers`, its module's;
     `gradients` and `products`, evaluations so far; `stationarity`, its |gradient| at the answer over `reference`, that
-    at the start. Who does not say that it can do more is refused where more is needed.
+    at the start; `terms`, the size of the terms that cancel in it there. Who does not say that it can do more is
+    refused where more is needed.
 
     Args:
         game: The game.
@@ -276,11 +283,12 @@ def fresh_state(
         "follower": name,
         "variables": game.initial(name),
         "data": game.start(name, seed),
-        "buffers": game.buffers()[name],
+        "buffers": game.buffers_of(name),
         "gradients": 0,
         "products": 0,
         "stationarity": math.nan,
         "reference": 1.0,
+        "terms": 0.0,
     }
     start = at_start(game, state)
     if not constrained and start.constraints is not None:
@@ -296,15 +304,18 @@ def fresh_state(
         begins, _ = start.begins(state, warm=False)
         state["variables"] = start.form.build([leaf.clone() for leaf in begins])
         _, slopes = start.gradients(begins)
-        state |= start.first()
-    # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
-    return state | {"reference": start.reference(slopes)}
+        if unknowns := start.first():
+            state |= unknowns
+            start = at_start(game, state)
+        # Stationarity is told in units of the residual at the start, so that a loss's scale does not matter.
+        return state | start.measured(slopes, start.as_unknowns(state))
 
 
-def at_start(game: Game, state: State) -> Follower:
-    """The follower of a fresh state, everybody at the start of the game."""
+def at_start(game: Game, state: State, further: Iterable[str] = ()) -> Follower:
+    """The follower of a fresh state, everybody at the start of the game; see `Game.follower`."""
     name = state["follower"]
-    return game.follower({n: game.initial(n) for n in game.names if n != name and n not in game.anticipated}, state)
+    start = {other: game.initial(other) for other in game.reads(name, further)}
+    return game.follower(start, state, further=further)
 
 
 def refuse_captured(start: Follower, state: State) -> None:
@@ -323,6 +334,7 @@ def require_second_derivative(start: Follower, state: State) -> None:
     Costs one evaluation of F on a graph, a product, and one evaluation of each loss.
     """
     if transforms_active():  # there nothing is on a graph that could be looked at
+        start.game.require_twice(start.name)
         return
     game, name, y = start.game, start.name, map_leaves(_tracked, state["variables"])
     others = start.input_form.build([_tracked(x) for x in start.xs])
@@ -335,6 +347,8 @@ def require_second_derivative(start: Follower, state: State) -> None:
                 custom += require_custom_second(member, loss)
         _, slopes, _ = start.rests(start.situation(others), leaves(y))
     require_second(name, slopes, custom)
+    game.require_twice(name)
+    warn_of_second(start, start.as_unknowns(state))
     kernels = game.kernels(start.name)
     if kernels.told():
         warnings.warn(
@@ -360,8 +374,8 @@ def refuse_optimizer_hyper(
     name = type(response).__name__
     way_out = "A follower's optimum does not depend on its optimiser; only Unrolled differentiates through the steps."
     settings = None if optimizer is None else torch_optimizer(name, optimizer)
-    declared = [other for other, player in game.players.items() if player.optimizer_hyper]
-    used = [] if settings is None else settings.players(dict.fromkeys(game.names))
+    declared = game.optimizer_players
+    used = [] if settings is None else settings.players(game.names)
     if declared or used:
         raise TypeError(
             f"{name} cannot tune {(declared or used)[0]!r}, a hyperparameter of the inner optimiser. {way_out}"

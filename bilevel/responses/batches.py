@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -17,6 +18,7 @@ from bilevel.errors import require_kinds
 from bilevel.game import Follower, Game, HeldResidual
 from bilevel.game.data import Batch, Position
 from bilevel.game.residual import Kinks
+from bilevel.game.situation import GameOfLosses
 from bilevel.linear import LinearOperator, LinearSolution, LinearSolver
 from bilevel.linear.base import SolvesLinearSystems
 from bilevel.tree import join
@@ -193,6 +195,9 @@ def rows(batch: Batch) -> float:
     return float(found.pop())
 
 
+_FIRST = ", or take the first so many, AllBatches(most=100)"
+
+
 @final
 @dataclass(frozen=True)
 class AllBatches(Batches):
@@ -207,6 +212,10 @@ class AllBatches(Batches):
     Args:
         most: At most so many batches, from the pass's first; None: all of them.
         size: A batch's weight in the mean; by default the number of its examples.
+
+    Raises:
+        ValueError: Before any work, for data that are known to have no end, without `most`.
+        DataError: For data without a length whose pass has not ended after 10,000 batches, likewise.
     """
 
     most: int | None = None
@@ -222,7 +231,12 @@ class AllBatches(Batches):
         """One follower's own data, of one game, without constraints."""
         _require_plain(self, game, start)
         if start.position is not None:
-            self.size(next(game.whole_pass(start.name, start.position)))
+            self.size(next(self._pass(game, start.name, start.position)))
+            if self.most is None:  # asked once the data have been begun
+                game.require_end(start.name, "AllBatches()", _FIRST)
+
+    def _pass(self, game: GameOfLosses, name: str, position: Position | None) -> Iterator[Batch]:
+        return itertools.islice(game.whole_pass(name, position, "AllBatches()", _FIRST), self.most)
 
     def residual(self, follower: Follower, state: Mapping[str, Any]) -> FixedResidual:
         """The mean over the pass that the call begins in."""
@@ -231,9 +245,7 @@ class AllBatches(Batches):
             return held
         batches: list[HeldResidual] = []
         weights: list[float] = []
-        for batch in follower.game.whole_pass(follower.name, state["data"]):
-            if len(batches) == self.most:
-                break
+        for batch in self._pass(follower.game, follower.name, state["data"]):
             batches.append(held.on(batch, len(batches)))
             weights.append(float(self.size(batch)))
         total = sum(weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import Pullback
-from bilevel.errors import BilevelWarning, NonConvergenceWarning, UnreliableResponseWarning
+from bilevel.errors import BilevelWarning, FollowerNonConvergenceWarning, UnreliableResponseWarning
 from bilevel.game import Follower, Game, Size
 from bilevel.linear import LinearSolution
 from bilevel.responses.batches import FixedResidual
@@ -116,7 +116,7 @@ class Examination:
         share = torch.where(far, shift / torch.where(own > 0.0, own, 1.0), 0.0)
         worst, where, games = self._worst(far, share)
         start = float(self.reference.reshape(-1)[worst if self.reference.ndim else 0])
-        return NonConvergenceWarning(
+        return FollowerNonConvergenceWarning(
             f"Player {self.follower.name!r} is not at its optimum{where}, although its gradient is within the "
             f"tolerance: one Newton step would still move its variables by {float(share.reshape(-1)[worst]):.0%} of "
             "their size, and the hypergradient can be wrong by as much. The tolerance is relative to the gradient at "

@@ -15,9 +15,9 @@ from bilevel.autodiff import Pullback, below_transforms, concrete, transforms_ac
 from bilevel.errors import (
     BilevelWarning,
     ConvergenceError,
+    FollowerNonConvergenceWarning,
     IndefiniteSystemError,
     KinkWarning,
-    NonConvergenceWarning,
     NotSymmetricError,
     SecondDerivativeError,
     UnreliableResponseWarning,
@@ -27,7 +27,7 @@ from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.residual import Kinks, Rest
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import minimised, require_solver
+from bilevel.inner.base import minimised, named_by, require_solver
 from bilevel.inner.optimizer import leaf_memory, of_optimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, after_one_step, kept_memory
@@ -48,6 +48,7 @@ from bilevel.responses.curvature import Curvature, Hessian
 from bilevel.responses.examination import Examination
 from bilevel.responses.inexactness import Inexactness
 from bilevel.responses.kinks import kink_of, tell_of_kink
+from bilevel.responses.own_functions import require_symmetric
 from bilevel.responses.promise import Behaviour, Promise, Report
 from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
 
@@ -77,7 +78,8 @@ class Implicit(Response):
         optimizer: What finds the optimum: a callable from tensors to any torch.optim optimiser, LBFGS included, or an
             inner solver, `Scipy("L-BFGS-B")` or `ClosedForm(function)`.
         steps: At most so many steps a call.
-        tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; None asks for no accuracy.
+        tolerance: Where it stops: |grad_y f| relative to its value at the start of the game; where it started at its
+            optimum, to what the leader's moves have made of it. Never below rounding. None asks for no accuracy.
         linear_solver: For the system with the Hessian; default `ConjugateGradient()`, or `GMRES()` where the follower's
             residual has no symmetric Jacobian: one with a domain, or several players who answer together. For a
             follower with multipliers, whose system is indefinite, `Dense()` up to 500 unknowns and `GMRES()` beyond.
@@ -89,8 +91,8 @@ class Implicit(Response):
         curvature: The matrix of its equation: `responses.Hessian()`, or `GaussNewton(...)`, which is definite.
 
     Raises:
-        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning`
-            says by how much.
+        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a
+            `FollowerNonConvergenceWarning` says by how much.
         NotSymmetricError: If the linear solver needs a symmetric Jacobian and the follower has none.
         ConstraintError: If a follower's constraints contradict each other, are dependent where they bind, or leave it
             no strict minimum; a `KinkWarning` where they are about to bind or to let go.
@@ -144,7 +146,7 @@ class Implicit(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         require_second_derivative(start, state)
         refuse_captured(start, state)
         inner.refuse(start, "Implicit")
@@ -155,6 +157,8 @@ class Implicit(Response):
                 f"gradient, and {type(linear).__name__} needs one. Use linear_solver=GMRES(), or Dense() "
                 "for a few hundred unknowns."
             )
+        if start.symmetric and linear.needs_symmetry:
+            require_symmetric("Implicit", start, start.as_unknowns(state))
         if not start.definite and start.symmetric and linear.needs_symmetry:
             raise IndefiniteSystemError(
                 f"Implicit: the system of {start.name!r} has multipliers, and with them is indefinite; "
@@ -204,7 +208,7 @@ class Implicit(Response):
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable in `others` to any order, and the state to continue from."""
         game = self._bounded(game, state["follower"])
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         linear = self._linear(follower)
         solver = follower.adapted_linear(linear)
         looser = self._looser(follower, state)
@@ -342,11 +346,12 @@ class Implicit(Response):
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
         solver = follower.adapted_inner(self._solver)
-        reference = follower.unit(state)
         tolerance = 0.0 if self.tolerance is None else loosened(self.tolerance, looser)
-        threshold = tolerance * reference
+        scale = follower.measure(state, start if tolerance > 0.0 else None)
         with torch.no_grad():
-            y, memory = minimised(solver, follower, start, memory, steps=self.steps, threshold=threshold)
+            y, memory = minimised(
+                solver, follower, start, memory, steps=self.steps, threshold=scale.threshold(tolerance)
+            )
             advice = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
             follower.require_finite(y, advice)
             rest = follower.brought_to_rest(y)
@@ -356,20 +361,28 @@ class Implicit(Response):
         slope, products = self._judged(residual, flat, follower.xs, tracked, source)
         follower.gradient_count += 1
         if source is not None and any(tracked):
-            follower.gradient_count += self.curvature.check(residual, flat, follower.xs, reference)
+            follower.gradient_count += self.curvature.check(residual, flat, follower.xs, scale.unit)
         follower.require_finite(y, advice, residual.loss)
-        norm = follower.norm(follower.unknowns.split(slope))
-        relative = follower.relative(norm, state)
-        missed = None if self.tolerance is None else follower.shortfall(norm, threshold, relative)
+        missed = None
+        if self.tolerance is not None:
+            missed, scale = follower.missed(scale, tolerance, slope, residual, flat)
         if missed is not None:
             how_far, games = missed
+            moving = not follower.fixed and follower.position is not None
+            drawn = moving and follower.game.pass_length(follower.name) != 1
+            remedy = (
+                "With another batch in each step it does not come to rest: accept it by tolerance=None, or give larger "
+                "batches."
+                if drawn
+                else "Give it more steps or another optimiser (torch's LBFGS also stops by its own tolerance_grad and "
+                "tolerance_change), or accept it by tolerance=None."
+            )
             message = (
                 f"Implicit: the gradient of player {follower.name!r} is still {how_far} "
                 f"after {self.steps} steps; wanted {tolerance:g}. The hypergradient is biased by as much, by more "
-                "where the follower is ill-conditioned. Give it more steps or another optimiser (torch's LBFGS also "
-                "stops by its own tolerance_grad and tolerance_change), or accept it by tolerance=."
+                f"where the follower is ill-conditioned. {remedy}"
             )
-            self._tell(NonConvergenceWarning(message, games=games), stacklevel=4)
+            self._tell(FollowerNonConvergenceWarning(message, games=games), stacklevel=4)
         if any(tracked):
             self._warn_of_kinks(follower, residual.kinks(flat, *follower.xs))
         after: dict[str, Any] = state | {
@@ -378,7 +391,9 @@ class Implicit(Response):
             "data": follower.position,
             "buffers": follower.buffers.get(follower.name, {}),
             "gradients": state["gradients"] + follower.gradient_count,
-            "stationarity": relative,
+            "stationarity": follower.norm(follower.unknowns.split(slope)) / scale.shown,
+            "reference": scale.reference,
+            "terms": scale.terms,
         }
         if self.inexactness is not None:
             after["leader"] = self._tracked(state, follower, looser)
@@ -395,7 +410,7 @@ class Implicit(Response):
             residual,
             flat,
             slope,
-            reference=reference,
+            reference=scale.unit,
             near=near,
             curved=curved,
             # Away from its optimum a network's curvature has any sign.
@@ -508,7 +523,8 @@ class _Solve:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor]:
         batch = self.given.put(inputs[self.count :])
-        follower = self.game.follower(self.form.build(inputs[: self.count]), self.state, batch)
+        given: Mapping[str, Variables] = self.form.build(inputs[: self.count])
+        follower = self.game.follower(given, self.state, batch, further=given)
         rest, *_ = self.response._solve(self.game, follower, self.state, self.looser)
         self.last = follower.batch
         if rest.kink:

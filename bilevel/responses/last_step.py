@@ -24,10 +24,11 @@ from bilevel.randomness import random_kept, random_state
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
+from bilevel.responses.own_functions import warn_of_first
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.responses.unrolled.differentiation import Point, Steps
 from bilevel.responses.unrolled.recipe import Recipe
-from bilevel.tree import Variables, join, leaf_names, leaves, map_leaves
+from bilevel.tree import Variables, flatten, join, leaf_names, leaves, map_leaves
 
 _SECOND = (
     "LastStep gives first derivatives alone, and a derivative of its derivative was asked for (create_graph=True, or a "
@@ -151,6 +152,7 @@ class LastStep(Response):
             )
         require_minimum(start, "LastStep")
         refuse_captured(start, state)
+        warn_of_first("LastStep", start, flatten(state["variables"]))
         y = leaves(state["variables"])
         Recipe.of(self._settings, start, y, None, self.steps).stepper(y, None, 0, start.others)  # as it is called
         return state | {"optimizer": None, "schedule": None, "residual": math.nan}

@@ -13,18 +13,27 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import below_transforms, gradient, nearest, transforms_active
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, require_kinds
+from bilevel.errors import (
+    ConvergenceError,
+    FollowerNonConvergenceWarning,
+    LinearNonConvergenceWarning,
+    NonConvergenceWarning,
+    NonFiniteError,
+    require_kinds,
+)
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
+from bilevel.game.rounding import GradientScale
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import FreeProblem, minimised, require_minimum, require_solver
+from bilevel.inner.base import FreeProblem, minimised, named_by, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
+from bilevel.responses.own_functions import warn_of_first
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
@@ -69,8 +78,8 @@ class Nudged(Response):
         strict: Raise where it would warn.
 
     Raises:
-        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `NonConvergenceWarning` says by how
-            much.
+        ConvergenceError: With `strict`, when a solve misses `tolerance`; else a `FollowerNonConvergenceWarning` says
+            by how much, or of nudged solves a `LinearNonConvergenceWarning`.
         SecondDerivativeError: When its derivative is differentiated.
         TypeError: For a follower that minimises no loss, and for `ClosedForm`, which cannot be nudged.
 
@@ -141,7 +150,7 @@ class Nudged(Response):
         inner = self._solver
         optimizer = inner if isinstance(inner, TorchOptimizer) else None
         refuse_optimizer_hyper(self, game, state["follower"], optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, inner.names)
         if start.constraints is not None or start.rests.projects or inner.domain(start.form) is not None:
             raise TypeError(
                 f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
@@ -149,6 +158,7 @@ class Nudged(Response):
             )
         require_minimum(start, "Nudged")
         refuse_captured(start, state)
+        warn_of_first("Nudged", start, flatten(state["variables"]))
         nothing = flatten(state["variables"])[:0].clone()
         return state | {"optimizer": None, "nudge": {"displacement": nothing, **vars(_Shares())}}
 
@@ -156,29 +166,30 @@ class Nudged(Response):
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
     ) -> tuple[Variables, State]:
         """The follower's optimum, differentiable once in `others`, and the state to continue from."""
-        follower = game.follower(others, state, batch)
+        follower = game.follower(others, state, batch, further=named_by(self.optimizer))
         if transforms_active():
             given, count, held = BatchTensors(batch), len(follower.xs), [follower.batch]
 
             def below(*inputs: Tensor) -> tuple[Tensor]:
                 others = follower.input_form.build(inputs[:count])
-                plain = game.follower(others, state, given.put(inputs[count:]))
-                y, _ = self._settle(game, plain, state)
+                plain = game.follower(others, state, given.put(inputs[count:]), further=others)
+                y, _, _ = self._settle(plain, state)
                 held[0] = plain.batch
                 return (join(y),)
 
             (y,) = below_transforms(below, [*follower.xs, *given.tensors], _SECOND)
             follower.batch = held[0] if batch is None else batch
-            settled = _Settled(self, follower, state, state["optimizer"])
+            settled = _Settled(self, follower, state, state["optimizer"], follower.measure(state))
             return follower.form.unflatten(settled.attach(y.detach(), follower.xs)), state
-        found, memory = self._settle(game, follower, state)
-        settled = _Settled(self, follower, state, memory)
+        found, memory, scale = self._settle(follower, state)
+        settled = _Settled(self, follower, state, memory, scale)
         flat = join(found).clone()
         with torch.no_grad():
             loss, slopes = settled.slope(flat, [x.detach() for x in follower.xs])
         follower.gradient_count += 1
         follower.require_finite(found, _ADVICE, float(loss))
-        self._judge(follower, state, slopes)
+        scale = self._judge(follower, scale, slopes, flat)
+        state = state | {"reference": scale.reference, "terms": scale.terms}
         after = follower.next_state(state, found, follower.form.split(slopes)) | {"optimizer": memory}
         return follower.form.unflatten(settled.attach(flat, follower.xs)), after
 
@@ -200,31 +211,37 @@ class Nudged(Response):
     def _solver(self) -> InnerSolver:
         return self.optimizer if isinstance(self.optimizer, InnerSolver) else torch_optimizer("Nudged", self.optimizer)
 
-    def _settle(self, game: Game, follower: Follower, state: State) -> tuple[list[Tensor], Any]:
-        """The optimum's leaves, and the optimiser's memory."""
+    def _settle(self, follower: Follower, state: State) -> tuple[list[Tensor], Any, GradientScale]:
+        """The optimum's leaves, the optimiser's memory, and what the gradient is measured by."""
         with torch.no_grad():
             start, kept = follower.begins(state, warm=self.warm_start)
         memory = state["optimizer"] if kept else None
-        threshold = (self.tolerance or 0.0) * state["reference"]
+        scale = follower.measure(state, start if self.tolerance else None)
+        threshold = scale.threshold(self.tolerance or 0.0)
         with torch.no_grad():
             y, memory = minimised(self._solver, follower, start, memory, steps=self.steps, threshold=threshold)
             follower.require_finite(y, _ADVICE)
-        return y, memory
+        return y, memory, scale
 
-    def _judge(self, follower: Follower, state: State, slopes: Tensor) -> None:
-        relative = follower.relative(follower.norm([slopes]), state)
-        if self.tolerance is not None and relative > self.tolerance:
+    def _judge(self, follower: Follower, scale: GradientScale, slopes: Tensor, y: Tensor) -> GradientScale:
+        """Warn of a gradient above the tolerance; what it is measured by from now on."""
+        if self.tolerance is None:
+            return scale
+        missed, scale = follower.missed(scale, self.tolerance, slopes, follower.held_residual(), y)
+        if missed is not None:
             self._tell(
-                f"Nudged: the gradient of player {follower.name!r} is still {relative:.3g} of its value at the start "
+                FollowerNonConvergenceWarning,
+                f"Nudged: the gradient of player {follower.name!r} is still {missed[0]} "
                 f"after {self.steps} steps; wanted {self.tolerance:g}. The hypergradient is biased by as much, by "
                 "more where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
-                "tolerance=."
+                "tolerance=.",
             )
+        return scale
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, kind: type[NonConvergenceWarning], message: str) -> None:
         if self.strict:
             raise ConvergenceError(message)
-        warnings.warn(NonConvergenceWarning(message), stacklevel=4)
+        warnings.warn(kind(message), stacklevel=4)
 
 
 _ADVICE = "Lower the inner learning rate, use another inner solver, or check for an optimum at infinity."
@@ -273,12 +290,12 @@ class _Settled(BackwardPass):
     asker = "Nudged"
     refusal = _SECOND
 
-    def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any) -> None:
+    def __init__(self, response: Nudged, follower: Follower, state: State, memory: Any, scale: GradientScale) -> None:
         self.response, self.memory = response, memory
         self.name, self.form, self.others = follower.name, follower.form, follower.others
         self._batch, self._follower = follower.batch, follower
         self.loss: HeldLoss = follower.held_loss()
-        self.reference = float(state["reference"])
+        self.reference = float(scale.natural)
         self.before = state["nudge"]
         self.displacement: Tensor | None = None
         self.shares = _Shares()
@@ -425,10 +442,11 @@ class _Settled(BackwardPass):
             wrong, cause, error, remedy = "small", "rounding", left, "Raise"
         elif left > asked or left >= 1.0:
             response._tell(
+                LinearNonConvergenceWarning,
                 f"Nudged: the nudged solves of player {self.name!r} left {left:.3g} of the nudge after "
                 f"{response.steps} steps; wanted {min(asked, 1.0):g}. The hypergradient is biased by as much, by more "
                 "where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
-                "tolerance=."
+                "tolerance=.",
             )
             return
         elif shares.rounding > max(asked, shares.truncation):
@@ -440,8 +458,9 @@ class _Settled(BackwardPass):
         balanced = "The next call's is balanced by what this one measured, where its state comes from after_backward."
         way_out = f"{remedy} nudge=, or leave it out to have it balanced." if response.nudge is not None else balanced
         response._tell(
+            LinearNonConvergenceWarning,
             f"Nudged: a nudge of {shares.size:.3g} is too {wrong} for player {self.name!r}: {cause} alone makes an "
-            f"error of about {error:.2g} in the hypergradient. {way_out}"
+            f"error of about {error:.2g} in the hypergradient. {way_out}",
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import nearest, pullback, transforms_active
-from bilevel.errors import NonConvergenceWarning, NonFiniteError
+from bilevel.errors import LinearNonConvergenceWarning, NonFiniteError
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.situation import Buffers, Situation
@@ -22,7 +22,15 @@ from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept, random_state
-from bilevel.responses.base import Response, State, at_start, fresh_state, refuse_captured, refuse_optimizer_hyper
+from bilevel.responses.base import (
+    Response,
+    State,
+    at_start,
+    fresh_state,
+    refuse_captured,
+    refuse_optimizer_hyper,
+    require_second_derivative,
+)
 from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
@@ -71,8 +79,8 @@ class SingleLoop(Response):
         NonFiniteError: When a direction is NaN or infinite.
 
     Warns:
-        NonConvergenceWarning: When the means of \(g_{yy} v + f_y\) and of \(f_y\) over the last hundred steps tell of
-            an adjoint that is about as wrong as 0, or over the first ten and more of one ten times as wrong.
+        LinearNonConvergenceWarning: When the means of \(g_{yy} v + f_y\) and of \(f_y\) over the last hundred steps
+            tell of an adjoint that is about as wrong as 0, or over the first ten and more of one ten times as wrong.
 
     Source: Dagréou et al. 2022 (SOBA and SABA, arXiv 2201.13409) and 2024 (SRBA, arXiv 2302.08766); the leader's moving
     average of MA-SOBA, Chen et al. 2023 (arXiv 2306.12067), is torch's SGD with momentum and dampening 1 - theta.
@@ -130,7 +138,9 @@ class SingleLoop(Response):
         state = fresh_state(game, follower, seed)
         name, y = state["follower"], leaves(state["variables"])
         if self.variance is not None:
-            game.require_whole(f"SingleLoop(variance={self.variance!r})", [name, *game.arguments(name)])
+            told = f"SingleLoop(variance={self.variance!r})"
+            game.require_whole(told, [name, *game.arguments(name)])
+            game.require_end(name, told)
         for steps in (self._y_steps, self._v_steps):
             refuse_optimizer_hyper(self, game, name, steps)
             built = steps.build([leaf.clone() for leaf in y], leaf_names(state["variables"], name))
@@ -145,6 +155,7 @@ class SingleLoop(Response):
                 f"SingleLoop: player {start.name!r} has {start.rests.told}, which its steps would leave. Use "
                 "Implicit, which differentiates the constraints that bind."
             )
+        require_second_derivative(start, state)
         refuse_captured(start, state)
         nothing = torch.zeros_like(flatten(state["variables"]))
         adjoint = {
@@ -262,7 +273,7 @@ class SingleLoop(Response):
                 f"left {left / slope:.3g} of its equation; an adjoint of 0 would leave 1. The hypergradient is not to "
                 "be trusted. Give adjoint= another learning rate, or lower that of optimizer= or of the leader."
             )
-            warnings.warn(NonConvergenceWarning(message), stacklevel=3)
+            warnings.warn(LinearNonConvergenceWarning(message), stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -285,6 +296,7 @@ class _Batches:
         self._fixed = follower.fixed
         known = isinstance(position, dict) and "epoch" in position and not follower.fixed
         self.epoch: int | None = position["epoch"] if known else None
+        self.length = game.pass_length(follower.name)
         self._xs = [x.detach() for x in follower.xs]
         self._shapes = [y.shape, v.shape, *(x.shape for x in self._xs)]
         self._where = [y, v, *self._xs]
@@ -320,7 +332,7 @@ class _Batches:
         if self._fixed:
             return self.here()
         total, count = None, 0
-        for batch in self._game.whole_pass(self.owner, self._follower.position):
+        for batch in self._game.whole_pass(self.owner, self._follower.position, "SingleLoop(variance=...)"):
             found, buffers = self._evaluate(self.point, batch)
             if total is None:
                 self.buffers = buffers

@@ -21,7 +21,7 @@ from bilevel.parallel import DataParallel
 from bilevel.randomness import random_kept
 from bilevel.responses import Response
 from bilevel.solving import checkpoint as checkpoints
-from bilevel.solving.best import best_of
+from bilevel.solving.best import best_of, checkpoint_of
 from bilevel.solving.description import Describer
 from bilevel.solving.drawn import Start, starts_of
 from bilevel.solving.end import solution
@@ -50,7 +50,7 @@ def solve(  # type: ignore[overload-overlap]  # who says Game and means Games ge
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
-    resume: bool = True,
+    resume: bool | None = None,
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
@@ -73,7 +73,7 @@ def solve(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
-    resume: bool = True,
+    resume: bool | None = None,
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
@@ -95,7 +95,7 @@ def solve(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
-    resume: bool = True,
+    resume: bool | None = None,
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
@@ -123,7 +123,8 @@ def solve(
             ends the run there.
         checkpoint: A file to write, also when interrupted.
         checkpoint_every: So many steps.
-        resume: Go on from the checkpoint, bit for bit.
+        resume: Go on from the checkpoint, bit for bit. None: where there is one; True: it must be there; False: begin
+            again, and overwrite it.
         accept_changes: Go on although settings differ from the checkpoint's; the present ones hold.
         progress: Show a bar.
         seed: Of batches and responses; dropout's is torch's own.
@@ -133,15 +134,16 @@ def solve(
             step.
         starts: Play from so many starts and give the best end that keeps the leader's functions: from `init`, and then
             from points drawn by `seed`, uniformly from the leader's bounded set or range; or a list of starts,
-            `[{"x": tensor}, ...]`. `solution.starts` has the spread. All at once where the responses and the optimiser
-            can, as `Games`; else one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
+            `[{"x": tensor}, ...]`. Ends whose follower stopped short come last, however low their values.
+            `solution.starts` has the spread. All at once where the responses and the optimiser can, as `Games`; else
+            one by one, each with a checkpoint of its own, "run.3.pt". A start that fails is told.
         **responses: Follower -> its response.
 
     Raises:
         ValueError: For wrong arguments, before any work.
         NonFiniteError: If a leader's gradient is NaN or infinite.
-        CheckpointError: For a file of another run, which says in what, for one that is damaged, and where none can be
-            written.
+        CheckpointError: For a file of another run, which says in what, for one that is damaged, where none can be
+            written, and with resume=True where none is.
         ParallelError: On all ranks, where they disagree or one of them has ended.
 
     Examples:
@@ -157,11 +159,14 @@ def solve(
         raise TypeError(f"solve: game is {game!r}; expected a bilevel.Game.")
     _require_options(
         {"steps": steps, "checkpoint_every": checkpoint_every, "seed": seed},
-        {"resume": resume, "accept_changes": accept_changes, "progress": progress},
+        {"accept_changes": accept_changes, "progress": progress},
+        resume,
         clip_norm,
         callbacks,
         record,
     )
+    if resume is True and checkpoint is None:
+        raise ValueError("solve: resume=True goes on from a checkpoint; say which, checkpoint=path.")
     if starts is not None and parallel is not None:
         raise ValueError("solve: starts= plays many games, and parallel= one in many processes. Give one of them.")
     if starts is not None:
@@ -173,7 +178,7 @@ def solve(
             "dynamics": dynamics,
             "callbacks": callbacks,
             "checkpoint_every": checkpoint_every,
-            "resume": resume,
+            "resume": False if resume is False else None,  # starts that had not begun have no checkpoint
             "accept_changes": accept_changes,
             "progress": progress,
             "seed": seed,
@@ -194,6 +199,8 @@ def solve(
         points = starts_of(game, leading, starts, seed)
         tolerance = tolerated(method, torch.finfo(game.like.dtype).eps)
         path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and resume is True and not any(one.exists() for one in (path, checkpoint_of(path, 0))):
+            raise _nothing_to_resume(path)
         together = not isinstance(method, Scipy)
         return best_of(game, leading[0], points, one, path, tolerance, together=together)
     company = company_of(game, parallel)
@@ -230,7 +237,9 @@ def solve(
             path = None if checkpoint is None else Path(checkpoint)
             if path is not None and company.writes and not path.parent.is_dir():
                 raise ValueError(f"solve: checkpoint={path}: its folder does not exist. Create it first.")
-            saved = None if path is None or not resume else company.read(path)
+            saved = None if path is None or resume is False else company.read(path)
+            if saved is None and path is not None and resume is True:
+                raise _nothing_to_resume(path)
             if saved is not None and path is not None:
                 run.restore(saved, path, accept_changes=accept_changes)
             if run.now.step > steps:
@@ -239,6 +248,8 @@ def solve(
                     "resume=False."
                 )
             if run.now.step < steps:
+                if saved is not None and path is not None and parallel is None:
+                    run.require_batches(saved, path)  # of several ranks each has read its own
                 with (
                     progress_bar(progress and company.writes, run.now.step, steps) as show,
                     _saving(company, run, path, checkpoint_every) as save_if_due,
@@ -260,8 +271,20 @@ def solve(
         game.stop_reading()
 
 
+def _nothing_to_resume(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"solve: resume=True, and there is no checkpoint {path}. Name the file of the run to go on with, or leave "
+        "resume= out: then a run goes on where there is a file, and begins where there is none."
+    )
+
+
 def _require_options(
-    numbers: Mapping[str, object], flags: Mapping[str, object], clip_norm: object, callbacks: object, record: object
+    numbers: Mapping[str, object],
+    flags: Mapping[str, object],
+    resume: object,
+    clip_norm: object,
+    callbacks: object,
+    record: object,
 ) -> None:
     """Refuse options of another kind than was asked for."""
     for name, number in numbers.items():
@@ -272,6 +295,8 @@ def _require_options(
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"solve: {name}={flag!r}; expected True or False.")
+    if not (resume is None or isinstance(resume, bool)):
+        raise TypeError(f"solve: resume={resume!r}; expected True, False, or None: where there is a checkpoint.")
     if clip_norm is not None:
         if not isinstance(clip_norm, Real) or isinstance(clip_norm, bool):
             raise TypeError(f"solve: clip_norm={clip_norm!r}; expected a number, or None.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel.errors import BilevelError, BilevelWarning
+from bilevel.errors import BilevelError, BilevelWarning, CheckpointError
 from bilevel.game import Game
 from bilevel.many import Games
 from bilevel.solving.drawn import Start
@@ -40,10 +40,12 @@ def best_of(
     told: dict[int, list[BilevelWarning]] = {}
     failures: dict[int, str] = {}
     for place, one in enumerate(games):
-        path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.stem}.{place}{checkpoint.suffix}")
+        path = None if checkpoint is None else checkpoint_of(checkpoint, place)
         with caught() as ours:
             try:
                 end = solve_one(one, path)
+            except CheckpointError:
+                raise  # of the file, and not of the start
             except BilevelError as error:
                 failures[place] = f"{type(error).__name__}: {error}"
                 continue
@@ -52,6 +54,11 @@ def best_of(
     if not ends:
         raise BilevelError(f"solve: all of {len(games)} starts failed, the first with: {failures[0]}")
     return _chosen(leader, ends, [w for place in told for w in told[place]], failures, tolerance, together=False)
+
+
+def checkpoint_of(path: Path, place: int) -> Path:
+    """The checkpoint of one start, where they are played one by one: "run.3.pt"."""
+    return path.with_name(f"{path.stem}.{place}{path.suffix}")
 
 
 def _together(
@@ -64,6 +71,8 @@ def _together(
     try:
         with caught() as ours:
             found = solve_one(Games(game, len(games), init=stacked), path)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, BilevelError):
         return None
     return list(found), ours  # type: ignore[arg-type]
@@ -82,13 +91,16 @@ def _chosen(
     values = tuple(ends[place].values[leader] if place in ends else math.nan for place in range(count))
     violations = tuple(ends[place].violations.get(leader, 0.0) if place in ends else math.nan for place in range(count))
 
-    def worth(place: int) -> tuple[bool, float, float]:
+    left = tuple(ends[place].not_converged if place in ends else () for place in range(count))
+
+    def worth(place: int) -> tuple[bool, float, bool, float]:
         off = max(violations[place] - tolerance, 0.0)
-        return math.isnan(values[place]), off, values[place]
+        # A value at a follower that stopped short is nobody's; that of a leader on its way is attained where it is.
+        return math.isnan(values[place]), off, "follower" in left[place], values[place]
 
     best = min(ends, key=worth)
     for warning in told:
         if any(str(warning) == text for text in ends[best].warnings):
             warnings.warn(str(warning), type(warning), stacklevel=4)
-    spread = Spread(leader, values, violations, best, tolerance, dict(failures), together)
+    spread = Spread(leader, values, violations, left, best, tolerance, dict(failures), together)
     return replace(ends[best], starts=spread)

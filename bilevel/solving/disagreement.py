@@ -39,11 +39,13 @@ class Disagreement:
     far: float
 
 
-def disagreement(near: Sequence[Tensor], far: Sequence[Tensor], tolerance: float, first: float) -> Disagreement | None:
+def disagreement(
+    near: Sequence[Tensor], far: Sequence[Tensor], tolerance: float, first: float, *, smallest: float = SMALLEST
+) -> Disagreement | None:
     """That of looks `[n]` by either way, where it is more than `tolerance`; `first` is the norm in the first step."""
     a, b = mean_of(near), mean_of(far)
     size, own = float(torch.linalg.vector_norm(b)), float(torch.linalg.vector_norm(a))
-    if not SMALLEST * first < size < math.inf:
+    if not smallest * first < size < math.inf:
         return None
     missing = float(torch.linalg.vector_norm(b - a)) / size
     if not missing > tolerance:
@@ -54,17 +56,20 @@ def disagreement(near: Sequence[Tensor], far: Sequence[Tensor], tolerance: float
     return Disagreement(missing, cosine, own, size)
 
 
-def beyond_noise(near: Sequence[Tensor], far: Sequence[Tensor], tolerance: float) -> bool:
+def beyond_noise(near: Sequence[Tensor], far: Sequence[Tensor], tolerance: float, games: int = 1) -> bool:
     r"""Whether noisy looks know both the farther hypergradient, and that more than `tolerance` of it is missing.
 
     Products of different looks have no bias by noise, as squares have: with differences $d_l$ and farther
     hypergradients $f_l$ the means of $d_l^\top d_m - \tau^2 f_l^\top f_m$ and of $f_l^\top f_m$ over $l \ne m$ have the
     expectations $|E d|^2 - \tau^2 |E f|^2$ and $|E f|^2$. Both are to lie beyond their standard errors. Those are
-    twice those of a look's mean with the others (Hoeffding 1948).
+    twice those of a look's mean with the others (Hoeffding 1948). Among many `games` some are beyond any bound by
+    chance: Student's t of five looks exceeds a bound c with a probability that falls as $c^{-4}$, and the bound grows
+    so that all games together exceed it no oftener than one.
     """
     b = torch.stack(list(far)).double()
     d = b - torch.stack(list(near)).double()
-    return _sure(d @ d.T - tolerance**2 * (b @ b.T)) and _sure(b @ b.T)
+    bound = BEYOND * games ** (1.0 / (LOOKS - 1))
+    return _sure(d @ d.T - tolerance**2 * (b @ b.T), bound) and _sure(b @ b.T, bound)
 
 
 def mean_of(looks: Sequence[Tensor]) -> Tensor:
@@ -72,8 +77,8 @@ def mean_of(looks: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(looks)).mean(0)
 
 
-def _sure(products: Tensor) -> bool:
+def _sure(products: Tensor, bound: float) -> bool:
     """Whether the mean of `products: [looks, looks]` off the diagonal is positive beyond its spread."""
     count = len(products)
     rows = (products.sum(1) - products.diagonal()) / (count - 1)
-    return float(rows.mean()) > BEYOND * 2.0 * float(rows.std()) / math.sqrt(count)
+    return float(rows.mean()) > bound * 2.0 * float(rows.std()) / math.sqrt(count)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.constraints.active_set import recovered
 from bilevel.constraints.functions import Linearised
 from bilevel.constraints.walls import has_walls
-from bilevel.errors import NonConvergenceWarning, NonFiniteError
+from bilevel.errors import LeaderNonConvergenceWarning, NonFiniteError
 from bilevel.game import Game
 from bilevel.inner import Scipy
 from bilevel.solving.warning_log import RunWarning
@@ -217,7 +217,7 @@ def doubts(
         else:
             text += "Give it more steps=, or another start; "
         text += "where a follower's constraint begins or ceases to bind the loss has a kink, which may be the optimum."
-        told.append(RunWarning(text, category=NonConvergenceWarning))
+        told.append(RunWarning(text, category=LeaderNonConvergenceWarning))
     count, story = driven.rejected
     if count:
         told.append(RunWarning(f"At {count} points of the search {name!r} got no answer, and turned back: {story}"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import FollowerNonConvergenceWarning
 from bilevel.game import Buffers, Size
 from bilevel.randomness import random_kept
 from bilevel.solving.driven import doubts, fitted
@@ -36,7 +36,7 @@ def solution(run: Run) -> End[Any]:
         point = run.leaders.trees(run.leaders.points)
         variables, states, buffers = run.followers.respond(point, now.states, now.buffers)
     ends = run.followers.reports(states)
-    variables = map_leaves(lambda t: t.detach(), variables)
+    variables = map_leaves(lambda t: t.detach(), dict(variables))
     values: dict[str, Tensor] = {}
     for name in run.game.names:
         values |= run.shown(name, variables, states, buffers)
@@ -137,7 +137,7 @@ def _still_loose(name: str, looser: float) -> RunWarning:
         f"The run ended while the inexactness= of {name!r} was still {looser:.3g} times looser than its tolerances: "
         "the leader's last step was taken with that. Give it more steps, or a faster schedule."
     )
-    return RunWarning(text, category=NonConvergenceWarning)
+    return RunWarning(text, category=FollowerNonConvergenceWarning)
 
 
 def _unknown(residual: Size | None) -> bool:

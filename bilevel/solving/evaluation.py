@@ -79,6 +79,8 @@ class StepEvaluator:
 
     def slopes(self, point: Point, wanted: Sequence[str], differentiable: bool) -> dict[str, list[Tensor]]:
         """The wanted leaders' own gradients at a point."""
+        if differentiable:
+            self._require_twice()
         with torch.enable_grad(), differentiated_twice(differentiable):
             losses, slopes = self._play(point, wanted), {}
             for name in wanted:
@@ -136,9 +138,14 @@ class StepEvaluator:
 
     def losses(self, point: Point) -> dict[str, Tensor]:
         """Every leader's loss at a point, differentiable."""
+        self._require_twice()
         self.gradients += len(self.leaders.names)
         with torch.enable_grad(), differentiated_twice():
             return self._play(point, self.leaders.names)
+
+    def _require_twice(self) -> None:
+        for name in self.leaders.names:
+            self.game.require_twice(name)
 
     # As the step that a rule of play may look into: `dynamics.field.Play` --------------------------------------------
 
@@ -151,6 +158,7 @@ class StepEvaluator:
                 cut[name] = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
             return {name: self.tree(name, cut[name]) for name in variables}
 
+        self._require_twice()
         self.gradients += len(self.leaders.names)
         with torch.enable_grad(), differentiated_twice():
             losses = self._play(point, self.leaders.names, apart)
@@ -187,9 +195,13 @@ class StepEvaluator:
             self.batches[name], self.positions[name] = self.game.draw(name, self.positions[name])
         self._random = random_state(self.game.device)
 
-    def whole_pass(self, name: str) -> Iterator[Batch]:
+    def whole_pass(self, name: str, asker: str) -> Iterator[Batch]:
         """All the batches of a leader's present pass."""
-        return self.game.whole_pass(name, self.positions[name])
+        return self.game.whole_pass(name, self.positions[name], asker)
+
+    def pass_length(self, name: str) -> int | None:
+        """How many batches a pass of a leader's has, as far as its data say."""
+        return self.game.pass_length(name)
 
     def tree(self, name: str, leaves: Sequence[Any]) -> Variables:
         """Leaves in the form of a player's variables."""

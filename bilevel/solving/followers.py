@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bilevel._returned import require_instance
 from bilevel.errors import UnreliableResponseWarning
 from bilevel.game import Buffers, Game
+from bilevel.game.others import Others
 from bilevel.responses import Response, State
 from bilevel.responses.base import answered
 from bilevel.responses.promise import Report
@@ -17,7 +18,10 @@ from bilevel.tree import Variables
 States = Mapping[str, State]
 """Follower -> its response's state."""
 
-Answers = tuple[dict[str, Variables], dict[str, State], Buffers]
+_LEADS = -1
+"""The place of who leads: everybody answers to it."""
+
+Answers = tuple[Mapping[str, Variables], dict[str, State], Buffers]
 """Everybody's variables, the followers' next states, and everybody's buffers."""
 
 
@@ -45,6 +49,7 @@ class Followers:
         self._game = game
         chosen = {name: responses[name] for name in game.names if name in responses}
         self.responses = {name: game.response_of(name, response) for name, response in chosen.items()}
+        self._places = {n: place if n in chosen else _LEADS for place, n in enumerate(game.names)}
         self._warn_of_statistics()
         if self.in_place and len(self.responses) > 1:
             raise ValueError(
@@ -55,9 +60,9 @@ class Followers:
     def _warn_of_statistics(self) -> None:
         """Tell of a follower that runs another one by running statistics: it is given those of the start."""
         members = {name: self._game.members(name) for name in self.responses}
+        following = {member for own in members.values() for member in own}
         for name, own in members.items():
-            others = {member for other in self.responses if other != name for member in members[other]}
-            seen = [other for other in self._game.by_statistics(name) if other in others and other not in own]
+            seen = [other for other in self._game.by_statistics(name) if other in following and other not in own]
             if seen:
                 warnings.warn(
                     f"solve: the loss of follower {name!r} runs the module of follower {seen[0]!r} by running "
@@ -75,21 +80,22 @@ class Followers:
     def init(self, seed: int) -> dict[str, State]:
         """The states before the first call, the last player's first."""
         states: dict[str, State] = {}
-        view = self._game
+        views: dict[str, Game] = {}
         for name, response in reversed(list(self.responses.items())):
-            state = response.init(view, follower=name, seed=seed)
+            views[name] = self._view(name, views, states)
+            state = response.init(views[name], follower=name, seed=seed)
             require_instance(state, dict, f"{type(response).__name__}.init: the state of {name!r}", "fresh_state(...)")
             states[name] = state
-            view = self._foreseen(view, name, state)
         return states
 
     def respond(self, point: Mapping[str, Variables], states: States, buffers: Buffers) -> Answers:
         """What the followers answer to the leaders' `point`, from these states."""
+        if not self.responses:
+            return point, {}, buffers
         variables, after = dict(point), dict(states)
         views = self.views(states)
         for name, response in self.responses.items():
-            given = {n: v for n, v in variables.items() if n != name}
-            variables[name], after[name] = answered(response, views[name], given, states[name])
+            variables[name], after[name] = answered(response, views[name], self._before(name, variables), states[name])
         return variables, after, with_followers(buffers, after)
 
     def after_backward(self, states: States, variables: Mapping[str, Variables]) -> dict[str, State]:
@@ -103,22 +109,32 @@ class Followers:
     def views(self, states: States) -> dict[str, Game]:
         """The game as each follower sees it: those who move after it answer by their responses, from these states."""
         views: dict[str, Game] = {}
-        view = self._game
         for name in reversed(list(self.responses)):
-            views[name] = view
-            view = self._foreseen(view, name, states[name])
+            views[name] = self._view(name, views, states)
         return views
 
-    def _foreseen(self, view: Game, name: str, state: State) -> Game:
-        """A view of the game in which a follower answers by its response, from this state."""
+    def _view(self, name: str, views: Mapping[str, Game], states: States) -> Game:
+        """The game as one follower sees it; who moves after it and is not named in its functions is not foreseen."""
+        place = self._places[name]
+        later = [other for other in self._game.arguments(name) if self._places[other] > place]
+        if not later:
+            return self._game
+        return self._game.anticipate(**{n: self._foreseen(views[n], n, states[n]) for n in later})
+
+    def _foreseen(self, view: Game, name: str, state: State) -> Callable[[Mapping[str, Variables]], Variables]:
+        """What a follower answers by its response, from this state, in its view of the game."""
 
         def answer(variables: Mapping[str, Variables]) -> Variables:
-            earlier = self._game.names[: self._game.names.index(name)]
-            given = {n: v for n, v in variables.items() if n in earlier or n not in self.responses}
+            given = {n: v for n, v in variables.items() if self._places.get(n, _LEADS) < self._places[name]}
             with self._game.foreseeing():
                 return answered(self.responses[name], view, given, state)[0]
 
-        return view.anticipate(**{name: answer})
+        return answer
+
+    def _before(self, name: str, variables: Mapping[str, Variables]) -> Others:
+        """The variables of those who lead or move before a follower."""
+        places, place = self._places, self._places[name]
+        return Others(variables, lambda other: places[other] < place)
 
 
 def with_followers(buffers: Buffers, states: Mapping[str, Any]) -> Buffers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from bilevel.inner.torch_optim import (
     recall,
 )
 from bilevel.solving.driven import feasibility, require_driven
-from bilevel.tree import Variables, leaves
+from bilevel.tree import Made, Variables, leaves
 
 LeaderOptimizer = OptimizerFactory | AugmentedLagrangian | Scipy
 """What moves a leader: a torch.optim optimiser, one on the augmented Lagrangian, or SciPy's minimisers."""
@@ -82,9 +82,11 @@ class Leaders:
             {} if scheduler is None else {n: build_scheduler(scheduler, o, None) for n, o in self.optimizers.items()}
         )
 
-    def trees(self, point: Mapping[str, Sequence[Tensor]]) -> dict[str, Variables]:
+    def trees(self, point: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Variables]:
         """Each leader's variables: `point` itself, and natural values of what has a range."""
-        return {name: self.game.structure(name).build(self._natural(name, point[name])) for name in self.names}
+        trees = Made(self._ranges, lambda name: self.game.structure(name).build(self._natural(name, point[name])))
+        # Natural values are computed here, with grad or without, and not where somebody looks at them.
+        return dict(trees) if self.ranged else trees
 
     def _natural(self, name: str, point: Sequence[Tensor]) -> list[Tensor]:
         pairs = zip(point, self._ranges[name], strict=True)
@@ -112,7 +114,7 @@ class Leaders:
                 )
         return None if name in self.driven else rests
 
-    @property
+    @cached_property
     def ranged(self) -> list[str]:
         """Those who are moved in the free coordinates of a range."""
         return [name for name in self.names if any(self._ranges[name])]

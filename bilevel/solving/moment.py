@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel.game import Buffers
@@ -31,6 +32,7 @@ class Moment:
         seconds: of the steps.
         warned: the responses' warnings.
         looks: hypergradients by the follower's horizon and by a longer one, which have no verdict yet.
+        first: norms of the leaders' gradient in the first step, `[games]`; 0 before it.
         changes: settings that the run was resumed with, other than those that it began with.
         lagrangians: leader with functions -> its multipliers and its penalty.
     """
@@ -47,5 +49,6 @@ class Moment:
     seconds: float = 0.0
     warned: Log = field(default_factory=dict)
     looks: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    first: Tensor = field(default_factory=lambda: torch.zeros(1))
     changes: tuple[str, ...] = ()
     lagrangians: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

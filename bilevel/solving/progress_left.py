@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import LeaderNonConvergenceWarning
 from bilevel.solving.history import loss_key
 from bilevel.solving.warning_log import RunWarning
 
@@ -35,4 +35,4 @@ def hardly_begun(leader: str, history: Sequence[Mapping[str, float]]) -> RunWarn
         f"before, from {first[key]:.5g} over {middle[key]:.5g} to {last[key]:.5g}. Give it more steps=, or a larger "
         "learning rate by optimizer=."
     )
-    return RunWarning(text, category=NonConvergenceWarning)
+    return RunWarning(text, category=LeaderNonConvergenceWarning)

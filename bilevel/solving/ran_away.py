@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import LeaderNonConvergenceWarning
 from bilevel.solving.progress_left import FEWEST
 from bilevel.solving.warning_log import RunWarning
 
@@ -43,4 +43,4 @@ def ran_away(
         f"from {quarters[0]:.3g} to {quarters[-1]:.3g}, the medians of the first and the last quarter, and the "
         f"variables are {moved:.3g} from a start of norm {size:.3g}. They are at no equilibrium, and move on. {way_out}"
     )
-    return RunWarning(text, category=NonConvergenceWarning)
+    return RunWarning(text, category=LeaderNonConvergenceWarning)

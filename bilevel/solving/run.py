@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from bilevel.errors import (
     CheckpointError,
     ConstraintError,
     NonFiniteError,
+    OtherDataWarning,
     SingularSystemError,
 )
 from bilevel.game import Buffers, Game
@@ -48,7 +50,8 @@ from bilevel.solving.leader_functions import Values, functions_of
 from bilevel.solving.leaders import LeaderOptimizer, Leaders
 from bilevel.solving.moment import Moment
 from bilevel.solving.warning_log import Log, caught, logged
-from bilevel.tree import Variables, join, map_leaves
+from bilevel.tree import Variables, map_leaves
+from bilevel.variance import digest
 
 
 class Run:
@@ -98,11 +101,14 @@ class Run:
             name: lagrangian.first(*self.functions[name].rows(self.functions[name].first()))
             for name, lagrangian in self.leaders.lagrangians.items()
         }
-        self.now = Moment(states, start, start, buffers, random_state(game.device), lagrangians=lagrangians)
+        first = torch.zeros(game.count, dtype=torch.float64)
+        self.now = Moment(
+            states, start, start, buffers, random_state(game.device), lagrangians=lagrangians, first=first
+        )
         self.driven: Driven | None = None
         self.history = History()
         self.whole = True
-        self._watch = HorizonWatch(game, self.followers)
+        self._watch = HorizonWatch(game, self.followers, driven=bool(self.leaders.driven))
         self._batches: dict[str, Batch] = {}  # the leaders' last
         in_place = self.followers.in_place
         told = (
@@ -183,6 +189,7 @@ class Run:
             seconds=now.seconds + time.perf_counter() - began,
             warned=warned,
             looks=looks,
+            first=now.first if now.step else self._norms(list(norms.values())),
             changes=now.changes,
             lagrangians={n: self._learned(n, played.first.functions[n], norms[n]) for n in now.lagrangians},
         )
@@ -254,6 +261,10 @@ class Run:
         search = Search(flat(self.leaders.start(name)), bounds_of(self.game, name), self.functions[name].walls())
         self.driven = drive(method, search, evaluate, known, epsilon)
         self.leaders.place(name, self.leaders.split(name, self.driven.best["x"]), self.now.step)
+        self.last_batch(name)
+        now = self.now
+        warned = self._watch.ended(now.warned, now.step, now.first, self._here, self._slopes)
+        self.now = replace(now, warned=warned)
 
     def _look(self, name: str, x: Tensor) -> Entry:
         """One evaluation of a leader's programme at `x: [n]`, which is a step; where a follower has no answer, none."""
@@ -262,6 +273,9 @@ class Run:
         self.leaders.place(name, self.leaders.split(name, x), now.step + 1)
         drawn = {name: self.game.draw(name, now.positions[name])}
         self._batches = {name: drawn[name][0]}
+        looked = time.perf_counter()
+        warned, looks = self._watched(now.warned)
+        began += time.perf_counter() - looked
         played = self._evaluator(drawn)
         known = list(now.memory.get("evaluations", []))
         with caught() as new:
@@ -288,7 +302,9 @@ class Run:
             memory={"evaluations": [*known, entry]},
             gradients=now.gradients + played.gradients,
             seconds=now.seconds + time.perf_counter() - began,
-            warned=logged(now.warned, new, now.step + 1),
+            warned=logged(warned, new, now.step + 1),
+            looks=looks,
+            first=now.first if now.step else entry["slope"].norm().reshape(1),
         )
         norm = torch.tensor(fitted(entry)[2], dtype=torch.float64)
         self._went(after, self._losses(played), [norm], played.first.functions)
@@ -296,7 +312,15 @@ class Run:
 
     def _watched(self, log: Log) -> tuple[Log, Looks]:
         """The log with whether the follower's horizon is too short, and the looks that have no verdict yet."""
-        return self._watch.watch(log, self.now.looks, self.now.step + 1, self.history, self._here, self._slopes)
+        now = self.now
+        return self._watch.watch(log, now.looks, now.step + 1, now.first, self._here, self._slopes)
+
+    def _norms(self, norms: list[Tensor]) -> Tensor:
+        """The leaders' norms, of all of them together, `[games]`."""
+        if not norms:
+            return self.now.first
+        found: Tensor = torch.linalg.vector_norm(torch.stack(norms).detach().double().cpu(), dim=0)
+        return found.reshape(-1)
 
     def _here(self) -> Place:
         """Where the leaders' gradients are taken in this step."""
@@ -304,7 +328,7 @@ class Run:
         return Place(point, self.now.states, self.now.buffers, self._batches, random_state(self.game.device))
 
     def _slopes(self, game: Game, followers: Followers, place: Place) -> Tensor:
-        """The leaders' own gradients `[n]` at a place, through these responses' answers; nothing is kept."""
+        """The leaders' own gradients `[games, n]` at a place, through these responses' answers; nothing is kept."""
         with torch.enable_grad():
             point = {n: [t.clone().requires_grad_() for t in p] for n, p in place.point.items()}
             variables, states, buffers = followers.respond(self.leaders.trees(point), place.states, place.buffers)
@@ -313,7 +337,7 @@ class Run:
             for name in self.leaders.names:
                 loss, _ = game.evaluate(name, variables, place.batches[name], buffers)
                 slopes += gradients_of(game.total(loss), point[name], retain_graph=True)
-        return join(slopes).detach()
+        return torch.cat([slope.detach().reshape(game.count, -1) for slope in slopes], 1)
 
     def _losses(self, played: StepEvaluator) -> dict[str, Tensor]:
         """Everybody's loss where the players are, the followers' on the batch that comes next.
@@ -322,10 +346,10 @@ class Run:
         """
         first, found = played.first, dict(played.first.losses)
         here = map_leaves(lambda t: t.detach(), dict(first.variables))
+        buffers = with_followers(first.buffers, first.states)
         for name in self.followers.responses:
             seen = first.states[name].get("loss")
-            told = isinstance(seen, Tensor)
-            found |= {name: seen} if told else self.shown(name, here, first.states, first.buffers)
+            found |= {name: seen} if isinstance(seen, Tensor) else self.shown(name, here, first.states, buffers)
         return found
 
     def _record(
@@ -356,7 +380,7 @@ class Run:
     ) -> dict[str, Tensor]:
         """A leader's own loss on its last batch, or a follower's on the one that comes next: shown, not used.
 
-        At detached variables. Of a joint player, its members'.
+        At detached variables, with everybody's buffers. Of a joint player, its members'.
         """
         with torch.no_grad(), random_kept(self.game.device):
             if name in states:
@@ -364,11 +388,10 @@ class Run:
             else:
                 place = self.game.position_of_answer(name, states)
                 batch = self.last_batch(name) if place is None else self.game.draw(name, place)[0]
-            current = with_followers(buffers, states)
             members = self.game.members(name)
             if members == (name,):
-                return {name: self.game.loss(name, variables, batch, current)}
-            return {m: self.game.loss(m, variables, None if batch is None else batch[m], current) for m in members}
+                return {name: self.game.loss(name, variables, batch, buffers)}
+            return {m: self.game.loss(m, variables, None if batch is None else batch[m], buffers) for m in members}
 
     def last_batch(self, leader: str) -> Batch:
         """A leader's last batch, drawn again where another process made the last step."""
@@ -394,7 +417,46 @@ class Run:
     def state(self) -> dict[str, Any]:
         """All of it, as tensors, numbers and strings."""
         moment = {name: getattr(self.now, name) for name in Moment.__dataclass_fields__}
-        return {"identity": self.identity, **moment, "leaders": self.leaders.state(), "history": self.history.state()}
+        return {
+            "identity": self.identity,
+            **moment,
+            "leaders": self.leaders.state(),
+            "history": self.history.state(),
+            "batches": self._last_batches(),
+        }
+
+    def _places(self) -> dict[str, Position | None]:
+        """Where everybody's data are."""
+        followers = {name: state.get("data") for name, state in self.now.states.items()}
+        return {**followers, **self.now.positions}
+
+    def _last_batches(self) -> dict[str, str]:
+        """What the last batches are known by, of those who have them still."""
+        found: dict[str, str] = {}
+        for name, place in self._places().items():
+            found |= {member: known_by(batch) for member, batch in self.game.remembered(name, place).items()}
+        return found
+
+    def require_batches(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Warn where the data give other batches than they gave when the run was saved: it goes on, not bit for bit."""
+        before = saved.get("batches", {})
+        for name, place in self._places().items():
+            for member in self.game.members(name):
+                at = place if place is None or "epoch" in place else place.get(member)
+                if member not in before or at is None or at["index"] < 1:
+                    continue
+                self.game.draw(member, {**at, "index": at["index"] - 1})
+                now = {who: known_by(batch) for who, batch in self.game.remembered(member, at).items()}
+                if now.get(member) != before[member]:
+                    told = (
+                        f"solve: the data of player {member!r} give another batch {at['index']} of pass "
+                        f"{at['epoch'] + 1} than when {path} was saved: the run goes on, but not bit for bit. They "
+                        "are other data, or draw what a position does not hold, such as random numbers of Python's or "
+                        "NumPy's global generators. Draw from torch's, or from a generator that the data set or the "
+                        "sampler holds as an attribute."
+                    )
+                    warnings.warn(OtherDataWarning(told), stacklevel=3)
+                    self.now = replace(self.now, changes=(*self.now.changes, told))
 
     def restore(self, saved: Mapping[str, Any], path: Path, *, accept_changes: bool) -> None:
         """Go on from what `state` gave.
@@ -403,7 +465,7 @@ class Run:
             CheckpointError: when it is no run, one of another game or seed, or one with other settings and these are
                 not accepted.
         """
-        missing = [key for key in self.state() if key not in saved]
+        missing = [key for key in self.state() if key not in saved and key != "batches"]
         if missing:
             raise CheckpointError(
                 f"{path} is no checkpoint of solve: it has no {missing[0]!r}. Pass another checkpoint=, or "
@@ -450,6 +512,17 @@ class Run:
             products=moment.products + int(last["products"]) - products,
             changes=(*moment.changes, f"Resumed at step {moment.step} with other settings: {changes}."),
         )
+
+
+def known_by(batch: Batch) -> str:
+    """A digest of the beginning of each of a batch's tensors, and of its numbers and strings."""
+
+    def told(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().reshape(-1)[:4096] if leaf.layout == torch.strided else str(leaf.shape)
+        return leaf if isinstance(leaf, int | float | str | bytes | type(None)) else type(leaf).__name__
+
+    return digest(map_leaves(told, batch))
 
 
 class _NoLook:

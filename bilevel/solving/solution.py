@@ -13,7 +13,7 @@ from bilevel.game import Game
 from bilevel.solving.history import loss_key
 from bilevel.solving.loading import load_into
 from bilevel.solving.spread import Spread
-from bilevel.solving.warning_log import RunWarning
+from bilevel.solving.warning_log import RunWarning, not_converged
 from bilevel.tree import Variables, named_leaves
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Solution(End[float]):
         products: Hessian-vector products of the whole run.
         seconds: Wall-clock seconds of the whole run.
         warnings: What to know before trusting it.
+        not_converged: What had not converged at the end, as its warnings say: of "follower", "leader" and
+            "linear system". A response that asks for no accuracy, such as `Unrolled`, does not say.
         states: Follower -> its response's state.
         buffers: Player -> its module's buffers.
         errors: Follower -> the last hypergradient's relative error as `HypergradientTolerance` estimated it, where it
@@ -93,6 +95,7 @@ class Solution(End[float]):
     multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
     violations: Mapping[str, float] = field(default_factory=dict)
     starts: Spread | None = None
+    not_converged: tuple[str, ...] = ()
 
     def load_into(self, model: nn.Module, player: str) -> None:
         """Write a player's variables and its module's buffers into `model`, a module of the form of its init.
@@ -154,4 +157,4 @@ def ended(
         found: the other fields of `End`.
     """
     texts, numbers = tuple(warning.text for warning in warned), {n: float(value) for n, value in values.items()}
-    return Solution(values=numbers, warnings=texts, errors=errors, **found)
+    return Solution(values=numbers, warnings=texts, errors=errors, not_converged=not_converged(warned), **found)

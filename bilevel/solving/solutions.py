@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.many import Games, Tasks
 from bilevel.solving.history import loss_key
 from bilevel.solving.solution import End, Solution, ended
-from bilevel.solving.warning_log import RunWarning
+from bilevel.solving.warning_log import RunWarning, not_converged
 from bilevel.tree import Variables, map_leaves
 
 
@@ -36,11 +36,14 @@ class Solutions(End[Tensor]):
         warned: For each warning the games that it has spoken of in any step; None for all.
         multipliers: Follower with constraints -> "inequality", "equality" -> their multipliers `[count, ...]`.
         violations: Leader with functions -> their largest violation in each game `[count]`.
+        not_converged: "follower", "leader", "linear system" -> which games had not converged in that at the end, bool
+            `[count]`; what has in all games is left out.
     """
 
     warned: tuple[frozenset[int] | None, ...] = field(repr=False)
     multipliers: Mapping[str, Mapping[str, Variables]] = field(default_factory=dict)
     violations: Mapping[str, Tensor] = field(default_factory=dict)
+    not_converged: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many games there are."""
@@ -79,6 +82,7 @@ class Solutions(End[Tensor]):
             buffers=buffers,
             multipliers=map_leaves(lambda leaf: leaf[index].clone(), dict(self.multipliers)),
             violations=numbers(self.violations),
+            not_converged=tuple(what for what, games in self.not_converged.items() if bool(games[index])),
         )
 
     def __str__(self) -> str:
@@ -112,7 +116,12 @@ def _(
 ) -> Solutions:
     """Of many games, each warning with the games that it spoke of; how far a hypergradient is off is not estimated."""
     texts, spoken_of = tuple(warning.text for warning in warned), tuple(warning.games for warning in warned)
-    return Solutions(values=values, warnings=texts, warned=spoken_of, **found)
+    count = len(next(iter(values.values())))
+    left = {what: torch.zeros(count, dtype=torch.bool) for what in not_converged(warned)}
+    for warning in [warning for warning in warned if warning.not_converged]:
+        where = range(count) if warning.holding is None else sorted(warning.holding)
+        left[warning.not_converged][list(where)] = True
+    return Solutions(values=values, warnings=texts, warned=spoken_of, not_converged=left, **found)
 
 
 @ended.register
@@ -123,4 +132,4 @@ def _(
     for told in ("stationarity", "residuals"):
         found[told] = {name: float(torch.as_tensor(number).max()) for name, number in found[told].items()}
     texts, numbers = tuple(warning.text for warning in warned), {n: float(value) for n, value in values.items()}
-    return Solution(values=numbers, warnings=texts, errors=errors, **found)
+    return Solution(values=numbers, warnings=texts, errors=errors, not_converged=not_converged(warned), **found)

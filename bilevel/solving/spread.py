@@ -18,6 +18,7 @@ class Spread:
         leader: Whose loss was compared.
         values: Its loss at the end of each; NaN where the run failed.
         violations: The largest violation of its functions at the end of each; 0 where it has none.
+        not_converged: What had not converged at the end of each, as `Solution.not_converged`.
         best: The number of the start whose end is the solution.
         tolerance: The violation up to which an end counts as feasible.
         failures: Start -> the error that its run ended with.
@@ -27,6 +28,7 @@ class Spread:
     leader: str
     values: tuple[float, ...]
     violations: tuple[float, ...]
+    not_converged: tuple[tuple[str, ...], ...]
     best: int
     tolerance: float
     failures: Mapping[int, str]
@@ -45,6 +47,16 @@ class Spread:
             )
         broken = len(self.values) - len(kept) - len(self.failures)
         told += f" {broken} broke its functions." if broken else ""
+        short = {what: sum(what in left for left in self.not_converged) for left in self.not_converged for what in left}
+        if short:
+            counts = ", ".join(f"the {what} of {count}" for what, count in short.items())
+            told += f" Not converged: {counts}."
+            lower = [value for value in kept if value < self.values[self.best]]
+            if lower:
+                told += (
+                    f" {len(lower)} ended lower, the lowest at {min(lower):.6g}, at a follower that stopped short, and "
+                    f"{'is' if len(lower) == 1 else 'are'} passed over."
+                )
         if self.failures:
             told += f" {len(self.failures)} failed, the first with: {next(iter(self.failures.values()))}"
         return told

@@ -10,13 +10,17 @@ from typing import Any
 
 from bilevel.errors import (
     BilevelWarning,
+    FollowerNonConvergenceWarning,
     InfeasibleWarning,
     KinkWarning,
+    LeaderNonConvergenceWarning,
+    LinearNonConvergenceWarning,
     NonConvergenceWarning,
     UnreliableResponseWarning,
 )
 
-_KINDS = (InfeasibleWarning, KinkWarning, NonConvergenceWarning, UnreliableResponseWarning)
+NOT_CONVERGED = (FollowerNonConvergenceWarning, LeaderNonConvergenceWarning, LinearNonConvergenceWarning)
+_KINDS = (InfeasibleWarning, KinkWarning, NonConvergenceWarning, *NOT_CONVERGED, UnreliableResponseWarning)
 _CATEGORIES = {kind.__name__: kind for kind in _KINDS}
 
 Log = Mapping[str, Mapping[str, Any]]
@@ -31,11 +35,25 @@ class RunWarning:
         text: what it says, and in how many steps it was said.
         games: of many games, those that it spoke of in any step; None for all.
         category: as what it is issued, because it still holds at the end; None where it does not.
+        holding: of many games, those of which it held at the end; None for all.
     """
 
     text: str
     games: frozenset[int] | None = None
     category: type[BilevelWarning] | None = None
+    holding: frozenset[int] | None = None
+
+    @property
+    def not_converged(self) -> str:
+        """What has not converged at the end, in the words of `NonConvergenceWarning.of`; empty where all has."""
+        kind = self.category
+        return kind.of if kind is not None and issubclass(kind, NonConvergenceWarning) else ""
+
+
+def not_converged(told: Sequence[RunWarning]) -> tuple[str, ...]:
+    """What had not converged where a run ended: of "follower", "leader" and "linear system"."""
+    found = {warning.not_converged for warning in told}
+    return tuple(kind.of for kind in NOT_CONVERGED if kind.of in found)
 
 
 @contextmanager
@@ -58,10 +76,8 @@ def logged(log: Log, new: Sequence[BilevelWarning], step: int, *, counted: bool 
     for warning in new:
         kind, text = type(warning).__name__, str(warning)
         key = " ".join((kind, *text.split(maxsplit=2)[:2]))
-        before = after.get(key, {"count": 0, "counted": -1, "games": []})
-        spoken_of = None
-        if warning.games is not None and before["games"] is not None:
-            spoken_of = sorted({*before["games"], *warning.games})
+        before = after.get(key, {"count": 0, "counted": -1, "games": [], "now": [], "last": step})
+        spoken_of = _both(before["games"], warning.games)
         # What an earlier call measured still holds, and is no news; and several leaders may hear of it in one step.
         news = counted and not warning.repeated and before.get("counted") != step
         after[key] = {
@@ -71,6 +87,7 @@ def logged(log: Log, new: Sequence[BilevelWarning], step: int, *, counted: bool 
             "text": text,
             "kind": kind,
             "games": spoken_of,
+            "now": _both(before["now"] if before["last"] == step else [], warning.games),
         }
     return after
 
@@ -81,7 +98,12 @@ def as_run_warnings(log: Log, steps: int) -> list[RunWarning]:
     for entry in log.values():
         when = f"in {entry['count']} of {steps} steps, last in step {min(entry['last'], steps)}"
         when = when if entry["count"] else "in the answer to where the leaders ended"
-        games = None if entry["games"] is None else frozenset(entry["games"])
+        games, now = (None if entry[key] is None else frozenset(entry[key]) for key in ("games", "now"))
         category = _CATEGORIES.get(entry["kind"], BilevelWarning) if entry["last"] >= steps else None
-        found.append(RunWarning(f"{entry['kind']} {when}: {entry['text']}", games, category))
+        found.append(RunWarning(f"{entry['kind']} {when}: {entry['text']}", games, category, now))
     return found
+
+
+def _both(some: Sequence[int] | None, others: Sequence[int] | None) -> list[int] | None:
+    """The numbers of either; None, which is all of them, where either is."""
+    return None if some is None or others is None else sorted({*some, *others})

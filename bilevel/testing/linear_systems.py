@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import LinearNonConvergenceWarning
 from bilevel.linear import ConjugateGradient, LinearOperator, LinearSolver, Memory, Preconditioner
 from bilevel.linear.preconditioner import begun, prepared
 
@@ -162,16 +162,17 @@ def _quiet(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = solver.solve(system.operator, system.rhs, initial, memory=memory)
-    return found.solution, found.converged, found.memory, any(w.category is NonConvergenceWarning for w in caught)
+    warned = any(w.category is LinearNonConvergenceWarning for w in caught)
+    return found.solution, found.converged, found.memory, warned
 
 
 def _vmapped(solver: LinearSolver, system: _System) -> None:
     rows = torch.stack([system.rhs, 2.0 * system.rhs.flip(0)])
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NonConvergenceWarning)
+        warnings.simplefilter("always", LinearNonConvergenceWarning)
         together = torch.func.vmap(lambda rhs: solver.solve(system.operator, rhs).solution)(rows)
         alone = torch.stack([solver.solve(system.operator, rhs).solution for rhs in rows])
-    if any(w.category is NonConvergenceWarning for w in caught):
+    if any(w.category is LinearNonConvergenceWarning for w in caught):
         return  # each stopped where it was, and said so
     off, size = float((together - alone).norm()), float(rows.norm())
     # Each is within its tolerance of the solution; those without one take the same steps.

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel.constraints.active_set import optimum, reached
 from bilevel.constraints.regularity import curvatures
 from bilevel.game import Follower, newton
+from bilevel.game.rounding import least_telling, terms
 from bilevel.inner import ProjectedGradient
 from bilevel.testing.finite_differences import Slope, slope_at_zero
 from bilevel.testing.losses import LeaderFollowerLosses, Product
@@ -169,9 +170,10 @@ class ResolvedFollower:
         # Started at its optimum it has no gradient to measure by: then what counts is rounding's own scale, curvature
         # times size, and the gradient that the leader makes by moving as far as it does for the differences.
         largest = max(map(abs, self.curvature)) if all(map(math.isfinite, self.curvature)) else 0.0
-        self.reference = max(reference, largest * float(self.rest.y.norm()) * eps**0.5)
+        own = terms(largest, float(self.rest.y.norm()))
+        self.reference = max(reference, least_telling(own, x.dtype))
         moved = self._moved()
-        if reference <= eps**0.5 * moved:
+        if reference <= least_telling(moved, x.dtype):
             self.reference = max(self.reference, moved)
         self.accepted = 1e-2 * rtol * self.reference
         self.target = 30 * eps * self.reference

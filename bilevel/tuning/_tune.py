@@ -49,7 +49,7 @@ def tune(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
-    resume: bool = True,
+    resume: bool | None = None,
     accept_changes: bool = False,
     progress: bool = False,
     seed: int = 0,
@@ -84,13 +84,14 @@ def tune(
         warmup: The share of the training steps before the first of these. Weights that have not settled yet say of
             whatever regularises that there should be less of it.
         check: The share of the training steps that is taken again from the trained weights, at the values found and at
-            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none.
+            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none. It takes
+            the whole of the validation data: of those without a length one pass is read before any training.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
             falls from 0.1 to 0, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
         checkpoint: A file to write, and to go on from bit for bit.
         checkpoint_every: So many of the hyperparameters' steps.
-        resume: Go on from the checkpoint.
+        resume: Go on from the checkpoint: None where there is one; True, and it must be there; False begins again.
         accept_changes: Go on although losses or settings are others than the checkpoint's, with the present ones.
         progress: Show a bar.
         seed: Of data that is shuffled by the library and of the learned answer; dropout's is torch's own.
@@ -126,6 +127,8 @@ def tune(
     )
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
+    if check:
+        game.require_end(tuning.leader, "tune(check=...)", ", or pass check=0", read=True)
     # The start of a fresh run: a resumed one does not begin there.
     start = game.initial(tuning.leader)
     responses: Any = {tuning.follower: chosen.response}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel._printed import printed
 from bilevel.errors import CheckpointError
@@ -37,7 +37,8 @@ def trained_on(tuned: Tuned, steps: int, seed: int) -> TrainedOn:
     try:
         for values in (tuned.hyper, tuned.start):
             with random_kept(start=seed):
-                model = _train(tuned, game, copy.deepcopy(tuned.model), values, steps, seed)
+                loss = tuned.tuning.loss_at(values)
+                model = _train(tuned, game, copy.deepcopy(tuned.model), loss, steps, seed)
             with random_kept(start=seed):
                 losses.append(_validate(tuned, game, model, values))
     finally:
@@ -54,27 +55,32 @@ class Retrained:
         found: The validation loss of each seed at the values found.
         start: The same at the start's, the same seeds.
         models: The trained models of the first, one a seed.
+        plain: The same losses of the training loss as it is, with nothing around it; empty unless asked for.
     """
 
     found: tuple[float, ...]
     start: tuple[float, ...]
     models: tuple[nn.Module, ...] = field(repr=False)
+    plain: tuple[float, ...] = ()
 
     @property
     def better(self) -> bool:
-        """Whether the mean over the seeds is lower at the values found."""
-        return statistics.fmean(self.found) < statistics.fmean(self.start)
+        """Whether the mean over the seeds is lower at the values found than of all that they were compared with."""
+        others = [losses for losses in (self.start, self.plain) if losses]
+        return statistics.fmean(self.found) < min(statistics.fmean(losses) for losses in others)
 
     def __str__(self) -> str:
         """A table, a row a seed."""
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Validation loss of fresh trainings")
-        for column in ("seed", "at the start's values", "at those found"):
-            table.add_column(column, justify="right")
-        for seed, (before, after) in enumerate(zip(self.start, self.found, strict=True)):
-            table.add_row(str(seed), f"{before:.4g}", f"{after:.4g}")
-        table.add_row("mean", f"{statistics.fmean(self.start):.4g}", f"{statistics.fmean(self.found):.4g}")
+        columns = {"nothing tuned": self.plain, "at the start's values": self.start, "at those found": self.found}
+        columns = {name: losses for name, losses in columns.items() if losses}
+        for name in ("seed", *columns):
+            table.add_column(name, justify="right")
+        for seed, losses in enumerate(zip(*columns.values(), strict=True)):
+            table.add_row(str(seed), *(f"{loss:.4g}" for loss in losses))
+        table.add_row("mean", *(f"{statistics.fmean(losses):.4g}" for losses in columns.values()))
         return printed(table)
 
 
@@ -85,6 +91,7 @@ def retrain(
     steps: int | None = None,
     make: Callable[[], nn.Module] | None = None,
     values: Mapping[str, Variables] | None = None,
+    plain: bool = False,
     checkpoint: str | Path | None = None,
     jobs: int = 1,
     cluster: str | None = None,
@@ -102,6 +109,8 @@ def retrain(
         make: Makes a fresh model; default: a copy of the given one, each of whose layers is asked to
             `reset_parameters()`.
         values: Others than those found.
+        plain: Train with the training loss as it is as well. The start's values are not "nothing": a declaration begins
+            with some smoothing or noise, which may be worse than none.
         checkpoint: A file that keeps each training as it ends; what it has is not done again. More `seeds` may follow.
         jobs: How many trainings go at once, in processes of one thread (joblib); -1: as many as there are cores.
         cluster: Train on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one on
@@ -111,21 +120,28 @@ def retrain(
         CheckpointError: For a file of other trainings: of other values, another length or another model.
         ImportError: For `jobs` without joblib, for `cluster` without Ray.
         ConnectionError: Where nobody answers at a cluster's address.
-        ValueError: For a layer with parameters of its own that cannot be reset; then give `make`.
+        ValueError: For a layer with parameters of its own that cannot be reset; then give `make`. Before any training
+            for validation data that do not end; of data without a length one pass is read to know it. For `plain` with
+            a training loss that has hyperparameters of its own.
 
-    Costs 2 `seeds` trainings.
+    Costs 2 `seeds` trainings, with `plain` 3.
     """
     if seeds < 1:
         raise ValueError(f"retrain: seeds={seeds}; expected at least 1.")
+    if plain:
+        tuned.tuning.undeclared()  # refused before any work where there is none
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < -1 or jobs == 0:
         raise ValueError(f"retrain: jobs={jobs!r}; expected a whole number from 1, or -1 for one a core.")
     require_workers("retrain", jobs, cluster)
     count = tuned.plan.steps if steps is None else steps
     fresh = partial(_reset, tuned.model) if make is None else make
     given = {"found": tuned.hyper if values is None else values, "start": tuned.start}
-    losses: dict[str, list[float]] = {"found": [], "start": []}
+    # At None, the training loss as it is.
+    trained: dict[str, Mapping[str, Variables] | None] = {**given, **({"plain": None} if plain else {})}
+    losses: dict[str, list[float]] = {which: [] for which in trained}
     models: list[nn.Module] = []
     game = tuned.tuning.game()
+    game.require_end(tuned.tuning.leader, "retrain", read=True)
     kept = _Kept.of(None if checkpoint is None else Path(checkpoint), tuned, game, given, count)
     try:
         if jobs != 1 or cluster is not None:
@@ -134,13 +150,13 @@ def retrain(
             todo = {
                 f"{which} {seed}": partial(_afresh, own, fresh, at, count, seed, keep=which == "found")
                 for seed in range(seeds)
-                for which, at in given.items()
+                for which, at in trained.items()
                 if f"{which} {seed}" not in kept.trainings
             }
             for index, ended in side_by_side(list(todo.values()), jobs=jobs, cluster=cluster if todo else None):
                 kept.keep(list(todo)[index], ended)
         for seed in range(seeds):
-            for which, at in given.items():
+            for which, at in trained.items():
                 done = kept.trainings.get(f"{which} {seed}")
                 if done is None:
                     model, loss = _one(tuned, game, fresh, at, count, seed)
@@ -158,21 +174,28 @@ def retrain(
                     models.append(model)
     finally:
         game.stop_reading()
-    return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models))
+    return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models), tuple(losses.get("plain", ())))
 
 
 def _one(
-    tuned: Tuned, game: Game, fresh: Callable[[], nn.Module], at: Mapping[str, Variables], steps: int, seed: int
+    tuned: Tuned, game: Game, fresh: Callable[[], nn.Module], at: Mapping[str, Variables] | None, steps: int, seed: int
 ) -> tuple[nn.Module, float]:
     """A fresh model that was trained, and its validation loss."""
+    training_loss = tuned.tuning.undeclared() if at is None else tuned.tuning.loss_at(at)
     with random_kept(start=seed):
-        model = _train(tuned, game, fresh(), at, steps, seed)
-    with random_kept(start=seed):  # loaders that shuffle give both the same batches
-        return model, _validate(tuned, game, model, at)
+        model = _train(tuned, game, fresh(), training_loss, steps, seed)
+    with random_kept(start=seed):  # loaders that shuffle give all the same batches
+        return model, _validate(tuned, game, model, tuned.start if at is None else at)
 
 
 def _afresh(
-    tuned: Tuned, fresh: Callable[[], nn.Module], at: Mapping[str, Variables], steps: int, seed: int, *, keep: bool
+    tuned: Tuned,
+    fresh: Callable[[], nn.Module],
+    at: Mapping[str, Variables] | None,
+    steps: int,
+    seed: int,
+    *,
+    keep: bool,
 ) -> dict[str, Any]:
     """What is kept of a training that is done in a process of its own."""
     game = tuned.tuning.game()
@@ -222,9 +245,8 @@ class _Kept:
 
 
 def _train(
-    tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables], steps: int, seed: int
+    tuned: Tuned, game: Game, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], steps: int, seed: int
 ) -> nn.Module:
-    loss = tuned.tuning.loss_at(values)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build(tuned.optimizer, parameters, None, [n for n, p in model.named_parameters() if p.requires_grad])
     scheduler = None if tuned.scheduler is None else build_scheduler(tuned.scheduler, optimizer, None)
@@ -249,7 +271,7 @@ def _train(
 def _validate(tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables]) -> float:
     """The mean of the validation loss over one pass, whose batches come to where the model is."""
     loss, leader = tuned.tuning.valid_loss_at(values), tuned.tuning.leader
-    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader))]
+    losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader), "tune")]
     return statistics.fmean(float(loss) for loss in losses)
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/minibatches.md: what `benchmarks/coverage.py` and `benchmarks/single_loop.py` measured."""
+"""The tables of docs/minibatches.md: what `benchmarks/coverage.py`, `single_loop.py` and `samples.py` measured."""
 
 import json
 import statistics
@@ -43,4 +43,27 @@ def single_loop() -> list[list[str]]:
     return table
 
 
-PARTS = {part.__name__: part for part in (coverage, single_loop)}
+def samples() -> list[list[str]]:
+    """One row a solver: what it took to the target, medians over the problems, and the least and most."""
+    rows = read("samples.json")["rows"]
+    table = [["Solver", "of", "batch", "step", "passes", "seconds"]]
+    for key in dict.fromkeys((row["by"], row["method"], row["batch"], row["step size"]) for row in rows):
+        group = [row for row in rows if (row["by"], row["method"], row["batch"], row["step size"]) == key]
+        there = [row for row in group if row["failed"] is None]
+        named = [key[1], key[0], str(key[2]), f"{key[3]}"]
+        short = "" if len(there) == len(group) else f"; {len(there)} of {len(group)}"
+        if not there:
+            table.append([*named, "not reached", ""])
+            continue
+        passes, seconds = ([row[what] for row in there] for what in ("passes", "seconds"))
+        told = f"{statistics.median(passes):.0f} ({min(passes):.0f} to {max(passes):.0f}{short})"
+        table.append([*named, told, f"{statistics.median(seconds):.2f}"])
+    return table
+
+
+def problems() -> str:
+    """How many problems they were measured on."""
+    return str(len({row["seed"] for row in read("samples.json")["rows"]}))
+
+
+PARTS = {part.__name__: part for part in (coverage, single_loop, samples, problems)}

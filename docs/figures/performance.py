@@ -138,6 +138,21 @@ def growth() -> list[dict[str, str]]:
     ]
 
 
+def players() -> list[dict[str, str]]:
+    """A line for each game and response: a step, and how much dearer a player is among 1,000 than among a few."""
+    return [
+        {
+            "game": sweep["game"],
+            "players do": sweep["response"],
+            **{f"{row['players']:,}": _seconds(row["seconds"]) for row in sweep["rows"]},
+            "a player of 1,000, in ones of 50": f"{sweep['seconds a player']:.2f}",
+            "memory of 1,000": _bytes(sweep["rows"][-1]["bytes"]),
+            "a player of 1,000, in ones of 200": f"{sweep['bytes a player']:.2f}",
+        }
+        for sweep in read("players")["sweeps"]
+    ]
+
+
 def _seconds(value: float) -> str:
     return f"{1e3 * value:.3g} ms" if value < 1.0 else f"{value:.3g} s"
 
@@ -167,7 +182,7 @@ def iterations(preconditioner: str) -> Callable[[], str]:
 
 
 PARTS = {
-    **{part.__name__: partial(table, part) for part in (equal_work, accuracy, along, whole_run, growth)},
+    **{part.__name__: partial(table, part) for part in (equal_work, accuracy, along, whole_run, growth, players)},
     "largest_eigenvalue": limits(lambda found: f"{found['largest over the penalty']:.0f}"),
     "above_ten_penalties": limits(lambda found: str(found["above"]["10"])),
     "above_two_penalties": limits(lambda found: str(found["above"]["2"])),

@@ -80,7 +80,26 @@ def jobs() -> list[list[str]]:
     return table
 
 
-PARTS = {"one_run": one_run, "batch_norm": batch_norm, "batch_norm_runs": batch_norm_runs, "jobs": jobs}
+def fashion() -> list[list[str]]:
+    """One row a way to values, means over the splits."""
+    document = json.loads((DOCS / "tuning" / "fashion.json").read_text(encoding="utf-8"))
+    rows = document["rows"]
+    ways = {"default": "nothing tuned", "start": "start's values", "found": "values found by one run"}
+    ways |= {"one run": "the run itself"} | {name: f"{name}, best" for name in ("TPE", "Hyperband", "ASHA")}
+    table = [["", "splits", "steps", "validation loss", "test loss"]]
+    for key, name in ways.items():
+        mine = [row for row in rows if key in row]
+        if not mine:
+            continue
+        spent = statistics.fmean(
+            row[key].get("steps", row["one run"]["steps"] if key == "found" else document["steps"]) for row in mine
+        )
+        losses = (statistics.fmean(row[key][part] for row in mine) for part in ("valid", "test"))
+        table.append([name, str(len(mine)), f"{spent:,.0f}", *(f"{loss:.3f}" for loss in losses)])
+    return table
+
+
+PARTS = {part.__name__: part for part in (one_run, batch_norm, batch_norm_runs, jobs, fashion)}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def check_command(
 
     Exit code: 0 right, 3 wrong, 4 cannot tell, 2 bad input, 1 an error on the way.
     """
-    with errors_in_one_line(""), _refusals():
+    with errors_in_one_line(), _refusals():
         found = loaded(target)
         judged, name = response_for(found, response, follower)
         check = check_hypergradient(
@@ -84,7 +84,7 @@ def certify_command(
 
     Exit code: 0 certified, 3 refuted, 4 inconclusive, 2 bad input, 1 an error on the way.
     """
-    with errors_in_one_line(""), _refusals():
+    with errors_in_one_line(), _refusals():
         found = loaded(target)
         if steps is not None and not found.options:
             raise UsageError("--steps: the file gives no options to solve the game with; return (game, options).")

@@ -44,13 +44,13 @@ def compare_command(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that the output folder has.")] = False,
 ) -> None:
     """Compare responses on games with known answers and on tuning: error, value, work, seconds, memory."""
-    with errors_in_one_line("what is finished") as held:
+    with errors_in_one_line() as held:
         games = chosen_names(game, cases(), "game", option="--game")
         names = chosen_names(response, responses(cases()), "response", option="--response")
         check_at_least(1, seeds=seeds, steps=steps)
         at_once = jobs_of(jobs, ray)
         check_at_least(0, laws=laws)
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "compare", resume=resume, goes_on_from="what is finished"))
         found = run_suite(
             games=games,
             names=names,

@@ -115,12 +115,8 @@ class Retraining:
         leader = game.names[0]
         if game.players[leader].data is None:
             return game.loss(leader, variables, None)
-        losses: list[Tensor] = []
-        batch, position = game.draw(leader, game.start(leader, self.seed))
-        while position is not None and position["epoch"] == 0:
-            losses.append(game.loss(leader, variables, batch))
-            batch, position = game.draw(leader, position)
-        return torch.stack(losses).double().mean(0)
+        batches = game.whole_pass(leader, game.start(leader, self.seed), "CrossValidation")
+        return torch.stack([game.loss(leader, variables, batch) for batch in batches]).double().mean(0)
 
     def _identity(self, game: bl.Game, others: Candidate) -> str:
         settings = (self.optimizer, self.steps, self.tolerance, self.follower, self.seed)

@@ -125,7 +125,7 @@ class CrossValidation:
         the order of batches.
 
         Raises `ValueError` for no candidates or variables that are not the game's, `CheckpointError` when `folder` is
-        of another search, and what retraining raises; warns (`NonConvergenceWarning`) of what did not converge.
+        of another search, and what retraining raises; warns (`FollowerNonConvergenceWarning`) of what did not converge.
         """
         if isinstance(game, bl.Games) and (self.jobs != 1 or self.cluster is not None):
             raise ValueError(
@@ -134,6 +134,7 @@ class CrossValidation:
             )
         one = game.game(0) if isinstance(game, bl.Games) else game
         name = game.names[-1] if follower is None else follower
+        game.require_end(game.names[0], "CrossValidation", read=True)
         if not candidates:
             raise ValueError("CrossValidation: there are no candidates; expected at least one.")
         for candidate in candidates:
@@ -160,7 +161,7 @@ class CrossValidation:
                 f"in {self.steps} steps: the gradient is up to {float(result.stationarity.max()):.2g} of that at init, "
                 f"wanted {self.tolerance:g}. Their losses are those of unfinished training. Give steps=, another "
                 "optimizer, or float64 data.",
-                bl.errors.NonConvergenceWarning,
+                bl.errors.FollowerNonConvergenceWarning,
                 stacklevel=2,
             )
         return result

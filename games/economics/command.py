@@ -18,14 +18,17 @@ def economics_command(
     ] = None,
 ) -> None:
     """Solve a market with a capacity, a contract, guards within a budget and a tolled road, beside what is known."""
-    from rich.console import Console
-    from rich.table import Table
-
-    import bilevel as bl
-    from games.economics.solved import rows
-    from games.experiments.console import errors_in_one_line
+    from games.experiments.console import errors_in_one_line, writable_folder
 
     with errors_in_one_line():
+        from rich.console import Console
+        from rich.table import Table
+
+        import bilevel as bl
+        from games.economics.solved import rows
+
+        if plot is not None:
+            writable_folder(plot, "--plot")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bl.errors.BilevelWarning)  # what they would tell of is beside the numbers
             found = rows()
@@ -41,8 +44,8 @@ def economics_command(
         if plot is not None:
             from games.economics.bounded_figures import bounded_figures
             from games.economics.figures import figures
+            from games.experiments.style import save_figure
 
-            plot.mkdir(parents=True, exist_ok=True)
             for name, figure in {**figures(), **bounded_figures()}.items():
-                figure.savefig(plot / f"{name}.png", dpi=100)
+                save_figure(figure, plot / f"{name}.png", dpi=100)
                 typer.echo(f"{plot / name}.png", err=True)

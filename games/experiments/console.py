@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +13,9 @@ import typer
 
 from bilevel import BilevelError
 from bilevel.errors import CheckpointError
+from bilevel.files import write_whole
 from games.errors import DataError, MissingExtraError
+from games.stopping import code_of, handled, raising, stop
 
 fcntl: ModuleType | None
 try:
@@ -63,19 +64,73 @@ def jobs_of(jobs: int | None, ray: str | None) -> int:
 
 
 @contextmanager
-def output_folder(output: Path) -> Iterator[None]:
-    """Make the folder of --output, and keep it to this process while it works there.
+def output_folder(
+    output: Path, command: str, *, resume: bool = False, goes_on_from: str = "the last step"
+) -> Iterator[None]:
+    """Make the folder of --output, and keep it to this process while `command` works there.
 
-    Raises `UsageError` when that cannot be done, nothing can be written there, or another process works there.
+    A hidden file in it names the commands that have begun there. Ctrl-C and SIGTERM tell what --resume `goes_on_from`.
+    Raises `UsageError` when that cannot be done, nothing can be written there, another process works there, or
+    `resume` is asked where the command has never begun: then nothing is made.
     """
+    if resume:
+        _require_begun(output, command)
+    writable_folder(output, "--output")
+    with _alone_in(output):
+        try:
+            begun = _begun(output)
+            if command not in begun:
+                write_whole(output / _BEGUN, "".join(f"{name}\n" for name in (*begun, command)).encode())
+        except OSError as error:
+            raise UsageError(f"--output {output}: {error.strerror or error}.") from error
+        try:
+            yield
+        except KeyboardInterrupt as pressed:
+            raise Stopped(pressed, f"The same command with --resume goes on from {goes_on_from}.") from None
+
+
+def writable_folder(path: Path, option: str) -> None:
+    """Make the folder that an option names; raises `UsageError` where that, or writing there, is not possible."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UsageError(f"--output {output}: it, or a folder above it, is a file.") from error
+        raise UsageError(f"{option} {path}: it, or a folder above it, is a file.") from error
     except OSError as error:
-        raise UsageError(f"--output {output}: {error.strerror or error}.") from error
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {output}: no permission to write there.")
+        raise UsageError(f"{option} {path}: {error.strerror or error}.") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: no permission to write there.")
+
+
+_BEGUN = ".bilevel"
+"""In a folder of --output: the commands that have begun there, one a line."""
+
+
+def _begun(output: Path) -> list[str]:
+    try:
+        return (output / _BEGUN).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return []
+
+
+def _require_begun(output: Path, command: str) -> None:
+    begun = _begun(output)
+    if command in begun:
+        return
+    if not output.is_dir():
+        came = "there is no such folder"
+    elif begun:
+        came = f"`bilevel {'`, `bilevel '.join(begun)}` ran there, and not `bilevel {command}`"
+    else:
+        came = f"`bilevel {command}` has never begun there"
+    raise UsageError(
+        f"--resume: nothing to go on from in {output}: {came}. Give the --output of the run that was stopped, or leave "
+        "--resume out to begin."
+    )
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Keep a folder to this process."""
     if fcntl is None:
         yield
         return
@@ -123,28 +178,37 @@ def _without_locks() -> Iterator[None]:
         pass
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which a scheduler sends before it takes a machine away; handled as Ctrl-C is."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with what the user may do next."""
+
+    def __init__(self, pressed: KeyboardInterrupt, advice: str) -> None:
+        super().__init__(advice)
+        self.pressed, self.advice = pressed, advice
 
 
 @contextmanager
-def errors_in_one_line(goes_on_from: str = "the last step") -> Iterator[ExitStack]:
+def errors_in_one_line() -> Iterator[ExitStack]:
     """End with one line on stderr: 2 for what the user can put right, 1 for a run that failed.
 
-    For Ctrl-C the code is 130, for SIGTERM 143, and the line tells what --resume `goes_on_from`; nothing where it is
-    empty. Yields what holds contexts up to the command's end.
+    For Ctrl-C the code is 130, for SIGTERM 143. Yields what holds contexts up to the command's end.
     """
-    with _handled(signal.SIGTERM, _terminate), ExitStack() as held:
-        try:
+    try:
+        with raising(), ExitStack() as held:
             yield held
-        except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
-            _fail(error, 2)
-        except BilevelError as error:
-            _fail(error, 1)
-        except KeyboardInterrupt as pressed:
-            advice = f" The same command with --resume goes on from {goes_on_from}." if goes_on_from else ""
-            typer.echo(f"Interrupted.{advice}", err=True)
-            raise typer.Exit(143 if isinstance(pressed, _Terminated) else 130) from None
+    except (UsageError, DataError, MissingExtraError, CheckpointError, OSError) as error:
+        _fail(error, 2)
+    except BilevelError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt as pressed:
+        raise interrupted(pressed) from None
+
+
+def interrupted(pressed: KeyboardInterrupt) -> typer.Exit:
+    """Tell of an interruption in one line; the command's end, with its code."""
+    advice = f" {pressed.advice}" if isinstance(pressed, Stopped) else ""
+    with suppress(OSError):  # nobody may be there any more to read it
+        typer.echo(f"Interrupted.{advice}", err=True)
+    return typer.Exit(code_of(pressed.pressed if isinstance(pressed, Stopped) else pressed))
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -158,37 +222,18 @@ def interrupt_after_step() -> Iterator[Callable[[], None]]:
 
     The second does not wait. Yields what to call after each step: it raises `KeyboardInterrupt` when one has come.
     """
-    pressed: list[type[KeyboardInterrupt]] = []
+    pressed: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        kind = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if pressed:
-            raise kind
-        pressed.append(kind)
+            stop(number, frame)
+        pressed.append(number)
         with suppress(RuntimeError):  # the signal came while stderr was being written
             print("\nStopping after this step; Ctrl-C again to stop now.", file=sys.stderr)
 
     def check() -> None:
         if pressed:
-            raise pressed[0]
+            stop(pressed[0], None)
 
-    with _handled(signal.SIGINT, handle), _handled(signal.SIGTERM, handle):
+    with handled(handle):
         yield check
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-@contextmanager
-def _handled(number: int, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let a signal call `handle`."""
-    try:
-        before = signal.signal(number, handle)
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(number, before)

@@ -59,7 +59,7 @@ class Store:
     def checkpoint(
         self, name: str, identity: Identity, *, steps: int, resume: bool, accepted: Collection[str] = (), hint: str = ""
     ) -> Path:
-        """The file for `bl.solve(checkpoint=file, resume=True)` of a run of so many steps.
+        """The file for `bl.solve(checkpoint=file)` of a run of so many steps.
 
         With `resume` a checkpoint that is there is continued, bit for bit; without it, it is deleted. Parts of the
         identity that are `accepted` may be others now. Raises `CheckpointError`, whose end is the `hint`, for one of

@@ -47,13 +47,13 @@ def gan_command(
     from games.gan.mixture_experiment import rows
     from games.gan.run import mixtures
 
-    with errors_in_one_line("what is finished") as held:
+    with errors_in_one_line() as held:
         check_at_least(1, seeds=seeds, evaluations=evaluations)
         at_once = jobs_of(jobs, ray)
         methods = tuple(chosen_names(method, METHODS, "method", option="--method"))
         known = experiments(seeds=seeds, evaluations=evaluations, methods=methods)
         chosen = [known[name] for name in chosen_names(names or ("ring", "grid"), known, "experiment")]
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "gan", resume=resume, goes_on_from="what is finished"))
         found = run_with_progress(chosen, data, output, jobs=at_once, resume=resume, cluster=ray)
         console = Console()
         for name, results in found.items():

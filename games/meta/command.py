@@ -47,7 +47,7 @@ def meta_command(
     from games.experiments.progress import run_with_progress
     from games.meta.catalogue import experiments, rows
 
-    with errors_in_one_line("what is finished") as held:
+    with errors_in_one_line() as held:
         check_at_least(1, steps=steps, tasks=tasks)
         at_once = jobs_of(jobs, ray)
         check_at_least(2, held_out=held_out)
@@ -55,7 +55,7 @@ def meta_command(
         check_at_least(1, shots=min(counts))
         known = experiments(shots=counts, steps=steps, tasks=tasks, held_out=held_out, seed=seed)
         chosen = [known[name] for name in chosen_names(names, known, "experiment")]
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "meta", resume=resume, goes_on_from="what is finished"))
         found = run_with_progress(chosen, data, output, jobs=at_once, resume=resume, cluster=ray)
         console = Console()
         for name, results in found.items():

@@ -54,7 +54,7 @@ def mixture_command(
         check_at_least(2, length=length)
         check_at_least(20 * (length + 1), characters=characters)
         empty_figure()  # what would fail after minutes of work is tried before it
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "mixture", resume=resume))
         choose_threads(0.0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         read = sources(characters, seed=seed)

@@ -35,12 +35,12 @@ def paper_command(
     from games.paper import catalogue
 
     known = catalogue.experiments()
-    with errors_in_one_line("what is finished") as held:
+    with errors_in_one_line() as held:
         if list_:
             for experiment in known.values():
                 typer.echo(f"{experiment.name:<16}{experiment.title}")
             return
         chosen = chosen_names(names, known, "experiment")
         at_once = jobs_of(jobs, ray)
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "paper", resume=resume, goes_on_from="what is finished"))
         run_with_progress([known[name] for name in chosen], data, output, jobs=at_once, resume=resume, cluster=ray)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bilevel.files import write_whole
-from games.experiments.console import check_at_least, chosen_names, errors_in_one_line
+from games.experiments.console import check_at_least, chosen_names, errors_in_one_line, writable_folder
 
 
 def problems_command(
@@ -36,7 +36,7 @@ def problems_command(
     from games.published.run import solved
 
     console = Console()
-    with errors_in_one_line(""):
+    with errors_in_one_line():
         check_at_least(1, starts=starts, steps=steps)
         known = problems()
         parts = [name for name in known if any(part.lower() in name.lower() for part in names or [])]
@@ -47,6 +47,8 @@ def problems_command(
                 n, m = problem.dimensions
                 console.print(f"{problem.name}: {n} + {m} variables; {problem.source}", highlight=False)
             return
+        if output is not None:
+            writable_folder(output.parent, "--json: the folder")
         results = []
         for problem in chosen:
             console.print(f"{problem.name} ...", highlight=False, end="\r")

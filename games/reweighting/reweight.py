@@ -35,7 +35,7 @@ def reweight(
     weight_decay: float = 1e-2,
     batch_size: int | None = None,
     checkpoint: str | Path | None = None,
-    resume: bool = True,
+    resume: bool | None = None,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,

@@ -41,6 +41,20 @@ class Reweighted:
     started: Tensor
     inputs: Tensor = field(repr=False)
 
+    def __str__(self) -> str:
+        """How weights and losses are spread, and what can be asked for."""
+        shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+        rows = [
+            f"{name}: "
+            + ", ".join(f"{value:.3g}" for value in torch.quantile(values.float(), shares.to(values.device)))
+            for name, values in (("weights", self.weights), ("losses", self.losses))
+        ]
+        return (
+            f"{len(self.weights)} examples after {len(self.solution.history)} steps; least, quartiles, largest:\n  "
+            + "\n  ".join(rows)
+            + f"\nkept(): {int(self.kept().sum())}; mean of capped(): {float(self.capped().mean()):.3g}"
+        )
+
     def worst(self, count: int = 25) -> Tensor:
         """The places `[count]` in the training set of the examples that weigh least, least first."""
         return torch.argsort(self.weights)[:count]

@@ -146,7 +146,7 @@ def tune_command(
         names = chosen_names(response, methods(), "response", option="--response")
         check_at_least(1, steps=steps)
         empty_figure()  # what would fail after minutes of work is tried before it
-        held.enter_context(output_folder(output))
+        held.enter_context(output_folder(output, "tune", resume=resume))
         digits = _digits(data, train, valid, seed)
         images = digits.train.images
         choose_threads(max(train, valid, len(images)) * 10 * images[0].numel())

@@ -99,7 +99,6 @@ def tune(
         steps=steps,
         seed=seed,
         checkpoint=checkpoint,
-        resume=True,
         callbacks=callbacks,
     )
     decay = solution.variables["decay"]

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 
 import bilevel as bl
 from bilevel.constraints import AugmentedLagrangian
-from bilevel.errors import InfeasibleWarning, NonConvergenceWarning
+from bilevel.errors import InfeasibleWarning, LeaderNonConvergenceWarning
 
 D = torch.float64
 RESPONSE = bl.Implicit(bl.ClosedForm(lambda x: x + 0.5), linear_solver=bl.linear.Dense())
@@ -193,12 +193,12 @@ def test_what_cannot_be_kept_is_told():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = bl.solve(played, y=RESPONSE, optimizer=SLSQP)
-    assert {InfeasibleWarning, NonConvergenceWarning} <= {w.category for w in told}
+    assert {InfeasibleWarning, LeaderNonConvergenceWarning} <= {w.category for w in told}
     assert found.violations["x"] >= 0.5
 
 
 def test_too_few_evaluations_are_told():
-    with pytest.warns(NonConvergenceWarning, match="had not finished after 2 evaluations"):
+    with pytest.warns(LeaderNonConvergenceWarning, match="had not finished after 2 evaluations"):
         found = bl.solve(game(inequality=lambda y: (y**4).sum() - 3.0), y=RESPONSE, optimizer=SLSQP, steps=2)
     assert len(found.history) == 2
 
@@ -223,7 +223,7 @@ def test_a_follower_too_loose_for_scipys_line_search_is_named_and_the_tolerance_
         effort=bl.Player(agent, tensor(0.3)[0]),
     )
     inner = bl.Scipy("BFGS")
-    with pytest.warns(NonConvergenceWarning, match="answer of 'effort' is known to .* tolerance=9e-08"):
+    with pytest.warns(LeaderNonConvergenceWarning, match="answer of 'effort' is known to .* tolerance=9e-08"):
         bl.solve(contract, effort=bl.Implicit(inner), optimizer=SLSQP, steps=30)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,7 +15,7 @@ from games.compare.laws import SMALL
 from games.compare.suite import cases, responses
 
 RUN = ["--game", "cournot", "--response", "unrolled", "--response", "implicit CG", "--steps", "2", "--seeds", "2"]
-FILES = {"table.txt", "comparison.json", "comparison.html", "error.png", "value.png", "memory.png"}
+FILES = {".bilevel", "table.txt", "comparison.json", "comparison.html", "error.png", "value.png", "memory.png"}
 
 
 def call(*arguments):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel.errors import IndefiniteSystemError, NonConvergenceWarning, NotSymmetricError
+from bilevel.errors import IndefiniteSystemError, LinearNonConvergenceWarning, NotSymmetricError
 from bilevel.linear import ConjugateGradient, LinearOperator, Nystrom
 
 
@@ -104,7 +104,7 @@ def test_a_true_promise_is_believed(dtype, spd, normal):
         operator, start = LinearOperator(matrix.mv, symmetric=True), None
         b = normal(seed + 1, 30).to(dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NonConvergenceWarning)
+            warnings.simplefilter("ignore", LinearNonConvergenceWarning)
             for _ in range(4):
                 start = ConjugateGradient(max_steps=8).solve(operator, b, start).solution
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, NonFiniteError, NotSymmetricError
+from bilevel.errors import ConvergenceError, LinearNonConvergenceWarning, NonFiniteError, NotSymmetricError
 from bilevel.extend import LinearOperator, LinearSolver, Preconditioner, concrete, norm
 from bilevel.linear import (
     AdamPreconditioner,
@@ -90,7 +90,9 @@ def test_it_is_damped(spd, normal):
 
 def test_it_is_judged_by_the_true_residual(spd, normal):
     operator, b = LinearOperator(spd(1, 6, 100.0).mv), normal(2, 6)
-    with pytest.warns(NonConvergenceWarning, match=r"Steepest stopped after \d+ products .* Give it another solver,"):
+    with pytest.warns(
+        LinearNonConvergenceWarning, match=r"Steepest stopped after \d+ products .* Give it another solver,"
+    ):
         assert not Steepest(max_steps=3).solve(operator, b).converged
     with pytest.raises(ConvergenceError, match="Steepest stopped"):
         Steepest(max_steps=3, strict=True).solve(operator, b)
@@ -149,7 +151,9 @@ class Scaled(LinearSolver):
 @pytest.mark.parametrize("solver", [Nystrom(rank=3, damping=1e-4), bl.linear.Identity(scale=5.0), Scaled(scale=-0.1)])
 def test_an_answer_that_is_worse_than_0_warns_whatever_was_asked_for(solver, symmetric):
     system = LinearOperator(lambda v: CURVATURE * v, symmetric or solver.needs_symmetry)
-    with pytest.warns(NonConvergenceWarning, match=r"a residual of [\d.e+]+ \|b\|.*no better than none") as caught:
+    with pytest.warns(
+        LinearNonConvergenceWarning, match=r"a residual of [\d.e+]+ \|b\|.*no better than none"
+    ) as caught:
         found = solver.solve(system, SLOPE)
     assert len(caught) == 1 and not found.beats_zero
     right = SLOPE / CURVATURE
@@ -184,7 +188,7 @@ def test_few_steps_of_conjugate_gradients_are_better_than_none_while_their_resid
 def test_a_negative_curvature_is_not_taken_for_an_error_that_falls():
     """A = -I: the residual of u = b is 2 |b|, and u points away from the solution, although its energy is below 0."""
     b = torch.ones(3, dtype=D)
-    with pytest.warns(NonConvergenceWarning, match=r"a residual of 2 \|b\|"):
+    with pytest.warns(LinearNonConvergenceWarning, match=r"a residual of 2 \|b\|"):
         bl.linear.Identity().solve(LinearOperator(lambda v: -v, symmetric=True), b)
 
 
@@ -384,7 +388,7 @@ def test_minres_keeps_the_laws(minres, spd, normal, counted):
     assert minres().solve(system.operator, b, exact).products == 2, "to see how good it is, and to measure the answer"
     with pytest.raises(NotSymmetricError, match="MINRES needs a symmetric system"):
         minres().solve(LinearOperator(system.matrix.mv), b)
-    with pytest.warns(NonConvergenceWarning, match="MINRES stopped after 3 products .* Give it more max_steps"):
+    with pytest.warns(LinearNonConvergenceWarning, match="MINRES stopped after 3 products .* Give it more max_steps"):
         minres(max_steps=2).solve(system.operator, b)
     rows = torch.stack([b, 0.0 * b, 1e-8 * b])
     together = torch.func.vmap(lambda b: minres(rtol=1e-9).solve(system.operator, b).solution)(rows)

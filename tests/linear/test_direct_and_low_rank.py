@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bilevel.errors import (
     BilevelError,
     IndefiniteSystemError,
-    NonConvergenceWarning,
+    LinearNonConvergenceWarning,
     NotSymmetricError,
     SingularSystemError,
 )
@@ -27,7 +27,7 @@ def test_dense_refuses_a_singular_matrix(rank, normal):
 
 
 def test_dense_shows_an_operator_that_is_not_linear():
-    with pytest.warns(NonConvergenceWarning):
+    with pytest.warns(LinearNonConvergenceWarning):
         Dense().solve(LinearOperator(lambda v: v + v**2), torch.tensor([1.0, 2.0]))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel.errors import NonConvergenceWarning
+from bilevel.errors import LinearNonConvergenceWarning
 from bilevel.linear import GMRES, LinearOperator
 
 
@@ -57,7 +57,7 @@ def test_restarts_that_stagnate_stop_and_warn(counted):
     system = counted(torch.roll(torch.eye(6, dtype=torch.float64), 1, 0), symmetric=False)
     b = torch.zeros(6, dtype=torch.float64)
     b[0] = 1.0
-    with pytest.warns(NonConvergenceWarning, match="a larger restart"):
+    with pytest.warns(LinearNonConvergenceWarning, match="a larger restart"):
         found = GMRES(restart=5, max_steps=10_000).solve(system.operator, b)
     assert found.products == system.calls == 6
     assert torch.linalg.vector_norm(b - system.matrix @ found.solution) <= 1.0 + 1e-12
@@ -67,7 +67,7 @@ def test_restarts_that_stagnate_stop_and_warn(counted):
 @pytest.mark.parametrize("matrix", [torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 2.0, 0.0]))])
 def test_a_singular_system_warns_unless_consistent(matrix):
     matrix = matrix.double()
-    with pytest.warns(NonConvergenceWarning):
+    with pytest.warns(LinearNonConvergenceWarning):
         found = GMRES().solve(LinearOperator(matrix.mv), torch.ones(3, dtype=torch.float64))
     assert torch.isfinite(found.solution).all()
     inside = matrix @ torch.ones(3, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_a_singular_system_warns_unless_consistent(matrix):
 def test_a_nilpotent_system_stays_finite():
     shift = torch.diag(torch.ones(3, dtype=torch.float64), 1)
     b = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    with pytest.warns(NonConvergenceWarning):
+    with pytest.warns(LinearNonConvergenceWarning):
         found = GMRES().solve(LinearOperator(shift.mv), b)
     assert found.residual_norm == 1.0
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel.errors import BilevelError, ConvergenceError, NonConvergenceWarning, NonFiniteError
+from bilevel.errors import BilevelError, ConvergenceError, LinearNonConvergenceWarning, NonFiniteError
 from bilevel.linear import GMRES, ConjugateGradient, Dense, Identity, LinearOperator, Neumann, Nystrom
 
 EPS = torch.finfo(torch.float64).eps
@@ -130,7 +130,9 @@ SHORT = [
 def test_falling_short_warns_by_how_much_or_raises(solver, spd, normal):
     matrix, b = spd(7, 12, 100.0), normal(8, 12)
     operator = LinearOperator(matrix.mv, symmetric=True)
-    with pytest.warns(NonConvergenceWarning, match=rf"{type(solver).__name__} stopped after \d+ products") as caught:
+    with pytest.warns(
+        LinearNonConvergenceWarning, match=rf"{type(solver).__name__} stopped after \d+ products"
+    ) as caught:
         found = solver.solve(operator, b)
     assert f"{float(found.residual_norm):.3g}" in str(caught[0].message)
     assert not found.converged
@@ -190,7 +192,7 @@ def test_dtype_and_grad_mode_are_respected(solver, dtype, enabled, spd, normal):
 def test_an_unattainable_tolerance_warns_soon(solver, spd, normal, counted):
     matrix, b = spd(1, 20, 1e3).float(), normal(2, 20).float()
     system = counted(matrix, symmetric=True)
-    with pytest.warns(NonConvergenceWarning, match=r"torch.float32 resolves 1e-07"):
+    with pytest.warns(LinearNonConvergenceWarning, match=r"torch.float32 resolves 1e-07"):
         found = dataclasses.replace(solver, rtol=1e-12).solve(system.operator, b)
     # CG and GMRES stop after a few corrections of about n steps in vain; the series runs its course.
     assert found.products == system.calls <= (520 if isinstance(solver, Neumann) else 120)

@@ -59,7 +59,7 @@ def test_the_hypergradient_is_as_right_as_was_asked_and_the_estimate_is_above_it
 def test_what_has_not_settled_warns_with_the_error():
     game, x, y, _ = ridge(0, 5)
     few = ConjugateGradient(rtol=None, max_steps=12, stopping=HypergradientTolerance(1e-6))
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"error was about .* wanted 1e-06"):
+    with pytest.warns(bl.errors.LinearNonConvergenceWarning, match=r"error was about .* wanted 1e-06"):
         _, receipt = taken(game, x, y, few)
     assert float(receipt["error"]) > 1e-6
     strict = ConjugateGradient(rtol=None, max_steps=12, strict=True, stopping=HypergradientTolerance(1e-6))
@@ -125,7 +125,7 @@ def test_a_solve_down_to_rounding_that_leaves_too_large_an_error_warns(spd, norm
     """Rounding of 1e-7 times a condition number of 1e6 is far above 1e-3."""
     matrix, b = spd(3, 12, 1e6).float(), normal(1, 12).float()
     solver = ConjugateGradient(rtol=None, max_steps=400, stopping=HypergradientTolerance(1e-3, first=300))
-    with pytest.warns(bl.errors.NonConvergenceWarning, match="before its answer settled"):
+    with pytest.warns(bl.errors.LinearNonConvergenceWarning, match="before its answer settled"):
         found = solver.solve(LinearOperator(matrix.mv, symmetric=True), b)
     assert not found.converged
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel.errors import ConvergenceError, NonConvergenceWarning, UnreliableResponseWarning
+from bilevel.errors import (
+    ConvergenceError,
+    FollowerNonConvergenceWarning,
+    NonConvergenceWarning,
+    UnreliableResponseWarning,
+)
 
 D = torch.float64
 ADAM = partial(torch.optim.Adam, lr=1.0)
@@ -46,7 +51,7 @@ def test_a_start_so_far_that_its_gradient_says_nothing_warns_in_any_units(scale,
     away = y / unit - 1.0
     step = (away**3 + away) / (3 * away**2 + 1)
     assert bool((y > 5.0 * unit).all()) and bool((slope.abs() * unit > 1.0).all())
-    assert [type(one) for one in told] == [NonConvergenceWarning]
+    assert [type(one) for one in told] == [FollowerNonConvergenceWarning]
     assert f"move its variables by {float(step.norm() / (away + 1).norm()):.0%} of their size" in str(told[0])
     with pytest.raises(ConvergenceError, match="is not at its optimum"):
         answered(game, bl.Implicit(partial(torch.optim.Adam, lr=unit), steps=5000, strict=True))

@@ -101,7 +101,7 @@ def test_a_map_of_a_whole_range_is_learned_once_and_then_left_alone():
 
 def test_an_unfitted_slope_warns_by_how_much():
     with pytest.warns(
-        bl.errors.NonConvergenceWarning, match=r"learned slope of player 'y' leaves (0\.9|1)\S* of the change"
+        bl.errors.LinearNonConvergenceWarning, match=r"learned slope of player 'y' leaves (0\.9|1)\S* of the change"
     ):
         jacobian(bl.Hypernetwork(partial(optim.Adam, lr=1e-4)), game(), torch.ones(3, dtype=D))
 
@@ -224,7 +224,7 @@ def test_centred_and_with_noise_it_is_right(truth, scale):
 @pytest.mark.slow
 def test_a_slope_that_is_not_fitted_yet_says_so(truth):
     # A rate of 1e-3 keeps the weights jittering: the cosine stays near .2, and the residual tells.
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"leaves \d\S* of the change"):
+    with pytest.warns(bl.errors.LinearNonConvergenceWarning, match=r"leaves \d\S* of the change"):
         found, _, state = learned(bl.Hypernetwork(partial(optim.Adam, lr=1e-3), scale=0.1, warmup=2000))
     assert cosine(found, truth[0]) < 0.95 and state["residual"] > 1
 

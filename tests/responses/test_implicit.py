@@ -78,13 +78,13 @@ def test_ridge_regression(inner, tolerance, solver):
 def test_an_answer_short_of_the_optimum_warns_by_how_much():
     short = bl.Implicit(partial(optim.SGD, lr=0.01), steps=2)
     with pytest.warns(
-        bl.errors.NonConvergenceWarning, match=r"'y' is still 0\.9\d* of its value.*after 2 steps; wanted 0.001"
+        bl.errors.FollowerNonConvergenceWarning, match=r"'y' is still 0\.9\d* of its value.*after 2 steps; wanted 0.001"
     ):
         hypergradient(short)
     with pytest.raises(bl.errors.ConvergenceError, match="wanted 0.001"):
         hypergradient(bl.Implicit(partial(optim.SGD, lr=0.01), steps=2, strict=True))
     hypergradient(bl.Implicit(partial(optim.SGD, lr=0.01), steps=2, tolerance=None))  # asks for no accuracy
-    with pytest.warns(bl.errors.NonConvergenceWarning, match="ConjugateGradient stopped after"):
+    with pytest.warns(bl.errors.LinearNonConvergenceWarning, match="ConjugateGradient stopped after"):
         hypergradient(bl.Implicit(LBFGS, linear_solver=bl.ConjugateGradient(max_steps=1)))
 
 

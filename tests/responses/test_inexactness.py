@@ -157,7 +157,9 @@ def test_settings_that_cannot_work_are_refused(made):
 
 def test_a_run_that_ends_loose_says_so_and_its_end_is_solved_as_asked(game):
     loose = response(bl.responses.Geometric(start=1e5, rate=0.9))
-    with pytest.warns(bl.errors.NonConvergenceWarning, match=r"inexactness= of 'y' was still 8.1e\+04 times looser"):
+    with pytest.warns(
+        bl.errors.FollowerNonConvergenceWarning, match=r"inexactness= of 'y' was still 8.1e\+04 times looser"
+    ):
         solution = bl.solve(game, y=loose, optimizer=partial(torch.optim.SGD, lr=0.5), steps=3)
     assert solution.stationarity["y"] <= 1e-8
     assert any("times looser" in told for told in solution.warnings)

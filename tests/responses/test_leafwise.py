@@ -151,7 +151,9 @@ def test_what_a_network_can_say_it_learns(network, best, within):
 
 
 def test_what_it_cannot_say_its_residual_tells():
-    with pytest.warns(bl.errors.NonConvergenceWarning, match="learned slope of player 'weights' leaves 0\\.[6-9]"):
+    with pytest.warns(
+        bl.errors.LinearNonConvergenceWarning, match="learned slope of player 'weights' leaves 0\\.[6-9]"
+    ):
         matrix, bias, state = learned(bl.networks.RowScaled(), best_turned, tolerance=0.5)
     truth = torch.func.jacrev(best_turned)(X)
     # A row can only follow the part of its truth that is along the row itself.

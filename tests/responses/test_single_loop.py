@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bilevel as bl
-from bilevel.errors import NonConvergenceWarning, NonFiniteError, SecondDerivativeError
+from bilevel.errors import LinearNonConvergenceWarning, NonFiniteError, SecondDerivativeError
 from bilevel.extend import Response
 from bilevel.testing import check_response
 from bilevel.testing.laws import LAWS
@@ -336,21 +336,21 @@ def test_a_loop_that_runs_away_is_told_before_a_hundred_steps():
 
     for _ in range(10):
         state = step(state)
-    with pytest.warns(NonConvergenceWarning, match="on average over the last 10 steps the adjoint of player 'y'"):
+    with pytest.warns(LinearNonConvergenceWarning, match="on average over the last 10 steps the adjoint of player 'y'"):
         step(state)
 
 
 def test_an_adjoint_that_learns_nothing_is_told():
     response = bl.SingleLoop(partial(SGD, lr=0.3), adjoint=partial(SGD, lr=1e-6))
     leader = partial(SGD, lr=0.01)
-    with pytest.warns(NonConvergenceWarning, match="the adjoint of player 'y' has left 1 "):
+    with pytest.warns(LinearNonConvergenceWarning, match="the adjoint of player 'y' has left 1 "):
         bl.solve(game_of(batches_of()), y=response, optimizer=leader, steps=102)
     bl.solve(game_of(batches_of()), y=bl.SingleLoop(partial(SGD, lr=0.3)), optimizer=leader, steps=102)
 
 
 def test_a_step_too_large_is_named():
     game, response = game_of(batches_of()), bl.SingleLoop(partial(SGD, lr=1e3))
-    running_away = pytest.warns(NonConvergenceWarning, match="the adjoint of player 'y' has left")
+    running_away = pytest.warns(LinearNonConvergenceWarning, match="the adjoint of player 'y' has left")
     with running_away, pytest.raises(NonFiniteError, match="below 2 over the largest curvature"):
         steps_at(response, game, torch.ones(SIZE, dtype=torch.float64), 200)
 

@@ -14,10 +14,12 @@ import bilevel as bl
 from bilevel.autodiff import transforms_active
 from bilevel.certificates import Standing
 from bilevel.certificates.certificate import Finding
+from bilevel.custom_functions import OwnFunctions
 from bilevel.inner import TorchOptimizer
 from bilevel.randomness import random_state
 from bilevel.responses.examination import Examination
 from bilevel.responses.unrolled.differentiation import Steps
+from bilevel.solving.horizon import _Watched
 from bilevel.solving.run import Run
 from bilevel.tree import leaves, map_leaves
 
@@ -303,6 +305,18 @@ def _module_for_player(patch: Any) -> None:
 
 def _writes_pass(patch: Any) -> None:
     patch.setattr("bilevel.game.checks._refuse_written", lambda *given, **named: None)
+    # PyTorch itself refuses to write into the views at which the size of a gradient's terms is measured.
+    patch.setattr(
+        "bilevel.game.follower.measured_terms", lambda follower, *_: [torch.zeros(()) for _ in follower.owners]
+    )
+
+
+def _bends_pass(patch: Any) -> None:
+    patch.setattr("bilevel.game.hooks.GradientHooks.guarded", lambda self, hook, what, place, *given: hook(*given))
+
+
+def _saved_pass(patch: Any) -> None:
+    patch.setattr("bilevel.game.checks.examined", lambda calls: OwnFunctions())
 
 
 def _reads_again(patch: Any) -> None:
@@ -390,6 +404,28 @@ def _no_look_back(patch: Any) -> None:
     patch.setattr("bilevel.solving.horizon.HorizonWatch._back", lambda self, watched, window, log, *given: (log, {}))
 
 
+def _start_is_the_scale(patch: Any) -> None:
+    patch.setattr("bilevel.game.follower.measured_terms", lambda follower, residual, y: [0.0])
+
+
+def _one_game_looked_at(patch: Any) -> None:
+    whole = _Watched.verdict
+
+    def first_alone(self: Any, looks: Any, first: Any, *, noisy: bool) -> Any:
+        return whole(self, {key: [look[:1] for look in rows] for key, rows in looks.items()}, first, noisy=noisy)
+
+    patch.setattr(_Watched, "verdict", first_alone)
+
+
+def _tasks_not_looked_at(patch: Any) -> None:
+    patch.setattr("bilevel.many.each_task.EachTask.farther", None)
+
+
+def _ends_not_looked_at(patch: Any) -> None:
+    patch.setattr("bilevel.solving.horizon.HorizonWatch.ended", lambda self, log, *given: log)
+    patch.setattr("bilevel.solving.horizon.EARLY", ())
+
+
 def _settings_pass(patch: Any) -> None:
     patch.setattr("bilevel.solving.run.accepted", lambda *given, **named: [])
 
@@ -408,6 +444,8 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "buffers put back in the wrong order": ("modules", UNROLLED, _wrong_order),
     "a module for a player": ("losses", UNROLLED, _module_for_player),
     "losses that write": ("losses", UNROLLED, _writes_pass),
+    "hooks that bend": ("losses", UNROLLED, _bends_pass),
+    "slopes that are saved": ("functions", UNROLLED, _saved_pass),
     "modules without a lock": ("threads", UNROLLED, _no_lock),
     "random numbers saved after the lost draws": ("interrupts", UNROLLED, _late_numbers),
     "changed settings pass": ("settings", UNROLLED, _settings_pass),
@@ -425,4 +463,8 @@ BROKEN: dict[str, tuple[str, bl.Response, Callable[[Any], None]]] = {
     "one iterator of persistent workers": ("workers", UNROLLED, _one_iterator),
     "horizon not looked at": ("short horizon", COLD, _no_look),
     "horizon not looked at with data": ("short horizon, data", COLD, _no_look_back),
+    "rounding for a scale": ("at rest", IMPLICIT, _start_is_the_scale),
+    "horizon of one game looked at": ("short horizon, games", COLD, _one_game_looked_at),
+    "horizon of tasks not looked at": ("short horizon, tasks", COLD, _tasks_not_looked_at),
+    "horizon not looked at where SciPy ends": ("short horizon, SciPy", COLD, _ends_not_looked_at),
 }

@@ -239,7 +239,7 @@ def test_an_unconverged_answer_is_named() -> None:
     check = check_hypergradient(GAME.game(), bl.Implicit(SGD, steps=3))
     assert check.verdict is Verdict.WRONG
     assert "The answer is at fault" in told(check)
-    assert "It warned: NonConvergenceWarning" in told(check)
+    assert "It warned: FollowerNonConvergenceWarning" in told(check)
 
 
 def test_an_unrolled_answer_is_right_for_its_steps() -> None:

@@ -7,11 +7,11 @@ import torch
 
 import bilevel as bl
 from bilevel.testing import check_response
-from bilevel.testing.laws import ALARMS, CALIBRATION, LAWS, OPTIMIZERS, READING, RESTING, SURROUNDINGS
+from bilevel.testing.laws import ALARMS, CALIBRATION, LAWS, OPTIMIZERS, READING, RESTING, SETTLING, SURROUNDINGS
 
 from .surrounded import BROKEN, MET
 
-OF_USE = (*OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *RESTING, *CALIBRATION)
+OF_USE = (*OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *SETTLING, *RESTING, *CALIBRATION)
 BY_NAME = {law.name: law for law in LAWS}
 SGD = partial(torch.optim.SGD, lr=0.5)
 # Those that test_laws.py does not hold to all laws; and two in each run.

@@ -1,4 +1,5 @@
-"""A run of tune whose loaders have workers, killed at random moments, ends where one ends that was left alone."""
+"""A run of tune whose loaders have workers and samplers a state, killed at random moments, ends where one ends that was
+left alone."""
 
 import os
 import random
@@ -16,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from functools import partial
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 import bilevel as bl
 
 class Noisy(Dataset):
@@ -31,8 +33,22 @@ class Noisy(Dataset):
         x = self.x[row]
         return x + 0.1 * torch.randn(6), x[:3].argmax()  # a worker's own random numbers
 
-def loader(seed):
-    return DataLoader(Noisy(seed), batch_size=20, shuffle=True, num_workers=2)
+class Keeping(Sampler):
+    # It counts its passes, goes on where it was stopped, and shuffles by a generator of its own.
+    def __init__(self):
+        self.passes, self.order, self.place, self.own = 0, None, 0, np.random.default_rng(7)
+    def __iter__(self):
+        if self.order is None:
+            self.order = np.roll(self.own.permutation(60), self.passes)
+        while self.place < 60:
+            self.place += 1
+            yield int(self.order[self.place - 1])
+        self.passes, self.order, self.place = self.passes + 1, None, 0
+    def __len__(self):
+        return 60
+
+def loader(seed, workers):
+    return DataLoader(Noisy(seed), batch_size=20, sampler=Keeping(), num_workers=workers)
 
 def loss(weights, batch):
     return cross_entropy(weights(batch[0]), batch[1])
@@ -44,7 +60,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
     tuned = bl.tune(
-        model, loss, loss, loader(0), loader(1), steps=60, every=2, checkpoint=sys.argv[1], checkpoint_every=3,
+        model, loss, loss, loader(0, 2), loader(1, 0), steps=60, every=2, checkpoint=sys.argv[1], checkpoint_every=3,
         hyper=[bl.hyper.WeightDecay(per="layer"), bl.hyper.Dropout(), bl.hyper.Noise()],
         optimizer=partial(torch.optim.Adam, lr=1e-2), callbacks=[told],
     )

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import statistics
 import warnings
 from functools import partial
 
@@ -60,6 +61,31 @@ def test_it_ends_better_than_it_began(tuned):
     assert max(again.found) < min(again.start)
     assert tuned.hyper["decay"] > 1e-3, "of a decay that starts far too small"
     assert "at those found" in str(again)
+
+
+def test_fresh_trainings_are_compared_with_nothing_tuned(tuned):
+    with pytest.raises(ValueError, match=r"hyperparameters \['decay'.*not a loss without them"):
+        bl.retrain(tuned, plain=True, steps=5)
+    assert bl.retrain(tuned, steps=5).plain == ()
+    # Smoothing that starts at .3 is worse than none for a model that is trained for long enough to be sure.
+    smoothing = bl.hyper.LabelSmoothing(within=bl.Unit(0.0, 0.5, start=0.3))
+    declared = run(hyper=[smoothing], train=valid_loss, steps=20)
+    again = bl.retrain(declared, plain=True, steps=99, make=network)
+    torch.manual_seed(0)
+    model = network()
+    optimizer = ADAM(model.parameters())
+    for _ in range(33):
+        for batch in TRAIN:
+            optimizer.zero_grad()
+            valid_loss(model, batch).backward()
+            optimizer.step()
+    with torch.no_grad():
+        lost = statistics.fmean(float(valid_loss(model.eval(), batch)) for batch in VALID)
+    # The same sums in another order, over 99 steps in float32.
+    assert again.plain[0] == pytest.approx(lost, rel=1e-3)
+    assert again.plain[0] != again.start[0]
+    assert "nothing tuned" in str(again)
+    assert again.better == (again.found[0] < min(again.start[0], again.plain[0]))
 
 
 def test_fresh_trainings_are_kept_as_they_end(tuned, tmp_path):

@@ -53,10 +53,13 @@ class Fitting:
             slopes = [a + b for a, b in zip(slopes, found, strict=True)] if slopes else list(found)
         return total, slopes
 
-    def examine(self, w0: Sequence[Tensor], parameters: Parameters, x: Tensor, step: Tensor) -> tuple[float, float]:
-        """|f_y| at the answer to `x: [n]`, and how much of the slope's equation H J + f_yx = 0 is left in a direction.
+    def examine(
+        self, w0: Sequence[Tensor], parameters: Parameters, x: Tensor, step: Tensor
+    ) -> tuple[float, float, float]:
+        """|f_y| at the answer to `x: [n]`, and how the slope's equation H J + f_yx = 0 is met in a direction.
 
         When the leader moves by `step`, the follower's gradient changes by f_yx step; a right slope undoes that change.
+        Second comes what is left of the change, third its size.
         Takes three gradients, on one batch and one set of random numbers.
         """
         random = random_state(self.follower.game.device)
@@ -75,8 +78,7 @@ class Fitting:
         answered = _distance(there, here)
         del there
         unanswered = _distance(slopes(x, x + step), here)
-        left = answered / unanswered if unanswered > 0.0 else 0.0 if bool(step.any()) else math.nan
-        return _norm(here), left
+        return _norm(here), answered, unanswered
 
     def _loss(
         self, w0: Sequence[Tensor], parameters: Parameters, at: Tensor, others: Tensor, *, advance: bool = False

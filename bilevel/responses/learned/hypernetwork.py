@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.autodiff import transforms_active
-from bilevel.errors import NonConvergenceWarning, UnreliableResponseWarning, require_kinds
+from bilevel.errors import (
+    FollowerNonConvergenceWarning,
+    LinearNonConvergenceWarning,
+    NonConvergenceWarning,
+    UnreliableResponseWarning,
+    require_kinds,
+)
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
+from bilevel.game.rounding import rounding
 from bilevel.inner.torch_optim import (
     OptimizerFactory,
     SchedulerFactory,
@@ -53,8 +60,9 @@ class Hypernetwork(Response):
     \min_{w_0,\,\operatorname{net}} \mathbb{E}_x\, f(x, y(x)), \qquad s = \text{scale} \cdot \sqrt n
     $$
 
-    for n entries of others. The slope is as good as the fit: zero at first, its residual reported. A call costs
-    `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product. Source: arXiv 1802.09419.
+    for n entries of those whom the follower's functions name. The slope is as good as the fit: zero at first, its
+    residual reported. A call costs `steps * sampler.rows` gradients, 3 more when examined, no Hessian-vector product.
+    Source: arXiv 1802.09419.
 
     Args:
         optimizer: from tensors to a torch.optim optimiser, for w0 and the network together.
@@ -225,11 +233,12 @@ class Hypernetwork(Response):
     ) -> tuple[Variables, State]:
         """The learned response at `others`, differentiable in them, and the state to continue from.
 
-        A `NonConvergenceWarning` says that the slope's residual, or the follower's own gradient, is above `tolerance`
-        as it was measured last. Inside a `torch.func` transform nothing is fitted.
+        A `LinearNonConvergenceWarning` says that the slope's residual is above `tolerance` as it was measured last, a
+        `FollowerNonConvergenceWarning` that the follower's own gradient is. Inside a `torch.func` transform nothing is
+        fitted.
         """
         given = {name: others[name] for name in state["players"] if name in others}
-        follower = game.follower(given, state, batch)
+        follower = game.follower(given, state, batch, further=given)
         x = Ranges.of(follower).free(flatten(given))
         learned = learned_map(self.network, x.numel(), follower.form)
         if transforms_active():
@@ -320,8 +329,18 @@ class Hypernetwork(Response):
         age = state["calls"] % self.examine_every
         if age == 0:
             direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * self.scale
-            norm, after["residual"] = fitting.examine(w0, network | state["constants"], x, direction)
-            after["stationarity"] = follower.relative(norm, state)
+            norm, left, change = fitting.examine(w0, network | state["constants"], x, direction)
+            # Who starts at an optimum has no gradient to measure by: then the one that the leader makes counts.
+            scale = follower.measure(state)
+            scale = scale if scale.tells else scale.begun(change)
+            after["stationarity"] = norm / scale.shown
+            after |= {"reference": scale.reference, "terms": scale.terms}
+            if change > scale.rounding:
+                after["residual"] = left / change
+            elif bool(direction.any()):  # the leader makes none: only rounding may be left
+                after["residual"] = 0.0 if left <= rounding(scale.terms, x.dtype) else math.inf
+            else:
+                after["residual"] = math.nan
             after["gradients"] += 3
         if self.tolerance is not None and self.scale > 0.0:
             self._warn(follower, after, age)
@@ -345,14 +364,17 @@ class Hypernetwork(Response):
             "game; compare with Implicit, and accept it by tolerance=None."
         )
         name, wanted = f"player {follower.name!r}", f"after {state['fits']} steps of fitting; wanted {allowed:g}"
+        kind: type[NonConvergenceWarning]
         if not residual <= allowed:
+            kind = LinearNonConvergenceWarning
             told = f"the learned slope of {name} leaves {residual:.3g} of the change that it should answer {wanted}"
         elif not stationarity <= allowed:
+            kind = FollowerNonConvergenceWarning
             told = f"the gradient of {name} is still {stationarity:.3g} of its value at the start {wanted}"
         else:
             return
         told += f" (measured {age} calls ago)" if age else ""
-        warnings.warn(NonConvergenceWarning(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
+        warnings.warn(kind(f"Hypernetwork: {told}. {advice}", repeated=age > 0), stacklevel=5)
 
 
 def _like(tensor: Tensor, leaf: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Steps:
         """Take note of a step's losses, whose mean it tells, and of F there, as a rule its mean gradient."""
         self.loss = losses[0].detach() if len(losses) == 1 else torch.stack([loss.detach() for loss in losses]).mean(0)
         self.slopes = [slope.detach() for slope in slopes]
-        self._fault.see(losses, self.slopes)
+        self._fault.see(losses, self.follower.sizes(self.slopes))
 
     def require_finite(self, y: Sequence[Tensor]) -> None:
         """Raise `NonFiniteError` when a loss or a gradient was NaN or infinite, and say in which step."""
@@ -156,9 +156,9 @@ class Steps:
         """Where `count` steps lead, with the graph of every one of them."""
         others, y = self.others, point.y
         if not transforms_active():
-            kernels, form = self.follower.game.kernels(self.follower.name), structure_of(others)
+            kernels = self.follower.game.kernels(self.follower.name)
             if kernels.third:
-                others = form.build(once_only(self.follower.name, kernels, leaves(others)))
+                others = structure_of(others).build(once_only(self.follower.name, kernels, leaves(others)))
                 y = once_only(self.follower.name, kernels, y)
         stepper = self.stepper(replace(point, y=y), others)
         for _ in range(count):

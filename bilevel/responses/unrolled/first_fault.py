@@ -24,9 +24,8 @@ class FirstFault:
         self._numbers: tuple[float, float, float] | None = None
         self._tensors: Tensor | None = None
 
-    def see(self, losses: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-        """The losses and the gradient of one more step."""
-        sizes = [torch.linalg.vector_norm(slope, ord=torch.inf) for slope in slopes]
+    def see(self, losses: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
+        """The losses of one more step, and the sizes of its gradient: finite where that is."""
         step, self._seen = self._seen, self._seen + 1
         if self.at_hand:
             if self._numbers is None or all(map(math.isfinite, self._numbers)):
@@ -34,7 +33,7 @@ class FirstFault:
                 largest = max(reached) if all(map(math.isfinite, reached)) else math.nan
                 self._numbers = (float(step), sum(float(loss.detach()) for loss in losses), largest)
             return
-        loss, size = torch.stack([loss.detach().to(sizes[0]) for loss in losses]).sum(), torch.stack(sizes).max()
+        loss, size = torch.stack([loss.detach().to(sizes[0]) for loss in losses]).sum(), torch.stack(list(sizes)).max()
         here, before = torch.stack([torch.full_like(size, step), loss, size]), self._tensors
         self._tensors = here if before is None else torch.where(before.isfinite().all(), here, before)
 

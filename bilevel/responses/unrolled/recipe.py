@@ -46,8 +46,7 @@ class Recipe:
         count: int,
     ) -> Recipe:
         """For `count` steps of a follower from `start`; `place` is where its schedule was left."""
-        game, form = follower.game, follower.form
-        players = {name: value for name, value in follower.others.items() if name in game.names}
+        game, form, players = follower.game, follower.form, follower.others
         names = leaf_names(form.build(list(start)), follower.name)
 
         def make() -> Any:
@@ -62,11 +61,10 @@ class Recipe:
         self, y: Sequence[Tensor], memory: Memory | None, taken: int, others: Mapping[str, Variables]
     ) -> InnerStep:
         """The optimiser after `taken` steps of the call, its hyperparameters taken from `others`."""
-        players = {name: value for name, value in others.items() if name in self.game.names}
-        placeholders = [leaf.detach().clone() for leaf in y]
+        placeholders = [leaf.detach() for leaf in y]  # to which nothing is written: who does was refused at `init`
         names = leaf_names(self.form.build(placeholders), self.player)
-        stepper = Stepper(self.settings.build(placeholders, names, players), placeholders, memory)
-        settled = self.settings.settled(players)
+        stepper = Stepper(self.settings.build(placeholders, names, others), placeholders, memory)
+        settled = self.settings.settled(others)
         table = self.table
         if self.settings.rates is not None:  # they may depend on the others
             table, _ = settled.table(lambda: stepper.optimizer, self.place, self.count)

@@ -154,9 +154,9 @@ class Unrolled(Response):
                 "Leave backprop_steps out; Segments() takes less memory."
             )
         settings = torch_optimizer("Unrolled", self.optimizer)
-        start = at_start(game, state)
+        start = at_start(game, state, settings.players(game.names))
         start.refuse_mixing("Unrolled", settings.factory)
-        named = settings.option_players(dict.fromkeys(game.names))
+        named = settings.option_players(game.names)
         game.require_shared("Unrolled with options that are functions of players", named)
         self.differentiation.require(game)
         require_second_derivative(start, state)
@@ -168,9 +168,8 @@ class Unrolled(Response):
 
     def _refuse_unprojected(self, start: Follower, state: State) -> None:
         y = leaves(state["variables"])
-        players = {name: value for name, value in start.others.items() if name in start.game.names}
         optimizer = torch_optimizer("Unrolled", self.optimizer).build(
-            [leaf.detach().clone() for leaf in y], leaf_names(state["variables"], start.name), players
+            [leaf.detach().clone() for leaf in y], leaf_names(state["variables"], start.name), start.others
         )
         refuse_unprojected("Unrolled", start.name, start.rests, optimizer)
 
@@ -187,15 +186,17 @@ class Unrolled(Response):
 
         Work is counted when it is called, as for one backward pass.
         """
-        follower = game.follower(others, state, batch)
+        settings = torch_optimizer("Unrolled", self.optimizer)
+        follower = game.follower(others, state, batch, further=settings.players(others))
+        y, kept = follower.begins(state, warm=self.warm_start)
         lift = _lifting([*follower.xs, *leaves(follower.batch)]) if transforms_active() else torch.clone
-        begins, kept = follower.begins(state, warm=self.warm_start)
-        y = [lift(leaf) for leaf in begins]
+        if transforms_active() or not any(leaf.requires_grad for leaf in y):
+            y = [lift(leaf) for leaf in y]  # what is on a graph a step copies before it writes
         memory = state["optimizer"] if kept else None
         lifted = None if memory is None else [map_leaves(_only_tensors(lift), slot) for slot in memory]
         place = state.get("schedule") if kept else None
-        recipe = Recipe.of(torch_optimizer("Unrolled", self.optimizer), follower, y, place, self.steps)
-        steps = Steps(recipe, follower, others)
+        recipe = Recipe.of(settings, follower, y, place, self.steps)
+        steps = Steps(recipe, follower, follower.inputs)
         differentiated = self.steps if self.backprop_steps is None else self.backprop_steps
         if torch.is_grad_enabled():
             start = steps.stand_still(Point(y, lifted), self.steps - differentiated)

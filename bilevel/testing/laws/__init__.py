@@ -9,10 +9,13 @@ from bilevel.testing.laws.optimizers import OPTIMIZERS
 from bilevel.testing.laws.reading import READING
 from bilevel.testing.laws.reports import REPORTS
 from bilevel.testing.laws.resting import RESTING
+from bilevel.testing.laws.settling import SETTLING
 from bilevel.testing.laws.state import STATE
 from bilevel.testing.laws.surroundings import SURROUNDINGS
 
-LAWS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE, *OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *RESTING, *CALIBRATION)
+_OF_ANSWERS = (*ANSWERS, *REPORTS, *INVARIANCE, *STATE)
+_OF_USE = (*OPTIMIZERS, *READING, *SURROUNDINGS, *ALARMS, *SETTLING, *RESTING, *CALIBRATION)
+LAWS = (*_OF_ANSWERS, *_OF_USE)
 
 __all__ = [
     "ALARMS",
@@ -24,6 +27,7 @@ __all__ = [
     "READING",
     "REPORTS",
     "RESTING",
+    "SETTLING",
     "STATE",
     "SURROUNDINGS",
     "Law",

@@ -108,14 +108,16 @@ _FAR_FROM_DONE = "The run ended while"
 """What `solve` says of a leader that needs more steps is no word of the follower."""
 
 
-def _response(subject: Subject) -> ResponseSubject:
+def of_the_response(subject: Subject) -> ResponseSubject:
+    """The subject, where it is a response; raises `NotOffered`."""
     if not isinstance(subject, ResponseSubject):
         raise NotOffered("Only a response warns.")
     return subject
 
 
-def _of_the_optimum(subject: Subject) -> ResponseSubject:
-    response = _response(subject)
+def of_the_optimum(subject: Subject) -> ResponseSubject:
+    """The same where it promises an optimum's derivative and warns of what falls short; raises `NotOffered`."""
+    response = of_the_response(subject)
     if response.of_steps:
         raise NotOffered("It promises the derivative of its steps, which is right wherever they end.")
     if not response.response.behaviour.warns:
@@ -127,7 +129,7 @@ def _of_the_optimum(subject: Subject) -> ResponseSubject:
 
 def nan_in_the_middle(subject: Subject, known: KnownGame) -> None:
     """A loss that is NaN in one of the steps raises, though its gradient is finite and the next step's loss too."""
-    response = _response(subject)
+    response = of_the_response(subject)
     if response.optimizer is None or isinstance(response._built(), torch.optim.LBFGS) or not response.adjustable:
         raise NotOffered("No torch.optim optimiser steps its follower: a search may turn a step down.")
     evaluations, armed = 0, False
@@ -158,7 +160,7 @@ def worse_than_nothing(subject: Subject, known: KnownGame) -> None:
 
     For a follower of one entry the error of its adjoint, relative to the adjoint, is the residual of its equation.
     """
-    response = _of_the_optimum(subject)
+    response = of_the_optimum(subject)
     found = response.evaluate(known, response.enough)
     direct = torch.func.grad(known.leader)(known.x0, known.best_response(known.x0))
     implicit = known.hypergradient(known.x0) - direct
@@ -170,7 +172,7 @@ def worse_than_nothing(subject: Subject, known: KnownGame) -> None:
 
 def far_start(subject: Subject, known: KnownGame) -> None:
     """A follower that starts far away, and is not at its optimum, is told, whatever its tolerance is relative to."""
-    response = _of_the_optimum(subject)
+    response = of_the_optimum(subject)
     wanted = known.hypergradient(known.x0)
     raised = []
     for steps in (32, 128):
@@ -189,7 +191,7 @@ def far_start(subject: Subject, known: KnownGame) -> None:
 
 def no_minimum(subject: Subject, known: KnownGame) -> None:
     """A follower that rests where its loss curves down is told of, or refused."""
-    response = _of_the_optimum(subject)
+    response = of_the_optimum(subject)
     if response.estimates:
         raise NotOffered("It estimates, and solves no equation in which the curvature would show.")
     found = response.evaluate(known, response.enough)
@@ -200,7 +202,7 @@ def no_minimum(subject: Subject, known: KnownGame) -> None:
 
 def short_horizon(subject: Subject, known: ShortSighted) -> None:
     """A run in which few steps lead a decay away from where it belongs warns."""
-    response = _response(subject)
+    response = of_the_response(subject)
     played: Response = response.with_steps(4)
     game, path = known.game(), []
 

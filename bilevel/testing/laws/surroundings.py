@@ -207,9 +207,83 @@ def _written_over() -> Game:
     return Game(decay=Player(judge, decay), weights=Player(follow, weights))
 
 
+class _Saving(torch.autograd.Function):
+    """The cube, whose backward uses a slope that forward has saved."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(3.0 * y**2)
+        return y**3
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        slope: Tensor = ctx.saved_tensors[0] * cotangents[0]
+        return slope
+
+
+def _plain_game(curved: Callable[[Tensor], Tensor]) -> Game:
+    """A decay of a follower that minimises a sum of cubes beside it."""
+
+    def follow(decay: Tensor, weights: Tensor) -> Tensor:
+        return 0.25 * curved(weights).sum() + (weights - 1.0).square().sum() + decay.exp() * weights.square().sum()
+
+    def judge(weights: Tensor) -> Tensor:
+        return (weights - 0.5).square().sum()
+
+    decay, weights = torch.tensor(-1.0, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    return Game(decay=Player(judge, decay), weights=Player(follow, weights))
+
+
+def _bent_by_a_hook() -> Game:
+    """A loss that halves a gradient by a hook."""
+
+    def halved(weights: Tensor) -> Tensor:
+        cubes = weights**3
+        if cubes.requires_grad:
+            cubes.register_hook(lambda g: 0.5 * g)  # type: ignore[no-untyped-call]
+        return cubes
+
+    return _plain_game(halved)
+
+
+def _bent_by_a_module() -> Game:
+    """A loss that calls a module with a hook which halves gradients."""
+
+    def halved(_: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return tuple(0.5 * g for g in inputs)
+
+    module = nn.Softplus()
+    module.register_full_backward_hook(halved)
+    return _plain_game(module)
+
+
+def _cube(y: Tensor) -> Tensor:
+    return y**3
+
+
+def functions_keep_their_derivatives(subject: Subject, _: object) -> None:
+    """A loss with an autograd function whose second derivative PyTorch loses is refused, or has the right answer."""
+    response = few_steps(subject)
+    slopes: list[Tensor] = []
+    kinds: tuple[Callable[[Tensor], Tensor], ...] = (_cube, _Saving.apply)
+    try:
+        for curved in kinds:
+            with quiet():
+                game = _plain_game(curved)
+                decay = game.initial("decay").clone().requires_grad_()
+                weights, _ = response(game, {"decay": decay}, response.init(game))
+                slopes += torch.autograd.grad(game.loss("decay", {"decay": decay, "weights": weights}), decay)
+    except BilevelError:
+        return
+    # The same arithmetic of the loss; what nudged solves leave depends on rounding, by far less than this.
+    require_close(slopes[1], slopes[0], 1e-4 * (1.0 + float(slopes[0].abs())), "hypergradient with a saved slope")
+
+
 LOSSES: Mapping[str, Callable[[], Game]] = {
     "runs a module in place of its player": _module_for_player,
     "writes into its variables": _written_over,
+    "halves a gradient by a hook": _bent_by_a_hook,
+    "halves a gradient by a module's hook": _bent_by_a_module,
 }
 """Losses that are no functions of their arguments, and games with them."""
 
@@ -404,6 +478,10 @@ def _modules() -> st.SearchStrategy[str]:
     return st.sampled_from(("two regressions by BatchNorm and Linear",))
 
 
+def _functions() -> st.SearchStrategy[str]:
+    return st.just("a cube whose slope is saved")
+
+
 def _losses() -> st.SearchStrategy[str]:
     return st.sampled_from(sorted(LOSSES))
 
@@ -412,6 +490,7 @@ SURROUNDINGS = (
     Law("names", "what players are called changes nothing", _known, names_do_not_matter, 0.1),
     Law("modules", "the user's own module is left alone", _modules, modules_are_the_users, 0.1),
     Law("losses", "what is no function of its arguments is refused", _losses, losses_are_functions, 0.3),
+    Law("functions", "a second derivative that is none is refused", _functions, functions_keep_their_derivatives, 0.1),
     Law("threads", "beside another thread as alone", _modules, threads_are_apart, 0.1),
     Law("interrupts", "Ctrl-C leaves nothing behind", _known, interrupted_is_untouched, 0.1),
     Law("settings", "a run goes on with the settings it had", _known, settings_are_known, 0.1),

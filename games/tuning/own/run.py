@@ -92,7 +92,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     loss, classes = _checked_loss(options, model, data)
     declared = settings.hyper(options.hyper, model, classes)
     files = named.files(options.model, options.data, options.loss, options.optimizer)
-    with output_folder(options.output):
+    with output_folder(options.output, "tune", resume=options.resume):
         identity = {
             "model": options.model,
             "files": {name: digest(path.read_bytes()) for name, path in files.items()},

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from games.experiments.data import stratified_order
 from games.tuning.own import named
 from games.tuning.own.arrays import Examples, read
 
+_ENDLESS = 10_000  # batches of a loader without a length
 _SHARE = 5  # one example in so many is for validation, where the data do not say which
 
 
@@ -71,10 +73,24 @@ def _of_function(data: str) -> Sets:
                 f"--data {data} returned a {type(loader).__name__} for {name}; expected a DataLoader, a list of "
                 "batches, or what else can be iterated again and again."
             )
+    for name, loader in zip(("valid", "test"), found[1:], strict=False):
+        _require_end(f"--data {data}: the {name} loader", loader)
     sizes = [_size(loader) for loader in found]
     digest = f"{data}, batches and examples {sizes}"
     train, valid, *test = found
     return Sets(data, train, valid, test[0] if test else None, digest, valid)
+
+
+def _require_end(told: str, loader: Iterable[Any]) -> None:
+    """Raise `UsageError`, before any training, where all of a loader's batches are wanted and there is no end."""
+    with suppress(TypeError):
+        len(loader)  # type: ignore[arg-type]
+        return
+    if sum(1 for _ in islice(loader, _ENDLESS + 1)) > _ENDLESS:
+        raise UsageError(
+            f"{told} has no length and gave {_ENDLESS:,} batches without an end, and all of it is evaluated. Give one "
+            "that ends, or say its length, len(loader)."
+        )
 
 
 def _size(loader: Any) -> list[int]:

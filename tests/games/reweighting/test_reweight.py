@@ -114,6 +114,9 @@ def test_wrong_labels_weigh_least_and_the_frame_says_so(weighting, tmp_path):
     assert float(wrong[found.worst(int(wrong.sum()))].double().mean()) > 0.8
     frame = found.to_frame()
     assert list(frame.columns) == ["label", "weight", "rank", "loss"] and len(frame) == 80
+    told = str(found)
+    assert told.startswith("80 examples after 20 steps") and f"kept(): {int(found.kept().sum())}" in told
+    assert f"{float(found.weights.max()):.3g}" in told and "tensor" not in told
     assert frame["rank"].sort_values().tolist() == list(range(80))
     assert frame.loc[int(found.worst(1)), "rank"] == 0
     if isinstance(weighting, LabelNetwork):

@@ -39,6 +39,14 @@ NET = """
 
     def loaders(): return batches(0), batches(1), batches(2)
     def one(): return batches(0)[:1]
+
+    import itertools
+
+    class Endless:
+        def __iter__(self): return itertools.cycle(batches(3))
+
+    def endless_valid(): return batches(0), Endless()
+    def endless_test(): return batches(0), batches(1), Endless()
     def spent(): return iter(batches(0)), batches(1)
     def sgd(parameters): return torch.optim.SGD(parameters, lr=0.1, nesterov=True, momentum=0.8)
     def loss(model, batch): return cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
@@ -217,6 +225,8 @@ def refused(result):
         ({"model": "narrow"}, r"fail on a batch, a list of a tensor \(64, 6\) of float32.*mat1 and mat2"),
         ({"data": "absent.npz"}, "There is no file"),
         ({"data": "own_net.py:one"}, "returned 1 things; expected loaders"),
+        ({"data": "own_net.py:endless_valid"}, "gave 10,000 batches without an end"),
+        ({"data": "own_net.py:endless_test"}, "gave 10,000 batches without an end"),
         ({"data": "own_net.py:spent"}, "iterated again and again"),
         ({"data": "own_net.py"}, "none of the data that can be read"),
         ({"data": "values.npz"}, "outputs have shape"),
@@ -249,7 +259,7 @@ def test_a_training_that_fails_is_no_wrong_input(place, tmp_path, model, told):
 
 
 def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, tmp_path):
-    for resume in ((), ("--resume",)):
+    for resume in ((), ("--resume",)):  # a run that was refused has begun, and has nothing to lose
         result = call(place, "--steps", 60, "--hyper", "decay", "--output", tmp_path, *resume, model="at_once")
         assert "on its first batch (a list): the images are too dark" in refused(result)
     assert not list(tmp_path.glob("*.pt"))
