@@ -1,5 +1,11 @@
+import signal
+
 import pytest
 import torch
+
+# A shell's background job ignores Ctrl-C, and commands leave it ignored: tests press it in any case.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

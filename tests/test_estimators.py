@@ -221,6 +221,7 @@ def test_a_squared_hinge_is_linear_svcs(rows):
     np.testing.assert_allclose(tuned.decision_function(X), theirs.fit(X, y).decision_function(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_that_matter_are_penalised_less_and_predictions_improve():
     # 8 of 60 columns matter, far more than the noise: the test error falls by a quarter.
     X, y, truth = make_regression(200, 60, n_informative=8, noise=60.0, coef=True, random_state=0)

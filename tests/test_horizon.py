@@ -345,7 +345,7 @@ def test_tasks_that_look_too_short_ahead_are_told_and_others_are_not(curvature, 
 
 
 @pytest.mark.parametrize("method", ["L-BFGS-B", "SLSQP", "trust-constr"])
-@pytest.mark.parametrize(("steps", "short"), [(4, True), (200, False)])
+@pytest.mark.parametrize(("steps", "short"), [(4, True), pytest.param(200, False, marks=pytest.mark.slow)])
 def test_a_leader_that_scipy_moves_is_told_of_a_short_horizon(method, steps, short):
     """As an end too: L-BFGS-B takes a handful of evaluations to the edge, fewer than the sixteen of a first look."""
     zero = torch.zeros((), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,7 +125,7 @@ class Stack:
         response = Implicit(ClosedForm(lambda: found), tolerance=1e-6, linear_solver=KnownBlocks(matrices=matrices))
         state = response.init(game)
         if self.table.sparse:
-            known = KnownBlocks(matrices=_on_support(matrices, found.flatten(0, 1)[..., 0], state["scale"]))
+            known = KnownBlocks(matrices=self._on_support(matrices, found, leader, float(state["scale"])))
             response = replace(response, linear_solver=known)
         with warnings.catch_warnings():
             # A loss with kinks mostly has its least value at one: a search ends there, by one-sided derivatives.
@@ -133,6 +134,23 @@ class Stack:
         loss = game.loss("penalties", {"penalties": leader, "weights": weights}, None)
         slopes = torch.autograd.grad(loss, list(leader.values()))
         return loss.detach(), dict(zip(leader, slopes, strict=True)), found
+
+    def _on_support(self, matrices: Tensor, weights: Tensor, penalties: Mapping[str, Tensor], step: float) -> Tensor:
+        """The transposed derivative of the prox residual in the weights, from Hessians `[blocks, q, q]`.
+
+        Where a step from a weight leads away from 0 the residual is its slope, as the sign of the absolute value does
+        not move; else it is the weight itself over the step. A weight of 0 whose slope is the penalty, up to what the
+        fit leaves, is at a kink: then the step decides, as it does in the residual.
+        """
+        blocks, counts = weights.flatten(0, 1)[..., 0], self.train.flatten(0, 1)
+        lasso = self.table.lasso(logs_of({name: log.detach() for name, log in penalties.items()}))
+        assert lasso is not None
+        threshold = step * lasso.repeat_interleave(len(blocks) // len(lasso), 0)
+        correlated = (self.table.inputs.mT @ (counts[..., None] * self.table.targets))[..., 0]
+        slopes = (matrices @ blocks[..., None])[..., 0] - correlated
+        moves = (blocks - step * slopes).abs() > threshold
+        out = torch.eye(matrices.shape[1], dtype=matrices.dtype) / step
+        return torch.where(moves[:, :, None], matrices, out).mT
 
     def descended(self, level: Tensor, deviation: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
         """Level and deviations where L-BFGS ends, from these."""
@@ -161,16 +179,6 @@ class Stack:
         )
         both = torch.from_numpy(done.x).to(level).view(stack, -1)
         return both[:, :kinds], both[:, kinds:] * moves
-
-
-def _on_support(matrices: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """The transposed derivative of the prox residual in the weights, from Hessians `[blocks, q, q]`.
-
-    Where a weight `[blocks, q]` is not 0 the residual is its slope, whose sign of the absolute value does not move;
-    else it is the weight itself over the step.
-    """
-    out = torch.eye(matrices.shape[1], dtype=matrices.dtype) / scale
-    return torch.where(weights[:, :, None] != 0.0, matrices, out).mT
 
 
 def best_level(stack: Stack, grid: Tensor) -> tuple[Tensor, Tensor]:

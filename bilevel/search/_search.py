@@ -223,25 +223,32 @@ def minimise(
 ) -> Found:
     """Evaluate `search.evaluations` points of an objective, each with its gradient.
 
-    `objective` has parameters named after the space, 0-d float64 tensors for ranges and the options themselves for
-    choices, and returns a 0-d loss. Where that has a graph its gradient is taken by autograd, through a response for
-    instance, which makes it a hypergradient; where it has none the search goes by losses alone. A parameter that the
-    graph does not hold, as after `.item()`, and a slope that is not finite count as not seen. `state` goes on from an
-    earlier end, whose evaluations count.
+    Args:
+        objective: Has parameters named after the space, 0-d float64 tensors for ranges and the options themselves for
+            choices, and returns a 0-d loss. Where that has a graph its gradient is taken by autograd, through a
+            response for instance, which makes it a hypergradient; where it has none the search goes by losses alone. A
+            parameter that the graph does not hold, as after `.item()`, and a slope that is not finite count as not
+            seen. It may be a run of `bilevel.tune`: each trial is a piece of work.
+        search: The space, and how many points.
+        state: Goes on from an earlier end, whose evaluations count.
+        seed: Of a search that begins.
+        jobs: So many points are asked for at once and evaluated side by side, in processes of one thread (joblib).
+            Which points are tried depends on it, and not on where, or which of them ends first.
+        cluster: Evaluate on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one
+            on this machine.
 
-    `jobs` points are asked for at once and evaluated side by side, in processes of one thread (joblib), or with
-    `cluster` on a Ray cluster, by its address or "local". So an objective may be a run of `bilevel.tune`: each trial
-    is a piece of work. Which points are tried depends on `jobs`, and not on where, or which of them ends first.
+    Raises:
+        TypeError: For names that differ, a loss that is no number, or a `cluster` that is no address.
+        ValueError: Where every loss failed, or for `jobs` below 1.
+        ImportError: For packages that are missing.
+        ConnectionError: Where nobody answers at a cluster's address.
 
-    Raises `TypeError` for names that differ, a loss that is no number or a `cluster` that is no address, `ValueError`
-    where every loss failed or for `jobs` below 1, `ImportError` for packages that are missing, `ConnectionError` where
-    nobody answers at a cluster's address.
-
-    >>> from bilevel.constraints import Interval
-    >>> space = {"x": Interval(-2.0, 2.0), "y": Interval(-2.0, 2.0)}
-    >>> found = minimise(lambda x, y: (x - 1) ** 2 + (y + 0.5) ** 2, GradientSearch(space, evaluations=10))
-    >>> round(found.values["x"], 2), round(found.values["y"], 2)
-    (1.0, -0.5)
+    Examples:
+        >>> from bilevel.constraints import Interval
+        >>> space = {"x": Interval(-2.0, 2.0), "y": Interval(-2.0, 2.0)}
+        >>> found = minimise(lambda x, y: (x - 1) ** 2 + (y + 0.5) ** 2, GradientSearch(space, evaluations=10))
+        >>> round(found.values["x"], 2), round(found.values["y"], 2)
+        (1.0, -0.5)
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(

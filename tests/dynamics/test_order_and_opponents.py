@@ -173,6 +173,7 @@ def test_the_traps(rule):
     assert play(lambda x, y: 0.75 * x**2 + 2 * x * y + 0.5 * y**2 - 0.25 * y**4) > 0.5
 
 
+@pytest.mark.slow
 def test_the_total_gradient_of_a_general_game_is_implicits_at_the_followers_optimum():
     game = bl.Game(
         x=bl.Player(lambda x, y, z: (y - 2 * z + 1) ** 2 + x**2, scalar(0.3)),

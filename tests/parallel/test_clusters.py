@@ -122,6 +122,7 @@ def searched(**options):
     return minimise(bowl, GradientSearch(space, evaluations=7), **options)
 
 
+@pytest.mark.slow
 def test_trials_side_by_side_are_those_of_one_process():
     pairs = searched(jobs=2)
     with joblib.parallel_config("sequential"):

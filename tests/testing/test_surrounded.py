@@ -44,7 +44,7 @@ def test_a_defect_of_the_library_is_caught_by_its_law(name, monkeypatch):
     assert row.verdict == "fails" and "raised" not in row.note, row
 
 
-FAST = ("unrolled", "implicit")
+FAST = ("implicit",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in SHIPPED])
