@@ -141,7 +141,7 @@ def _hooks(parts: Parts, player: str, given: Mapping[str, Any], runs: Runs) -> A
         return nullcontext()
     modules = dict(runs.hooked)
     for name in given:
-        if any(part._backward_hooks or part._backward_pre_hooks for part in parts.submodules.get(name, ())):
+        if any(map(has_hooks, parts.submodules.get(name, ()))):
             modules |= hooked_parts(parts.players[name].init, name)
     modules = {what: module for what, module in modules.items() if has_hooks(module)}
     if not (modules or runs.sets_hooks or hooks_of_every_module()):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bilevel.game.player import kind
 from bilevel.hyper.checks import NONNEGATIVE, refuse_outside, refuse_shape
-from bilevel.sharding.unsharded import Unsharded
 from bilevel.tree import Variables, named_leaves
 
 Strengths = Any
@@ -40,12 +39,7 @@ def penalty(weights: Variables, decay: Strengths) -> Tensor:
         >>> penalty(weights, {"fc.weight": torch.tensor([1.0, 2.0, 3.0])})
         tensor(6.)
     """
-    return 0.5 * _sum(weights, decay, "penalty: the decay", _square)
-
-
-def _square(weights: Tensor) -> Tensor:
-    # Of a product autograd keeps the factors, which sharded weights keep as parts; of torch.square twice the whole.
-    return weights * weights if isinstance(weights, Unsharded) else weights.square()
+    return 0.5 * _sum(weights, decay, "penalty: the decay", torch.square)
 
 
 def l1_penalty(weights: Variables, strength: Strengths) -> Tensor:
@@ -69,7 +63,7 @@ def elastic_net(weights: Variables, l1: Strengths, l2: Strengths) -> Tensor:
         tensor(4.)
     """
     absolute = _sum(weights, l1, "elastic_net: l1", torch.abs)
-    return absolute + 0.5 * _sum(weights, l2, "elastic_net: l2", _square)
+    return absolute + 0.5 * _sum(weights, l2, "elastic_net: l2", torch.square)
 
 
 def by_parameter(weights: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -117,6 +117,9 @@ class Unsharded(Tensor):
         if func in _OF_ITS_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _SQUARES and not kwargs:
+            # Of a product autograd keeps the factors, and they are kept as parts; of a square it keeps the whole twice.
+            func, args = torch.mul, (args[0], args[0])
         wholes: dict[int, Tensor] = {}  # what comes twice is put together once
 
         def whole(value: Unsharded) -> Tensor:
@@ -136,6 +139,7 @@ class Unsharded(Tensor):
         return func(*args, **kwargs)
 
 
+_SQUARES = (torch.square, Tensor.square)
 _OF_ITS_FORM = {
     *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__),  # type: ignore[attr-defined]
     *(Tensor.layout.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__),  # type: ignore[attr-defined]
