@@ -374,3 +374,59 @@ def test_nash_of_more_unknowns_than_are_searched_whole():
     stiff[1234] = 1e-4
     near = bl.certify_nash(game, {name: torch.zeros(size, dtype=D) for name in "xy"})
     assert near.by_name["x: second order"].standing is INCONCLUSIVE
+
+
+def halved(loss, *, half=True):
+    """The loss as a person has it under autocast: products of matrices in bfloat16, all else in float32."""
+
+    def inside(*arguments):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            return loss(*arguments)
+
+    return inside
+
+
+def logistic(*, half, dtype=torch.float32, noise=0.0):
+    """A penalty over a softmax classifier, float64 or in fewer digits; and its optimum."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 8, generator=generator)  # the same numbers in every dtype
+    labels = torch.randint(3, (60,), generator=generator)
+    batches = [(inputs[:30].to(dtype), labels[:30])], [(inputs[30:].to(dtype), labels[30:])]
+
+    def fit(weights, batch):
+        images = batch[0] + noise * torch.randn_like(batch[0]) if noise else batch[0]
+        return torch.nn.functional.cross_entropy(torch.mm(images, weights), batch[1])
+
+    def lead(weights, batch):
+        return halved(fit, half=half)(weights, batch)
+
+    def follow(decay, weights, batch):
+        return halved(fit, half=half)(weights, batch) + (decay.exp() * weights.square()).sum()
+
+    return bl.Game(
+        decay=bl.Player(lead, torch.full((3,), -2.0, dtype=dtype), batches[1]),
+        weights=bl.Player(follow, torch.zeros(8, 3, dtype=dtype), batches[0]),
+    )
+
+
+def test_half_precision_inside_the_losses_is_judged_by_float64():
+    exact = logistic(half=False, dtype=torch.float64)
+    settled = bl.Implicit(bl.Scipy("L-BFGS-B"), steps=200, tolerance=1e-6)
+    single = {name: value.float() for name, value in bl.solve(exact, weights=settled, steps=1).variables.items()}
+    truth = bl.certify(exact, {name: value.double() for name, value in single.items()}).corrected
+    found = {half: bl.certify(logistic(half=half), single, tolerance=1e-4) for half in (False, True)}
+    for certificate in found.values():
+        assert certificate.judged_in == torch.float64
+        off = float((certificate.hypergradient.double() - truth).norm())
+        assert off <= certificate.error_bound
+        assert certificate.error_estimate == pytest.approx(off, abs=1e-9)
+    assert found[False].by_name["hypergradient's error"].standing is CERTIFIED
+    assert found[True].by_name["hypergradient's error"].standing is REFUTED
+    assert found[True].hypergradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("noise, asked", [(0.1, True), (0.0, False)], ids=["random numbers", "float64=False"])
+def test_what_float64_cannot_repeat_is_judged_as_it_is(noise, asked):
+    game = logistic(half=False, noise=noise)
+    point = {name: game.initial(name) for name in game.names}
+    assert bl.certify(game, point, float64=asked).judged_in == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from bilevel.certificates.alone import Settings, members_alone
 from bilevel.certificates.arguments import batches_of, buffers_of, check_leaves, check_settings, variables_of
@@ -11,6 +12,7 @@ from bilevel.certificates.certificate import Certificate, Finding
 from bilevel.certificates.constrained import shared_multipliers
 from bilevel.certificates.constrained_point import ConstrainedPoint
 from bilevel.certificates.point import LeaderFollowerPoint, Taken
+from bilevel.certificates.precision import in_float64
 from bilevel.certificates.verdicts import INCONCLUSIVE, attempt, bounded, definite, faithful, small, vanishes
 from bilevel.certificates.within import certified_within, has_constraints
 from bilevel.game import Game
@@ -34,6 +36,7 @@ def certify(
     batches: Mapping[str, Batch] | None = None,
     tolerance: float = 1e-3,
     lanczos_steps: int = 30,
+    float64: bool = True,
     seed: int = 0,
 ) -> Certificate:
     """Whether a point is a differential Stackelberg equilibrium, and how far its hypergradient can be wrong.
@@ -51,6 +54,10 @@ def certify(
     constraints that bind are dependent, or have a gradient of 0, the verdict is inconclusive and not refuted. All
     second derivatives are written down, for up to 1,000 unknowns. Source: Luo, Pang and Ralph 1996.
 
+    A game of fewer digits, such as one in float32 whose losses run under `torch.autocast`, is judged by the same game
+    in float64 where that can be evaluated, and its claim is computed as the game computes. It cannot be where losses captured tensors of another dtype, or draw random numbers, which are others in float64; then
+    nothing tells what half precision inside the losses adds. `Certificate.judged_in` says which it was.
+
     Costs six linear solves by conjugate gradients, twice `lanczos_steps` products with the follower's Hessian, and as
     many with the leader's, of two solves each. Source: Pedregosa 2016 (arXiv 1602.02355); Fiez et al. 2020
     (arXiv 1906.01217).
@@ -66,6 +73,7 @@ def certify(
         batches: Held, as random numbers are; default: each player's first.
         tolerance: Accepted relative error; the default suits float32.
         lanczos_steps: For smallest eigenvalues; up to 100 unknowns all are taken, and the verdict is exact.
+        float64: Whether to judge in float64, where the game has fewer digits: twice the memory, and on GPUs slow.
         seed: Of random directions.
 
     Raises:
@@ -108,7 +116,8 @@ def certify(
     if constrained:
         held_within = ConstrainedPoint(game, first, last, variables, buffers=buffers, batches=drawn, seed=seed)
         return certified_within(held_within, claim, response, state, Settings(tolerance, lanczos_steps, seed))
-    held = LeaderFollowerPoint(game, first, last, variables, buffers=buffers, batches=drawn, seed=seed)
+    given = LeaderFollowerPoint(game, first, last, variables, buffers=buffers, batches=drawn, seed=seed)
+    held = (in_float64(given) if float64 else None) or given
     curvature = held.spectrum(held.y, lanczos_steps)
     slope = float(held.slope(held.y, *held.own).detach().norm())
     # A gradient of two terms as large as |H| |y| cannot be told from 0 below their rounding.
@@ -125,32 +134,32 @@ def certify(
     if here is None or lowest <= 0.0:
         reason = "the follower is at no strict minimum: there is no response to differentiate"
         findings.append(Finding("hypergradient's error", INCONCLUSIVE, math.nan, f"<= {tolerance:g}", reason))
-        return Certificate(
-            "differential Stackelberg", tuple(findings), gradients=held.gradients, products=held.products
-        )
+        return Certificate("differential Stackelberg", tuple(findings), **_known(given, held))
     if response is not None:
-        answer = held.answer(response, state)
+        answer = given.answer(response, state)
         claim = answer.gradient if claim is None else claim
-    h = here.gradient if claim is None else claim
+    if claim is None:
+        taken = here if held is given else attempt(lambda: given.implicit(given.y))
+        claim = (here if taken is None else taken).gradient
+    h = claim.to(held.y)
     there, left, remark = _corrected(held, here, lanczos_steps)
     estimate = math.nan if there is None else float((h - there.gradient).norm())
     bound = math.inf if there is None else (1.0 + 1e-6) * estimate + left
     findings.append(bounded(bound, estimate, _scale(held, here if there is None else there), tolerance, remark))
     if answer is not None:
-        findings.append(faithful(lambda: held.directional(answer)))
+        findings.append(faithful(lambda: given.directional(answer)))
     findings.extend(_leader(held, there, left, tolerance, lanczos_steps))
     form = game.structure(first)
     return Certificate(
         "differential Stackelberg",
         tuple(findings),
-        hypergradient=form.unflatten(h),
-        corrected=None if there is None else form.unflatten(there.gradient),
+        hypergradient=form.unflatten(claim),
+        corrected=None if there is None else form.unflatten(there.gradient.to(claim)),
         hypergradient_norm=float(h.norm()),
         error_estimate=estimate,
         error_bound=bound,
         corrected_bound=left,
-        gradients=held.gradients,
-        products=held.products,
+        **_known(given, held),
     )
 
 
@@ -215,6 +224,16 @@ def certify_nash(
     gradients, products = (sum(getattr(part, what) for part in alone) for what in ("gradients", "products"))
     findings += shared_multipliers(game, borne, tolerance)
     return Certificate("differential Nash", tuple(findings), gradients=gradients, products=products)
+
+
+def _known(given: LeaderFollowerPoint, held: LeaderFollowerPoint) -> dict[str, Any]:
+    """What a certificate says of itself: its precision, and its cost."""
+    both = (given,) if held is given else (given, held)
+    return {
+        "judged_in": held.y.dtype,
+        "gradients": sum(point.gradients for point in both),
+        "products": sum(point.products for point in both),
+    }
 
 
 def _corrected(held: LeaderFollowerPoint, here: Taken, steps: int) -> tuple[Taken | None, float, str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
+
 from bilevel._printed import printed
 from bilevel.tree import Variables
 
@@ -53,6 +55,7 @@ class Certificate:
         error_estimate: |hypergradient - corrected|.
         error_bound: Bounds |hypergradient - exact|.
         corrected_bound: Bounds |corrected - exact|.
+        judged_in: The dtype in which the conditions were evaluated, where it is known.
         gradients: Gradients that it cost.
         products: Hessian-vector products that it cost.
         one_sided: At a kink of the follower's answer the hypergradient on each of its sides, by the names of the
@@ -67,6 +70,7 @@ class Certificate:
     error_estimate: float = float("nan")
     error_bound: float = float("nan")
     corrected_bound: float = float("nan")
+    judged_in: torch.dtype | None = None
     gradients: int = 0
     products: int = 0
     one_sided: Mapping[str, Variables] = field(repr=False, default_factory=dict)
