@@ -55,8 +55,9 @@ def certify(
     second derivatives are written down, for up to 1,000 unknowns. Source: Luo, Pang and Ralph 1996.
 
     A game of fewer digits, such as one in float32 whose losses run under `torch.autocast`, is judged by the same game
-    in float64 where that can be evaluated, and its claim is computed as the game computes. It cannot be where losses captured tensors of another dtype, or draw random numbers, which are others in float64; then
-    nothing tells what half precision inside the losses adds. `Certificate.judged_in` says which it was.
+    in float64 where that can be evaluated, and its claim is computed as the game computes. It cannot be where losses
+    captured tensors of another dtype, or draw random numbers, which are others in float64; then nothing tells what
+    half precision inside the losses adds. `Certificate.judged_in` says which it was.
 
     Costs six linear solves by conjugate gradients, twice `lanczos_steps` products with the follower's Hessian, and as
     many with the leader's, of two solves each. Source: Pedregosa 2016 (arXiv 1602.02355); Fiez et al. 2020
