@@ -375,6 +375,17 @@ def test_a_leader_whose_rate_is_too_large_is_told():
         bl.solve(game, y=bl.Implicit(bl.ClosedForm(lambda x: x)), optimizer=partial(torch.optim.SGD, lr=1.2), steps=30)
 
 
+def test_a_leader_whose_follower_runs_away_is_told_although_it_hardly_moves():
+    """A rate of 1.05 for a curvature of 2 takes the follower 1.1 times as far away a step: 2e8 times in 200."""
+    game = bl.Game(
+        x=bl.Player(lambda y: y.square().sum(), torch.tensor([0.3], dtype=torch.float64)),
+        y=bl.Player(lambda x, y: (y - x).square().sum(), torch.tensor([0.5], dtype=torch.float64)),
+    )
+    away = bl.Unrolled(partial(torch.optim.SGD, lr=1.05), steps=5, warm_start=True)
+    with pytest.warns(bl.errors.LeaderNonConvergenceWarning, match=r"loss of 'x' at .* its followers ran away"):
+        bl.solve(game, y=away, optimizer=partial(torch.optim.SGD, lr=1e-12), steps=40)
+
+
 @pytest.mark.parametrize(
     ("dynamics", "steps"),
     [(bl.dynamics.Extragradient(step_size=0.3), 200), (bl.dynamics.Alternating(), 200), (None, 12)],

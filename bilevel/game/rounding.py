@@ -78,11 +78,7 @@ class GradientScale:
     @property
     def natural(self) -> Size:
         """How large F is away from rest, as far as is known: its norm at the start, else its terms."""
-        return _where(
-            _both(self.terms > 0.0, ~self.tells if isinstance(self.tells, Tensor) else not self.tells),
-            self.terms,
-            self.unit,
-        )
+        return _where(self.tells, self.unit, _where(self.terms > 0.0, self.terms, self.unit))
 
     @property
     def rounding(self) -> Size:
