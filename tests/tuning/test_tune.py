@@ -410,9 +410,18 @@ def test_the_figure_has_a_panel_for_each(tuned, tmp_path):
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
 
 
+class Rateless(torch.optim.SGD):
+    """An optimiser that finds its rate by itself."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"check": 0.5, "optimizer": Rateless}, r"lr=None; expected a number. Pass check=1\.0"),
         ({"check": -0.1}, "check=-0.1; expected a share of the training steps, 0 <= check <= 1"),
         ({"check": 1.1}, "check=1.1; expected"),
         ({"warmup": 1.0}, "warmup=1.0; expected a share of the training steps"),
