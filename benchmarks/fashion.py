@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel as bl
 from benchmarks.head import head
-from benchmarks.jobs.parts import RETRAINED, Parts, Row, convolutions, loss, score, scored
+from benchmarks.jobs.parts import CHECK, RETRAINED, Parts, Row, advice, convolutions, loss, score, scored
 from bilevel.files import write_whole
 from bilevel.hyper import Tuning
 from games.experiments.data import idx_digits
@@ -82,9 +82,8 @@ def fresh(point: Point, data: Parts, seed: int, began: float) -> Row:
     return scored(models, data, began)
 
 
-def one_run(data: Parts, seed: int) -> Row:
-    """`tune` with its defaults: its own model, fresh trainings at the values found and at the start's."""
-    began = time.process_time()
+def run(data: Parts, seed: int, check: float) -> tuple[bl.tuning.Tuned, list[str]]:
+    """`tune` with its defaults, and the library's warnings."""
     torch.manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", bl.BilevelWarning)
@@ -98,13 +97,28 @@ def one_run(data: Parts, seed: int) -> Row:
             optimizer=partial(torch.optim.Adam, lr=RATE),
             steps=STEPS,
             seed=seed,
+            check=check,
         )
+    return tuned, [str(w.message) for w in caught if issubclass(w.category, bl.BilevelWarning)]
+
+
+def one_run(data: Parts, seed: int) -> Row:
+    """One run: its own model, fresh trainings at the values found and at the start's."""
+    began = time.process_time()
+    tuned, _ = run(data, seed, check=0.0)
     row: Row = {"one run": {**scored([tuned.model], data, began), "steps": tuned.history[-1]["gradients"]}}
-    row["one run"] |= {"hyper": tuned.numbers, "warnings": [str(w.message) for w in caught]}
+    row["one run"]["hyper"] = tuned.numbers
     for name, values in (("found", tuned.hyper), ("start", tuned.start)):
         row[name] = fresh((tuned.tuning.loss_at(values), RATE), data, seed, time.process_time())
     row["default"] = fresh((loss, RATE), data, seed, time.process_time())
     return row
+
+
+def checked(data: Parts, seed: int) -> Row:
+    """The same run once more, with its check."""
+    began = time.process_time()
+    tuned, told = run(data, seed, check=CHECK)
+    return {"check": {**advice(tuned, began), "warnings": told}}
 
 
 def search(method: str, data: Parts, seed: int, budget: int) -> Row:
@@ -183,12 +197,14 @@ def main() -> None:
         if row is None:
             row = {"seed": seed}
             rows.append(row)
-        for name in ("one run", "TPE", "Hyperband", "ASHA"):
+        for name in ("one run", "check", "TPE", "Hyperband", "ASHA"):
             if name not in row:
-                row |= one_run(data, seed) if name == "one run" else search(name, data, seed, row["one run"]["steps"])
+                ours = {"one run": one_run, "check": checked}
+                found = ours[name] if name in ours else partial(search, name, budget=row["one run"]["steps"])
+                row |= found(data, seed)
                 document = {**head("optuna"), "trials": TRIALS, "steps": STEPS, "rows": rows}
                 write_whole(options.output, (json.dumps(document, indent=1) + "\n").encode())
-                print(seed, {k: v["test"] for k, v in row.items() if isinstance(v, dict)}, flush=True)
+                print(seed, {k: v.get("test") for k, v in row.items() if isinstance(v, dict)}, flush=True)
 
 
 if __name__ == "__main__":

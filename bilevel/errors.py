@@ -134,7 +134,7 @@ class UnreliableResponseWarning(BilevelWarning):
 
 
 class ShortHorizonWarning(UnreliableResponseWarning):
-    """Trained on, the hyperparameters that a run started from do better than those that it found."""
+    """A fresh training does better at the values that a run of tuning started from, or untuned, than at those found."""
 
 
 class InfeasibleWarning(BilevelWarning):

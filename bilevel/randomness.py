@@ -40,11 +40,12 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device = _CPU) -
 
 @contextmanager
 def random_kept(device: torch.device = _CPU, *, start: Mapping[str, Tensor] | int | None = None) -> Iterator[None]:
-    """Leave the global generators afterwards as they were; begin at a state, or at a seed of the CPU's, if given."""
+    """Leave the global generators afterwards as they were; begin at a state or a seed, if given."""
     before = random_state(device)
     try:
         if isinstance(start, int):
-            torch.default_generator.manual_seed(start)
+            for generator in global_generators(device):
+                generator.manual_seed(start)
         elif start is not None:
             set_random_state(start, device)
         yield

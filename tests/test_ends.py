@@ -145,4 +145,4 @@ def test_tuning_with_validation_data_that_do_not_end(tmp_path):
     found = tuned(two(Endless()), check=0)
     with pytest.raises(ValueError, match="retrain reads all"):
         bl.retrain(found)
-    assert tuned(two(Endless(8))).trained_on is not None
+    assert tuned(two(Endless(8))).retrained is not None

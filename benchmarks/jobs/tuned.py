@@ -14,7 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel as bl
-from benchmarks.jobs.parts import RETRAINED, TRIALS, Job, Parts, Row, best_of, convolutions, digits, loss, scored
+from benchmarks.jobs.parts import (
+    CHECK,
+    RETRAINED,
+    TRIALS,
+    Job,
+    Parts,
+    Row,
+    advice,
+    best_of,
+    convolutions,
+    digits,
+    loss,
+    scored,
+)
 from bilevel.hyper import Tuning
 from games.mixture.texts import sources
 
@@ -164,9 +177,9 @@ def start(job: Training, seed: int) -> Row:
     return {"start": scored([trained(job, at, data[0], 100 * seed + i) for i in range(RETRAINED)], data, began)}
 
 
-def found(job: Training, seed: int) -> Row:
-    """One run of `tune`: its own model, and fresh trainings at the values that it found."""
-    (train, valid, _), began = (data := job.data(seed)), time.process_time()
+def run(job: Training, seed: int, check: float) -> tuple[bl.tuning.Tuned, list[str]]:
+    """One run of `tune`, and the library's warnings."""
+    train, valid, _ = job.data(seed)
     torch.manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", bl.BilevelWarning)
@@ -180,13 +193,26 @@ def found(job: Training, seed: int) -> Row:
             optimizer=job.optimizer,
             steps=job.steps,
             seed=seed,
+            check=check,
         )
-    told: Row = {"warnings": [str(w.message) for w in caught if issubclass(w.category, bl.BilevelWarning)]}
-    told |= {"the run itself": scored([tuned.model], data, began), "hyper": tuned.numbers}
-    told["advised"] = "start" if tuned.advised is tuned.start else "found"
+    return tuned, [str(w.message) for w in caught if issubclass(w.category, bl.BilevelWarning)]
+
+
+def found(job: Training, seed: int) -> Row:
+    """One run of `tune`: its own model, and fresh trainings at the values that it found."""
+    data, began = job.data(seed), time.process_time()
+    tuned, _ = run(job, seed, check=0.0)
+    told: Row = {"the run itself": scored([tuned.model], data, began), "hyper": tuned.numbers}
     began, at = time.process_time(), tuned.tuning.loss_at(tuned.hyper)
-    fresh = [trained(job, at, train, 100 * seed + i) for i in range(RETRAINED)]
+    fresh = [trained(job, at, data[0], 100 * seed + i) for i in range(RETRAINED)]
     return told | {"found": scored(fresh, data, began)}
+
+
+def checked(job: Training, seed: int) -> Row:
+    """The same run once more, with tune's own check: which values it advises, and what it warns of."""
+    began = time.process_time()
+    tuned, told = run(job, seed, check=CHECK)
+    return {"check": advice(tuned, began), "warnings": told}
 
 
 def random(job: Training, seed: int) -> Row:
@@ -201,5 +227,5 @@ def random(job: Training, seed: int) -> Row:
     return {"random": best_of([partial(trial, at) for at in losses], data, seed)}
 
 
-PARTS = {"default": default, "start": start, "found": found, "random": random}
+PARTS = {"default": default, "start": start, "found": found, "check": checked, "random": random}
 JOBS = [Job(name, {part: partial(measure, job) for part, measure in PARTS.items()}) for name, job in TRAININGS.items()]

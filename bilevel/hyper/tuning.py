@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, Signature
 from typing import Any
@@ -115,24 +115,26 @@ class Tuning:
     def loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:
         """The training loss at fixed hyperparameters, `loss(model, batch)`, for a training loop of one's own.
 
-        `values` are a solution's: `tuning.loss_at(solution.variables["hyper"])`. The model is any of the same form, and
-        is in the mode that it is in.
+        `values` are a solution's: `tuning.loss_at(solution.variables["hyper"])`. What is declared and not among them is
+        left out: at {} the loss is as it was written. The model is any of the same form, and is in the mode that it is
+        in.
+
+        Raises `ValueError` for values of something else, and without those of the loss's own parameters.
         """
-        if set(values) != set(self.init):
-            raise ValueError(f"Tuning: the values are of {sorted(values)}; expected {sorted(self.init)}.")
+        if set(values) - set(self.init):
+            raise ValueError(f"Tuning: the values are of {sorted(values)}; expected those of {sorted(self.init)}.")
+        missing = [name for name in self._plain if name not in values]
+        if missing:
+            raise ValueError(
+                f"Tuning: the values are of {sorted(values)}, and the training loss has the hyperparameters {missing} "
+                "itself: it is not a loss without them. Only what is declared may be left out."
+            )
         return _of_module(self._training.at(values))
 
-    def undeclared(self) -> Callable[[nn.Module, Any], Tensor]:
-        """The training loss as it is, without what is declared around it.
-
-        Raises `ValueError` where it has hyperparameters of its own, without which it cannot be called.
-        """
-        if self._plain:
-            raise ValueError(
-                f"Tuning: the training loss has the hyperparameters {list(self._plain)}; it is not a loss without "
-                "them. Give their values to loss_at(values)."
-            )
-        return _of_module(replace(self._training, declared={}).at({}))
+    @property
+    def all_declared(self) -> bool:
+        """Whether the training loss has no hyperparameter of its own, so that it can be called without any."""
+        return not self._plain
 
     def valid_loss_at(self, values: Mapping[str, Variables]) -> Callable[[nn.Module, Any], Tensor]:
         """The validation loss at fixed hyperparameters, likewise."""
@@ -256,6 +258,6 @@ class _Objective:
 
         composed: Loss = innermost
         # What is listed first is outermost, and sees the batch first.
-        for name in reversed(list(self.declared)):
+        for name in reversed([name for name in self.declared if name in values]):
             composed = self.declared[name].changed(composed, values[name])
         return composed

@@ -3,8 +3,9 @@
 from bilevel.tuning._tune import tune
 from bilevel.tuning.callbacks import EarlyStopping
 from bilevel.tuning.loggers import CSVLogger, MLflowLogger, TensorBoardLogger, WandbLogger
-from bilevel.tuning.retraining import Retrained, retrain
-from bilevel.tuning.tuned import TrainedOn, Tuned
+from bilevel.tuning.retrained import Retrained
+from bilevel.tuning.retraining import retrain
+from bilevel.tuning.tuned import Tuned
 
 __all__ = [
     "CSVLogger",
@@ -12,7 +13,6 @@ __all__ = [
     "MLflowLogger",
     "Retrained",
     "TensorBoardLogger",
-    "TrainedOn",
     "Tuned",
     "WandbLogger",
     "retrain",

@@ -19,8 +19,9 @@ from bilevel.hyper.tuning import Hyper
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, require_factory
 from bilevel.responses import Response
 from bilevel.solving import Solution, solve
+from bilevel.solving.checkpoint import load, save
 from bilevel.solving.history import Record
-from bilevel.tuning.retraining import trained_on
+from bilevel.tuning.retraining import checked, require_rate
 from bilevel.tuning.rule import Plan, plan, share
 from bilevel.tuning.tuned import Tuned
 from bilevel.tuning.values import numbers
@@ -44,7 +45,7 @@ def tune(
     response: Response | None = None,
     every: int = 5,
     warmup: float = 0.1,
-    check: float = 0.125,
+    check: float = 0.5,
     leader: OptimizerFactory | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
@@ -63,7 +64,7 @@ def tune(
     without tuning, and what it learns is not bound to a short horizon, as a few unrolled steps are.
 
     Hyperparameters move in the free coordinates of their ranges. What is found suits *this* run, in which they changed
-    over time; `retrain(tuned)` trains afresh at the values found, and at those at the start beside it.
+    over time; for a fresh training take `tuned.advised`, by the check that follows the run, or `retrain(tuned)`.
 
     Args:
         model: Any `nn.Module`; it is copied, and left as it is.
@@ -83,8 +84,10 @@ def tune(
         every: Training steps for each of the hyperparameters.
         warmup: The share of the training steps before the first of these. Weights that have not settled yet say of
             whatever regularises that there should be less of it.
-        check: The share of the training steps that is taken again from the trained weights, at the values found and at
-            the start's; a `ShortHorizonWarning` says if these do better. `tuned.trained_on` has both. 0: none. It takes
+        check: The length of the fresh trainings that follow the run, in its steps: one at the values found, one at the
+            start's and, where all hyperparameters are declared, one with nothing tuned. They begin at the given model's
+            weights; a shorter one has a rate that is as many times larger. `tuned.retrained` has their losses, and
+            a `ShortHorizonWarning` says where the values found are not the best. 1: whole trainings. 0: none. It takes
             the whole of the validation data: of those without a length one pass is read before any training.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
             falls from 0.1 to 0, so that they come to rest.
@@ -114,7 +117,7 @@ def tune(
         torch.Size([])
     """
     require_factory("tune: optimizer", optimizer)
-    share("check", check)
+    share("check", check, whole=True)
     chosen = plan(
         optimizer,
         scheduler,
@@ -127,8 +130,13 @@ def tune(
     )
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
+    after = None if checkpoint is None or not check else Path(f"{checkpoint}.check")
     if check:
         game.require_end(tuning.leader, "tune(check=...)", ", or pass check=0", read=True)
+        if check < 1.0:
+            require_rate(optimizer, model)
+    if after is not None and isinstance(callbacks, Sequence):
+        callbacks = [partial(_begun, after, model), *callbacks]
     # The start of a fresh run: a resumed one does not begin there.
     start = game.initial(tuning.leader)
     responses: Any = {tuning.follower: chosen.response}
@@ -151,22 +159,32 @@ def tune(
     solution.load_into(trained, tuning.follower)
     found = solution.variables[tuning.leader]
     tuned = Tuned(trained, found, start, solution, chosen, tuning, optimizer, scheduler, clip_norm)
-    more = round(check * chosen.steps)
-    return _checked(tuned, more, seed) if more else tuned
+    return _checked(tuned, model, check, seed, after, progress=progress) if check else tuned
 
 
-def _checked(tuned: Tuned, steps: int, seed: int) -> Tuned:
-    """The same with what more steps make of it, which a warning tells where it is bad."""
-    seen = trained_on(tuned, steps, seed)
-    if seen.worse:
+def _begun(after: Path, model: nn.Module, step: int, record: Record, variables: Mapping[str, Any]) -> None:
+    """Keep the weights that the run begins with, which the process that goes on with it may not have."""
+    if step == 1:
+        save(after, {"initial": model.state_dict()})
+
+
+def _checked(tuned: Tuned, model: nn.Module, share: float, seed: int, after: Path | None, *, progress: bool) -> Tuned:
+    """The same with fresh trainings at its values, of which a warning tells where these are bad."""
+    initial = copy.deepcopy(model)
+    if after is not None and after.exists():
+        initial.load_state_dict(load(after).get("initial", {}) or model.state_dict())
+    seen = checked(tuned, initial, share, seed, after, progress=progress)
+    if not seen.decided:
+        way_out = "For one take check=1.0, whole trainings at the optimiser's own rate, or a larger share."
+        warnings.warn(ShortHorizonWarning(f"tune: {seen.told()} {way_out}"), stacklevel=3)
+    elif seen.best != "found":
         message = (
-            f"tune: after {steps} more steps from the trained weights the validation loss is {seen.found:.4g} at the "
-            f"hyperparameters found, and {seen.start:.4g} at the start's. What pays only after many steps looks in a "
-            "run like what slows it. Compare by retrain(tuned), or take tuned.advised, the start's values; "
-            "warmup=0.5 with a slower leader= may do better."
+            f"tune: {seen.told()} What pays only after many steps looks in a run like what slows it: for a fresh "
+            "training take tuned.advised. retrain(tuned, seeds=3) compares whole trainings; warmup=0.5 with a slower "
+            "leader= may find better values."
         )
         warnings.warn(ShortHorizonWarning(message), stacklevel=3)
-    return replace(tuned, trained_on=seen)
+    return replace(tuned, retrained=seen)
 
 
 def _record(leader: str, variables: Mapping[str, Any]) -> dict[str, float]:

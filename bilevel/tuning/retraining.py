@@ -5,83 +5,30 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bilevel._printed import printed
 from bilevel.errors import CheckpointError
 from bilevel.game import Game
-from bilevel.inner.torch_optim import build, build_scheduler
+from bilevel.hyper import Tuning
+from bilevel.inner.torch_optim import OptimizerFactory, build, build_scheduler
 from bilevel.randomness import random_kept
 from bilevel.solving.checkpoint import load, save
 from bilevel.solving.description import Describer, differences
+from bilevel.solving.history import Record
 from bilevel.solving.identity import in_words
+from bilevel.solving.progress import progress_bar
 from bilevel.tree import Variables
-from bilevel.tuning.tuned import TrainedOn, Tuned
+from bilevel.tuning.retrained import TOLD, Retrained
+from bilevel.tuning.tuned import Tuned
 from bilevel.workers import require_workers, side_by_side
-
-
-def trained_on(tuned: Tuned, steps: int, seed: int) -> TrainedOn:
-    """The run's own model trained for so many more steps at the values found, and again at the start's.
-
-    An optimiser and a scheduler that begin anew, and the same draws, for both. Torch's random numbers are left as they
-    are.
-    """
-    game, losses = tuned.tuning.game(), []
-    try:
-        for values in (tuned.hyper, tuned.start):
-            with random_kept(start=seed):
-                loss = tuned.tuning.loss_at(values)
-                model = _train(tuned, game, copy.deepcopy(tuned.model), loss, steps, seed)
-            with random_kept(start=seed):
-                losses.append(_validate(tuned, game, model, values))
-    finally:
-        game.stop_reading()
-    return TrainedOn(steps, *losses)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Retrained:
-    """Fresh trainings at the hyperparameters found, and at those at the start.
-
-    Attributes:
-        found: The validation loss of each seed at the values found.
-        start: The same at the start's, the same seeds.
-        models: The trained models of the first, one a seed.
-        plain: The same losses of the training loss as it is, with nothing around it; empty unless asked for.
-    """
-
-    found: tuple[float, ...]
-    start: tuple[float, ...]
-    models: tuple[nn.Module, ...] = field(repr=False)
-    plain: tuple[float, ...] = ()
-
-    @property
-    def better(self) -> bool:
-        """Whether the mean over the seeds is lower at the values found than of all that they were compared with."""
-        others = [losses for losses in (self.start, self.plain) if losses]
-        return statistics.fmean(self.found) < min(statistics.fmean(losses) for losses in others)
-
-    def __str__(self) -> str:
-        """A table, a row a seed."""
-        from rich.table import Table  # noqa: PLC0415
-
-        table = Table(title="Validation loss of fresh trainings")
-        columns = {"nothing tuned": self.plain, "at the start's values": self.start, "at those found": self.found}
-        columns = {name: losses for name, losses in columns.items() if losses}
-        for name in ("seed", *columns):
-            table.add_column(name, justify="right")
-        for seed, losses in enumerate(zip(*columns.values(), strict=True)):
-            table.add_row(str(seed), *(f"{loss:.4g}" for loss in losses))
-        table.add_row("mean", *(f"{statistics.fmean(losses):.4g}" for losses in columns.values()))
-        return printed(table)
 
 
 def retrain(
@@ -128,82 +75,176 @@ def retrain(
     """
     if seeds < 1:
         raise ValueError(f"retrain: seeds={seeds}; expected at least 1.")
-    if plain:
-        tuned.tuning.undeclared()  # refused before any work where there is none
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < -1 or jobs == 0:
         raise ValueError(f"retrain: jobs={jobs!r}; expected a whole number from 1, or -1 for one a core.")
     require_workers("retrain", jobs, cluster)
-    count = tuned.plan.steps if steps is None else steps
+    at = {"found": tuned.hyper if values is None else values, "start": tuned.start, **({"plain": {}} if plain else {})}
+    for chosen in at.values():
+        tuned.tuning.loss_at(chosen)  # refused before any work where there is none
     fresh = partial(_reset, tuned.model) if make is None else make
-    given = {"found": tuned.hyper if values is None else values, "start": tuned.start}
-    # At None, the training loss as it is.
-    trained: dict[str, Mapping[str, Variables] | None] = {**given, **({"plain": None} if plain else {})}
-    losses: dict[str, list[float]] = {which: [] for which in trained}
-    models: list[nn.Module] = []
     game = tuned.tuning.game()
     game.require_end(tuned.tuning.leader, "retrain", read=True)
-    kept = _Kept.of(None if checkpoint is None else Path(checkpoint), tuned, game, given, count)
+    trainings = _Trainings(tuned, fresh, at, tuned.plan.steps if steps is None else steps)
+    kept = _Kept.of(None if checkpoint is None else Path(checkpoint), trainings, game)
     try:
         if jobs != 1 or cluster is not None:
             # Without the run, which nobody needs there, and which may be large.
-            own = replace(tuned, solution=None)  # type: ignore[arg-type]
+            own = replace(trainings, tuned=replace(tuned, solution=None))  # type: ignore[arg-type]
             todo = {
-                f"{which} {seed}": partial(_afresh, own, fresh, at, count, seed, keep=which == "found")
+                f"{which} {seed}": partial(own.alone, which, seed)
                 for seed in range(seeds)
-                for which, at in trained.items()
+                for which in at
                 if f"{which} {seed}" not in kept.trainings
             }
             for index, ended in side_by_side(list(todo.values()), jobs=jobs, cluster=cluster if todo else None):
                 kept.keep(list(todo)[index], ended)
-        for seed in range(seeds):
-            for which, at in trained.items():
+        return trainings.all(game, range(seeds), kept)
+    finally:
+        game.stop_reading()
+
+
+def require_rate(optimizer: OptimizerFactory, model: nn.Module) -> None:
+    """Raise `ValueError` for an optimiser whose rate is not its groups' "lr", so that it cannot be made larger."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for group in build(optimizer, list(named.values()), None, list(named)).param_groups:
+        if not isinstance(group.get("lr"), float | int | Tensor):
+            raise ValueError(
+                "tune: check= below 1 trains in fewer steps at a larger rate, and the optimiser's groups have "
+                f"lr={group.get('lr')!r}; expected a number. Pass check=1.0, whole trainings, or check=0."
+            )
+
+
+def checked(
+    tuned: Tuned, model: nn.Module, share: float, seed: int, checkpoint: Path | None, *, progress: bool
+) -> Retrained:
+    """What `tune` makes of the values that it found: fresh trainings of this share of its steps, one at each.
+
+    They begin at the model's own weights. Where steps are fewer the rate is as many times larger, so that the weights
+    go about as far. Torch's random numbers are left as they are.
+    """
+    game, steps = tuned.tuning.game(), max(1, round(share * tuned.plan.steps))
+    at = {"found": tuned.hyper, "start": tuned.start, **({"plain": {}} if tuned.tuning.all_declared else {})}
+    try:
+        with progress_bar(progress, 0, steps * len(at)) as show:
+            trainings = _Trainings(
+                tuned,
+                partial(copy.deepcopy, model),
+                at,
+                steps,
+                speed=tuned.plan.steps / steps,
+                keeps=False,
+                show=show,
+            )
+            return trainings.all(game, [seed], _Kept.of(checkpoint, trainings, game, anew=True))
+    finally:
+        game.stop_reading()
+
+
+def _unseen(record: Record) -> None:
+    """Nobody looks on."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Trainings:
+    """Fresh trainings at several values.
+
+    Attributes:
+        tuned: The run.
+        fresh: Makes a model.
+        values: By name.
+        steps: Of each training.
+        speed: How many times larger the rate is.
+        keeps: Whether the models that were trained at the values found are kept.
+        show: Is told of each step.
+    """
+
+    tuned: Tuned
+    fresh: Callable[[], nn.Module]
+    values: Mapping[str, Mapping[str, Variables]]
+    steps: int
+    speed: float = 1.0
+    keeps: bool = True
+    show: Callable[[Record], None] = _unseen
+
+    def all(self, game: Game, seeds: Sequence[int], kept: _Kept) -> Retrained:
+        """Those that are not kept yet are done, one after the other."""
+        losses: dict[str, list[float]] = {which: [] for which in self.values}
+        models: list[nn.Module] = []
+        for seed in seeds:
+            for which in self.values:
                 done = kept.trainings.get(f"{which} {seed}")
                 if done is None:
-                    model, loss = _one(tuned, game, fresh, at, count, seed)
-                    done = {
-                        "loss": loss,
-                        "model": model.state_dict() if which == "found" else {},
-                    }
+                    model, done = self.one(game, which, seed, before=self.steps * len(kept.trainings))
                     kept.keep(f"{which} {seed}", done)
-                elif which == "found":
-                    with random_kept(start=seed):
-                        model = fresh().eval()
+                elif done["model"]:
+                    with random_kept(game.device, start=seed):
+                        model = self.fresh().eval()
                     model.load_state_dict(done["model"])
                 losses[which].append(done["loss"])
-                if which == "found":
+                if done["model"]:
                     models.append(model)
-    finally:
-        game.stop_reading()
-    return Retrained(tuple(losses["found"]), tuple(losses["start"]), tuple(models), tuple(losses.get("plain", ())))
+        found, start, plain = (tuple(losses.get(which, ())) for which in ("found", "start", "plain"))
+        return Retrained(found, start, tuple(models), plain, values=self.values, steps=self.steps, speed=self.speed)
+
+    def one(self, game: Game, which: str, seed: int, before: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+        """A model that was trained, and what is kept of it; `before` it others have taken so many steps."""
+        at, tuning = self.values[which], self.tuned.tuning
+        with random_kept(game.device, start=seed):
+            model = self._train(game, tuning.loss_at(at), seed, which, before)
+        with random_kept(game.device, start=seed):  # loaders that shuffle give all the same batches
+            loss = _validate(game, tuning, model, at)
+        return model, {"loss": loss, "model": model.state_dict() if self.keeps and which == "found" else {}}
+
+    def alone(self, which: str, seed: int) -> dict[str, Any]:
+        """What is kept of a training that is done in a process of its own."""
+        game = self.tuned.tuning.game()
+        try:
+            return self.one(game, which, seed)[1]
+        finally:
+            game.stop_reading()
+
+    def _train(
+        self, game: Game, loss: Callable[[nn.Module, Any], Tensor], seed: int, which: str, before: int
+    ) -> nn.Module:
+        tuned, model = self.tuned, self.fresh()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = build(tuned.optimizer, list(named.values()), None, list(named))
+        scheduler = None if tuned.scheduler is None else build_scheduler(tuned.scheduler, optimizer, None)
+        model.train()
+        position = game.start(tuned.tuning.follower, seed)
+        for step in range(1, self.steps + 1):
+            batch, position = game.draw(tuned.tuning.follower, position)
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            number = float(value.detach())
+            if not math.isfinite(number):
+                break  # its validation loss will tell
+            value.backward()  # type: ignore[no-untyped-call]
+            if tuned.clip_norm is not None:
+                nn.utils.clip_grad_norm_(named.values(), tuned.clip_norm)
+            with _sped(optimizer, self.speed):
+                optimizer.step()
+            if scheduler is not None:
+                for _ in range(round(step * self.speed) - round((step - 1) * self.speed)):
+                    scheduler.step()
+            self.show({"step": before + step, f"a fresh training {TOLD[which]}": number})
+        return model.eval()
 
 
-def _one(
-    tuned: Tuned, game: Game, fresh: Callable[[], nn.Module], at: Mapping[str, Variables] | None, steps: int, seed: int
-) -> tuple[nn.Module, float]:
-    """A fresh model that was trained, and its validation loss."""
-    training_loss = tuned.tuning.undeclared() if at is None else tuned.tuning.loss_at(at)
-    with random_kept(start=seed):
-        model = _train(tuned, game, fresh(), training_loss, steps, seed)
-    with random_kept(start=seed):  # loaders that shuffle give all the same batches
-        return model, _validate(tuned, game, model, tuned.start if at is None else at)
-
-
-def _afresh(
-    tuned: Tuned,
-    fresh: Callable[[], nn.Module],
-    at: Mapping[str, Variables] | None,
-    steps: int,
-    seed: int,
-    *,
-    keep: bool,
-) -> dict[str, Any]:
-    """What is kept of a training that is done in a process of its own."""
-    game = tuned.tuning.game()
+@contextmanager
+def _sped(optimizer: torch.optim.Optimizer, speed: float) -> Iterator[None]:
+    """Each group's rate times `speed`, for a step: a scheduler sees the rates that it has set."""
+    if speed == 1.0:
+        yield
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = speed * group["lr"]
     try:
-        model, loss = _one(tuned, game, fresh, at, steps, seed)
+        yield
     finally:
-        game.stop_reading()
-    return {"loss": loss, "model": model.state_dict() if keep else {}}
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,64 +254,46 @@ class _Kept:
     path: Path | None
     identity: Mapping[str, Any]
     trainings: dict[str, dict[str, Any]]
+    beside: Mapping[str, Any]
 
     @staticmethod
-    def of(
-        path: Path | None, tuned: Tuned, game: Game, values: Mapping[str, Mapping[str, Variables]], steps: int
-    ) -> _Kept:
-        describer = Describer()
+    def of(path: Path | None, trainings: _Trainings, game: Game, *, anew: bool = False) -> _Kept:
+        """What a file has; of other trainings it is refused, or with `anew` forgotten."""
+        describer, tuned = Describer(), trainings.tuned
         identity = {
-            "values": {which: describer.describe(at) for which, at in values.items()},
-            "steps": steps,
+            "values": {which: describer.describe(at) for which, at in trainings.values.items() if which != "plain"},
+            "steps": trainings.steps,
+            "speed": trainings.speed,
             "model": describer.describe(tuned.model),
             "losses": {name: describer.describe(player.objective) for name, player in game.players.items()},
             "optimizer": Describer(list(tuned.model.parameters())).optimizer(tuned.optimizer),
+            "scheduler": describer.describe(tuned.scheduler),
             "clip_norm": tuned.clip_norm,
         }
         if path is None or not path.exists():
-            return _Kept(path, identity, {})
+            return _Kept(path, identity, {}, {})
         saved = load(path)
-        if saved.get("identity") != identity:
-            told = in_words(differences(saved.get("identity", {}), identity)) or "it is of something else"
-            raise CheckpointError(
-                f"retrain: {path} is a checkpoint of other trainings: {told}. Pass another checkpoint=, or delete it."
-            )
-        return _Kept(path, identity, dict(saved["trainings"]))
+        beside = {key: saved[key] for key in saved if key not in ("identity", "trainings", "format")}
+        if saved.get("identity") == identity:
+            return _Kept(path, identity, dict(saved["trainings"]), beside)
+        if anew:
+            return _Kept(path, identity, {}, beside)
+        told = in_words(differences(saved.get("identity", {}), identity)) or "it is of something else"
+        raise CheckpointError(
+            f"retrain: {path} is a checkpoint of other trainings: {told}. Pass another checkpoint=, or delete it."
+        )
 
     def keep(self, name: str, training: dict[str, Any]) -> None:
         """One that has ended."""
         self.trainings[name] = training
         if self.path is not None:
-            save(self.path, {"identity": dict(self.identity), "trainings": self.trainings})
-
-
-def _train(
-    tuned: Tuned, game: Game, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], steps: int, seed: int
-) -> nn.Module:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build(tuned.optimizer, parameters, None, [n for n, p in model.named_parameters() if p.requires_grad])
-    scheduler = None if tuned.scheduler is None else build_scheduler(tuned.scheduler, optimizer, None)
-    model.train()
-    position = game.start(tuned.tuning.follower, seed)
-    for _ in range(steps):
-        batch, position = game.draw(tuned.tuning.follower, position)
-        optimizer.zero_grad()
-        value = loss(model, batch)
-        if not math.isfinite(float(value.detach())):
-            break  # its validation loss will tell
-        value.backward()  # type: ignore[no-untyped-call]
-        if tuned.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, tuned.clip_norm)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-    return model.eval()
+            save(self.path, {**self.beside, "identity": dict(self.identity), "trainings": self.trainings})
 
 
 @torch.no_grad()
-def _validate(tuned: Tuned, game: Game, model: nn.Module, values: Mapping[str, Variables]) -> float:
+def _validate(game: Game, tuning: Tuning, model: nn.Module, values: Mapping[str, Variables]) -> float:
     """The mean of the validation loss over one pass, whose batches come to where the model is."""
-    loss, leader = tuned.tuning.valid_loss_at(values), tuned.tuning.leader
+    loss, leader = tuning.valid_loss_at(values), tuning.leader
     losses = [loss(model, batch) for batch in game.whole_pass(leader, game.start(leader), "tune")]
     return statistics.fmean(float(loss) for loss in losses)
 

@@ -52,10 +52,13 @@ class Plan:
         )
 
 
-def share(option: str, value: object) -> None:
-    """Refuse what is no share of the training steps."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError(f"tune: {option}={value!r}; expected a share of the training steps, 0 <= {option} < 1.")
+def share(option: str, value: object, *, whole: bool = False) -> None:
+    """Refuse what is no share of the training steps; all of them are one if `whole`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0.0 <= float(value) < 1.0 or (whole and value == 1.0)):  # type: ignore[arg-type]
+        raise ValueError(
+            f"tune: {option}={value!r}; expected a share of the training steps, 0 <= {option} <{'=' * whole} 1."
+        )
 
 
 def plan(

@@ -14,33 +14,13 @@ from bilevel.hyper import Tuning
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory
 from bilevel.solving import Solution
 from bilevel.tree import Variables
+from bilevel.tuning.retrained import Retrained
 from bilevel.tuning.rule import Plan
 from bilevel.tuning.values import numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-
-@final
-@dataclass(frozen=True)
-class TrainedOn:
-    """The validation loss after some more steps from the end of a run, at two sets of hyperparameters.
-
-    Attributes:
-        steps: How many more.
-        found: At those that the run found.
-        start: At those that it started from, with the same draws.
-    """
-
-    steps: int
-    found: float
-    start: float
-
-    @property
-    def worse(self) -> bool:
-        """Whether those found lose by more than a fiftieth; or at all, if they end at no number."""
-        return not self.found <= 1.02 * self.start
 
 
 @final
@@ -58,7 +38,8 @@ class Tuned:
         optimizer: That the model was trained with, for `retrain`.
         scheduler: Likewise, if there was one.
         clip_norm: Likewise.
-        trained_on: What some more steps make of the values found and of the start's; None if `check=0`.
+        retrained: Fresh trainings at the values found, at the start's and, where all is declared, with nothing tuned;
+            None if `check=0`.
     """
 
     model: nn.Module
@@ -70,12 +51,12 @@ class Tuned:
     optimizer: OptimizerFactory = field(repr=False)
     scheduler: SchedulerFactory | None = field(repr=False, default=None)
     clip_norm: float | None = field(repr=False, default=None)
-    trained_on: TrainedOn | None = None
+    retrained: Retrained | None = None
 
     @property
     def advised(self) -> Mapping[str, Variables]:
-        """The values for a fresh training: those found, or the start's where these did better when trained on."""
-        return self.start if self.trained_on is not None and self.trained_on.worse else self.hyper
+        """The values for a fresh training, at which it did best: those found, the start's, or {}: nothing tuned."""
+        return self.hyper if self.retrained is None else self.retrained.advised
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -107,7 +88,7 @@ class Tuned:
         return drawn
 
     def __str__(self) -> str:
-        """A table of the hyperparameters, then the solution's own."""
+        """A table of the hyperparameters, which of them to use in a fresh training and why, then the solution's own."""
         from rich.table import Table  # noqa: PLC0415
 
         table = Table(title="Hyperparameters")
@@ -116,4 +97,5 @@ class Tuned:
         before, after = numbers("", self.start), numbers("", self.hyper)
         for name, value in after.items():
             table.add_row(name.removeprefix("."), f"{before[name]:.4g}", f"{value:.4g}")
-        return f"{printed(table, str(self.plan))}\n{self.solution}"
+        told = str(self.plan) if self.retrained is None else f"{self.plan} {self.retrained.told()}"
+        return f"{printed(table, told)}\n{self.solution}"

@@ -4,9 +4,11 @@
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import bilevel as bl
 
@@ -75,9 +77,15 @@ def jobs() -> list[list[str]]:
         if mine:
             known = [kind if all(kind in row for row in mine) else "" for kind in kinds]
             losses = [f"{statistics.fmean([row[kind]['test'] for row in mine]):.3f}" if kind else "" for kind in known]
-            advised = statistics.fmean([row[row.get("advised", "found")]["test"] for row in mine])
+            advised = statistics.fmean([row[_advised(row)]["test"] for row in mine])
             table.append([name, str(len(mine)), *losses, f"{advised:.3f}"])
     return table
+
+
+def _advised(row: dict[str, Any]) -> str:
+    """The part of a row whose values tune's check advises; what is tuned by other means has no check."""
+    best = row["check"]["best"] if "check" in row else "found"
+    return "default" if best == "plain" else best
 
 
 def fashion() -> list[list[str]]:
@@ -99,7 +107,70 @@ def fashion() -> list[list[str]]:
     return table
 
 
-PARTS = {part.__name__: part for part in (one_run, batch_norm, batch_norm_runs, jobs, fashion)}
+THREE = {"found": "values found", "start": "start's values", "plain": "nothing tuned"}
+FEW = 0.02
+"""A difference of a validation loss that tune's check does not go by, and of a test loss that is not counted here."""
+
+
+def advice() -> list[list[str]]:
+    """What each check would have advised: each initialisation is once the check, and the others are the truth."""
+    document = json.loads((DOCS / "tuning" / "advice.json").read_text(encoding="utf-8"))
+    rows = document["rows"]
+    # Each gives, for a row, a value and an initialisation, the loss that it goes by.
+    checks = {"no check, the values found": (0.0, lambda row, which, seed: float(which != "found"))}
+    name = "an eighth of the steps on from the run's weights, not with nothing tuned"
+    checks[name] = (0.25, lambda row, which, seed: math.inf if which == "plain" else row["on"][which][seed])
+    for place, share in enumerate(document["marks"][:-1]):
+        name = f"fresh, {share:.3g} of the steps"
+        checks[name] = (3 * share, lambda row, which, seed, at=place: row["curve"][which][seed][at])
+    for times in reversed(document["fast"]):
+        name = f"fresh, {1 / times:.3g} of the steps at {times} times the rate"
+        checks[name] = (3 / times, lambda row, which, seed, at=times: row[f"fast {at}"][which][seed])
+    checks["fresh, all of the steps"] = (3.0, lambda row, which, seed: row["curve"][which][seed][-1])
+    table = [["check", "trainings", "right of two", "test loss above the best", "worst", "worse than nothing tuned"]]
+    for name, (cost, seen) in checks.items():
+        above, right, worse = [], [], 0
+        for row in rows:
+            for seed in range(len(row["test"]["found"])):
+                losses = {which: seen(row, which, seed) for which in THREE}
+                losses = {which: loss if math.isfinite(loss) else math.inf for which, loss in losses.items()}
+                least = min(losses, key=lambda which: losses[which])
+                best = "found" if losses["found"] - losses[least] < FEW * losses[least] else least
+                true = _others(row, seed)
+                above.append(true[best] / min(true.values()) - 1.0)
+                worse += true[best] > (1.0 + FEW) * true["plain"]
+                for other in ("start", "plain"):
+                    if losses[other] < math.inf and abs(true["found"] - true[other]) > FEW * min(
+                        true["found"], true[other]
+                    ):
+                        right.append((losses["found"] < losses[other]) == (true["found"] < true[other]))
+        share = f"{sum(right)} of {len(right)}" if cost else ""
+        table.append(
+            [name, f"{cost:.3g}", share, f"{100 * statistics.fmean(above):.1f} %", f"{100 * max(above):.0f} %"]
+        )
+        table[-1].append(f"{worse} of {len(above)}")
+    return table
+
+
+def advice_truth() -> list[list[str]]:
+    """Test losses of three fresh trainings, a row a job and split."""
+    rows = json.loads((DOCS / "tuning" / "advice.json").read_text(encoding="utf-8"))["rows"]
+    table = [["job", "split", "nothing tuned", "start's values", "values found", "the run itself"]]
+    for row in rows:
+        means = [f"{statistics.fmean(row['test'][which]):.3f}" for which in ("plain", "start", "found")]
+        table.append([row["job"], str(row["split"]), *means, f"{row['run']:.3f}"])
+    return table
+
+
+def _others(row: dict[str, Any], seed: int) -> dict[str, float]:
+    """Mean test losses of the trainings with other initialisations than this one."""
+    return {
+        which: statistics.fmean([loss for other, loss in enumerate(row["test"][which]) if other != seed])
+        for which in THREE
+    }
+
+
+PARTS = {part.__name__: part for part in (one_run, batch_norm, batch_norm_runs, jobs, fashion, advice, advice_truth)}
 
 
 def main() -> None:

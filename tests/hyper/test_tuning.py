@@ -103,8 +103,13 @@ def test_the_training_loss_at_fixed_values_for_a_loop_of_ones_own():
     torch.testing.assert_close(loss(network.eval(), data()).detach(), plain(network.eval(), data()).detach() + decay)
     loss(network, data()).backward()
     assert all(p.grad is not None for p in network.parameters())
-    with pytest.raises(ValueError, match=r"the values are of \['dropout'\]; expected \['dropout', 'weight_decay'\]"):
-        made.loss_at({"dropout": 0.1})
+    # What is left out is not around it.
+    decayed = made.loss_at({"weight_decay": point["hyper"]["weight_decay"]})
+    found = [at(network.eval(), data()).item() for at in (loss, decayed, made.loss_at({}))]
+    assert found[0] == found[1]
+    assert found[2] == plain(network, data()).item()
+    with pytest.raises(ValueError, match=r"are of \['shift'\]; expected those of \['dropout', 'weight_decay'\]"):
+        made.loss_at({"shift": 0.1})
 
 
 def test_a_run_moves_all_of_them_within_their_ranges_and_resumes(tmp_path):

@@ -60,7 +60,7 @@ def test_it_ends_better_than_it_began(tuned):
     assert again.better
     assert max(again.found) < min(again.start)
     assert tuned.hyper["decay"] > 1e-3, "of a decay that starts far too small"
-    assert "at those found" in str(again)
+    assert "at the values found" in str(again)
 
 
 def test_fresh_trainings_are_compared_with_nothing_tuned(tuned):
@@ -189,36 +189,148 @@ def test_the_models_gradient_is_clipped_as_in_a_loop():
     assert 0.0 < float((ends[1] - ends[0]).norm()) <= 20e-3 + 1e-6
 
 
-def test_values_that_lose_to_the_starts_are_told():
-    # Uphill, from a smoothing of .01 to one of nearly .3, and from a decay of 1e-4 towards 1.
-    uphill = partial(torch.optim.Adam, lr=0.3, maximize=True)
+D = torch.float64
+SGD = partial(torch.optim.SGD, lr=0.1)
+AT_ZERO = nn.Linear(1, 2, bias=False, dtype=D)
+nn.init.zeros_(AT_ZERO.weight)
+ONE = [torch.ones(1, 1, dtype=D)]
+
+
+def pulled(weights, pull, batch):
+    """Where the pull drags two weights: the first slowly, which pays, and the second at once, which costs."""
+    slow, quick = weights(batch)[0]
+    return 0.5 * (0.1 * (slow - pull).square() + (quick - pull).square())
+
+
+def missed(weights, batch):
+    return missed_at(*weights(batch)[0])
+
+
+def missed_at(slow, quick):
+    return 0.5 * ((slow - 1.0) ** 2 + 0.7 * quick**2)
+
+
+def after(steps, pull, rate):
+    """The validation loss after so many of those steps from zero, in closed form."""
+    slow, quick = (pull * (1.0 - (1.0 - rate * curvature) ** steps) for curvature in (0.1, 1.0))
+    return missed_at(slow, quick)
+
+
+def trap(**options):
+    """A run that looks two steps ahead, and lets go of a pull that pays after a hundred."""
+    given = {"hyper": {"pull": bl.Unit(0.0, 1.0, start=0.9)}, "optimizer": SGD, "steps": 400} | options
+    look = bl.Unrolled(SGD, steps=2)
+    return bl.tune(given.pop("model", AT_ZERO), pulled, missed, ONE, ONE, response=look, **given)
+
+
+def test_what_pays_late_wins_in_a_fresh_training_where_a_greedy_check_prefers_the_other(recwarn):
     before = torch.random.get_rng_state()
-    with pytest.warns(bl.errors.ShortHorizonWarning, match="after 50 more steps .* and .* at the start's"):
-        tuned = run(
-            steps=200,
-            check=0.25,
-            leader=uphill,
-            warmup=0.1,
-            hyper={"smoothing": bl.Unit(0.0, 0.95, start=0.01)},
-            train=smoothed,
-        )
-    assert tuned.trained_on.steps == 50
-    assert tuned.trained_on.worse
+    tuned = trap()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert float(AT_ZERO.weight.abs().sum()) == 0.0
+    found = float(tuned.hyper["pull"])
+    assert found < 0.2, "it is caught"
+    # A greedy check trains the run's weights on for an eighth of the steps, and prefers what the run has found.
+    (slow, _), steps = tuned.model.weight.detach()[:, 0].tolist(), 50
+    on = [pull + (slow - pull) * (1.0 - 0.01) ** steps for pull in (found, 0.9)]
+    assert missed_at(on[0], found) < missed_at(on[1], 0.9)
+    # The same products in another order, over 200 steps, whose errors do not grow.
+    near = partial(pytest.approx, rel=1e-12)
+    seen = tuned.retrained
+    assert (seen.steps, seen.speed, seen.models) == (200, 2.0, ())
+    assert seen.found == (near(after(200, found, 0.2)),)
+    assert seen.start == (near(after(200, 0.9, 0.2)),)
+    assert seen.plain == (), "the loss cannot be called without its pull"
     assert tuned.advised is tuned.start
-    # The run ends as it would without, and torch's random numbers go on from there.
-    torch.random.set_rng_state(before)
-    plain = run(
-        steps=200, leader=uphill, warmup=0.1, hyper={"smoothing": bl.Unit(0.0, 0.95, start=0.01)}, train=smoothed
-    )
-    assert plain.trained_on is None
-    assert plain.numbers == tuned.numbers
+    told = [str(w.message) for w in recwarn if w.category is bl.errors.ShortHorizonWarning]
+    assert len(told) == 1 and "of 200 steps at 2 times the rate" in told[0]
+    for text in (told[0], " ".join(str(tuned).split())):
+        assert "Advised: the start's values" in text
+
+
+def test_a_check_may_be_of_whole_trainings_or_be_left_out(recwarn):
+    whole, without = trap(steps=40, check=1.0), trap(steps=40, check=0.0)
+    assert (whole.retrained.start, whole.retrained.speed) == ((pytest.approx(after(40, 0.9, 0.1), rel=1e-12),), 1.0)
+    assert without.retrained is None
+    assert without.advised is without.hyper
+    assert without.numbers == whole.numbers
+
+
+def test_nothing_tuned_is_advised_where_it_wins():
+    decay = bl.hyper.WeightDecay(within=bl.Log(1e-1, 1.0, start=0.5))
+    slowly = partial(torch.optim.SGD, lr=1e-3)
+    near_one = lambda weights, batch: (weights(batch) - 1.0).square().sum()
+    with pytest.warns(bl.errors.ShortHorizonWarning, match="Advised: nothing tuned"):
+        tuned = bl.tune(AT_ZERO, near_one, near_one, ONE, ONE, hyper=[decay], optimizer=SGD, steps=40, leader=slowly)
+    assert tuned.advised == {}
+    assert tuned.retrained.best == "plain"
+    model = nn.Linear(1, 2, bias=False, dtype=D)
+    assert tuned.tuning.loss_at(tuned.advised)(model, ONE[0]) == near_one(model, ONE[0])
 
 
 def test_values_that_win_are_told_in_silence(recwarn):
     tuned = run(check=0.1)
-    assert tuned.trained_on.found < tuned.trained_on.start
+    assert tuned.retrained.better
     assert tuned.advised is tuned.hyper
     assert not any(issubclass(w.category, bl.errors.ShortHorizonWarning) for w in recwarn)
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_a_scheduler_and_the_rate_go_as_far_in_fewer_steps():
+    halved = partial(torch.optim.lr_scheduler.StepLR, step_size=20, gamma=0.5)
+    hyper = {"pull": bl.Unit(0.0, 1.0, start=0.9)}
+    options = {"hyper": hyper, "optimizer": SGD, "steps": 40, "scheduler": halved, "check": 0.25}
+    tuned = bl.tune(AT_ZERO, pulled, missed, ONE, ONE, **options)
+    # Five steps at four times the rate, and five at half of that.
+    left = {curvature: (1.0 - 0.4 * curvature) ** 5 * (1.0 - 0.2 * curvature) ** 5 for curvature in (0.1, 1.0)}
+    ended = missed_at(*(0.9 * (1.0 - left[curvature]) for curvature in (0.1, 1.0)))
+    assert tuned.retrained.start == (pytest.approx(ended, rel=1e-12),)
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_a_run_that_is_stopped_in_its_check_goes_on_bit_for_bit(tmp_path):
+    torch.manual_seed(3)
+    model, other = (nn.Linear(1, 2, bias=False, dtype=D) for _ in range(2))
+    whole = trap(model=model, steps=40, checkpoint=tmp_path / "whole.pt")
+
+    class Stopping(torch.optim.SGD):
+        left = 20 + 3  # the check's first training, and three steps of its second
+
+        def step(self, closure=None):
+            Stopping.left -= 1
+            if Stopping.left < 0:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    trainings = []
+    for begun in (model, other):  # who goes on need not have the weights that the run began with
+        file = tmp_path / "run.pt"
+        options = {"model": begun, "steps": 40, "checkpoint": file, "optimizer": partial(Stopping, lr=0.1)}
+        try:
+            again = trap(**options)
+        except KeyboardInterrupt:
+            trainings.append(torch.load(tmp_path / "run.pt.check", weights_only=True)["trainings"])
+            Stopping.left = 20  # the second training alone
+    assert [list(kept) for kept in trainings] == [["found 0"]]
+    assert (again.retrained.found, again.retrained.start) == (whole.retrained.found, whole.retrained.start)
+    assert again.numbers == whole.numbers
+    # A run that begins anew, in the same place, begins with its own weights.
+    Stopping.left = 1000
+    fresh = trap(**options | {"resume": False})
+    assert fresh.retrained.start != whole.retrained.start
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_a_check_without_a_verdict_is_told():
+    # Eight times a rate of .6 multiplies the error of the quick weight by -3.8 in each step; float32 ends at 3e38.
+    batches = [batch.float() for batch in ONE]
+    options = {"hyper": {"pull": bl.Unit(0.0, 1.0, start=0.9)}, "response": bl.Unrolled(SGD, steps=5)}
+    with pytest.warns(bl.errors.ShortHorizonWarning, match=r"no verdict.*check=1\.0"):
+        tuned = bl.tune(
+            copy.deepcopy(AT_ZERO).float(), pulled, missed, batches, batches, steps=400, check=0.125,
+            optimizer=partial(torch.optim.SGD, lr=0.6), **options,
+        )  # fmt: skip
+    assert tuned.advised is tuned.hyper
 
 
 def test_declarations_need_no_word_in_the_loss():
@@ -298,10 +410,20 @@ def test_the_figure_has_a_panel_for_each(tuned, tmp_path):
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
 
 
+class Rateless(torch.optim.SGD):
+    """An optimiser that finds its rate by itself."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"check": -0.1}, "check=-0.1; expected a share of the training steps"),
+        ({"check": 0.5, "optimizer": Rateless}, r"lr=None; expected a number. Pass check=1\.0"),
+        ({"check": -0.1}, "check=-0.1; expected a share of the training steps, 0 <= check <= 1"),
+        ({"check": 1.1}, "check=1.1; expected"),
         ({"warmup": 1.0}, "warmup=1.0; expected a share of the training steps"),
         ({"clip_norm": 0.0}, "clip_norm=0.0; expected a number above 0"),
         ({"clip_norm": 1.0, "response": bl.Unrolled(ADAM, steps=2)}, "clip_norm= goes with the default response"),

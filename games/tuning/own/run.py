@@ -227,6 +227,8 @@ def _content(
             "plan": str(tuned.plan),
             "start": tuned.start,
             "hyper": tuned.hyper,
+            "advised": tuned.advised,
+            "check": None if tuned.retrained is None else tuned.retrained.told(),
             "model": values,
             "retrained": retrained,
             "warnings": list(tuned.solution.warnings),
@@ -276,6 +278,7 @@ def table(content: Mapping[str, Any], output: Path) -> str:
             of = content["model"][part]
             accuracy = f", accuracy {100 * of['accuracy']:.1f} %" if "accuracy" in of else ""
             lines.append(f"The trained model's {told} loss: {of['loss']:.4g}{accuracy}")
+    lines += [] if content["check"] is None else [content["check"]]
     if content["retrained"] is None:
         lines.append("What the values are worth in fresh trainings: --resume --retrain 2")
     else:

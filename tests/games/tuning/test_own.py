@@ -119,7 +119,9 @@ def whole(place, tmp_path_factory):
 def test_a_model_and_a_table(whole):
     result, out = whole
     assert {"decay", "dropout", "smoothing"} == set(results(out)["hyper"])
-    for text in ("decay", "dropout 3", "smoothing", "60 training steps", "1 fresh trainings", "accuracy"):
+    assert results(out)["check"] in result.stdout
+    assert set(results(out)["advised"]) <= {"decay", "dropout", "smoothing"}
+    for text in ("decay", "dropout 3", "smoothing", "60 training steps", "Advised: ", "1 fresh trainings", "accuracy"):
         assert text in result.stdout
     assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
     state = torch.load(out / "model.pt", weights_only=True)
