@@ -90,6 +90,12 @@ class Tuning:
         self._model, self._valid_loss, self._data = model, valid_loss, (train_data, valid_data)
         self._training = _Objective(train_loss, self.follower, self.leader, self._plain, declared)
 
+    @property
+    def count(self) -> int:
+        """How many numbers the hyperparameters are."""
+        found = [leaf.tensor() if isinstance(leaf, Coordinate) else leaf for leaf in leaves(self.init)]
+        return sum(leaf.numel() for leaf in found if isinstance(leaf, Tensor))
+
     def game(self) -> Game:
         """The game: the leader, who minimises the validation loss, and the model's player."""
         valid_loss, (train_data, valid_data) = self._valid_loss, self._data

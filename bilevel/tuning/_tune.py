@@ -61,7 +61,8 @@ def tune(
     its steps, the hyperparameters take one, along the gradient of the validation loss through how the trained weights
     answer to them. By default the answer is learned beside the weights, each row of each layer growing or shrinking
     (`Hypernetwork(network=RowScaled())`, a self-tuning network): a training step costs about one gradient more than
-    without tuning, and what it learns is not bound to a short horizon, as a few unrolled steps are.
+    without tuning, and what it learns is not bound to a short horizon, as a few unrolled steps are. For more than 200
+    numbers, such as a decay for each weight, it is `Unrolled` through the steps between two of the hyperparameters'.
 
     Hyperparameters move in the free coordinates of their ranges. What is found suits *this* run, in which they changed
     over time; for a fresh training take `tuned.advised`, by the check that follows the run, or `retrain(tuned)`.
@@ -118,6 +119,7 @@ def tune(
     """
     require_factory("tune: optimizer", optimizer)
     share("check", check, whole=True)
+    tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     chosen = plan(
         optimizer,
         scheduler,
@@ -125,10 +127,10 @@ def tune(
         leader,
         every,
         _steps(epochs, steps, train_data),
+        count=tuning.count,
         clip_norm=clip_norm,
         warmup=warmup,
     )
-    tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     game = tuning.game()
     after = None if checkpoint is None or not check else Path(f"{checkpoint}.check")
     if check:

@@ -8,15 +8,20 @@ from typing import final
 
 import torch
 
+from bilevel.inner import TorchOptimizer
 from bilevel.inner.torch_optim import OptimizerFactory, SchedulerFactory, require_factory
 from bilevel.networks import RowScaled
-from bilevel.responses import Hypernetwork, Perturbations, Response
+from bilevel.responses import Hypernetwork, Perturbations, Response, Unrolled
 
 SCALE = 0.5
 """Of the perturbations, in free coordinates, in which a range is some 8 wide."""
 
 RATE = 0.1
 """Of the hyperparameters' Adam, in free coordinates."""
+
+MANY = 200
+"""Beyond so many numbers the answer is not learned: it has a slope for each, all of which move the weights while they
+are learned from one draw a step. With 342 decays runs were good, with 1,022 their weights ran away."""
 
 _EXAMINED = 25  # calls from one measurement of the learned answer to the next: three gradients each
 
@@ -69,21 +74,26 @@ def plan(
     every: int,
     steps: int,
     *,
+    count: int,
     clip_norm: float | None = None,
     warmup: float,
 ) -> Plan:
-    """The plan of a run of so many training steps; refuses what cannot be one, before any work."""
+    """The plan of a run of so many training steps for `count` numbers; refuses what cannot be one, before any work."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"tune: every={every!r}; expected a whole number of training steps from 1.")
     share("warmup", warmup)
     if leader is not None:
         require_factory("tune: leader", leader)
-    if response is None:
+    chosen: Response
+    if response is None and count > MANY:
+        inner = TorchOptimizer(optimizer, scheduler=scheduler, clip_norm=clip_norm)
+        chosen, before = Unrolled(inner, steps=every), 0
+    elif response is None:
         # Half of the steps, at half the rate, found better augmentation than a tenth, and worse values for a recurrent
         # network and a table: a later start costs the steps that are not taken.
         later = max(1, int(steps * (1.0 - warmup)) // every)
         before = max(steps - later * every, 0)  # with what is left over, so that all of the steps are taken
-        chosen: Response = Hypernetwork(
+        chosen = Hypernetwork(
             optimizer,
             network=RowScaled(),
             scale=SCALE,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from bilevel.tree import leaves
 from bilevel.tuning import CSVLogger, EarlyStopping, MLflowLogger, WandbLogger
 
 # Told of once, by a test of its own.
@@ -440,6 +441,20 @@ class Rateless(torch.optim.SGD):
 def test_what_cannot_be_tuned_is_refused(options, told):
     with pytest.raises((TypeError, ValueError), match=told):
         run(**options)
+
+
+def test_more_numbers_than_can_be_learned_are_tuned_through_a_few_steps():
+    """A decay for each of 480 weights: a learned answer to so many ran away, without a warning."""
+    steps = {"scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=50), "clip_norm": 1.0}
+    options = {"hyper": [bl.hyper.WeightDecay(per="weight")], "train": valid_loss, "steps": 200} | steps
+    tuned = run(**options)
+    inner = tuned.plan.response.optimizer
+    assert isinstance(tuned.plan.response, bl.Unrolled)
+    assert (tuned.plan.every, inner.scheduler, inner.clip_norm) == (5, steps["scheduler"], 1.0)
+    assert sum(leaf.numel() for leaf in leaves(tuned.hyper)) > 400
+    assert isinstance(run(**options | {"hyper": [bl.hyper.WeightDecay()], "steps": 10}).plan.response, bl.Hypernetwork)
+    losses = tuned.to_frame()["hyper"]
+    assert losses.iloc[-1] < 0.8 * losses.iloc[0]
 
 
 def test_a_fresh_model_of_a_layer_of_ones_own_has_to_be_made():
