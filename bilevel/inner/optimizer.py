@@ -27,7 +27,7 @@ from bilevel.inner.torch_optim import (
     remember_scheduler,
     require_factory,
 )
-from bilevel.tree import Variables, join, leaf_names
+from bilevel.tree import Structure, Variables, join, leaf_names
 
 Number = float | Tensor | Callable[..., Tensor]
 """A number, or a function of the players that it has parameters named after."""
@@ -239,10 +239,23 @@ class TorchOptimizer(InnerSolver):
                     for parameter, end in zip(parameters, ends, strict=True):
                         parameter.copy_(end)
             schedule.after()
-        remembered = remember(optimizer, parameters)
-        place = schedule.memory()
-        after = remembered if place is None else {"leaves": remembered, "schedule": place}
-        return [p.detach() for p in parameters], after
+        return [p.detach() for p in parameters], schedule.remembered(parameters)
+
+    def step(
+        self, name: str, form: Structure, y: Sequence[Tensor], slopes: Sequence[Tensor], memory: Any
+    ) -> tuple[list[Tensor], Any]:
+        """The leaves of player `name`, of this form, after one step along `slopes`, and the memory after it."""
+        parameters = [leaf.detach().clone() for leaf in y]
+        optimizer = self.build(parameters, leaf_names(form.build(parameters), name))
+        recall(optimizer, parameters, leaf_memory(memory))
+        schedule = _Schedule(self, optimizer, memory["schedule"] if isinstance(memory, dict) else None)
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, self.clip(slopes, _norm), strict=True):
+                parameter.grad = slope
+        schedule.before()
+        optimizer.step()
+        schedule.after()
+        return parameters, schedule.remembered(parameters)
 
     def remembered(self, memory: Any) -> Sequence[Mapping[str, Any]]:
         """Of each leaf, as `torch.optim` has it."""
@@ -292,11 +305,13 @@ class _Schedule:
         if self._run is not None:
             self._run.step()
 
-    def memory(self) -> dict[str, Any] | None:
-        """Where it is; None without a schedule."""
+    def remembered(self, parameters: Sequence[Tensor]) -> Any:
+        """What the optimiser remembers of each leaf, and with a schedule its place."""
+        leaves = remember(self._optimizer, parameters)
         if self._run is not None:
-            return {"taken": self._taken, "runs": [remember_scheduler(self._run, self._optimizer, self._built)]}
-        return None if self._rates is None else {"taken": self._taken}
+            runs = [remember_scheduler(self._run, self._optimizer, self._built)]
+            return {"leaves": leaves, "schedule": {"taken": self._taken, "runs": runs}}
+        return leaves if self._rates is None else {"leaves": leaves, "schedule": {"taken": self._taken}}
 
 
 def torch_optimizer(asker: str, optimizer: OptimizerFactory | TorchOptimizer) -> TorchOptimizer:

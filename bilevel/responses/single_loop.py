@@ -18,7 +18,6 @@ from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.situation import Buffers, Situation
 from bilevel.inner import TorchOptimizer
-from bilevel.inner.base import FreeProblem
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.randomness import random_kept, random_state
@@ -167,7 +166,7 @@ class SingleLoop(Response):
             "slope": nothing,
             "count": 0,
         }
-        return state | {"optimizer": None, "variance": {}, "adjoint": adjoint}
+        return state | {"optimizer": None, "variance": {}, "adjoint": adjoint, "loss": None}
 
     def __call__(
         self, game: Game, others: Mapping[str, Variables], state: State, batch: Batch = None
@@ -186,7 +185,7 @@ class SingleLoop(Response):
         self._require_learned(name, state)
         self._tell(name, state)
         found, memory = self._directions(game, follower, state)
-        moved, optimizer = _stepped(self._y_steps, follower, y, found.own, state["optimizer"])
+        moved, optimizer = _stepped(self._y_steps, name, follower.form, y, found.own, state["optimizer"])
         loop = _Loop(name, lambda xs, tensors: found.mixed, found.product)
         answer = attach(loop, y, follower.xs, [])
         after = follower.next_state(
@@ -198,6 +197,7 @@ class SingleLoop(Response):
             "optimizer": optimizer,
             "variance": memory,
             "adjoint": adjoint,
+            "loss": found.loss if follower.tells_its_loss else None,
         }
 
     def after_backward(self, state: State, answer: Variables) -> State:
@@ -216,8 +216,8 @@ class SingleLoop(Response):
             "left": torch.lerp(before["left"], direction, share),
             "slope": torch.lerp(before["slope"], cotangent, share),
         }
-        follower = _Form(loop.name, state["variables"])
-        v, optimizer = _stepped(self._v_steps, follower, before["v"], direction, before["optimizer"])
+        form = structure_of(state["variables"])
+        v, optimizer = _stepped(self._v_steps, loop.name, form, before["v"], direction, before["optimizer"])
         learned = {"v": v, "optimizer": optimizer, "awaiting": False, "residual": residual}
         return state | {"adjoint": learned | means | {"count": count}}
 
@@ -226,11 +226,11 @@ class SingleLoop(Response):
         residual = state["adjoint"]["residual"]
         return Report(int(state["gradients"]), int(state["products"]), state["stationarity"], residual)
 
-    @property
+    @cached_property
     def _y_steps(self) -> TorchOptimizer:
         return torch_optimizer("SingleLoop", self.optimizer)
 
-    @property
+    @cached_property
     def _v_steps(self) -> TorchOptimizer:
         return self._y_steps if self.adjoint is None else torch_optimizer("SingleLoop: adjoint", self.adjoint)
 
@@ -247,7 +247,7 @@ class SingleLoop(Response):
                 _require_finite(follower.name, part.reshape(-1), "a direction of its single loop")
         own, product, *mixed = parts
         follower.buffers = mean.buffers
-        return _Directions(own, product, mixed, mean.evaluations), memory
+        return _Directions(own, product, mixed, mean.loss, mean.evaluations), memory
 
     @staticmethod
     def _require_learned(name: str, state: State) -> None:
@@ -278,11 +278,12 @@ class SingleLoop(Response):
 
 @dataclass(frozen=True)
 class _Directions:
-    """F `[n]`, F_y'v `[n]`, F_x'v in each leaf of the others, and how many evaluations they took."""
+    """F `[n]`, F_y'v `[n]`, F_x'v in each leaf of the others, the loss, and how many evaluations they took."""
 
     own: Tensor
     product: Tensor
     mixed: list[Tensor]
+    loss: Tensor | None
     evaluations: int
 
 
@@ -302,6 +303,8 @@ class _Batches:
         self._where = [y, v, *self._xs]
         self._random = random_state(game.device)
         self.buffers: Buffers = follower.buffers
+        self.loss: Tensor | None = None
+        """The follower's on the first batch that is evaluated."""
         self.evaluations = 0
 
     @cached_property
@@ -353,7 +356,8 @@ class _Batches:
         def residual(y: Tensor, *xs: Tensor) -> Tensor:
             others = follower.input_form.build(xs)
             here = Situation(follower.game, self.owner, others, batch, follower.buffers)
-            _, slopes, after = follower.rests(here, follower.form.split(y))
+            loss, slopes, after = follower.rests(here, follower.form.split(y))
+            self.loss = loss.detach() if self.loss is None else self.loss
             buffers.update(after)
             return join(slopes)
 
@@ -362,36 +366,11 @@ class _Batches:
             return [part.detach() for part in (value, *products(v))], buffers
 
 
-class _Form:
-    """A follower's name and layout."""
-
-    def __init__(self, name: str, variables: Variables) -> None:
-        self.name = name
-        self.form: Structure = structure_of(variables)
-
-
-class _Given(FreeProblem):
-    """A direction, as the problem that an inner solver takes one step on."""
-
-    batch: Batch = None
-
-    def __init__(self, name: str, form: Structure, direction: Tensor) -> None:
-        self.name, self.form, self._direction = name, form, direction
-        self.others: Mapping[str, Variables] = {}
-
-    def gradients(self, y: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The direction, wherever y is."""
-        return self._direction.new_zeros(()), self.form.split(self._direction)
-
-
 def _stepped(
-    steps: TorchOptimizer, follower: Follower | _Form, at: Tensor, direction: Tensor, memory: Any
+    steps: TorchOptimizer, name: str, form: Structure, at: Tensor, direction: Tensor, memory: Any
 ) -> tuple[Tensor, Any]:
     """One step along a direction, and the optimiser's memory after it."""
-    problem = _Given(follower.name, follower.form, direction)
-    with torch.no_grad():
-        # Below 0: a direction that vanishes is a step as well, for momentum and schedule.
-        moved, memory = steps.minimise(problem, follower.form.split(at), memory, steps=1, threshold=-1.0)
+    moved, memory = steps.step(name, form, form.split(at), form.split(direction), memory)
     return join(moved), memory
 
 

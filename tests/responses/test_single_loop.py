@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from bilevel.extend import Response
 from bilevel.testing import check_response
 from bilevel.testing.laws import LAWS
 from bilevel.testing.laws.state import STATE
-from bilevel.variance import SAGA, SARAH
+from bilevel.variance import SAGA, SARAH, digest
 
 SGD = torch.optim.SGD
 SIZE, BATCHES = 4, 6
@@ -421,3 +422,41 @@ def test_under_vmap_each_task_sees_its_own_batch():
     # The mixed derivative times v is -batch v.
     torch.testing.assert_close(together, -batches * state["adjoint"]["v"], atol=1e-12, rtol=1e-12)
     assert float(together.norm()) > 0.1
+
+
+def test_a_step_evaluates_each_loss_once_and_tells_it():
+    calls, seen = {"x": 0, "y": 0}, []
+
+    def counted(name, loss):
+        calls[name] += 1
+        return loss
+
+    batch = batches_of()[0]
+    game = bl.Game(
+        x=bl.Player(lambda x, y: counted("x", lead(x, y)), torch.zeros(SIZE, dtype=torch.float64)),
+        y=bl.Player(lambda x, y, batch: counted("y", follow(x, y, batch)), TARGET, [batch]),
+    )
+    taken = []
+
+    def look(step, record, variables):
+        taken.append(dict(calls))
+        seen.append((record["y"], float(follow(variables["x"], variables["y"], batch))))
+
+    sgd = partial(SGD, lr=0.1)
+    bl.solve(game, y=bl.SingleLoop(sgd), optimizer=sgd, steps=4, callbacks=[look])
+    assert [{name: after[name] - before[name] for name in calls} for before, after in pairwise(taken)] == [
+        {"x": 1, "y": 1}
+    ] * 3
+    for (_, here), (told, _) in pairwise(seen):  # a step tells the loss where the last one has ended
+        assert told == pytest.approx(here, rel=1e-12)
+
+
+def test_a_batch_is_known_by_its_content():
+    batch = {"inputs": drawn(0, 3, 2), "labels": torch.arange(3)}
+    before = digest(batch)
+    assert digest(batch) == before  # which is not read again
+    assert digest({name: tensor.clone() for name, tensor in batch.items()}) == before
+    batch["labels"][1] += 1
+    assert digest(batch) != before
+    batch["labels"][1] -= 1
+    assert digest(batch) == before
