@@ -21,6 +21,7 @@ from bilevel.autodiff import (
     row_by_row,
     tracked_at_any_level,
     transforms_active,
+    with_signature,
 )
 from bilevel.errors import CapturedTensorError, NonFiniteError, SecondDerivativeError
 from bilevel.linear import GMRES, LinearOperator, LinearSolution, LinearSolver, Memory
@@ -239,6 +240,7 @@ class _System:
             raise SecondDerivativeError(self.source.refusal)
 
 
+@with_signature
 class _Root(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -7,6 +7,7 @@ derivative that the library takes goes through `pullback` and `gradient`, which 
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from bilevel.errors import BilevelError, SecondDerivativeError
 from bilevel.second_order import UNDIFFERENTIABLE, differentiated_thrice, differentiated_twice, explanation
 
 Kind = TypeVar("Kind")
+Function = TypeVar("Function", bound=torch.autograd.Function)
 
 EVERY = slice(None)
 
@@ -201,12 +203,23 @@ def jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tenso
     return value.detach(), matrix.detach()
 
 
+def with_signature(function: type[Function]) -> type[Function]:
+    """An autograd function whose `forward` holds its signature, which PyTorch else reads anew in each call.
+
+    That takes longer than the whole call does otherwise.
+    """
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
+    return function
+
+
 class _Box:
     """Carries a number out of an autograd function; not a pytree, so that vmap hands over this very object."""
 
     value: float
 
 
+@with_signature
 class _Concrete(torch.autograd.Function):
     @staticmethod
     def forward(tensor: Tensor, box: _Box) -> Tensor:
@@ -254,6 +267,7 @@ def norm(vector: Tensor) -> Tensor:
     return size
 
 
+@with_signature
 class _Below(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -296,6 +310,8 @@ def below_transforms(
     It is not differentiated: what it returns is constant, or with a `refusal` a derivative of it raises
     `SecondDerivativeError(refusal)`.
     """
+    if not (torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0):
+        return function(*tensors)  # nobody can differentiate it, and the autograd function costs more than a small sum
     return _Below.apply(function, refusal, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 

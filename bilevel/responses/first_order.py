@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import below_transforms, row_by_row, transforms_active
+from bilevel.autodiff import below_transforms, row_by_row, transforms_active, with_signature
 from bilevel.errors import BilevelError
 
 
@@ -42,6 +42,7 @@ def attach(backward: BackwardPass, y: Tensor, xs: Sequence[Tensor], tensors: Seq
     return _Attached.apply(backward, len(xs), y, *xs, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@with_signature
 class _Attached(torch.autograd.Function):
     generate_vmap_rule = True
 
