@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -164,18 +165,27 @@ def require_kinds(settings: Any, **kinds: type) -> None:
     NumPy's numbers are numbers; True is no count; a tensor is none of them, for the run would lose its derivative.
     `kinds` are those of further fields, by name.
     """
-    who = type(settings).__name__
+    own: Any = type(settings)
+    who = own.__name__
     for name, kind in kinds.items():
         if not isinstance(getattr(settings, name), kind):
             raise TypeError(f"{who}: {name}={getattr(settings, name)!r}; expected a {kind.__name__}.")
+    for name, wanted, optional in _numbers_of(own):
+        value = getattr(settings, name)
+        if value is None and optional:
+            continue
+        if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
+            told = " or ".join([text for _, text in wanted] + ["None"] * optional)
+            raise TypeError(f"{who}: {name}={value!r}; expected {told}.")
+
+
+@cache  # a response makes some of its settings anew in each call
+def _numbers_of(settings: type) -> list[tuple[str, list[tuple[type, str]], bool]]:
+    """The fields that say they are numbers: their names, of what kinds they may be, and whether None will do."""
+    found = []
     for field in [field for field in fields(settings) if field.init]:
         parts = str(field.type).split(" | ")
         wanted = [_KINDS[part] for part in parts if part in _KINDS]
-        if not wanted or any(part not in _KINDS and part != "None" for part in parts):
-            continue
-        value = getattr(settings, field.name)
-        if value is None and "None" in parts:
-            continue
-        if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
-            told = " or ".join([text for _, text in wanted] + ["None"] * ("None" in parts))
-            raise TypeError(f"{who}: {field.name}={value!r}; expected {told}.")
+        if wanted and all(part in _KINDS or part == "None" for part in parts):
+            found.append((field.name, wanted, "None" in parts))
+    return found

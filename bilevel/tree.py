@@ -72,6 +72,9 @@ class Structure:
         spec = self.spec
         if spec.type is dict and spec.num_nodes == len(self.shapes) + 1:  # a module's parameters, as a rule
             return dict(zip(spec.context, leaves, strict=True))
+        if spec.num_nodes == spec.num_leaves == 1:  # a tensor by itself
+            (leaf,) = leaves
+            return leaf
         return pytree.tree_unflatten(list(leaves), spec)
 
     def fits(self, tree: Variables) -> bool:
@@ -82,6 +85,8 @@ class Structure:
             if not _TENSORS.issuperset(map(type, given)):
                 return self == structure_of(tree)
             return list(tree) == spec.context and all(map(_of_shape, given, self.shapes))
+        if type(tree) in _TENSORS:
+            return spec.num_nodes == spec.num_leaves == 1 and tree.shape == self.shapes[0]
         return self == structure_of(tree)
 
 
@@ -141,8 +146,10 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 def cut(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Tensors of these shapes, as views of the flat vector `[n]` that they make up."""
+    if len(shapes) == 1:
+        return [vector.reshape(shapes[0])]
     sizes = [shape.numel() for shape in shapes]
-    parts = torch.split(vector if all(sizes) else vector.reshape(-1, 1), sizes)  # in columns, as `join` says
+    parts = (vector if all(sizes) else vector.reshape(-1, 1)).split_with_sizes(sizes)  # in columns, as `join` says
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -180,6 +187,8 @@ def leaf_names(tree: Variables, bare: str) -> list[str]:
     """Each leaf's path with dots, as `model.named_parameters()` names them; `bare` for a tensor by itself."""
     if type(tree) is dict and _TENSORS.issuperset(map(type, tree.values())):
         return [str(key) or bare for key in tree]
+    if type(tree) in _TENSORS:
+        return [bare]
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return [".".join(str(_step_of(key)) for key in path) or bare for path, _ in pairs]
 

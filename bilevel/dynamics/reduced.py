@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -90,7 +91,11 @@ class _OwnSlopes:
         self.owner, self._field, self._wanted, self._opened = name, field, wanted, opened
         self.batch, self.epoch = field.play.batch(name)
         self.length = field.play.pass_length(name)
-        self.point = join([leaf.detach() for other in wanted for leaf in opened.leaves[other]])
+
+    @cached_property
+    def point(self) -> Tensor:
+        """The wanted players' leaves as one vector."""
+        return join([leaf.detach() for other in self._wanted for leaf in self._opened.leaves[other]])
 
     def split(self, vector: Tensor) -> Leaves:
         """The wanted players' leaves."""
