@@ -173,17 +173,20 @@ class TaskFollower(BatchedFollower):
     def measure(self, state: Mapping[str, Any], begins: Sequence[Tensor] | None = None) -> GradientScale:
         """The norm of F where a new follower begins, in each task `[tasks]`, and its terms if it may be rounding."""
         if self._scale is None:
-            with torch.no_grad():
-                first, _ = super().begins(state, warm=False)
             if self._unit is None:
                 cold, self._cold = self._cold, True
-                self._norm_at(first)
+                self._norm_at(self._first(state))
                 self._cold = cold
             terms = torch.zeros_like(self._unit)
             # Those of other tasks, before: the batch is another one, and may be of another size.
             usual = float(torch.as_tensor(state["terms"]).max())
             if bool((self._unit <= 10.0 * rounding(usual, self._unit.dtype)).any()):
                 with random_kept(self.game.device):
-                    terms = least_terms(measured_terms(self, self.held_residual(), join(first)))
+                    terms = least_terms(measured_terms(self, self.held_residual(), join(self._first(state))))
             self._scale = GradientScale(self._unit, terms, self._unit.dtype)
         return self._scale
+
+    @torch.no_grad()
+    def _first(self, state: Mapping[str, Any]) -> list[Tensor]:
+        """Where new followers begin."""
+        return super().begins(state, warm=False)[0]
