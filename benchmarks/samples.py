@@ -1,9 +1,9 @@
 """How many samples and seconds until |grad h|^2 <= 1e-8: the quadratics of `benchmarks/single_loop.py`.
 
-The library's variance-reduced single loops at several sizes of a batch and of a step, on problems of seeds 0 to 9. One
-step reads a batch of the follower and one of the leader, and evaluates at that point all that it needs: samples are
-those read of the follower's 1,024, in passes. Seconds are the processor's, of `solve` without what measures. The
-target is looked for every 16 steps.
+SABA at two sizes of a batch and of a step, on problems of seeds 0 to 9: by the library, and written by hand in plain
+torch, which is what a step costs without a library; one after the other on each problem. One step reads a batch of the
+follower and one of the leader, and evaluates at that point all that it needs: samples are those read of the follower's
+1,024, in passes. Seconds are the processor's, without what measures. The target is looked for every 16 steps.
 
 `--rows FOLDER` writes the problems' numbers, so that `benchmarks/samples_peer.py` can solve the same ones by the
 solvers of benchmark_bilevel; `--peers FILE` puts what it wrote into the same JSON.
@@ -19,12 +19,13 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import bilevel as bl
 from benchmarks.head import head
@@ -36,31 +37,49 @@ TARGET = 1e-8
 EVERY = 16
 
 
-def methods() -> list[tuple[str, int, float, VarianceReduction]]:
-    """Name, batch, step of all three, and what puts batches together."""
-    return [("SABA", batch, step, SAGA()) for batch, step in ((64, 0.3), (32, 0.2))]
+Method = Callable[[Problem, int, float, int, int], tuple[Any, str]]
 
 
-def run(
-    problem: Problem, name: str, batch: int, step: float, reduction: VarianceReduction, seed: int
-) -> dict[str, Any]:
-    """One run until the target, or 4,000 batches of 64."""
-    steps, value, measuring = 4000 * 64 // batch, float("inf"), 0.0
-    last: dict[str, float] = {}
+def methods() -> list[tuple[str, int, float, Method]]:
+    """By what, batch, step of all three, and the method."""
+    settings = ((64, 0.3), (32, 0.2))
+    library = partial(by_library, reduction=SAGA())
+    return [
+        (name, batch, step, method)
+        for name, method in (("bilevel", library), ("plain torch", by_hand))
+        for batch, step in settings
+    ]
 
-    def measure(taken: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
-        nonlocal value, measuring
+
+class Watch:
+    """Looks for the target every 16 steps; what it took to come there, without the looking."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._exact, self._looking, self._began = problem.exact, 0.0, time.process_time()
+        self.steps, self.seconds, self.value = 0, 0.0, float("inf")
+
+    def there(self, taken: int, x: Tensor) -> bool:
+        """Whether the target is reached after so many steps."""
         if taken % EVERY == 0:
             now = time.process_time()
-            last.update(step=taken, seconds=now - began - measuring)
-            value = float(problem.exact(variables["x"]).square().sum())
-            if value <= TARGET:
-                raise bl.errors.StopRun
-            measuring += time.process_time() - now
+            self.steps, self.seconds = taken, now - self._began - self._looking
+            self.value = float(self._exact(x).square().sum())
+            self._looking += time.process_time() - now
+        return self.value <= TARGET
+
+
+def by_library(
+    problem: Problem, batch: int, step: float, seed: int, steps: int, reduction: VarianceReduction
+) -> tuple[Watch, str]:
+    """A single loop by `solve`, until the target; and what the library said if it failed."""
+
+    def measure(taken: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
+        if watch.there(taken, variables["x"]):
+            raise bl.errors.StopRun
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.BilevelWarning)
-        began = time.process_time()
+        watch, told = Watch(problem), ""
         try:
             bl.solve(
                 problem.game(batch),
@@ -71,12 +90,61 @@ def run(
                 callbacks=[measure],
                 seed=seed,
             )
-            failed = None if value <= TARGET else "did not reach the target"
         except bl.BilevelError as error:
-            failed = str(error).splitlines()[0]
-    passes = last.get("step", 0) * batch / problem.samples()
-    found = {"seconds": last.get("seconds"), "passes": passes, "value": value, "failed": failed}
-    return {"by": "bilevel", "method": name, "batch": batch, "step size": step, "seed": seed, **found}
+            told = str(error).splitlines()[0]
+    return watch, told
+
+
+def by_hand(problem: Problem, batch: int, step: float, seed: int, steps: int) -> tuple[Watch, str]:
+    """SABA in plain torch, eager, until the target: what a step costs without a library."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, leader_rows = problem.follower_rows.split(batch), problem.leader_rows.split(batch)
+    follower, leader = Table(), Table()
+    x, y = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in problem.sizes)
+    v, watch, places = torch.zeros_like(y), Watch(problem), list[tuple[int, int]]()
+    for taken in range(1, steps + 1):
+        if not places:
+            orders = (torch.randperm(len(all_rows), generator=generator).tolist() for all_rows in (rows, leader_rows))
+            places = list(zip(*orders, strict=True))
+        i, j = places.pop()
+        (slope,) = torch.autograd.grad(problem.follow(x, y, rows[i]), y, create_graph=True)
+        product, mixed = torch.autograd.grad(slope, (y, x), v)
+        f_x, f_y = torch.autograd.grad(problem.lead(x, y, leader_rows[j]), (x, y))
+        with torch.no_grad():
+            slope, product, mixed = follower.corrected(i, [slope, product, mixed])
+            f_x, f_y = leader.corrected(j, [f_x, f_y])
+            y -= step * slope
+            v = v - step * (product + f_y)
+            x -= step * (f_x + mixed)
+        if watch.there(taken, x.detach()):
+            break
+    return watch, ""
+
+
+class Table:
+    """SAGA's: what each batch said last, and the mean of it."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Tensor] = {}
+        self._mean = torch.zeros(())
+
+    def corrected(self, place: int, parts: list[Tensor]) -> tuple[Tensor, ...]:
+        """What a batch says now, less what it said last, plus the mean; in the first pass as it is."""
+        now, before = torch.cat(parts), self._rows.get(place)
+        self._rows[place] = now
+        change = now - (self._mean if before is None else before)
+        found = now if before is None else change + self._mean
+        self._mean = self._mean + change / len(self._rows)
+        return found.split([len(part) for part in parts])
+
+
+def run(name: str, problem: Problem, batch: int, step: float, seed: int, method: Method) -> dict[str, Any]:
+    """One run until the target, or 4,000 batches of 64."""
+    watch, told = method(problem, batch, step, seed, 4000 * 64 // batch)
+    passes = watch.steps * batch / problem.samples()
+    failed = told or (None if watch.value <= TARGET else "did not reach the target")
+    found = {"seconds": watch.seconds, "passes": passes, "value": watch.value, "failed": failed}
+    return {"by": name, "method": "SABA", "batch": batch, "step size": step, "seed": seed, **found}
 
 
 def main() -> None:
@@ -100,11 +168,11 @@ def main() -> None:
             chosen.rows.mkdir(exist_ok=True)
             both = {"leader": problem.leader_rows.numpy(), "follower": problem.follower_rows.numpy()}
             np.savez(chosen.rows / f"{seed}.npz", **both)
-        for name, batch, step, reduction in methods():
-            row = run(problem, name, batch, step, reduction, seed)
+        for name, batch, step, method in methods():
+            row = run(name, problem, batch, step, seed, method)
             content["rows"].append(row)
             told = row["failed"] or f"{row['passes']:.1f} passes, {row['seconds']:.2f} s"
-            print(f"seed {seed}  {name} {batch} {step}  {told}", flush=True)
+            print(f"seed {seed}  {name:<11} {batch} {step}  {told}", flush=True)
             chosen.output.write_text(json.dumps(content, indent=1))
     if chosen.peers:
         peers = json.loads(chosen.peers.read_text())
