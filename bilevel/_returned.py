@@ -68,6 +68,9 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+_PLAIN = frozenset((int, float, str, bool, type(None)))
+
+
 class Lent:
     """Values that an extension may read and not write to.
 
@@ -79,27 +82,26 @@ class Lent:
 
     def out(self, what: str, value: Any) -> Any:
         """The value to hand out; `what` names it in the error."""
-        if isinstance(value, Tensor):
-            self._held.append((what, value, version(value)))
-            return value
         kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if isinstance(value, Tensor):
+            if not value.is_inference():  # of which torch counts no writes
+                self._held.append((what, value, value._version))
+            return value
         if kind is dict:
             return {key: self.out(what, entry) for key, entry in value.items()}
         if kind is list or kind is tuple:
             return kind([self.out(what, entry) for entry in value])
-        if value is not None and kind not in (
-            int,
-            float,
-            str,
-            bool,
-        ):  # a container of another kind, which is not copied
-            self._held += [(what, leaf, version(leaf)) for leaf in leaves(value) if isinstance(leaf, Tensor)]
+        for leaf in leaves(value):  # a container of another kind, which is not copied
+            if leaf is not value:
+                self.out(what, leaf)
         return value
 
     def require_untouched(self, who: str) -> None:
         """Raise `ValueError` if one of the tensors was written to since."""
         for what, tensor, before in self._held:
-            if version(tensor) != before:
+            if tensor._version != before:
                 raise ValueError(
                     f"{who} wrote into {what} in place; others hold that tensor. Make a new one, x = x + 1 and not "
                     "x.add_(1) or x[...] = 1, or .clone() it first."
