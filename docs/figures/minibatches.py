@@ -61,9 +61,29 @@ def samples() -> list[list[str]]:
     return table
 
 
+def costs() -> list[list[str]]:
+    """One row a way to run SABA at the same settings: milliseconds a step, and how many times plain torch's."""
+    rows = [row for row in read("samples.json")["rows"] if row["method"] == "SABA" and row["failed"] is None]
+    steps = {(row["by"], row["batch"], row["step size"], row["seed"]): _milliseconds(row) for row in rows}
+    table = [["SABA by", "batch", "step", "ms a step", "of plain torch's"]]
+    for by, batch, size in dict.fromkeys((row["by"], row["batch"], row["step size"]) for row in rows):
+        plain = {seed: ms for (who, *key, seed), ms in steps.items() if who == "plain torch" and key == [batch, size]}
+        mine = {seed: ms for (who, *key, seed), ms in steps.items() if who == by and key == [batch, size]}
+        both = [mine[seed] / plain[seed] for seed in mine if seed in plain]
+        if both:
+            ratio = f"{statistics.median(both):.2g} ({min(both):.2g} to {max(both):.2g})"
+            table.append([by, str(batch), f"{size}", f"{statistics.median(mine.values()):.2g}", ratio])
+    return table
+
+
+def _milliseconds(row: dict[str, Any]) -> float:
+    """A step's, of 1,024 samples a pass."""
+    return float(1000 * row["seconds"] / (row["passes"] * 1024 / row["batch"]))
+
+
 def problems() -> str:
     """How many problems they were measured on."""
     return str(len({row["seed"] for row in read("samples.json")["rows"]}))
 
 
-PARTS = {part.__name__: part for part in (coverage, single_loop, samples, problems)}
+PARTS = {part.__name__: part for part in (coverage, single_loop, samples, costs, problems)}
