@@ -244,7 +244,10 @@ class TorchOptimizer(InnerSolver):
     def step(
         self, name: str, form: Structure, y: Sequence[Tensor], slopes: Sequence[Tensor], memory: Any
     ) -> tuple[list[Tensor], Any]:
-        """The leaves of player `name`, of this form, after one step along `slopes`, and the memory after it."""
+        """One step from the leaves `y`, laid out as `form`, along given `slopes`; returns what `minimise` does.
+
+        Nothing of the player `name` is evaluated, nor whether the slopes are finite.
+        """
         parameters = [leaf.detach().clone() for leaf in y]
         optimizer = self.build(parameters, leaf_names(form.build(parameters), name))
         recall(optimizer, parameters, leaf_memory(memory))
