@@ -189,7 +189,8 @@ def hypergradient_interval(
     if not bool((samples != samples[0]).any()) and bool(samples.any()):
         raise ValueError(
             "hypergradient_interval: all replications gave the same hypergradient: no batch and no random number moves "
-            "it. A game without noise has no interval; bilevel.certify bounds its error."
+            "it. A game without noise has no interval; bilevel.certify bounds its error. Where a response's noise is "
+            "in the state that it begins from, as that of SingleLoop's adjoint, one call does not show it."
         )
     form = game.structure(first)
 
