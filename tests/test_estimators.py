@@ -141,6 +141,23 @@ def test_an_elastic_net_meets_its_own_conditions_and_is_scikit_learns():
         np.testing.assert_allclose(weights.numpy(), theirs.coef_, rtol=1e-5, atol=1e-6)
 
 
+def test_an_elastic_net_of_more_columns_than_rows_ends_at_small_penalties():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    targets = torch.randn(6, 1, generator=generator, dtype=torch.float64)
+    table = Table(inputs, targets, torch.arange(12), SquaredError(), sparse=True)
+    sizes = torch.logspace(-4.0, 0.0, 5, dtype=torch.float64)
+    lasso, squares = sizes[:, None].expand(5, 12), (1e-3 * sizes)[:, None].expand(5, 12)
+    counts, start = torch.ones(5, 6, dtype=torch.float64), torch.zeros(5, 12, 1, dtype=torch.float64)
+    found, _ = fitted_sparse(table, counts, squares, lasso, start)
+    for size, weights in zip(sizes.tolist(), found[..., 0], strict=True):
+        slope = inputs.T @ (inputs @ weights - targets[:, 0]) + 1e-3 * size * weights
+        inside = weights != 0.0
+        # It ends at 1e-11 of the slopes at 0, which are of some units.
+        torch.testing.assert_close(slope[inside], -size * weights[inside].sign(), rtol=0.0, atol=1e-9)
+        assert float(slope[~inside].abs().max()) <= size + 1e-9
+
+
 @pytest.fixture
 def rows():
     generator = np.random.default_rng(0)
@@ -305,8 +322,8 @@ def test_options_that_cannot_work_are_refused(rows, options, told):
 def test_what_is_not_fitted_says_so(rows):
     with pytest.raises(NotFittedError):
         RidgeTuned().predict(rows[0])
-    with pytest.raises(ValueError, match="1 class"):
-        LogisticTuned().fit(rows[0], np.zeros(120))
+    with pytest.raises(ValueError, match="y has 1 class, 'red';"):
+        LogisticTuned().fit(rows[0], np.full(120, "red"))
 
 
 def test_folds_hold_each_class_in_equal_parts():

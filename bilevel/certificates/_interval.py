@@ -130,8 +130,8 @@ def hypergradient_interval(
     $$
 
     It covers the *noise*: the mean of the estimate over batches, dropout masks and fresh products, with all that the
-    response does. It does not cover its *bias*: a follower short of its optimum, a truncated series, the inverse of a
-    held batch. A response `against` it that leaves out less (more steps, more terms, `AllBatches()`) answers in each
+    response does. It does not cover noise that the state came with, as that of `SingleLoop`'s adjoint, nor its *bias*:
+    a follower short of its optimum, a truncated series, the inverse of a held batch. A response `against` it that leaves out less (more steps, more terms, `AllBatches()`) answers in each
     replication on the same seeds, and the mean difference is reported apart, with its own interval. The level is that
     of each entry by itself, and holds as far as the mean is normal; heavy tails ask for more replications.
 
@@ -189,7 +189,8 @@ def hypergradient_interval(
     if not bool((samples != samples[0]).any()) and bool(samples.any()):
         raise ValueError(
             "hypergradient_interval: all replications gave the same hypergradient: no batch and no random number moves "
-            "it. A game without noise has no interval; bilevel.certify bounds its error."
+            "it. A game without noise has no interval; bilevel.certify bounds its error. Where a response's noise is "
+            "in the state that it begins from, as that of SingleLoop's adjoint, one call does not show it."
         )
     form = game.structure(first)
 

@@ -100,4 +100,5 @@ def require_rule(rule: object) -> None:
     """Raise `TypeError` for what is no rule of play."""
     if isinstance(rule, type) and issubclass(rule, Dynamics):
         raise TypeError(f"solve: dynamics is the class {rule.__name__} itself; expected one of it, {rule.__name__}().")
-    require_instance(rule, Dynamics, "solve: dynamics", "a rule of play such as Optimistic()")
+    wanted = "a rule of play such as Optimistic(), or ValueFunction(optimizer, F2SA2())"
+    require_instance(rule, Dynamics, "solve: dynamics", wanted)

@@ -323,7 +323,8 @@ class ValueFunction(Dynamics):
         if len(field.names) != 2:
             raise ValueError(
                 f"ValueFunction plays one leader and one follower without a response; here {list(field.names)} have "
-                "none. Give each of the others a response, or join followers by game.joined(...)."
+                "none. Leave out the response of the player that is to follow, give any further player one, or join "
+                "followers by game.joined(...)."
             )
         field.play.require_minimum("ValueFunction", field.names[1])
         return self.method.play(BothLosses(field, torch_optimizer("ValueFunction", self.optimizer)), state)

@@ -241,7 +241,8 @@ class _ClassifierTuned(ClassifierMixin, _LinearTuned):  # type: ignore[misc]
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"{type(self).__name__}: y has 1 class, {self.classes_[0]!r}; expected at least 2.")
+            (only,) = self.classes_.tolist()
+            raise ValueError(f"{type(self).__name__}: y has 1 class, {only!r}; expected at least 2.")
         return X, labels
 
     def decision_function(self, X: Any) -> Any:

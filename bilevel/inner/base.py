@@ -98,8 +98,13 @@ class FreeProblem:
         """The batch is held."""
 
 
-def require_minimum(problem: Problem, what: str) -> None:
-    """Raise `TypeError` for a solver that goes by the loss, where a minimum of it is not what is looked for."""
+_FIELDS = "bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or Adam"
+FIELD_RESPONSES = f"Implicit with {_FIELDS}; Unrolled takes the latter as well"
+"""For `instead` of `require_minimum`, where a response goes by the loss, whatever optimiser it has."""
+
+
+def require_minimum(problem: Problem, what: str, instead: str = _FIELDS) -> None:
+    """Raise `TypeError` for what goes by the loss, where a minimum of it is not what is looked for."""
     if problem.rests.projects:
         raise TypeError(
             f"{what} minimises a loss without constraints, and {problem.name!r} has {problem.rests.told}. Use "
@@ -110,8 +115,7 @@ def require_minimum(problem: Problem, what: str) -> None:
     if not problem.minimises:
         raise TypeError(
             f"{what} minimises one loss, and {problem.name!r} is several players with a loss each, or has a residual "
-            "of its own. Use bilevel.ScipyRoot(), or a torch.optim optimiser that steps along gradients alone, SGD or "
-            "Adam."
+            f"of its own. Use {instead}."
         )
 
 

@@ -16,7 +16,7 @@ from bilevel.errors import UnreliableResponseWarning, require_kinds
 from bilevel.game import Follower, Game
 from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
-from bilevel.inner.base import require_minimum
+from bilevel.inner.base import FIELD_RESPONSES, require_minimum
 from bilevel.inner.optimizer import TorchOptimizer, torch_optimizer
 from bilevel.inner.schedule import place_alone
 from bilevel.inner.torch_optim import OptimizerFactory, kept_memory
@@ -150,7 +150,7 @@ class LastStep(Response):
                 f"LastStep: player {start.name!r} is constrained, and a difference does not see which constraints "
                 "bind. Use Implicit or Unrolled, which differentiate them."
             )
-        require_minimum(start, "LastStep")
+        require_minimum(start, "LastStep", FIELD_RESPONSES)
         refuse_captured(start, state)
         warn_of_first("LastStep", start, flatten(state["variables"]))
         y = leaves(state["variables"])

@@ -26,7 +26,7 @@ from bilevel.game.data import Batch
 from bilevel.game.follower import HeldLoss
 from bilevel.game.rounding import GradientScale
 from bilevel.inner import InnerSolver, TorchOptimizer
-from bilevel.inner.base import FreeProblem, minimised, named_by, require_minimum, require_solver
+from bilevel.inner.base import FIELD_RESPONSES, FreeProblem, minimised, named_by, require_minimum, require_solver
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.inner.optimizer import torch_optimizer
 from bilevel.inner.torch_optim import OptimizerFactory
@@ -156,7 +156,7 @@ class Nudged(Response):
                 f"Nudged: player {start.name!r} is constrained, and how a nudge meets a constraint is not told from "
                 "differences. Use Implicit, which differentiates the constraints that bind."
             )
-        require_minimum(start, "Nudged")
+        require_minimum(start, "Nudged", FIELD_RESPONSES)
         refuse_captured(start, state)
         warn_of_first("Nudged", start, flatten(state["variables"]))
         nothing = flatten(state["variables"])[:0].clone()

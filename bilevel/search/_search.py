@@ -37,7 +37,7 @@ class GradientSearch:
     that may be better than the best so far by a standard deviation. In a space of choices alone no point comes twice
     before all were tried.
 
-    Nothing is written to: `init()` gives a state, a plain dict of tensors and numbers, which `torch.load(...,
+    Nothing is written to: `init()` gives a state, a plain dict of tensors, numbers and strings, which `torch.load(...,
     weights_only=True)` reads; `ask` and `tell` return the next one. From one state the same proposals follow.
 
     A proposal costs 84 Cholesky factors of at most 30 (1 + d) rows, for d hyperparameters. It finds a local optimum:
@@ -55,7 +55,7 @@ class GradientSearch:
 
     Raises:
         TypeError: For something that is neither one of these ranges nor a choice.
-        ValueError: For an empty space, or settings out of their bounds.
+        ValueError: For an empty space, settings out of their bounds, or the state of a search over another space.
 
     Examples:
         >>> from bilevel.constraints import Log
@@ -97,7 +97,8 @@ class GradientSearch:
     def init(self, seed: int = 0) -> State:
         """The state before the first point; `seed` is of the random candidates."""
         none = torch.empty(0, len(self.space), dtype=torch.float64)
-        return {"points": none, "values": none[:, 0], "slopes": none, "pending": none, "asked": 0, "seed": seed}
+        empty = {"points": none, "values": none[:, 0], "slopes": none, "pending": none}
+        return {**empty, "asked": 0, "seed": seed, "space": self._space.described}
 
     def ask(self, state: State, count: int = 1) -> tuple[list[dict[str, Any]], State]:
         """The next `count` points, to be tried side by side, and the next state.
@@ -107,6 +108,7 @@ class GradientSearch:
         """
         if count < 1:
             raise ValueError(f"GradientSearch.ask: count={count}; expected at least 1.")
+        self._require_own(state)
         generator = torch.Generator().manual_seed((1_000_003 * state["seed"] + state["asked"]) % 2**63)
         chosen: list[Tensor] = []
         if not bool(state["values"].isfinite().any()):
@@ -137,6 +139,7 @@ class GradientSearch:
         told. Raises `ValueError` for other names, a point outside the ranges, a category's slope, or a
         gradient with NaN beside a finite loss.
         """
+        self._require_own(state)
         place = self._space.place(point)
         slope = torch.full_like(place, math.nan)
         if gradient is not None and math.isfinite(loss):
@@ -156,10 +159,12 @@ class GradientSearch:
 
     def expect(self, state: State, point: Mapping[str, Any]) -> State:
         """The state in which a point that was chosen elsewhere is waited for, as those are that were asked for."""
+        self._require_own(state)
         return {**state, "pending": torch.cat([state["pending"], self._space.place(point)[None]])}
 
     def best(self, state: State) -> tuple[dict[str, Any], float]:
         """The point of the least loss, and that loss. Raises `ValueError` where no finite loss was told."""
+        self._require_own(state)
         values = state["values"]
         if not bool(values.isfinite().any()):
             raise ValueError(f"GradientSearch.best: none of {len(values)} losses told is finite.")
@@ -167,6 +172,15 @@ class GradientSearch:
         return self._space.values(state["points"][index]), float(values[index])
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    def _require_own(self, state: State) -> None:
+        # A state has shares of the ranges: in another space the same shares are other values.
+        if state["space"] != self._space.described:
+            raise ValueError(
+                f"GradientSearch: the state is of a search over {state['space']}, and this one is over "
+                f"{self._space.described}. Begin anew by init(), and tell it the points of the old search that are "
+                "in the new ranges."
+            )
 
     def _model(self, state: State) -> tuple[Process, Region]:
         """The process of what was told, and the trust region."""

@@ -215,6 +215,11 @@ class Space:
         """Which columns are categories: bools `[d]`."""
         return torch.tensor([axis.is_category for axis in self.axes.values()])
 
+    @cached_property
+    def described(self) -> list[str]:
+        """What the coordinates of a state are those of, the same in every process: names, ranges and options."""
+        return [f"{name}: {_described(kind)}" for name, kind in self.kinds.items()]
+
     @property
     def start(self) -> Tensor:
         """The first point `[d]`."""
@@ -271,3 +276,11 @@ def _axis(kind: Coordinate | Choice) -> Axis:
     if isinstance(kind, Coordinate):
         return RangeAxis(kind)
     return NumberAxis(kind) if kind.is_ordered else CategoryAxis(kind)
+
+
+def _described(kind: Coordinate | Choice) -> str:
+    if not isinstance(kind, Choice):
+        low, high = kind.range
+        return f"{type(kind).__name__}({low}, {high})"
+    options = [o if isinstance(o, str | int | float) else getattr(o, "__qualname__", type(o)) for o in kind.ranked]
+    return f"Choice({options}{', log=True' if kind.log else ''})"

@@ -25,7 +25,7 @@ from games.experiments.threads import choose_threads
 from games.mixture.problem import Corpus, Sizes
 from games.mixture.report import cells, write
 from games.mixture.run import INNER, METHODS, Row, Show, row_of, run
-from games.mixture.texts import Source, sources
+from games.mixture.texts import Source, fewest_characters, sources
 
 
 def mixture_command(
@@ -52,7 +52,7 @@ def mixture_command(
         check_at_least(INNER, steps=steps)
         check_at_least(1, each=each)
         check_at_least(2, length=length)
-        check_at_least(20 * (length + 1), characters=characters)
+        check_at_least(fewest_characters(length), characters=characters)
         empty_figure()  # what would fail after minutes of work is tried before it
         held.enter_context(output_folder(output, "mixture", resume=resume))
         choose_threads(0.0)

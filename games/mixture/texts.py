@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ PRINTABLE = "\n" + "".join(chr(code) for code in range(32, 127))
 """The alphabet; any other character is read as a space."""
 _CODES = {character: index for index, character in enumerate(PRINTABLE)}
 _LICENSED = ("torch", "numpy", "scipy")
+_STRETCH = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,11 @@ def decoded(codes: Tensor) -> str:
     return "".join(PRINTABLE[code] for code in codes.tolist())
 
 
+def fewest_characters(length: int) -> int:
+    """Of a source, such that each of its parts has a piece of `length + 1`: one stretch in ten is held out."""
+    return 10 * _STRETCH * math.ceil((length + 1) / _STRETCH)
+
+
 def windows(codes: Tensor, count: int, length: int) -> Tensor:
     """Pieces `[count, length + 1]` from random places, by PyTorch's global random numbers."""
     starts = torch.randint(len(codes) - length, (count,))
@@ -89,7 +96,7 @@ def drawn(draw: Callable[[], Tensor], *, batches: int = 50) -> Callable[[], Iter
 
 def _parted(name: str, codes: Tensor, *, noise: bool = False) -> Source:
     # Held out are stretches all over the text: its end is on other subjects than its start.
-    stretches = codes[: len(codes) // 1000 * 1000].reshape(-1, 1000)
+    stretches = codes[: len(codes) // _STRETCH * _STRETCH].reshape(-1, _STRETCH)
     tenth = torch.arange(len(stretches)) % 10
     train, held_out, test = (stretches[which].reshape(-1) for which in (tenth < 8, tenth == 8, tenth == 9))
     return Source(name, train, held_out, test, noise)

@@ -210,7 +210,7 @@ def test_the_sides_see_the_same_batches():
 def test_what_it_cannot_play_is_refused():
     sgd = partial(SGD, lr=0.1)
     rule = bl.ValueFunction(sgd)
-    with pytest.raises(ValueError, match="one leader and one follower without a response"):
+    with pytest.raises(ValueError, match="without a response; here .'x'. have none. Leave out the response"):
         bl.solve(game_of(), dynamics=rule, y=bl.Nudged(sgd), optimizer={"x": sgd}, steps=1)
     own = bl.Player(follow, torch.zeros(3, dtype=torch.float64), residual=lambda y, gradient: gradient)
     game = bl.Game(x=bl.Player(lead, torch.zeros(2, dtype=torch.float64)), y=own)

@@ -382,7 +382,7 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(TypeError, match="player 'y' is constrained.*Use Implicit"):
         LastStep(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5, dtype=D)), y=boxed))
     own = bl.Player(quartic, START, residual=lambda y, gradient: gradient)
-    with pytest.raises(TypeError, match="LastStep minimises one loss"):
+    with pytest.raises(TypeError, match="LastStep minimises one loss.*Use Implicit with bilevel.ScipyRoot"):
         LastStep(SGD).init(bl.Game(x=bl.Player(lead, torch.zeros(5, dtype=D)), y=own))
 
 

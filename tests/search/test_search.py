@@ -173,6 +173,10 @@ def test_what_is_wrong_is_refused():
     with pytest.raises(ValueError, match="expected 0 < last <= first"):
         GradientSearch({"a": bl.Unit()}, radius=(0.1, 0.3))
     search = GradientSearch({"a": bl.Unit()})
+    for other in ({"a": bl.Interval(0.0, 2.0)}, {"b": bl.Unit()}, {"a": bl.Unit(), "b": bl.Choice([1, 2])}):
+        for of_another in (search.ask, search.best, lambda s: search.tell(s, {"a": 0.5}, 1.0)):
+            with pytest.raises(ValueError, match="the state is of a search over"):
+                of_another(GradientSearch(other).init())
     with pytest.raises(ValueError, match="outside its range"):
         search.tell(search.init(), {"a": 2.0}, 1.0)
     with pytest.raises(ValueError, match=r"the point names \['b'\]; expected \['a'\]"):

@@ -12,7 +12,7 @@ from games.cli import app
 from games.errors import DataError
 from games.mixture.problem import Corpus, Sizes, losses_by_source, train_loss
 from games.mixture.run import METHODS, below, run
-from games.mixture.texts import decoded, encoded, sources, windows
+from games.mixture.texts import _parted, decoded, encoded, fewest_characters, sources, windows
 
 CPU = torch.device("cpu")
 
@@ -97,6 +97,18 @@ def test_the_command_prints_and_writes(tmp_path):
     assert json.loads(printed.stdout)["rows"][0]["method"] == "uniform"
     assert CliRunner().invoke(app, ["mixture", "--method", "magic"]).exit_code == 2
     assert CliRunner().invoke(app, ["mixture", "--steps", "3"]).exit_code == 2
+    short = CliRunner().invoke(app, ["mixture", "--characters", "9999", "--length", "8"])
+    assert short.exit_code == 2
+    assert "--characters 9999: expected at least 10000" in short.output
+
+
+@pytest.mark.parametrize("length", [8, 999, 1000, 2500])
+def test_the_fewest_characters_have_a_piece_in_each_part(length):
+    fewest = fewest_characters(length)
+    part = _parted("text", torch.zeros(fewest, dtype=torch.int64))
+    for codes in (part.train, part.held_out, part.test):
+        assert windows(codes, 2, length).shape == (2, length + 1)
+    assert _parted("text", torch.zeros(fewest - 1, dtype=torch.int64)).test.numel() <= length
 
 
 @pytest.mark.slow
