@@ -88,8 +88,9 @@ def tune(
         check: The length of the fresh trainings that follow the run, in its steps: one at the values found, one at the
             start's and, where all hyperparameters are declared, one with nothing tuned. They begin at the given model's
             weights; a shorter one has a rate that is as many times larger. `tuned.retrained` has their losses, and
-            a `ShortHorizonWarning` says where the values found are not the best. 1: whole trainings. 0: none. It takes
-            the whole of the validation data: of those without a length one pass is read before any training.
+            a `ShortHorizonWarning` says where the values found are not the best. 0.5 costs half a training for each,
+            and decides nearly as whole ones do, 1. 0: none. It takes the whole of the validation data: of those
+            without a length one pass is read before any training.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
             falls from 0.1 to 0, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.

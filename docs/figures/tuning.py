@@ -77,14 +77,15 @@ def jobs() -> list[list[str]]:
         if mine:
             known = [kind if all(kind in row for row in mine) else "" for kind in kinds]
             losses = [f"{statistics.fmean([row[kind]['test'] for row in mine]):.3f}" if kind else "" for kind in known]
-            advised = statistics.fmean([row[_advised(row)]["test"] for row in mine])
-            table.append([name, str(len(mine)), *losses, f"{advised:.3f}"])
+            checked = all("check" in row for row in mine)
+            advised = f"{statistics.fmean([row[_advised(row)]['test'] for row in mine]):.3f}" if checked else ""
+            table.append([name, str(len(mine)), *losses, advised])
     return table
 
 
 def _advised(row: dict[str, Any]) -> str:
-    """The part of a row whose values tune's check advises; what is tuned by other means has no check."""
-    best = row["check"]["best"] if "check" in row else "found"
+    """The part of a row whose values tune's check advises."""
+    best: str = row["check"]["best"]
     return "default" if best == "plain" else best
 
 
