@@ -130,10 +130,11 @@ def hypergradient_interval(
     $$
 
     It covers the *noise*: the mean of the estimate over batches, dropout masks and fresh products, with all that the
-    response does. It does not cover its *bias*: a follower short of its optimum, a truncated series, the inverse of a
-    held batch. A response `against` it that leaves out less (more steps, more terms, `AllBatches()`) answers in each
-    replication on the same seeds, and the mean difference is reported apart, with its own interval. The level is that
-    of each entry by itself, and holds as far as the mean is normal; heavy tails ask for more replications.
+    response does. It does not cover noise that the state came with, as that of `SingleLoop`'s adjoint, nor its *bias*:
+    a follower short of its optimum, a truncated series, the inverse of a held batch. A response `against` it that
+    leaves out less (more steps, more terms, `AllBatches()`) answers in each replication on the same seeds, and the mean
+    difference is reported apart, with its own interval. The level is that of each entry by itself, and holds as far as
+    the mean is normal; heavy tails ask for more replications.
 
     Data that give the same batches whatever the seed, such as a list, are entered at a random batch: then the draws are
     from their starts. Costs R calls and backward passes of each response.
