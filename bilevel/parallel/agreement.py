@@ -6,6 +6,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ def of_the_game(game: Game, sharded: Iterable[str], examples: Examples | None = 
         forms = [f"{path}{shape_of(leaf)} {leaf.dtype}" for path, leaf in named_leaves(game.initial(name))]
         found[f"the form of {name!r}"] = _short(", ".join(forms), 120)
         found[f"the start of {name!r}"] = told((game.initial(name), game.buffers().get(name, {})))
+        sets = {"domain=": player.domain, "prox=": player.prox, "the ranges": player.coordinates}
+        found |= {f"{what} of {name!r}": f"{type(one).__name__} {told(_fields(one))}" for what, one in sets.items()}
         if isinstance(player.init, nn.Module):
             found |= {f"{path or 'the module'} of {name!r}": text for path, text in _layers(player.init)}
         if player.data is None:
@@ -105,6 +108,17 @@ def of_the_game(game: Game, sharded: Iterable[str], examples: Examples | None = 
             if examples is not None and type(game) is Game:
                 found[f"the examples that the first batch of {name!r} holds"] = str(weight(name, batch, examples))
     return found
+
+
+def _fields(thing: Any) -> Any:
+    """What a set or a range is made of: numbers, tensors, and others like it; of anything else its class."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return [type(thing).__name__, *(_fields(getattr(thing, field.name)) for field in fields(thing))]
+    if isinstance(thing, Mapping):
+        return [[str(key), _fields(value)] for key, value in thing.items()]
+    if isinstance(thing, list | tuple):
+        return [_fields(each) for each in thing]
+    return thing if isinstance(thing, Tensor | float | int | str | None) else type(thing).__name__
 
 
 def _layers(module: nn.Module) -> Iterable[tuple[str, str]]:

@@ -358,6 +358,13 @@ def disagree_further(folder):
         finally:
             torch.set_num_threads(1)
 
+    def within(start=None, **options):
+        x = bl.Player(lambda y: (y - 3.0).square().sum(), torch.ones(2) if start is None else start)
+        return bl.Game(x=x, y=bl.Player(lambda y, x: (y - x).square().sum(), torch.ones(2), **options))
+
+    def over(limit):
+        return within(inequality=lambda y: y.sum() - limit)
+
     slow = bl.Unrolled(partial(SGD, lr=0.4 if odd else 0.5), steps=2, tolerance=None)
     exact = bl.Implicit(SGD_STEPS, steps=2, tolerance=None)
     turned = bl.dynamics.Extragradient(0.1) if odd else bl.dynamics.Alternating()
@@ -386,6 +393,12 @@ def disagree_further(folder):
         "Tasks": lambda: together.game(tasks_game(SINES) if odd else make()),
         "deterministic": determined,
         "threads": threads,
+        "domain": lambda: together.game(within(domain=bl.Box(0.0, 1.0 + odd))),
+        "no domain": lambda: together.game(within(domain=None if odd else bl.Simplex(2.0))),
+        "walls": lambda: together.game(within(domain=bl.Box(0.0, torch.ones(2) + odd))),
+        "prox": lambda: together.game(within(prox=bl.constraints.L1(0.1 + odd))),
+        "range": lambda: together.game(within(bl.Log(0.1, 2.0 + odd, start=1.0))),
+        "inequality": lambda: bl.solve(over(1.0 + odd), y=exact, steps=1, parallel=together),
     }  # fmt: skip
     for case, play_it in cases.items():
         kind, text = told(play_it)
