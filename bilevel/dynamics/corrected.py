@@ -13,6 +13,7 @@ from bilevel.dynamics.base import Dynamics, State, require_positive
 from bilevel.dynamics.field import Field
 from bilevel.errors import require_kinds
 from bilevel.linear import GMRES, LinearOperator, LinearSolver
+from bilevel.sharding.tensor import entries
 
 
 @final
@@ -79,7 +80,7 @@ class SymplecticAdjustment(Dynamics):
         turned = 0.5 * (pulled - jacobian.matvec(xi))
         sign = 1.0
         if self.aligned:
-            score = float(xi @ pulled) * float(turned @ pulled) / xi.numel() + self.epsilon
+            score = float(xi @ pulled) * float(turned @ pulled) / entries(xi) + self.epsilon
             sign = 1.0 if score >= 0.0 else -1.0
         return field.split(xi + sign * self.weight * turned), state
 

@@ -12,9 +12,10 @@ from torch import Tensor, distributed, nn
 from bilevel.errors import ParallelError
 from bilevel.game.player import Player
 from bilevel.sharding import Layout, Peers, ShardedTensor
+from bilevel.sharding.gathers import put_together
 from bilevel.sharding.modules import is_fully_sharded, without_hooks
 from bilevel.sharding.tensor import Form
-from bilevel.sharding.unsharded import Unsharded, put_together
+from bilevel.sharding.unsharded import Unsharded
 from bilevel.tree import Variables, leaves, map_leaves, named_leaves, structure_of
 
 

@@ -35,6 +35,7 @@ from bilevel.responses.batch_tensors import BatchTensors
 from bilevel.responses.first_order import BackwardPass, attach
 from bilevel.responses.own_functions import warn_of_first
 from bilevel.responses.promise import Behaviour, Estimate, Optimum, Promise, Report
+from bilevel.sharding.tensor import entries
 from bilevel.tree import Structure, Variables, flatten, join, leaves
 
 _SECOND = (
@@ -399,7 +400,7 @@ class _Settled(BackwardPass):
     def _start(self, tilted: _Tilted, y: Tensor, signed: float, force: float) -> Tensor:
         """Where a nudged solve starts: displaced as the last one was, where that leaves less than the nudge itself."""
         before = self.before["displacement"]
-        if not (self.response.warm_start and before.numel()):
+        if not (self.response.warm_start and entries(before)):
             return y
         guess: Tensor = y + signed * before
         _, slopes = tilted.gradients(self.form.split(guess))

@@ -154,7 +154,13 @@ def _formed(packet: Any, made: Any, given: Sequence[ShardedTensor], args: Sequen
     if any(form is None for form in forms):
         return made
     known = [form for form in forms if form is not None]
-    if packet in (_aten.view, _aten._unsafe_view, _aten._reshape_alias) and isinstance(made, ShardedTensor):
+    if packet is _aten.slice:
+        # By what was asked, for a slice of an empty part has its shape: what ranks hold of it they must know alike.
+        asked: list[Any] = [*args[2:], *[None, None, 1][len(args[2:]) :]]
+        begin, end, step = asked
+        if begin or step != 1 or (end is not None and end < 2**62):
+            made.form = None
+    elif packet in (_aten.view, _aten._unsafe_view, _aten._reshape_alias) and isinstance(made, ShardedTensor):
         (form,) = known
         if made.ndim == 1 and given[0].numel() == made.numel():
             made.form = Form(form.layouts, True)

@@ -1,22 +1,14 @@
-r"""The whole of a tensor, where a loss uses it: a gather over ranks as a part of the derivatives, of any order.
+"""The whole of a tensor, where a loss uses it.
 
-A rank computes its share of a loss from a tensor of which it holds a part s. `gathered` puts the parts together, and
-its transpose adds up what the ranks' shares say of the whole and cuts out this rank's part again:
-
-$$
-\text{gathered}: (s_1, \dots, s_p) \mapsto (y, \dots, y); \qquad
-\text{scattered}: (v_1, \dots, v_p) \mapsto \text{the parts of } \textstyle\sum_r v_r
-$$
-
-Each is the other's transpose. Where all ranks compute the same (`shared=False`), no sum is due: the transpose cuts.
-
-`Unsharded` puts them together where an operation takes it, and no earlier: layer after layer, as a network runs. What
+`Unsharded` is put together where an operation takes it, and no earlier: layer after layer, as a network runs. What
 autograd would save of the whole for a backward pass is saved as the part, and put together again there (`Saving`).
+What acts on each entry by itself acts on the parts, and is a tensor of which each rank holds a part again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,56 +19,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from bilevel.errors import ParallelError
+from bilevel.sharding.gathers import closed, gathered, multiplied, opened, put_together, totalled, unchanged
 from bilevel.sharding.layout import Layout
-from bilevel.sharding.tensor import Form, Peers, ShardedTensor
+from bilevel.sharding.tensor import Peers, ShardedTensor
 
 _SAVING: ContextVar[Saving | None] = ContextVar("saving", default=None)
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(layout: Layout, shared: bool, part: Tensor) -> Tensor:
-        if not isinstance(part, ShardedTensor):
-            raise AssertionError("what is gathered is a part")
-        return put_together(layout, part.peers, part.local)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.layout, ctx.shared, part = inputs
-        ctx.peers = part.peers
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, _Scattered.apply(ctx.layout, ctx.shared, ctx.peers, cotangents[0])  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, __: None, tangent: Tensor) -> Tensor:
-        return _Gathered.apply(ctx.layout, ctx.shared, tangent)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(layout: Layout, shared: bool, peers: Peers, whole: Tensor) -> Tensor:
-        total = peers.total(whole) if shared else whole
-        return ShardedTensor(layout.cut(total, peers.rank), peers, Form((layout,), False))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.layout, ctx.shared, ctx.peers, _ = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, _Gathered.apply(ctx.layout, ctx.shared, cotangents[0])  # type: ignore[no-untyped-call]
-
-
-def put_together(layout: Layout, peers: Peers, local: Tensor) -> Tensor:
-    """The whole, of every rank's part."""
-    sizes = [torch.Size(layout.part(rank)).numel() for rank in range(peers.size)]
-    return layout.joined(peers.parts(local.detach().reshape(-1), sizes))
-
-
 class Unsharded(Tensor):
-    """A whole tensor of which this rank holds a part: any operation on it puts it together first.
+    """A whole tensor of which this rank holds a part: operations on it put it together first, where they need it.
 
     Args:
         part: The part.
@@ -102,7 +54,7 @@ class Unsharded(Tensor):
     def whole(self) -> Tensor:
         """It, as a plain tensor."""
         part, layout = self._part, self._layout
-        found: Tensor = _Gathered.apply(layout, self._shared, part)  # type: ignore[no-untyped-call]
+        found = gathered(layout, self._shared, part)
         saving = _SAVING.get()
         if saving is not None:
             saving.remember(found, _Source(layout, part.peers, part.local))
@@ -117,9 +69,15 @@ class Unsharded(Tensor):
         if func in _OF_ITS_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in _SQUARES and not kwargs:
-            # Of a product autograd keeps the factors, and they are kept as parts; of a square it keeps the whole twice.
-            func, args = torch.mul, (args[0], args[0])
+        found = _on_parts(func, args, kwargs or {})
+        if found is not None:
+            return found
+        written = args[0] if args and _writes(func) else (kwargs or {}).get("out")
+        if isinstance(written, Unsharded):
+            raise ParallelError(
+                f"{func.__name__} writes to a tensor of which each rank holds a part, which is whole only where it is "
+                "read. Make a new tensor instead: torch.where(...), torch.cat(...), w = w + step."
+            )
         wholes: dict[int, Tensor] = {}  # what comes twice is put together once
 
         def whole(value: Unsharded) -> Tensor:
@@ -139,13 +97,122 @@ class Unsharded(Tensor):
         return func(*args, **kwargs)
 
 
-_SQUARES = (torch.square, Tensor.square)
 _OF_ITS_FORM = {
     *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__),  # type: ignore[attr-defined]
     *(Tensor.layout.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__),  # type: ignore[attr-defined]
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
     Tensor.__repr__,
 }
+
+
+# What needs no whole -------------------------------------------------------------------------------------------------
+
+
+def _on_parts(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a function gives that acts on the parts; None of one that needs the whole."""
+    if torch._C._are_functorch_transforms_active() or "out" in kwargs:
+        return None
+    if func in _PRODUCTS and not kwargs:
+        return _PRODUCTS[func](*args)
+    if func in _SUMS and len(args) == 1 and not kwargs:
+        return _summed(func, args[0])
+    if not _writes(func):
+        return _by_entry(func, args, kwargs) if _acts_by_entry(func) else None
+    plain, found = _written_anew(func), None
+    if plain is not None and _acts_by_entry(plain) and isinstance(args[0], Unsharded):
+        found = _by_entry(plain, args, kwargs)
+    if found is None or found.dtype is not args[0].dtype:
+        return None
+    args[0]._part = found._part
+    return args[0]
+
+
+def _by_entry(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Unsharded | None:
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    first = next(leaf for leaf in given if isinstance(leaf, Unsharded))
+    kind = (first._layout, first._shared, first._part.peers)
+    for leaf in given:
+        if isinstance(leaf, Unsharded):
+            alike = (leaf._layout, leaf._shared, leaf._part.peers) == kind
+        else:  # the derivative by a number of everybody's would be the sum over this rank's entries alone
+            alike = leaf.ndim == 0 and not leaf.requires_grad
+        if not alike:
+            return None
+    if any(leaf is True for leaf in pytree.tree_leaves((args, kwargs))):  # inplace=True would write to the part
+        return None
+    own, named = pytree.tree_map_only(Unsharded, lambda leaf: opened(leaf._part), (args, dict(kwargs)))
+    found = func(*own, **named)
+    if not isinstance(found, Tensor) or found.shape != first._part.shape:
+        return None
+    return Unsharded(closed(first._part, found), first._layout, first._shared)
+
+
+def _summed(func: Callable[..., Any], tensor: Unsharded) -> Tensor:
+    total = totalled(tensor._part.peers, tensor._shared, opened(tensor._part).sum())
+    return total / tensor._layout.entries if func in _MEANS else total
+
+
+def _times(rows: Any, matrix: Any) -> Tensor | None:
+    return _multiplied(rows, matrix, turned=False)
+
+
+def _linear(rows: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    found = _multiplied(rows, weight, turned=True)
+    return found if found is None or bias is None else found + bias
+
+
+def _multiplied(rows: Any, matrix: Any, *, turned: bool) -> Tensor | None:
+    if isinstance(rows, Unsharded) or not isinstance(matrix, Unsharded) or matrix.ndim != 2 or rows.ndim < 1:
+        return None
+    if rows.dtype is not matrix.dtype or torch.is_autocast_enabled(rows.device.type):
+        return None
+    flat = rows.reshape(-1, rows.shape[-1])
+    found = multiplied(matrix._layout, matrix._shared, flat, matrix._part, turned=turned)
+    return found.reshape(*rows.shape[:-1], found.shape[-1])
+
+
+@functools.cache
+def _acts_by_entry(func: Callable[..., Any]) -> bool:
+    """Whether torch says so of a function, or of an operator like `__rsub__`."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        name = {"truediv": "div", "rtruediv": "div", "rdiv": "div"}.get(name.strip("_"), name.strip("_"))
+        if not hasattr(torch.ops.aten, name):
+            name = name.removeprefix("r")
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or "dim" in packet.overloads():  # torch.max is by entry of two tensors, and a reduction of one
+        return False
+    tags = [getattr(packet, which).tags for which in packet.overloads()]
+    drawn = any(torch.Tag.nondeterministic_seeded in each for each in tags)
+    return not drawn and any(torch.Tag.pointwise in each for each in tags)
+
+
+@functools.cache
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function or an operator writes to its first tensor."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))
+    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") and name != "requires_grad_" else None
+    return packet is not None and bool(getattr(packet, packet.overloads()[0])._schema.is_mutable)
+
+
+@functools.cache
+def _written_anew(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that returns a new tensor instead."""
+    name = func.__name__
+    return getattr(Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1], None)
+
+
+_PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _times),
+    torch.nn.functional.linear: _linear,
+}
+_MEANS = (torch.mean, Tensor.mean)
+_SUMS = (torch.sum, Tensor.sum, *_MEANS)
+
+
+# What is saved -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +275,7 @@ class Saving:
         if not isinstance(saved, _Saved):
             return saved  # type: ignore[no-any-return]
         source = saved.source
-        if source.local._version != saved.version:
-            raise RuntimeError("A sharded tensor that a backward pass needs was written to since.")
+        unchanged(source.local, saved.version)
         whole = put_together(source.layout, source.peers, source.local)
         self.remember(whole, source)
         return whole.as_strided(*saved.form)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bilevel as bl
 from bilevel.extend import leaves
+from bilevel.game.shards import MeshPeers
 from bilevel.inner import TorchOptimizer
 from bilevel.linear import (
     AdamPreconditioner,
@@ -28,7 +29,9 @@ from bilevel.linear import (
     NystromPreconditioner,
     Recycled,
 )  # fmt: skip
-from bilevel.sharding import ShardedTensor
+from bilevel.sharding import Layout, ShardedTensor
+from bilevel.sharding.tensor import Form
+from bilevel.sharding.unsharded import Unsharded
 
 # Those that torchrun starts; `play` says it to the others.
 RANK, SIZE = map(int, os.environ.get("RANK_OF_TEST", "0/1").split("/"))
@@ -633,6 +636,35 @@ def spread_answers(*names):
         tell(response=name, error=error, same=same, held=held)
 
 
+def small_game(cut):
+    """Weights of three rows: of four ranks the last holds nothing at all."""
+    start = {"w": 0.3 * drawn(3, 5, 71), "b": torch.zeros(3, dtype=torch.float64)}
+    if cut:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        start["w"] = distribute_tensor(start["w"], mesh(), [Shard(0)])
+
+    def judge(weights, batch):
+        inputs, labels = batch
+        return torch.nn.functional.cross_entropy(inputs @ weights["w"].T + weights["b"], labels)
+
+    def fit(decay, weights, batch):
+        return judge(weights, batch) + bl.penalty(weights, 2.0 * decay.exp())
+
+    leader = bl.Player(judge, torch.tensor(-3.0, dtype=torch.float64), data=[(HELD, HELD_LABELS)])
+    return bl.Game(decay=leader, weights=bl.Player(fit, start, data=[(INPUTS, LABELS)]))
+
+
+def spread_small(*names):
+    alone = dealt_out(names, lambda name: hypergradients(small_game(False), ON_PARTS[name])[0])
+    torch.manual_seed(0)
+    shared = bl.DataParallel(timeout=60.0).game(small_game(True))
+    for name in names:
+        error, same, state = compared(alone[name], shared, ON_PARTS[name])
+        held = sum(leaf.numel() for leaf in leaves(state["variables"]))
+        tell(response=name, error=error, same=same, held=held)
+
+
 def spread_keeps(*names):
     """How many parts are alive after a call, and after five more: a graph that holds itself would keep its own."""
     shared = bl.DataParallel(timeout=60.0).game(net_game(fully_sharded()))
@@ -657,6 +689,61 @@ def spread_layouts():
         shared = bl.DataParallel(timeout=60.0).game(made())
         error, same, _ = compared(one, shared, ON_PARTS["ReverseMode"])
         tell(response=name, error=error, same=same)
+
+
+BY_ENTRY = {  # a function of a part, and whether the whole is gathered for it
+    "pow": (lambda w: (w**2).sum() + (2.0**w).mean(), False),
+    "exp": (lambda w: (torch.exp(w) * w.abs() / (1.0 + w.square())).sum(), False),
+    "sigmoid": (lambda w: (torch.sigmoid(w) - torch.nn.functional.softplus(w)).sum(), False),
+    "where": (lambda w: torch.where(w > 0.0, w.exp(), 2.0 * w).clamp(-1.0, 2.0).sum(), False),
+    "in place": (lambda w: (w.square().mul_(w) + 1.0).sum(), False),
+    "added": (lambda w: torch.zeros(w.shape, dtype=w.dtype).add_(w.exp()).square().sum(), True),
+    "dropped": (lambda w: torch.nn.functional.dropout(w, 0.0).square().sum(), True),
+    "max": (lambda w: torch.max(w) * w.norm(), True),
+    "rows": (lambda w: w.square().sum(0).sqrt().sum(), True),
+    "products": (lambda w: (torch.tanh(INPUTS @ w) @ w.T).square().sum() if w.ndim == 2 else w.sum(), True),
+}  # fmt: skip
+
+
+class Counting(MeshPeers):
+    """Says how often a whole was put together."""
+
+    gathers = 0
+
+    def parts(self, tensor, sizes):
+        Counting.gathers += 1
+        return super().parts(tensor, sizes)
+
+
+def products_of(function, x, v):
+    """A value, its gradient, and a product with its Hessian."""
+    value = function(x)
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    curved = torch.autograd.grad(slope, x, v)[0] if slope.requires_grad else torch.zeros_like(v)
+    return value.detach(), slope.detach(), curved
+
+
+def spread_by_entry():
+    """Of what each rank computes the same, and of the mean of what each computes."""
+    peers = Counting(dist.group.WORLD)
+    for name, (function, gathers) in BY_ENTRY.items():
+        worst, Counting.gathers = 0.0, 0
+        for shape, dim in (((5, 3), 0), ((5, 3), 1), ((2,), 0), ((), 0)):
+            layout = Layout(shape, dim, SIZE)
+            start, along = (drawn(1, max(1, layout.entries), seed)[0].reshape(shape) for seed in (7, 8))
+            one = products_of(function, start.clone().requires_grad_(), along)
+            for shared in (False, True):
+                own, v = (ShardedTensor(layout.cut(t, RANK), peers, Form((layout,), False)) for t in (start, along))
+                share = 1.0 / SIZE if shared else 1.0
+                seen = partial(Unsharded, layout=layout, shared=shared)
+                many = products_of(lambda part: share * function(seen(part)), own.requires_grad_(), v)
+                worst = max(worst, abs(float(many[0] / share - one[0])))
+                for whole, part in zip(one[1:], many[1:], strict=True):
+                    worst = max(worst, *(layout.cut(whole, RANK) - part.local).abs().reshape(-1).tolist(), 0.0)
+        tell(case=name, error=worst, gathered=Counting.gathers > 0, expected=gathers)
+    own = ShardedTensor(layout.cut(start, RANK), peers, Form((layout,), False))
+    kind, text = told(lambda: Unsharded(own, layout, True).fill_(0.0))
+    tell(case="written", kind=kind, text=text)
 
 
 def whole(tree):

@@ -44,6 +44,22 @@ def test_a_rank_may_hold_nothing_of_a_small_tensor(played):
     assert min(told["held"] for told in lines[-1]) < WEIGHTS / 8
 
 
+def test_a_rank_may_hold_nothing_at_all(played):
+    names = ["ReverseMode", "Segments", "Nudged", "ConjugateGradient", "Diagonal", "Neumann"]
+    lines = played("spread_small", 4, *names)
+    assert check(lines) == names
+    assert {told["held"] for told in lines[-1]} == {0}
+
+
+def test_what_acts_on_each_entry_keeps_parts_and_gathers_nothing(played):
+    for rank in played("spread_by_entry", 3):  # of three ranks the last has none of two entries
+        *cases, written = rank
+        for told in cases:
+            assert told["error"] <= TOLERANCE, told
+            assert told["gathered"] == told["expected"], told
+        assert re.search("fill_ writes to a tensor of which each rank holds a part", written["text"])
+
+
 def test_no_graph_of_parts_holds_itself(played):
     for rank in played("spread_keeps", 2, "Segments", "Nudged", "SingleLoop", "ConjugateGradient"):
         for told in rank:
