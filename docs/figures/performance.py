@@ -153,6 +153,44 @@ def players() -> list[dict[str, str]]:
     ]
 
 
+def device_name() -> str:
+    """What it was measured on."""
+    found = read("device")
+    return f"{found['device']}, {found['machine']['processor']}"
+
+
+def device() -> list[dict[str, str]]:
+    """A line for each response: seconds, also in plain training steps, and memory in copies of the weights."""
+    rows = read("device")["times"]
+    steps = {row["weights"]: row["float32"]["seconds"] for row in rows if row["row"] == "a training step"}
+
+    def cell(row: dict) -> str:
+        found = row["float32"]
+        if "failed" in found:
+            return "does not fit"
+        return f"{_seconds(found['seconds'])}, {found['seconds'] / steps[row['weights']]:.3g}, {found['copies']:.0f}"
+
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    return [
+        {"": name, **{f"{row['weights']:,} weights": cell(row) for row in rows if row["row"] == name}} for name in names
+    ]
+
+
+def half() -> list[dict[str, str]]:
+    """The same for bfloat16 beside float32: seconds, memory, and how much of the hypergradient's direction is left."""
+    rows = [row for row in read("device")["times"] if "cosine" in row["bfloat16"]]
+
+    def cell(row: dict) -> str:
+        half, full = row["bfloat16"], row["float32"]
+        ratios = (half[key] / full[key] for key in ("seconds", "copies"))
+        return ", ".join([*(f"{ratio:.2f}" for ratio in ratios), f"{1.0 - half['cosine']:.0e}"])
+
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    return [
+        {"": name, **{f"{row['weights']:,} weights": cell(row) for row in rows if row["row"] == name}} for name in names
+    ]
+
+
 def _seconds(value: float) -> str:
     return f"{1e3 * value:.3g} ms" if value < 1.0 else f"{value:.3g} s"
 
@@ -182,7 +220,11 @@ def iterations(preconditioner: str) -> Callable[[], str]:
 
 
 PARTS = {
-    **{part.__name__: partial(table, part) for part in (equal_work, accuracy, along, whole_run, growth, players)},
+    **{
+        part.__name__: partial(table, part)
+        for part in (equal_work, accuracy, along, whole_run, growth, players, device, half)
+    },
+    "device_name": device_name,
     "largest_eigenvalue": limits(lambda found: f"{found['largest over the penalty']:.0f}"),
     "above_ten_penalties": limits(lambda found: str(found["above"]["10"])),
     "above_two_penalties": limits(lambda found: str(found["above"]["2"])),

@@ -171,7 +171,23 @@ def _others(row: dict[str, Any], seed: int) -> dict[str, float]:
     }
 
 
-PARTS = {part.__name__: part for part in (one_run, batch_norm, batch_norm_runs, jobs, fashion, advice, advice_truth)}
+def many_decays() -> list[list[str]]:
+    """A row for each of one decay and many: test losses, means over the splits."""
+    rows = json.loads((DOCS / "tuning" / "many_decays.json").read_text(encoding="utf-8"))["rows"]
+    ways = {"default": "nothing tuned", "found": "values found, fresh trainings", "the run itself": "the run itself"}
+    table = [["", "splits", *ways.values(), "seconds of the run"]]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way and set(ways) <= set(row)]
+        losses = (statistics.fmean(row[key]["test"] for row in mine) for key in ways)
+        spent = statistics.fmean(row["the run itself"]["seconds"] for row in mine)
+        table.append([way, str(len(mine)), *(f"{loss:.3f}" for loss in losses), f"{spent:.0f}"])
+    return table
+
+
+PARTS = {
+    part.__name__: part
+    for part in (one_run, batch_norm, batch_norm_runs, jobs, fashion, advice, advice_truth, many_decays)
+}
 
 
 def main() -> None:
