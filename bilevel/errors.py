@@ -60,6 +60,10 @@ class ParallelError(BilevelError):
     """The processes that play one game do not agree, or one of them has ended or hangs; the message says which."""
 
 
+class WorkerError(BilevelError):
+    """A process that does work for this one was killed, or cannot read its work; the message says what it met."""
+
+
 class NonFiniteError(BilevelError):
     """A loss, a gradient or a solution became NaN or infinite while running."""
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +28,7 @@ SLOW = {
 }
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 # Pages that show other libraries: a block whose imports are not all installed is passed over; `found` names the others.
-SHOWS_OTHERS = {"coming-from.md", "integrations.md"}
+SHOWS_OTHERS = {"coming-from.md", "integrations.md", "clusters.md"}
 OTHERS = {
     "higher",
     "torchopt",
@@ -45,9 +47,14 @@ IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 SHOWN = {"sh", "text"}
 
 
+# Passed over without Ray.
+RAY = "docs/clusters.md"
+
+
 def _page(path: Path) -> object:
     name = path.relative_to(ROOT).as_posix()
-    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    slow = [pytest.mark.slow] if name in {*SLOW, RAY} else []
+    return pytest.param(path, id=name, marks=[*slow, pytest.mark.ray] if name == RAY else slow)
 
 
 def blocks(path: Path) -> list[tuple[str, int, str]]:
@@ -60,6 +67,17 @@ def blocks(path: Path) -> list[tuple[str, int, str]]:
     return found
 
 
+@pytest.fixture
+def _ray_stops() -> Iterator[None]:
+    """Where a page starts one, and no test before it did."""
+    ray = sys.modules.get("ray")
+    ours = ray is None or not ray.is_initialized()
+    yield
+    if ours and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.mark.usefixtures("_ray_stops")
 @pytest.mark.parametrize("path", [_page(path) for path in PAGES])
 def test_every_python_block_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name for name in OTHERS if importlib.util.find_spec(name)}

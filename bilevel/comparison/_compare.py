@@ -23,7 +23,7 @@ from bilevel.files import remove_abandoned, write_whole
 from bilevel.game import Game
 from bilevel.inner.torch_optim import OptimizerFactory
 from bilevel.responses import Response
-from bilevel.workers import side_by_side
+from bilevel.workers import on_cluster, side_by_side
 
 if TYPE_CHECKING:
     from bilevel.testing.known import KnownGame
@@ -71,10 +71,10 @@ def compare(
         budgets: The ladder, in units of the response's own steps.
         reference: Default: L-BFGS and conjugate gradients to 1e-10 (1e-5 in float32).
         laws: What each response obeys, to be shown.
-        jobs: Processes of one thread, side by side.
+        jobs: Processes of one thread, side by side; -1: as many as there are cores.
         cluster: Do it on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one on
-            this machine, started and stopped; `jobs` runs at once, or with 1 as many as it has cores. Results then come
-            at the end; `folder` must be seen by all of its machines.
+            this machine, started and stopped; `jobs` runs at once, or with 1 as many as it has cores. `folder` must be
+            seen by all of its machines.
         folder: Keeps each finished run.
         resume: Do not repeat runs that are in `folder`.
         progress: Show a bar on stderr.
@@ -117,7 +117,7 @@ def compare(
     references: dict[tuple[str, int], Reference] = {}
     vectors: dict[tuple[str, int], list[float] | None] = {}
     total = len(parts) + sum(len(part.responses) for part in parts)
-    with _bar(progress, total) as ended:
+    with on_cluster(cluster, jobs if jobs > 1 else None), _bar(progress, total) as ended:
         for part, (found, vector) in _each([(part, partial(_refer, part)) for part in parts], jobs, cluster):
             references[part.game, part.seed], vectors[part.game, part.seed] = found, vector
             ended(f"{part.game}: reference")

@@ -42,8 +42,8 @@ def check(
             raise TypeError(f"compare: {word}={given!r}; expected a dict from name to one of them, and not empty.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"compare: seeds={tuple(seeds)}; expected at least one, and none twice.")
-    if steps < 1 or jobs < 1:
-        raise ValueError(f"compare: steps={steps}, jobs={jobs}; expected at least 1 of each.")
+    if steps < 1:
+        raise ValueError(f"compare: steps={steps}; expected at least 1.")
     if 1.0 not in budgets or not all(budget > 0.0 for budget in budgets) or len(set(budgets)) < len(budgets):
         raise ValueError(f"compare: budgets={tuple(budgets)}; expected different numbers > 0 with 1 among them.")
     if isinstance(optimizer, Mapping):

@@ -61,7 +61,7 @@ def retrain(
         checkpoint: A file that keeps each training as it ends; what it has is not done again. More `seeds` may follow.
         jobs: How many trainings go at once, in processes of one thread (joblib); -1: as many as there are cores.
         cluster: Train on a Ray cluster, by its address ("host:6379", "ray://host:10001", "auto"), or "local": one on
-            this machine. As many at once as it has cores, or `jobs`. The file is written here, at the end.
+            this machine. As many at once as it has cores, or `jobs`. The file is written here.
 
     Raises:
         CheckpointError: For a file of other trainings: of other values, another length or another model.
@@ -75,8 +75,6 @@ def retrain(
     """
     if seeds < 1:
         raise ValueError(f"retrain: seeds={seeds}; expected at least 1.")
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < -1 or jobs == 0:
-        raise ValueError(f"retrain: jobs={jobs!r}; expected a whole number from 1, or -1 for one a core.")
     require_workers("retrain", jobs, cluster)
     at = {"found": tuned.hyper if values is None else values, "start": tuned.start, **({"plain": {}} if plain else {})}
     for chosen in at.values():

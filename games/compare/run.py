@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bilevel as bl
 from bilevel.files import write_whole
-from bilevel.workers import require_workers
+from bilevel.workers import on_cluster, require_workers
 from games.compare.laws import check_laws
 from games.compare.suite import cases, responses
 from games.errors import MissingExtraError
@@ -41,24 +41,25 @@ def run_suite(
         raise MissingExtraError(str(error)) from error
     suite = {name: case for name, case in cases(data).items() if name in games}
     answers = {name: given for name, given in responses(suite).items() if name in names}
-    laws = (
-        check_laws(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume, cluster=cluster)
-        if examples
-        else {}
-    )
-    return bl.compare(
-        {name: case.play for name, case in suite.items()},
-        answers,
-        optimizer={name: case.optimizer for name, case in suite.items()},
-        steps=steps,
-        seeds=range(seeds),
-        jobs=jobs,
-        cluster=cluster,
-        folder=folder,
-        resume=resume,
-        progress=True,
-        laws=laws,
-    )
+    with on_cluster(cluster, jobs if jobs > 1 else None):  # one for the laws and the runs
+        laws = (
+            check_laws(list(answers), examples=examples, jobs=jobs, folder=folder, resume=resume, cluster=cluster)
+            if examples
+            else {}
+        )
+        return bl.compare(
+            {name: case.play for name, case in suite.items()},
+            answers,
+            optimizer={name: case.optimizer for name, case in suite.items()},
+            steps=steps,
+            seeds=range(seeds),
+            jobs=jobs,
+            cluster=cluster,
+            folder=folder,
+            resume=resume,
+            progress=True,
+            laws=laws,
+        )
 
 
 def write_report(comparison: bl.comparison.Comparison, folder: Path) -> list[str]:

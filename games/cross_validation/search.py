@@ -94,18 +94,16 @@ class CrossValidation:
     def __post_init__(self) -> None:
         if not self.tolerance > 0.0:
             raise ValueError(f"CrossValidation: tolerance={self.tolerance}; expected a number above 0.")
-        if self.jobs == 0:
-            raise ValueError("CrossValidation: jobs=0; expected a number of processes, or -1 for one a core.")
+        try:
+            require_workers("CrossValidation", self.jobs, self.cluster)
+        except ImportError as error:
+            raise MissingExtraError(str(error)) from error
         spread = self.jobs != 1 or self.cluster is not None
         if self.together < 1 or (self.together > 1 and spread):
             raise ValueError(
                 f"CrossValidation: together={self.together}, jobs={self.jobs}, cluster={self.cluster!r}; expected at "
                 "least 1 candidate at a time, and one process when there are more."
             )
-        try:
-            require_workers("CrossValidation", self.jobs, self.cluster)
-        except ImportError as error:
-            raise MissingExtraError(str(error)) from error
         bl.Implicit(self.optimizer, steps=self.steps)  # it says what is wrong with these
 
     def __call__(

@@ -12,6 +12,7 @@ import typer
 
 from bilevel import BilevelWarning
 from games.experiments.console import (
+    RAY,
     UsageError,
     check_at_least,
     chosen_names,
@@ -73,6 +74,7 @@ def tune_command(
     retrain: Annotated[
         int | None, typer.Option(help="With --model: so many fresh trainings at the values found and at the start's.")
     ] = None,
+    ray: Annotated[str | None, typer.Option(help=f"With --retrain: {RAY[0].lower()}{RAY[1:]}")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="With --model: write run.png to the output folder.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what is in the JSON file in place of a table.")
@@ -106,7 +108,7 @@ def tune_command(
         own = {
             "hyper": hyper, "loss": loss, "optimizer": optimizer, "lr": lr, "epochs": epochs,
             "device": device, "batch-size": batch_size, "image-size": image_size, "retrain": retrain,
-            "plot": plot or None, "accept-changes": accept_changes or None,
+            "ray": ray, "plot": plot or None, "accept-changes": accept_changes or None,
         }  # fmt: skip
         if model is not None:
             if response:
@@ -126,6 +128,7 @@ def tune_command(
                 valid=valid,
                 image_size=image_size,
                 retrain=retrain or 0,
+                ray=ray,
                 seed=seed,
                 output=output,
                 resume=resume,

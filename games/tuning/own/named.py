@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,22 @@ def files(*options: str | None) -> dict[str, Path]:
             if path.is_relative_to(whole.parent) and path.is_file() and _is_users(str(path)):
                 found[str(path.relative_to(whole.parent))] = path
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def sent_whole(*options: str | None) -> Iterator[None]:
+    """Meanwhile what `files` names is pickled with its code: other machines need none of these files."""
+    import cloudpickle
+
+    paths = {str(path) for path in files(*options).values()}
+    modules = [module for module in list(sys.modules.values()) if str(getattr(module, "__file__", "")) in paths]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def called(call: Callable[..., Any], text: str, option: str) -> Any:

@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ from bilevel.errors import CheckpointError
 from bilevel.files import write_whole
 from bilevel.randomness import random_kept
 from bilevel.tuning import Retrained, Tuned
-from games.errors import TrainingError
+from bilevel.workers import LOCAL, on_cluster, require_workers
+from games.errors import MissingExtraError, TrainingError
 from games.experiments.console import UsageError, check_at_least, output_folder
 from games.experiments.provenance import provenance
 from games.experiments.store import Store, as_json, digest, write_json
 from games.experiments.style import empty_figure, save_figure
+from games.stopping import raising
 from games.tuning.own import named, settings
 from games.tuning.own.sets import Sets, sets
 
@@ -48,6 +51,7 @@ class Options:
     valid: int | None
     image_size: int | None
     retrain: int
+    ray: str | None
     seed: int
     output: Path
     resume: bool
@@ -63,6 +67,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     """
     check_at_least(1, batch_size=options.batch)
     check_at_least(0, retrain=options.retrain)
+    _check_ray(options)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps both say how long to train; give one of them.")
     length = (
@@ -121,9 +126,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         def step(number: int, record: Mapping[str, float], variables: Mapping[str, Any]) -> None:
             stop_if_asked()
 
-        def fresh() -> nn.Module:
-            stop_if_asked()
-            return build().to(device)  # type: ignore[no-any-return]
+        fresh = partial(_fresh, build, device)
 
         tune = partial(
             bl.tune,
@@ -146,7 +149,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
             try:
                 tuned = tune(**length)  # type: ignore[arg-type]
                 if options.retrain:
-                    again = bl.retrain(tuned, seeds=options.retrain, make=fresh, checkpoint=kept)
+                    again = _retrained(tuned, fresh, kept, options, stop_if_asked)
             except CheckpointError:
                 raise
             except Exception as error:
@@ -164,6 +167,53 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         if options.plot:
             save_figure(tuned.plot(), options.output / "run.png")
         return content
+
+
+def _check_ray(options: Options) -> None:
+    """Raise where nothing would go to a cluster, or could not, before any training."""
+    if options.ray is None:
+        return
+    if not options.retrain:
+        raise UsageError(
+            f"--ray {options.ray}: a run is one training, which is done here. Add --retrain 4 for fresh trainings on "
+            "the cluster, or leave --ray out."
+        )
+    if options.device != "cpu":
+        raise UsageError(
+            f"--ray {options.ray} trains on the cluster's cores; --device {options.device} cannot be had there. Use "
+            "--device cpu, or leave --ray out."
+        )
+    try:
+        require_workers("tune", 1, options.ray)
+    except ImportError as error:
+        raise MissingExtraError(str(error)) from error
+    with on_cluster(options.ray, 1) if options.ray != LOCAL else nullcontext():
+        pass  # whether anybody answers
+
+
+def _fresh(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    return build().to(device)
+
+
+def _retrained(
+    tuned: Tuned,
+    fresh: Callable[[], nn.Module],
+    kept: Path,
+    options: Options,
+    stop_if_asked: Callable[[], None],
+) -> Retrained:
+    """Fresh trainings: here, each to its end before a stop, or on a cluster, which is stopped at once."""
+    retrain = partial(bl.retrain, tuned, seeds=options.retrain, checkpoint=kept)
+    stop_if_asked()
+    if options.ray is None:
+
+        def make() -> nn.Module:
+            stop_if_asked()
+            return fresh()
+
+        return retrain(make=make)
+    with raising(), named.sent_whole(options.model, options.data, options.loss, options.optimizer):
+        return retrain(make=fresh, cluster=options.ray)
 
 
 def _version(file: Path) -> tuple[int, int] | None:
