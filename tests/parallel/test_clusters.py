@@ -150,20 +150,23 @@ def test_a_killed_worker_is_another_and_more_jobs_than_cores_wait(up, tmp_path):
     assert (tmp_path / "began").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=pytest.mark.ray)])
-def test_what_cannot_be_sent_ends_in_words(request, cluster, tmp_path):
+@pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=[pytest.mark.slow, pytest.mark.ray])])
+def test_what_cannot_be_sent_ends_in_words(request, cluster):
     if cluster is not None:
         request.getfixturevalue("up")
     # The last of many: a backend of joblib's pickles it in a thread, whose errors nobody sees.
     work = [partial(int, 1)] * 9 + [partial(print, threading.Lock())]
-    with pytest.raises(TypeError, match=r"cannot be sent to another process: cannot pickle '_thread\.lock'.* jobs=1"):
-        list(side_by_side(work, jobs=2, cluster=cluster))
-    with pytest.raises(WorkerError, match="^OddError: too dark"):
-        list(side_by_side([odd, odd], jobs=2, cluster=cluster))
-    if cluster is None:
-        with pytest.raises(WorkerError, match=r"ended before its work was done.* fewer jobs"):
-            list(side_by_side([partial(killed_at_first, tmp_path)] * 2, jobs=2))
+    with joblib.parallel_config("threading"):
+        with pytest.raises(TypeError, match=r"cannot be sent to another process: .*'_thread.lock'.* jobs=1"):
+            list(side_by_side(work, jobs=2, cluster=cluster))
+        with pytest.raises(WorkerError, match="^OddError: too dark"):
+            list(side_by_side([odd, odd], jobs=2, cluster=cluster))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_in_words(tmp_path):
+    with pytest.raises(WorkerError, match=r"ended before its work was done.* fewer jobs"):
+        list(side_by_side([partial(killed_at_first, tmp_path)] * 2, jobs=2))
 
 
 def without_times(row):
