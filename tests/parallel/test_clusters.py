@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -100,6 +102,19 @@ def test_an_error_stops_the_workers(ray):
     with pytest.raises(ZeroDivisionError):
         list(side_by_side([partial(divmod, 1, 0), partial(time.sleep, 600)], jobs=2, cluster="local"))
     assert not ray.is_initialized()
+
+
+@needs_ray
+def test_an_address_is_joined(up):
+    """By another process: this one has joined already."""
+    address = up.get_runtime_context().gcs_address
+    program = (
+        "from functools import partial\n"
+        "from bilevel.workers import side_by_side\n"
+        f"print(dict(side_by_side([partial(int, 3)], jobs=1, cluster={address!r})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert "{0: 3}" in done.stdout, done.stderr
 
 
 @needs_ray
@@ -350,6 +365,12 @@ def test_a_cluster_that_is_not_there_is_told_at_once():
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"):
         with pytest.raises(ConnectionError, match=f"Ray cluster .*{address}"):
             compared(cluster=address)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        answer = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request"))
+        answer.start()
+        with pytest.raises(ConnectionError, match="what answers there is no Ray"):
+            compared(cluster=f"127.0.0.1:{other.getsockname()[1]}")
+        answer.join()
     with pytest.raises(TypeError, match="cluster=7; expected the address"):
         compared(cluster=7)
     for jobs in (0, -2, 1.5, "2", True):
