@@ -276,11 +276,16 @@ def _start(ray: Any, cluster: str, processes: int | None) -> None:
 
 
 def _knock(cluster: str, advice: str) -> None:
-    """Raise `ConnectionError` at once where nobody answers, which Ray itself waits for long."""
+    """Raise `ConnectionError` at once where nobody answers, or somebody else: Ray itself waits for minutes."""
     host, colon, port = cluster.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return  # 'auto', which Ray answers at once
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS) as wire:
+            # Ray speaks HTTP/2, whose first frame is that of its settings; under TLS it is not seen.
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                wire.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+                if wire.recv(9)[3:4] != b"\x04":
+                    raise OSError("what answers there is no Ray")
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"Nobody answers at the Ray cluster {cluster!r} ({error}). {advice}") from error

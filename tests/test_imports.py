@@ -64,7 +64,7 @@ MAY = {
     "extend": RESPONSES | {"dynamics"},
     "certificates": SOLVE,
     "testing": SOLVE | {"certificates"},
-    "workers": set(),
+    "workers": {"errors"},
     "comparison": SOLVE | {"testing", "workers"},
     "estimators": RESPONSES,
 }
@@ -90,6 +90,7 @@ GAMES_MAY = {
     "cross_validation": {"errors"},
     "problems": {"errors", "experiments"},
     **dict.fromkeys(APPLICATIONS, BELOW),
+    "tuning": BELOW | {"stopping"},
     "cli": APPLICATIONS | {"experiments", "stopping"},
     "__main__": {"cli", "stopping"},
 }

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -103,6 +105,19 @@ def test_an_error_stops_the_workers(ray):
 
 
 @needs_ray
+def test_an_address_is_joined(up):
+    """By another process: this one has joined already."""
+    address = up.get_runtime_context().gcs_address
+    program = (
+        "from functools import partial\n"
+        "from bilevel.workers import side_by_side\n"
+        f"print(dict(side_by_side([partial(int, 3)], jobs=1, cluster={address!r})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert "{0: 3}" in done.stdout, done.stderr
+
+
+@needs_ray
 def test_candidates_go_to_ray(up):
     from games.cross_validation import CrossValidation
 
@@ -120,7 +135,7 @@ def test_ray_serves_as_a_backend_of_joblib(up):
 
     register_ray()
     with joblib.parallel_config("ray"):
-        assert len(compared(jobs=2)) == len(compared(jobs=1)) > 0
+        assert dict(side_by_side([partial(int, 3), partial(int, 4)], jobs=2)) == {0: 3, 1: 4}
 
 
 def killed_at_first(folder):
@@ -150,20 +165,23 @@ def test_a_killed_worker_is_another_and_more_jobs_than_cores_wait(up, tmp_path):
     assert (tmp_path / "began").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=pytest.mark.ray)])
-def test_what_cannot_be_sent_ends_in_words(request, cluster, tmp_path):
+@pytest.mark.parametrize("cluster", [None, pytest.param("local", marks=[pytest.mark.slow, pytest.mark.ray])])
+def test_what_cannot_be_sent_ends_in_words(request, cluster):
     if cluster is not None:
         request.getfixturevalue("up")
     # The last of many: a backend of joblib's pickles it in a thread, whose errors nobody sees.
     work = [partial(int, 1)] * 9 + [partial(print, threading.Lock())]
-    with pytest.raises(TypeError, match=r"cannot be sent to another process: cannot pickle '_thread\.lock'.* jobs=1"):
-        list(side_by_side(work, jobs=2, cluster=cluster))
-    with pytest.raises(WorkerError, match="^OddError: too dark"):
-        list(side_by_side([odd, odd], jobs=2, cluster=cluster))
-    if cluster is None:
-        with pytest.raises(WorkerError, match=r"ended before its work was done.* fewer jobs"):
-            list(side_by_side([partial(killed_at_first, tmp_path)] * 2, jobs=2))
+    with joblib.parallel_config("threading"):
+        with pytest.raises(TypeError, match=r"cannot be sent to another process: .*'_thread.lock'.* jobs=1"):
+            list(side_by_side(work, jobs=2, cluster=cluster))
+        with pytest.raises(WorkerError, match="^OddError: too dark"):
+            list(side_by_side([odd, odd], jobs=2, cluster=cluster))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_in_words(tmp_path):
+    with pytest.raises(WorkerError, match=r"ended before its work was done.* fewer jobs"):
+        list(side_by_side([partial(killed_at_first, tmp_path)] * 2, jobs=2))
 
 
 def without_times(row):
@@ -347,6 +365,12 @@ def test_a_cluster_that_is_not_there_is_told_at_once():
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"):
         with pytest.raises(ConnectionError, match=f"Ray cluster .*{address}"):
             compared(cluster=address)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        answer = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request"))
+        answer.start()
+        with pytest.raises(ConnectionError, match="what answers there is no Ray"):
+            compared(cluster=f"127.0.0.1:{other.getsockname()[1]}")
+        answer.join()
     with pytest.raises(TypeError, match="cluster=7; expected the address"):
         compared(cluster=7)
     for jobs in (0, -2, 1.5, "2", True):
