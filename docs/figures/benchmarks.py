@@ -55,7 +55,7 @@ ALL = (
     Measured("Which values a fresh training should have",
              "tuning-measured.md#which-values-a-fresh-training-should-have",
              "python -m benchmarks.advice", "tuning/advice"),
-    Measured("One run beside TPE, Hyperband and ASHA", "tuning-measured.md#beside-tpe",
+    Measured("One run beside TPE, Hyperband and ASHA", "tuning-measured.md#beside-tpe-hyperband-and-asha",
              "python -m benchmarks.fashion", "tuning/fashion"),
     Measured("A decay for each of 101,770 weights", "tuning-measured.md#a-decay-for-each-weight",
              "python -m benchmarks.many_decays", "tuning/many_decays"),
