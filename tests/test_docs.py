@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -69,10 +70,13 @@ def blocks(path: Path) -> list[tuple[str, int, str]]:
 
 @pytest.fixture
 def _ray_stops() -> Iterator[None]:
-    """Where a page starts one, and no test before it did."""
+    """Where a page starts one, and no test before it did; Ray Train leaves its handlers of signals behind."""
     ray = sys.modules.get("ray")
     ours = ray is None or not ray.is_initialized()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if ours and "ray" in sys.modules:
         sys.modules["ray"].shutdown()
 
