@@ -63,11 +63,6 @@ def require_leaves(
             require_like(leaf, wanted, f"{who}, {place},")
 
 
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to, by torch's own count, which views and detached aliases share."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 _PLAIN = frozenset((int, float, str, bool, type(None)))
 
 

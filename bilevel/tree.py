@@ -183,6 +183,11 @@ def named_leaves(tree: Variables) -> list[tuple[str, Any]]:
     return [(pytree.keystr(path), leaf) for path, leaf in pairs]
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, by torch's own count, which views and detached aliases share."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def leaf_names(tree: Variables, bare: str) -> list[str]:
     """Each leaf's path with dots, as `model.named_parameters()` names them; `bare` for a tensor by itself."""
     if type(tree) is dict and _TENSORS.issuperset(map(type, tree.values())):

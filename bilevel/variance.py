@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bilevel._returned import version
 from bilevel.errors import require_kinds
-from bilevel.tree import leaves
+from bilevel.tree import leaves, version
 
 _MOST = 10_000  # batches of a first pass without a length, after which it is held to be endless
 

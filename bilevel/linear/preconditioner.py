@@ -11,13 +11,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._returned import Lent, both, described, require_like, version
+from bilevel._returned import Lent, both, described, require_like
 from bilevel.errors import require_kinds
 from bilevel.linear.gaussian import gaussian
 from bilevel.linear.norms import norm
 from bilevel.linear.nystrom import eigenpairs
 from bilevel.linear.operator import LinearOperator, Shapes
 from bilevel.linear.system import Memory, nested, part_of, require_memory
+from bilevel.tree import version
 
 Applied = Callable[[Tensor], Tensor]
 """r `[n]` to M^-1 r `[n]`, M symmetric positive definite."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bilevel._returned import described, require_like, version
+from bilevel._returned import described, require_like
 from bilevel.linear.norms import norm
 from bilevel.linear.operator import KroneckerFactors, LinearOperator, Shapes
+from bilevel.tree import version
 
 Memory = dict[str, Tensor]
 """What a solver or a preconditioner learned, tensors by name: an argument and a return value, never written to."""
