@@ -75,11 +75,14 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # zeros of PyTorch's would be no part
         ctx.layout, ctx.shared, part = inputs
         ctx.peers = part.peers
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if cotangents[0] is None:
+            return None, None, None
         return None, None, _Scattered.apply(ctx.layout, ctx.shared, ctx.peers, cotangents[0])  # type: ignore[no-untyped-call]
 
     @staticmethod
@@ -95,10 +98,13 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # zeros of PyTorch's would be no part
         ctx.layout, ctx.shared, ctx.peers, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if cotangents[0] is None:
+            return None, None, None, None
         return None, None, None, _Gathered.apply(ctx.layout, ctx.shared, cotangents[0])  # type: ignore[no-untyped-call]
 
 
@@ -110,14 +116,17 @@ class _Multiplied(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # zeros of PyTorch's would be no part
         ctx.layout, ctx.shared, ctx.turned, rows, part = inputs
         ctx.peers, ctx.local, ctx.version = part.peers, part.local, part.local._version
         ctx.save_for_backward(rows, part)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         unchanged(ctx.local, ctx.version)
         (slope,), (rows, part) = cotangents, ctx.saved_tensors
+        if slope is None:
+            return None, None, None, None, None
         of_rows = of_part = None
         if ctx.needs_input_grad[3]:
             of_rows = _Multiplied.apply(ctx.layout, ctx.shared, not ctx.turned, slope, part)  # type: ignore[no-untyped-call]
@@ -134,11 +143,12 @@ class _Opened(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # zeros of PyTorch's would be no part
         ctx.peers, ctx.form = inputs[0].peers, inputs[0].form
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return _Closed.apply(ctx.peers, ctx.form, cotangents[0])  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return None if cotangents[0] is None else _Closed.apply(ctx.peers, ctx.form, cotangents[0])  # type: ignore[no-untyped-call]
 
 
 class _Closed(torch.autograd.Function):
@@ -148,11 +158,11 @@ class _Closed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, _Opened.apply(cotangents[0])  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, None if cotangents[0] is None else _Opened.apply(cotangents[0])  # type: ignore[no-untyped-call]
 
 
 class _Totalled(torch.autograd.Function):
@@ -163,8 +173,11 @@ class _Totalled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # zeros of PyTorch's would be no part
         ctx.peers, ctx.shared, ctx.summed, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if cotangents[0] is None:
+            return None, None, None, None
         return None, None, None, _Totalled.apply(ctx.peers, ctx.shared, not ctx.summed, cotangents[0])  # type: ignore[no-untyped-call]

@@ -89,6 +89,8 @@ class ShardedTensor(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.split_with_sizes and not torch._C._are_functorch_transforms_active():
+                return _Cut.apply(*args)  # type: ignore[no-untyped-call]
             found = func(*args, **(kwargs or {}))
         if func is Tensor.expand_as and isinstance(args[1], cls) and not isinstance(found, cls):
             return cls(found, args[1].peers, args[1].form)
@@ -148,10 +150,33 @@ class ShardedTensor(Tensor):
         return _formed(packet, made, first, args)
 
 
+class _Cut(torch.autograd.Function):
+    """Pieces of a part. The derivative by one that nobody uses is a part of zeros; PyTorch's own would be a whole."""
+
+    @staticmethod
+    def forward(vector: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        return vector.split_with_sizes(list(sizes))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[ShardedTensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.pieces = [(piece.shape, piece.dtype, piece.device, piece.peers, piece.form) for piece in output]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, None]:
+        found = [
+            ShardedTensor(torch.zeros(shape, dtype=dtype, device=device), peers, form) if given is None else given
+            for given, (shape, dtype, device, peers, form) in zip(cotangents, ctx.pieces, strict=True)
+        ]
+        return torch.cat(found), None
+
+
 def _formed(packet: Any, made: Any, given: Sequence[ShardedTensor], args: Sequence[Any]) -> Any:
     """What the results make up, where they only arrange what came."""
     forms = [each.form for each in given]
     if any(form is None for form in forms):
+        if packet is _aten.cat:
+            made.form = None  # of empty parts it has the first one's shape, and would have taken its form
         return made
     known = [form for form in forms if form is not None]
     if packet is _aten.slice:

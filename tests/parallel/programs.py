@@ -636,13 +636,14 @@ def spread_answers(*names):
         tell(response=name, error=error, same=same, held=held)
 
 
-def small_game(cut):
-    """Weights of three rows: of four ranks the last holds nothing at all."""
+def small_game(cut, spare=False):
+    """Weights of three rows: of four ranks the last holds nothing at all. No loss of the leader's names `spare`."""
     start = {"w": 0.3 * drawn(3, 5, 71), "b": torch.zeros(3, dtype=torch.float64)}
+    start |= {"spare": drawn(2, 3, 72)} if spare else {}
     if cut:
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        start["w"] = distribute_tensor(start["w"], mesh(), [Shard(0)])
+        start |= {name: distribute_tensor(start[name], mesh(), [Shard(0)]) for name in start if name != "b"}
 
     def judge(weights, batch):
         inputs, labels = batch
@@ -655,14 +656,18 @@ def small_game(cut):
     return bl.Game(decay=leader, weights=bl.Player(fit, start, data=[(INPUTS, LABELS)]))
 
 
-def spread_small(*names):
-    alone = dealt_out(names, lambda name: hypergradients(small_game(False), ON_PARTS[name])[0])
+def spread_small(*names, spare=False):
+    alone = dealt_out(names, lambda name: hypergradients(small_game(False, spare), ON_PARTS[name])[0])
     torch.manual_seed(0)
-    shared = bl.DataParallel(timeout=60.0).game(small_game(True))
+    shared = bl.DataParallel(timeout=60.0).game(small_game(True, spare))
     for name in names:
         error, same, state = compared(alone[name], shared, ON_PARTS[name])
         held = sum(leaf.numel() for leaf in leaves(state["variables"]))
         tell(response=name, error=error, same=same, held=held)
+
+
+def spread_spare(*names):
+    spread_small(*names, spare=True)
 
 
 def spread_keeps(*names):

@@ -51,6 +51,11 @@ def test_a_rank_may_hold_nothing_at_all(played):
     assert {told["held"] for told in lines[-1]} == {0}
 
 
+def test_the_leader_need_not_name_every_part(played):
+    names = ["Adam", "ConjugateGradient", "Diagonal"]
+    assert check(played("spread_spare", 2, *names)) == names
+
+
 def test_what_acts_on_each_entry_keeps_parts_and_gathers_nothing(played):
     for rank in played("spread_by_entry", 3):  # of three ranks the last has none of two entries
         *cases, written = rank

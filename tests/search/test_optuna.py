@@ -204,6 +204,7 @@ def test_a_study_of_tuning_runs_prunes_and_chooses_the_width():
         result = bl.tune(
             model, train, valid, *data, hyper={"decay": bl.Log(1e-6, 1.0)},
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=2e-2), steps=100, callbacks=[Pruning(trial)],
+            check=0.0,
         )  # fmt: skip
         reported.append(len(result.history))
         return result.history[-1]["hyper"]
