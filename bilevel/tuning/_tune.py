@@ -84,7 +84,8 @@ def tune(
         response: How the trained weights answer; default: as above, which `tuned.plan` tells.
         every: Training steps for each of the hyperparameters.
         warmup: The share of the training steps before the first of these. Weights that have not settled yet say of
-            whatever regularises that there should be less of it.
+            whatever regularises that there should be less of it. Only the learned answer has it: `Unrolled`, for more
+            than 200 numbers, begins at once, and `tuned.plan` says so.
         check: The length of the fresh trainings that follow the run, in its steps: one at the values found, one at the
             start's and, where all hyperparameters are declared, one with nothing tuned. They begin at the given model's
             weights; a shorter one has a rate that is as many times larger. `tuned.retrained` has their losses, and
