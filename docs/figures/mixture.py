@@ -1,6 +1,7 @@
 """The table and the figure of docs/mixture.md: what `bilevel mixture` measured."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,32 @@ def rows_of(found: dict[str, Any]) -> list[Any]:
     return [Row(**row) for row in found["rows"]]
 
 
+def seeds() -> list[list[str]]:
+    """Medians over all seeds, with the least and the most; a row a mixture."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json"))]
+    table = [["mixture", "noise in the end", "noise < 1 % after, steps", "test loss", "gap to the oracle closed"]]
+    for each in zip(*(rows_of(one) for one in found), strict=True):
+        noise = [sum(s for s, noisy in zip(row.shares, found[0]["noise"], strict=True) if noisy) for row in each]
+        after = [row.below for row in each if row.below is not None]
+        losses = [[row.loss for row in rows_of(one)] for one in found]
+        closed = [
+            (uniform - row.loss) / (uniform - best) for row, (*_, uniform, best) in zip(each, losses, strict=True)
+        ]
+        learned = bool(each[0].curve)
+        table.append([
+            each[0].method,
+            _spread(noise, ".1%") if learned else f"{noise[0]:.0%}",
+            (_spread(after, ",.0f") if len(after) == len(each) else f"{len(after)} of {len(each)}") if learned else "",
+            _spread([row.loss for row in each], ".3f"),
+            _spread(closed, ".0%") if learned else "",
+        ])  # fmt: skip
+    return table
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def shares() -> list[list[str]]:
     """Where the shares ended, one row a source."""
     found = read()
@@ -48,7 +75,7 @@ def settings() -> str:
     )
 
 
-PARTS = {part.__name__: part for part in (runs, shares, settings)}
+PARTS = {part.__name__: part for part in (runs, seeds, shares, settings)}
 
 
 def main() -> None:

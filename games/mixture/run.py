@@ -26,8 +26,8 @@ METHODS = (*LEARNED, *GIVEN)
 INNER = 10
 """Training steps of the model for each step of the mixture."""
 LEADERS: dict[str, dict[str, Any]] = {
-    "Nudged": {"lr": 0.3, "betas": (0.5, 0.99)},
-    "ValueFunction": {"lr": 0.1, "betas": (0.5, 0.9)},
+    "Nudged": {"lr": 0.45, "betas": (0.5, 0.99)},
+    "ValueFunction": {"lr": 0.15, "betas": (0.5, 0.9)},
 }
 """Of Adam, which moves the mixture."""
 
