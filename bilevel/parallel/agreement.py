@@ -94,7 +94,7 @@ def of_the_game(game: Game, sharded: Iterable[str], examples: Examples | None = 
         found[f"the form of {name!r}"] = _short(", ".join(forms), 120)
         found[f"the start of {name!r}"] = told((game.initial(name), game.buffers().get(name, {})))
         sets = {"domain=": player.domain, "prox=": player.prox, "the ranges": player.coordinates}
-        found |= {f"{what} of {name!r}": f"{type(one).__name__} {told(_fields(one))}" for what, one in sets.items()}
+        found |= {f"{what} of {name!r}": _whole(_said(one)) for what, one in sets.items()}
         if isinstance(player.init, nn.Module):
             found |= {f"{path or 'the module'} of {name!r}": text for path, text in _layers(player.init)}
         if player.data is None:
@@ -110,15 +110,17 @@ def of_the_game(game: Game, sharded: Iterable[str], examples: Examples | None = 
     return found
 
 
-def _fields(thing: Any) -> Any:
-    """What a set or a range is made of: numbers, tensors, and others like it; of anything else its class."""
+def _said(thing: Any) -> str:
+    """A set or a range in words: its class and numbers, tensors by their bits; of anything else its class."""
     if is_dataclass(thing) and not isinstance(thing, type):
-        return [type(thing).__name__, *(_fields(getattr(thing, field.name)) for field in fields(thing))]
+        return f"{type(thing).__name__}({', '.join(_said(getattr(thing, field.name)) for field in fields(thing))})"
     if isinstance(thing, Mapping):
-        return [[str(key), _fields(value)] for key, value in thing.items()]
+        return f"{{{', '.join(f'{key}: {_said(value)}' for key, value in thing.items())}}}"
     if isinstance(thing, list | tuple):
-        return [_fields(each) for each in thing]
-    return thing if isinstance(thing, Tensor | float | int | str | None) else type(thing).__name__
+        return f"[{', '.join(map(_said, thing))}]"
+    if isinstance(thing, Tensor):
+        return f"tensor {list(thing.shape)} {told(thing)}"
+    return repr(thing) if isinstance(thing, float | int | str | None) else type(thing).__name__
 
 
 def _layers(module: nn.Module) -> Iterable[tuple[str, str]]:
@@ -188,6 +190,11 @@ def _length(data: Sized) -> str:
         return str(len(data))
     except TypeError:  # a loader over an iterable dataset has none
         return "unknown"
+
+
+def _whole(text: str, limit: int = 120) -> str:
+    """Shortened, and known by all of it."""
+    return text if len(text) <= limit else f"{_short(text, limit)} {told(text)}"
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -182,10 +182,11 @@ def _checked(tuned: Tuned, model: nn.Module, share: float, seed: int, after: Pat
         way_out = "For one take check=1.0, whole trainings at the optimiser's own rate, or a larger share."
         warnings.warn(ShortHorizonWarning(f"tune: {seen.told()} {way_out}"), stacklevel=3)
     elif seen.best != "found":
+        # Unrolled steps have no warmup.
+        better = "; warmup=0.5 with a slower leader= may find better values" if tuned.plan.warmup else ""
         message = (
             f"tune: {seen.told()} What pays only after many steps looks in a run like what slows it: for a fresh "
-            "training take tuned.advised. retrain(tuned, seeds=3) compares whole trainings; warmup=0.5 with a slower "
-            "leader= may find better values."
+            f"training take tuned.advised. retrain(tuned, seeds=3) compares whole trainings{better}."
         )
         warnings.warn(ShortHorizonWarning(message), stacklevel=3)
     return replace(tuned, retrained=seen)

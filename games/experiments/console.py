@@ -14,6 +14,7 @@ import typer
 from bilevel import BilevelError
 from bilevel.errors import CheckpointError
 from bilevel.files import write_whole
+from bilevel.tuning import retraining
 from games.errors import DataError, MissingExtraError
 from games.stopping import code_of, handled, raising, stop
 
@@ -211,6 +212,15 @@ def interrupted(pressed: KeyboardInterrupt) -> typer.Exit:
     return typer.Exit(code_of(pressed.pressed if isinstance(pressed, Stopped) else pressed))
 
 
+def _trains_anew(frame: FrameType | None) -> bool:
+    """Whether this is within `retrain`, or in the trainings that follow a run of `tune`."""
+    while frame is not None:
+        if frame.f_code.co_filename == retraining.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _fail(error: Exception, code: int) -> None:
     typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code) from None
@@ -220,12 +230,13 @@ def _fail(error: Exception, code: int) -> None:
 def interrupt_after_step() -> Iterator[Callable[[], None]]:
     """Let the first Ctrl-C or SIGTERM wait for the end of a step, so that a checkpoint is of a whole one.
 
-    The second does not wait. Yields what to call after each step: it raises `KeyboardInterrupt` when one has come.
+    The second does not wait, nor does the first within a fresh training, which has no checkpoint of its own. Yields
+    what to call after each step: it raises `KeyboardInterrupt` when one has come.
     """
     pressed: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if pressed:
+        if pressed or _trains_anew(frame):
             stop(number, frame)
         pressed.append(number)
         with suppress(RuntimeError):  # the signal came while stderr was being written

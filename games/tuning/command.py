@@ -71,6 +71,12 @@ def tune_command(
     image_size: Annotated[
         int | None, typer.Option(help="With --model and a folder of images: resize them to a square of so many pixels.")
     ] = None,
+    check: Annotated[
+        float | None,
+        typer.Option(
+            help="With --model: the fresh trainings that judge the values found have so much of its steps; 0: none. [0.5]"
+        ),
+    ] = None,
     retrain: Annotated[
         int | None, typer.Option(help="With --model: so many fresh trainings at the values found and at the start's.")
     ] = None,
@@ -107,7 +113,7 @@ def tune_command(
     with errors_in_one_line() as held, interrupt_after_step() as stop_if_asked:
         own = {
             "hyper": hyper, "loss": loss, "optimizer": optimizer, "lr": lr, "epochs": epochs,
-            "device": device, "batch-size": batch_size, "image-size": image_size, "retrain": retrain,
+            "device": device, "batch-size": batch_size, "image-size": image_size, "check": check, "retrain": retrain,
             "ray": ray, "plot": plot or None, "accept-changes": accept_changes or None,
         }  # fmt: skip
         if model is not None:
@@ -127,6 +133,7 @@ def tune_command(
                 train=train,
                 valid=valid,
                 image_size=image_size,
+                check=0.5 if check is None else check,
                 retrain=retrain or 0,
                 ray=ray,
                 seed=seed,

@@ -67,11 +67,11 @@ FURTHER = {
     "Tasks": r"the kind of game is Game on rank 0 and Tasks on rank 1",
     "deterministic": r"are_deterministic_algorithms_enabled\(\) is False on rank 0 and True on rank 1",
     "threads": r"the number of threads is 1 on rank 0 and 2 on rank 1. Set the same OMP_NUM_THREADS",
-    "domain": r"domain= of 'y' is Box #.* on rank 0 and Box #.* on rank 1",
-    "no domain": r"domain= of 'y' is Simplex #.* on rank 0 and NoneType #.* on rank 1",
-    "walls": r"domain= of 'y' is Box #.* on rank 0 and Box #.* on rank 1",
-    "prox": r"prox= of 'y' is L1 #.* on rank 0 and L1 #.* on rank 1",
-    "range": r"the ranges of 'x' is list #.* on rank 0 and list #.* on rank 1",
+    "domain": r"domain= of 'y' is Box\(0\.0, 1\.0\) on rank 0 and Box\(0\.0, 2\.0\) on rank 1",
+    "no domain": r"domain= of 'y' is Simplex\(2\.0\) on rank 0 and None on rank 1",
+    "walls": r"domain= of 'y' is Box\(0\.0, tensor \[2\] #.* on rank 0 and Box\(0\.0, tensor \[2\] #.* on rank 1",
+    "prox": r"prox= of 'y' is L1\(0\.1\) on rank 0 and L1\(1\.1\) on rank 1",
+    "range": r"the ranges of 'x' is \[Log\(0\.1, 2\.0, .*\)\] on rank 0 and \[Log\(0\.1, 3\.0, .*\)\] on rank 1",
     "inequality": r"players\.y\.inequality\.captured\.limit is 1\.0 on rank 0 and 2\.0 on rank 1",
 }
 

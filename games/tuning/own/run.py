@@ -50,6 +50,7 @@ class Options:
     train: int | None
     valid: int | None
     image_size: int | None
+    check: float
     retrain: int
     ray: str | None
     seed: int
@@ -67,6 +68,8 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
     """
     check_at_least(1, batch_size=options.batch)
     check_at_least(0, retrain=options.retrain)
+    if not 0.0 <= options.check <= 1.0:
+        raise UsageError(f"--check {options.check}: expected a share of the run's length, from 0, which is none, to 1.")
     _check_ray(options)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps both say how long to train; give one of them.")
@@ -137,6 +140,7 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
             data.valid,
             hyper=declared,
             optimizer=factory,
+            check=options.check,
             callbacks=(step,),
             checkpoint=checkpoint,
             accept_changes=options.accept_changes,

@@ -175,6 +175,33 @@ def test_control_c_and_resume_equal_a_run_that_was_not_stopped(place, tmp_path, 
     assert results(tmp_path) == results(whole[1])
 
 
+def test_control_c_in_the_check_ends_it_at_once_and_loses_only_the_training_under_way(
+    place, tmp_path, whole, monkeypatch
+):
+    from bilevel.tuning import retraining
+
+    original, calls = retraining._sped, []
+
+    def pressing(*arguments):
+        calls.append(0)
+        if len(calls) == 40:  # of 30 steps each: in the second
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(retraining, "_sped", pressing)
+    options = ("--steps", 60, "--retrain", 1, "--plot", "--output", tmp_path)
+    assert call(place, *options).exit_code == 130
+    assert len(calls) == 40
+    assert call(place, *options, "--resume").exit_code == 0
+    assert len(calls) == 40 + 2 * 30 + 2 * 60  # two of the check's three, and both that --retrain asked for
+    assert results(tmp_path) == results(whole[1])
+
+
+def test_without_a_check(place, tmp_path):
+    assert call(place, "--steps", 10, "--check", 0, "--output", tmp_path).exit_code == 0
+    assert results(tmp_path)["check"] is None
+
+
 def test_a_model_file_that_has_changed_is_refused_and_may_be_accepted(tmp_path):
     (tmp_path / "changing_parts.py").write_text("hidden = 4\n")
     net = tmp_path / "changing_net.py"
@@ -283,6 +310,7 @@ def test_a_model_that_fails_in_training_mode_alone_is_refused_before_any(place, 
         (["--response", "unrolled"], "--response goes without --model"),
         (["--valid", 200], "200|201 examples were asked for"),
         (["--loss", "hinge"], "expected cross_entropy, mse"),
+        (["--check", 2], "--check 2.0: expected a share of the run's length"),
         (["--ray", "local"], "--ray local: a run is one training, which is done here. Add --retrain"),
         (["--ray", "local", "--retrain", 2, "--device", "cuda"], "--device cuda cannot be had there. Use --device cpu"),
         (["--device", "gpu"], "--device gpu cannot be used; here are cpu"),
