@@ -74,7 +74,7 @@ def tune_command(
     check: Annotated[
         float | None,
         typer.Option(
-            help="With --model: the fresh trainings that judge the values found have so much of its steps; 0: none. [0.5]"
+            help="With --model: the share of its steps that the fresh trainings have which judge the values; 0: none. [0.5]"
         ),
     ] = None,
     retrain: Annotated[
