@@ -74,7 +74,7 @@ def tune_command(
     check: Annotated[
         float | None,
         typer.Option(
-            help="With --model: the share of its steps that the fresh trainings have which judge the values; 0: none. [0.5]"
+            help="With --model: how much of its steps the fresh trainings have that judge the values; 0: none. [0.5]"
         ),
     ] = None,
     retrain: Annotated[
