@@ -442,12 +442,13 @@ class _Settled(BackwardPass):
         if shares.rounding > 0.1 * left and left > min(asked, 1.0):
             wrong, cause, error, remedy = "small", "rounding", left, "Raise"
         elif left > asked or left >= 1.0:
+            # Of 1 and more, what no solve at all would leave, it is told whatever is asked for.
+            accept = ", or accept it by tolerance=" if left < 1.0 else ""
             response._tell(
                 LinearNonConvergenceWarning,
                 f"Nudged: the nudged solves of player {self.name!r} left {left:.3g} of the nudge after "
                 f"{response.steps} steps; wanted {min(asked, 1.0):g}. The hypergradient is biased by as much, by more "
-                "where the follower is ill-conditioned. Give it more steps or another optimiser, or accept it by "
-                "tolerance=.",
+                f"where the follower is ill-conditioned. Give it more steps or another optimiser{accept}.",
             )
             return
         elif shares.rounding > max(asked, shares.truncation):
