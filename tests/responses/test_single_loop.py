@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -460,3 +461,12 @@ def test_a_batch_is_known_by_its_content():
     assert digest(batch) != before
     batch["labels"][1] -= 1
     assert digest(batch) == before
+
+
+def test_a_batch_that_is_written_to_through_numpy_is_another():
+    memory = np.zeros((32, 5))
+    batch = torch.from_numpy(memory)
+    before = digest(batch)
+    memory[...] = 1.0
+    assert digest(batch) != before
+    assert digest(batch) == digest(torch.ones(32, 5, dtype=torch.float64))
