@@ -16,6 +16,7 @@ from bilevel.tree import Variables
 _CLOSE = 0.02
 """A difference of fewer than so many of a validation loss is not told from the noise of one training."""
 
+_OTHERS = "They had different batches, for the data keep a state, and differ by that too."
 _VERDICT = {"found": "the values found", "start": "the start's values", "plain": "nothing tuned, {}"}
 TOLD = {"found": "at the values found", "start": "at the start's", "plain": "with nothing tuned"}
 
@@ -84,7 +85,7 @@ class Retrained:
         ends = f"{', '.join(losses[:-1])} and {losses[-1]}"
         close = ", within 2 % of the lowest" if self.means[self.best] > min(self.means.values()) else ""
         verdict = f"Advised: {_VERDICT[self.best]}{close}." if self.decided else "That is no verdict."
-        others = "" if self.alike else " They had different batches, for the data keep a state, and differ by that too."
+        others = "" if self.alike else f" {_OTHERS}"
         return (
             f"A fresh training of {self.steps:,} steps{rate} ends with a validation loss of {ends}.{others} {verdict}"
         )
@@ -101,4 +102,4 @@ class Retrained:
         for seed, losses in enumerate(zip(*columns.values(), strict=True)):
             table.add_row(str(seed), *(f"{loss:.4g}" for loss in losses))
         table.add_row("mean", *(f"{statistics.fmean(losses):.4g}" for losses in columns.values()))
-        return printed(table)
+        return printed(table, *([] if self.alike else [_OTHERS]))

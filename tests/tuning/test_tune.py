@@ -341,6 +341,23 @@ def test_a_check_that_fails_leaves_the_run():
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_batches_of_objects_that_are_made_anew_are_the_same():
+    class Graph:
+        """It prints as where it lies."""
+
+    def batches():
+        yield ONE[0], Graph()
+
+    def dragged(weights, pull, batch):
+        return pulled(weights, pull, batch[0])
+
+    pull = {"pull": bl.Unit(0.0, 1.0, start=0.9)}
+    look = bl.Unrolled(SGD, steps=2)
+    tuned = bl.tune(AT_ZERO, dragged, missed, batches, ONE, hyper=pull, optimizer=SGD, steps=40, response=look)
+    assert tuned.retrained is not None and tuned.retrained.alike
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
 @pytest.mark.parametrize("alike", [True, False])
 def test_the_trainings_of_a_check_have_the_same_batches_or_say_so(alike):
     own = np.random.default_rng(0)  # out of reach, in a function's globals or cells
