@@ -16,6 +16,17 @@ class StopRun(Exception):  # noqa: N818 - no error: a callback of `solve` asks f
     """Raised by a callback, it ends `solve` after the step: the solution is returned, and a checkpoint written."""
 
 
+class CheckStopped(KeyboardInterrupt):
+    """Ctrl-C in the check that follows a run of `tune`: the run had ended, and is this exception's `tuned`."""
+
+    def __init__(self, tuned: Any) -> None:
+        super().__init__(
+            "tune: stopped in the check that follows the run. The run is `tuned` of this bilevel.errors.CheckStopped; "
+            "where it has a checkpoint, the same call goes on with the check, and with check=False gives the run."
+        )
+        self.tuned = tuned
+
+
 class BilevelError(RuntimeError):
     """Base of every error that bilevel raises while running."""
 

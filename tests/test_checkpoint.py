@@ -425,6 +425,22 @@ def test_every_flipped_bit_is_found(tmp_path):
             solve(checkpoint=path, steps=6)
 
 
+def test_a_range_that_has_changed_is_named_as_it_was_written(tmp_path):
+    def run(high):
+        def loss(rates):
+            return (rates["decay"][1].log() + rates["decay"][0].log()).square()
+
+        init = {"decay": [bl.Log(1e-4, 1e-2), bl.Log(1e-4, high)]}
+        game = bl.Game(rates=bl.Player(loss, init=init))
+        return bl.solve(game, optimizer=partial(SGD, lr=0.1), steps=1, checkpoint=tmp_path / "run.pt")
+
+    run(0.1)
+    with pytest.raises(
+        bl.errors.CheckpointError, match=r"its players\.rates\.range\.decay\.1\.high was 0\.1 and is now 0\.2"
+    ):
+        run(0.2)
+
+
 def test_files_of_others_are_refused_in_words(tmp_path):
     path = tmp_path / "run.pt"
     torch.save({"format": 2, "step": 3, "states": {}}, path)

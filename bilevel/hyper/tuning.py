@@ -163,6 +163,8 @@ def _entries(hyper: Hyper) -> dict[str, Any]:
     elif isinstance(hyper, Iterable) and not isinstance(hyper, str | Tensor):
         entries = {}
         for declaration in hyper:
+            if isinstance(declaration, type):
+                raise TypeError(f"Tuning: hyper has the class {declaration.__name__}; write {declaration.__name__}().")
             if not isinstance(declaration, Declaration):
                 raise TypeError(
                     f"Tuning: hyper has {kind(declaration)} among its declarations; expected "
@@ -191,8 +193,9 @@ def _entries(hyper: Hyper) -> dict[str, Any]:
                         "Optuna."
                     )
                 if not isinstance(leaf, Coordinate | Tensor):
+                    what = f"is {kind(entry)}" + ("" if leaf is entry else f" that holds {kind(leaf)}")
                     raise TypeError(
-                        f"Tuning: hyper's {name!r} has {kind(leaf)}; expected a range such as bilevel.Log(1e-6, 1e-1), "
+                        f"Tuning: hyper's {name!r} {what}; expected a range such as bilevel.Log(1e-6, 1e-1), "
                         "a tensor, or a declaration such as bilevel.hyper.Dropout()."
                     )
     return entries
@@ -210,10 +213,11 @@ def _follower(train: Callable[..., Any], valid: Callable[..., Any], plain: Seque
             )
     own = [name for name in required(train) if name not in (*plain, "batch")]
     if len(own) != 1:
+        rename = "" if "batch" in required(train) else " Call the parameter that takes the batch `batch`."
         raise ValueError(
             f"Tuning: the training loss has the parameters {list(required(train))}; expected one for the model's "
             f"player, `batch`, and those of hyper, {list(plain)}. Give hyper a range for each of the others, or the "
-            "parameter a default value."
+            f"parameter a default value.{rename}"
         )
     (follower,) = own
     if follower == leader:

@@ -149,7 +149,7 @@ def fingerprint(tree: Any) -> int:
     """
     total = 0
     for place, leaf in enumerate(leaves(tree), start=1):
-        total = (total + place * _bits(leaf)) % 2**62
+        total = (total + place * _bits(_comparable(leaf))) % 2**62
     return total
 
 
@@ -162,8 +162,9 @@ def glanced(tree: Any) -> int:
         flat = leaf.detach().reshape(-1)
         return flat[:: max(1, flat.numel() // _GLANCED)]
 
-    shapes = [tuple(leaf.shape) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
-    return fingerprint([[some(leaf) for leaf in leaves(tree)], shapes])
+    known = [_comparable(leaf) for leaf in leaves(tree)]
+    shapes = [tuple(leaf.shape) for leaf in known if isinstance(leaf, Tensor)]
+    return fingerprint([[some(leaf) for leaf in known], shapes])
 
 
 def told(tree: Any) -> str:
@@ -171,11 +172,19 @@ def told(tree: Any) -> str:
     return f"#{fingerprint(tree):016x}"
 
 
+def _comparable(leaf: Any) -> Any:
+    """A dense tensor as it is; of others their kind, and of other objects what they print, but not where they lie."""
+    if isinstance(leaf, Tensor) and not isinstance(leaf, ShardedTensor):
+        dense = leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_quantized
+        return leaf if dense else f"{leaf.layout} {leaf.dtype}"
+    return leaf if isinstance(leaf, ShardedTensor) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(leaf))
+
+
 def _bits(leaf: Any) -> int:
     if isinstance(leaf, ShardedTensor):
         return 0
     if not isinstance(leaf, Tensor):
-        return int.from_bytes(hashlib.blake2b(repr(leaf).encode(), digest_size=7).digest())
+        return int.from_bytes(hashlib.blake2b(leaf.encode(), digest_size=7).digest())
     plain = leaf.detach()
     plain = torch.view_as_real(plain) if plain.is_complex() else plain
     whole = plain.contiguous().view(_WIDTHS[plain.element_size()]).to(torch.int64).reshape(-1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bilevel.constraints import Coordinate
 from bilevel.dynamics import Dynamics
 from bilevel.errors import CheckpointError
 from bilevel.game import Game, Player
@@ -14,7 +15,7 @@ from bilevel.responses import Response
 from bilevel.sharding.tensor import shape_of
 from bilevel.solving.description import Describer, Description, differences
 from bilevel.solving.leaders import Leaders
-from bilevel.tree import leaves, map_leaves, named_leaves
+from bilevel.tree import leaf_names, leaves, map_leaves, named_leaves
 
 Change = tuple[str, str, str]
 """A path in an identity, what is saved there, and what is present, in words."""
@@ -59,8 +60,11 @@ def identity(
 
 def described(describer: Describer, player: Player) -> dict[str, Description]:
     """What a player wants and may do."""
+    named = zip(leaf_names(player.init, "variable"), leaves(player.init), strict=True)
+    ranges = {name: leaf for name, leaf in named if isinstance(leaf, Coordinate)}
     return {
         **{what: describer.describe(getattr(player, what)) for what in _OPTIONS},
+        "range": describer.describe(ranges),
         **{what: describer.describe(function) for what, function in player.constraints.items()},
     }
 
@@ -110,7 +114,7 @@ def touches(paths: list[str], part: str, name: str) -> bool:
 
 
 _TOLD = 5
-_OPTIONS = ("objective", "residual", "start", "domain", "prox", "coordinates")
+_OPTIONS = ("objective", "residual", "start", "domain", "prox")
 
 
 def _form(game: Game, name: str) -> dict[str, Description]:

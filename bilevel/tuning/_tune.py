@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bilevel.errors import ShortHorizonWarning
+from bilevel.errors import CheckStopped, ShortHorizonWarning
 from bilevel.game.passes import Source
 from bilevel.hyper import Tuning
 from bilevel.hyper.tuning import Hyper
@@ -90,8 +90,8 @@ def tune(
             start's and, where all hyperparameters are declared, one with nothing tuned. They begin at the given model's
             weights; a shorter one has a rate that is as many times larger. `tuned.retrained` has their losses, and
             a `ShortHorizonWarning` says where the values found are not the best. 0.5 costs half a training for each,
-            and decides nearly as whole ones do, 1. 0: none. It takes the whole of the validation data: of those
-            without a length one pass is read before any training.
+            at most one and a half in all, and decides nearly as whole ones do, 1. 0 or False: none. It takes the whole
+            of the validation data: of those without a length one pass is read before any training.
         leader: From tensors to the hyperparameters' optimiser; default: Adam in free coordinates, with a rate that
             falls from 0.1 to 0, so that they come to rest.
         callbacks: Called as `callback(step, record, variables)`; loggers, `EarlyStopping`.
@@ -104,6 +104,8 @@ def tune(
 
     Raises:
         TypeError, ValueError: Before any work, for what cannot be tuned, trained or iterated.
+        CheckStopped: At Ctrl-C in the check, a `KeyboardInterrupt` with the run as its `tuned`. Where a fresh training
+            fails, a `ShortHorizonWarning` and `Tuned.unchecked` tell how, and the run is returned.
 
     Source: MacKay et al. 2019 (arXiv 1903.03088), around the present value as in arXiv 2010.13514.
 
@@ -120,6 +122,7 @@ def tune(
         torch.Size([])
     """
     require_factory("tune: optimizer", optimizer)
+    check = 0.0 if check is False else check
     share("check", check, whole=True)
     tuning = Tuning(model, train_loss, valid_loss, train_data, valid_data, hyper=hyper)
     chosen = plan(
@@ -163,7 +166,11 @@ def tune(
     solution.load_into(trained, tuning.follower)
     found = solution.variables[tuning.leader]
     tuned = Tuned(trained, found, start, solution, chosen, tuning, optimizer, scheduler, clip_norm)
-    return _checked(tuned, model, check, seed, after, progress=progress) if check else tuned
+    if not check:
+        return tuned
+    # Of the learned answer alone: others do without it, or have one of their own.
+    later = "; warmup=0.5 with a slower leader= may find better values" if response is None and chosen.warmup else ""
+    return _checked(tuned, model, check, seed, after, later if warmup < 0.5 else "", progress=progress)
 
 
 def _begun(after: Path, model: nn.Module, step: int, record: Record, variables: Mapping[str, Any]) -> None:
@@ -172,21 +179,29 @@ def _begun(after: Path, model: nn.Module, step: int, record: Record, variables: 
         save(after, {"initial": model.state_dict()})
 
 
-def _checked(tuned: Tuned, model: nn.Module, share: float, seed: int, after: Path | None, *, progress: bool) -> Tuned:
+def _checked(
+    tuned: Tuned, model: nn.Module, share: float, seed: int, after: Path | None, hint: str, *, progress: bool
+) -> Tuned:
     """The same with fresh trainings at its values, of which a warning tells where these are bad."""
     initial = copy.deepcopy(model)
     if after is not None and after.exists():
         initial.load_state_dict(load(after).get("initial", {}) or model.state_dict())
-    seen = checked(tuned, initial, share, seed, after, progress=progress)
+    unknown = "so that nothing tells what the values found are worth in a fresh training"
+    try:
+        seen = checked(tuned, initial, share, seed, after, progress=progress)
+    except KeyboardInterrupt as pressed:
+        raise CheckStopped(replace(tuned, unchecked=f"The check was stopped, {unknown}.")) from pressed
+    except Exception as error:  # the run is good, and may have taken days
+        told = f"The check failed, {unknown}: {type(error).__name__}: {error}"
+        warnings.warn(ShortHorizonWarning(f"tune: {told}"), stacklevel=3)
+        return replace(tuned, unchecked=told)
     if not seen.decided:
         way_out = "For one take check=1.0, whole trainings at the optimiser's own rate, or a larger share."
         warnings.warn(ShortHorizonWarning(f"tune: {seen.told()} {way_out}"), stacklevel=3)
     elif seen.best != "found":
-        # Unrolled steps have no warmup.
-        better = "; warmup=0.5 with a slower leader= may find better values" if tuned.plan.warmup else ""
         message = (
             f"tune: {seen.told()} What pays only after many steps looks in a run like what slows it: for a fresh "
-            f"training take tuned.advised. retrain(tuned, seeds=3) compares whole trainings{better}."
+            f"training take tuned.advised. retrain(tuned, seeds=3) compares whole trainings{hint}."
         )
         warnings.warn(ShortHorizonWarning(message), stacklevel=3)
     return replace(tuned, retrained=seen)

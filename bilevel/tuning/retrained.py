@@ -16,6 +16,7 @@ from bilevel.tree import Variables
 _CLOSE = 0.02
 """A difference of fewer than so many of a validation loss is not told from the noise of one training."""
 
+_OTHERS = "They had different batches, for the data keep a state, and differ by that too."
 _VERDICT = {"found": "the values found", "start": "the start's values", "plain": "nothing tuned, {}"}
 TOLD = {"found": "at the values found", "start": "at the start's", "plain": "with nothing tuned"}
 
@@ -33,6 +34,8 @@ class Retrained:
         values: What was trained at, by the three names; of "plain" {}.
         steps: Of each training.
         speed: How many times the optimiser's own rate it had.
+        alike: Whether the trainings of each seed had the same batches; not where the data keep a state that cannot be
+            put back, such as a generator in a function's closure.
     """
 
     found: tuple[float, ...]
@@ -42,6 +45,7 @@ class Retrained:
     values: Mapping[str, Mapping[str, Variables]] = field(repr=False, kw_only=True)
     steps: int = field(kw_only=True)
     speed: float = field(kw_only=True, default=1.0)
+    alike: bool = field(kw_only=True, default=True)
 
     @property
     def means(self) -> dict[str, float]:
@@ -75,12 +79,16 @@ class Retrained:
         return self.values[self.best]
 
     def told(self) -> str:
-        """In two sentences."""
+        """In two sentences, or three."""
         rate = "" if self.speed == 1.0 else f" at {self.speed:.3g} times the rate"
         losses = [f"{mean:.4g} {TOLD[which]}" for which, mean in self.means.items()]
         ends = f"{', '.join(losses[:-1])} and {losses[-1]}"
-        verdict = f"Advised: {_VERDICT[self.best]}." if self.decided else "That is no verdict."
-        return f"A fresh training of {self.steps:,} steps{rate} ends with a validation loss of {ends}. {verdict}"
+        close = ", within 2 % of the lowest" if self.means[self.best] > min(self.means.values()) else ""
+        verdict = f"Advised: {_VERDICT[self.best]}{close}." if self.decided else "That is no verdict."
+        others = "" if self.alike else f" {_OTHERS}"
+        return (
+            f"A fresh training of {self.steps:,} steps{rate} ends with a validation loss of {ends}.{others} {verdict}"
+        )
 
     def __str__(self) -> str:
         """A table, a row a seed."""
@@ -94,4 +102,4 @@ class Retrained:
         for seed, losses in enumerate(zip(*columns.values(), strict=True)):
             table.add_row(str(seed), *(f"{loss:.4g}" for loss in losses))
         table.add_row("mean", *(f"{statistics.fmean(losses):.4g}" for losses in columns.values()))
-        return printed(table)
+        return printed(table, *([] if self.alike else [_OTHERS]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from bilevel.errors import CheckpointError
 from bilevel.game import Game
 from bilevel.hyper import Tuning
 from bilevel.inner.torch_optim import OptimizerFactory, build, build_scheduler
+from bilevel.parallel.agreement import glanced
 from bilevel.randomness import random_kept
 from bilevel.solving.checkpoint import load, save
 from bilevel.solving.description import Describer, differences
@@ -118,7 +121,8 @@ def checked(
     """What `tune` makes of the values that it found: fresh trainings of this share of its steps, one at each.
 
     They begin at the model's own weights. Where steps are fewer the rate is as many times larger, so that the weights
-    go about as far. Torch's random numbers are left as they are.
+    go about as far. The global random numbers of torch, NumPy and Python begin alike for each, and are left as they
+    were.
     """
     game, steps = tuned.tuning.game(), max(1, round(share * tuned.plan.steps))
     at = {"found": tuned.hyper, "start": tuned.start, **({"plain": {}} if tuned.tuning.all_declared else {})}
@@ -168,6 +172,7 @@ class _Trainings:
         """Those that are not kept yet are done, one after the other."""
         losses: dict[str, list[float]] = {which: [] for which in self.values}
         models: list[nn.Module] = []
+        read: set[tuple[int, int]] = set()
         for seed in seeds:
             for which in self.values:
                 done = kept.trainings.get(f"{which} {seed}")
@@ -175,23 +180,30 @@ class _Trainings:
                     model, done = self.one(game, which, seed, before=self.steps * len(kept.trainings))
                     kept.keep(f"{which} {seed}", done)
                 elif done["model"]:
-                    with random_kept(game.device, start=seed):
+                    with _begun_at(seed, game.device):
                         model = self.fresh().eval()
                     model.load_state_dict(done["model"])
                 losses[which].append(done["loss"])
+                if done["read"] is not None:
+                    read.add((seed, done["read"]))
                 if done["model"]:
                     models.append(model)
         found, start, plain = (tuple(losses.get(which, ())) for which in ("found", "start", "plain"))
-        return Retrained(found, start, tuple(models), plain, values=self.values, steps=self.steps, speed=self.speed)
+        alike = len(read) == len({seed for seed, _ in read})
+        return Retrained(
+            found, start, tuple(models), plain, values=self.values, steps=self.steps, speed=self.speed, alike=alike
+        )
 
     def one(self, game: Game, which: str, seed: int, before: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         """A model that was trained, and what is kept of it; `before` it others have taken so many steps."""
         at, tuning = self.values[which], self.tuned.tuning
-        with random_kept(game.device, start=seed):
-            model = self._train(game, tuning.loss_at(at), seed, which, before)
-        with random_kept(game.device, start=seed):  # loaders that shuffle give all the same batches
+        game.stop_reading()  # batches that are remembered would be drawn by no generator
+        with _begun_at(seed, game.device):
+            model, read = self._train(game, tuning.loss_at(at), seed, which, before)
+        with _begun_at(seed, game.device):  # loaders that shuffle give all the same batches
             loss = _validate(game, tuning, model, at)
-        return model, {"loss": loss, "model": model.state_dict() if self.keeps and which == "found" else {}}
+        kept = model.state_dict() if self.keeps and which == "found" else {}
+        return model, {"loss": loss, "model": kept, "read": read}
 
     def alone(self, which: str, seed: int) -> dict[str, Any]:
         """What is kept of a training that is done in a process of its own."""
@@ -203,19 +215,23 @@ class _Trainings:
 
     def _train(
         self, game: Game, loss: Callable[[nn.Module, Any], Tensor], seed: int, which: str, before: int
-    ) -> nn.Module:
+    ) -> tuple[nn.Module, int | None]:
+        """The model, and a number by which all of its batches are known; None where it ended early."""
         tuned, model = self.tuned, self.fresh()
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = build(tuned.optimizer, list(named.values()), None, list(named))
         scheduler = None if tuned.scheduler is None else build_scheduler(tuned.scheduler, optimizer, None)
         model.train()
+        read: int | None = 0
         position = game.start(tuned.tuning.follower, seed)
         for step in range(1, self.steps + 1):
             batch, position = game.draw(tuned.tuning.follower, position)
+            read = (31 * (read or 0) + glanced(batch)) % 2**62
             optimizer.zero_grad()
             value = loss(model, batch)
             number = float(value.detach())
             if not math.isfinite(number):
+                read = None
                 break  # its validation loss will tell
             value.backward()  # type: ignore[no-untyped-call]
             if tuned.clip_norm is not None:
@@ -226,7 +242,21 @@ class _Trainings:
                 for _ in range(round(step * self.speed) - round((step - 1) * self.speed)):
                     scheduler.step()
             self.show({"step": before + step, f"a fresh training {TOLD[which]}": number})
-        return model.eval()
+        return model.eval(), read
+
+
+@contextmanager
+def _begun_at(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random numbers begin at a seed, of NumPy and Python too, which data may draw from; then all go on."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global ones are meant
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        with random_kept(device, start=seed):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 @contextmanager

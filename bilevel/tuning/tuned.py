@@ -40,6 +40,7 @@ class Tuned:
         clip_norm: Likewise.
         retrained: Fresh trainings at the values found, at the start's and, where all is declared, with nothing tuned;
             None if `check=0`.
+        unchecked: Why the check that was asked for has no result: it was stopped, or failed; else None.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Tuned:
     scheduler: SchedulerFactory | None = field(repr=False, default=None)
     clip_norm: float | None = field(repr=False, default=None)
     retrained: Retrained | None = None
+    unchecked: str | None = None
 
     @property
     def advised(self) -> Mapping[str, Variables]:
@@ -97,5 +99,5 @@ class Tuned:
         before, after = numbers("", self.start), numbers("", self.hyper)
         for name, value in after.items():
             table.add_row(name.removeprefix("."), f"{before[name]:.4g}", f"{value:.4g}")
-        told = str(self.plan) if self.retrained is None else f"{self.plan} {self.retrained.told()}"
-        return f"{printed(table, told)}\n{self.solution}"
+        told = self.unchecked if self.retrained is None else self.retrained.told()
+        return f"{printed(table, f'{self.plan} {told}' if told else str(self.plan))}\n{self.solution}"

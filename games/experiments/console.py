@@ -86,6 +86,8 @@ def output_folder(
             raise UsageError(f"--output {output}: {error.strerror or error}.") from error
         try:
             yield
+        except Stopped:
+            raise  # it says more
         except KeyboardInterrupt as pressed:
             raise Stopped(pressed, f"The same command with --resume goes on from {goes_on_from}.") from None
 

@@ -238,7 +238,9 @@ def test_implicit_on_digits_with_one_mask():
             r"'decay', and the training loss no parameter of that name.*\['weights', 'b",
         ),
         ({"lr": bl.Log(1e-3, 1.0)}, ValueError, r"'lr'.*such as its learning rate.*Unrolled.*TorchOptimizer\(rates="),
-        ({"decay": 0.1}, TypeError, "'decay' has a float; expected a range"),
+        ({"decay": 0.1}, TypeError, "'decay' is a float; expected a range"),
+        ({"decay": [1e-6, 0.1]}, TypeError, "'decay' is a list that holds a float; expected a range"),
+        ([hyper.WeightDecay], TypeError, r"has the class WeightDecay; write WeightDecay\(\)"),
         ({"drop": hyper.Dropout}, TypeError, r"'drop' is the class Dropout; write Dropout\(\)"),
     ],
 )

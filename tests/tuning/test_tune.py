@@ -6,10 +6,12 @@ import statistics
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
 import bilevel as bl
 from bilevel.tree import leaves
@@ -309,7 +311,9 @@ def test_a_run_that_is_stopped_in_its_check_goes_on_bit_for_bit(tmp_path):
         options = {"model": begun, "steps": 40, "checkpoint": file, "optimizer": partial(Stopping, lr=0.1)}
         try:
             again = trap(**options)
-        except KeyboardInterrupt:
+        except bl.errors.CheckStopped as stopped:
+            assert torch.equal(stopped.tuned.model.weight, whole.model.weight)
+            assert "The check was stopped, so that nothing" in str(stopped.tuned)
             trainings.append(torch.load(tmp_path / "run.pt.check", weights_only=True)["trainings"])
             Stopping.left = 20  # the second training alone
     assert [list(kept) for kept in trainings] == [["found 0"]]
@@ -319,6 +323,63 @@ def test_a_run_that_is_stopped_in_its_check_goes_on_bit_for_bit(tmp_path):
     Stopping.left = 1000
     fresh = trap(**options | {"resume": False})
     assert fresh.retrained.start != whole.retrained.start
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("no step at this rate")
+
+
+def test_a_check_that_fails_leaves_the_run():
+    told = "The check failed, .*: RuntimeError: no step at this rate"
+    with pytest.warns(bl.errors.ShortHorizonWarning, match=told):
+        tuned = trap(steps=40, optimizer=partial(Failing, lr=0.1))
+    assert tuned.retrained is None
+    assert tuned.numbers == trap(steps=40, check=False).numbers
+    assert "The check failed" in str(tuned)
+    assert tuned.advised is tuned.hyper
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+def test_batches_of_objects_that_are_made_anew_are_the_same():
+    class Graph:
+        """It prints as where it lies."""
+
+    def batches():
+        yield ONE[0], Graph()
+
+    def dragged(weights, pull, batch):
+        return pulled(weights, pull, batch[0])
+
+    pull = {"pull": bl.Unit(0.0, 1.0, start=0.9)}
+    look = bl.Unrolled(SGD, steps=2)
+    tuned = bl.tune(AT_ZERO, dragged, missed, batches, ONE, hyper=pull, optimizer=SGD, steps=40, response=look)
+    assert tuned.retrained is not None and tuned.retrained.alike
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_trainings_of_a_check_have_the_same_batches_or_say_so(alike):
+    own = np.random.default_rng(0)  # out of reach, in a function's globals or cells
+
+    class Noisy(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, row):
+            noise = np.random.standard_normal() if alike else own.standard_normal()  # noqa: NPY002 - as users' data do
+            return torch.full((1,), 1.0 + noise, dtype=D)
+
+    still = partial(torch.optim.SGD, lr=0.0)  # so that all but the batches is the same
+    pull = {"pull": bl.Unit(0.0, 1.0, start=0.9)}
+    look = bl.Unrolled(SGD, steps=2)
+    loader = DataLoader(Noisy(), batch_size=1)
+    tuned = bl.tune(
+        AT_ZERO, pulled, missed, loader, ONE, hyper=pull, optimizer=SGD, steps=20, response=look, leader=still
+    )
+    seen = tuned.retrained
+    assert seen.alike == (seen.found == seen.start) == alike
+    assert ("They had different batches" in seen.told()) != alike
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.BilevelWarning")

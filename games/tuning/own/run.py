@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import bilevel as bl
 from bilevel import BilevelError, BilevelWarning
 from bilevel._printed import printed
-from bilevel.errors import CheckpointError
+from bilevel.errors import CheckpointError, CheckStopped
 from bilevel.files import write_whole
 from bilevel.randomness import random_kept
 from bilevel.tuning import Retrained, Tuned
 from bilevel.workers import LOCAL, on_cluster, require_workers
 from games.errors import MissingExtraError, TrainingError
-from games.experiments.console import UsageError, check_at_least, output_folder
+from games.experiments.console import Stopped, UsageError, check_at_least, output_folder
 from games.experiments.provenance import provenance
 from games.experiments.store import Store, as_json, digest, write_json
 from games.experiments.style import empty_figure, save_figure
@@ -149,11 +149,17 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BilevelWarning)  # they are in the solution, and told at the end
-            before, tuned, again = _version(checkpoint), None, None
+            before, tuned, again, stopped = _version(checkpoint), None, None, None
             try:
                 tuned = tune(**length)  # type: ignore[arg-type]
                 if options.retrain:
                     again = _retrained(tuned, fresh, kept, options, stop_if_asked)
+            except CheckStopped as pressed:
+                tuned, stopped = pressed.tuned, pressed.__cause__
+            except KeyboardInterrupt as pressed:
+                if tuned is None:
+                    raise
+                stopped = pressed
             except CheckpointError:
                 raise
             except Exception as error:
@@ -170,6 +176,12 @@ def run(options: Options, *, quiet: bool, stop_if_asked: Callable[[], None]) -> 
         write_whole(options.output / "model.pt", buffer.getvalue())
         if options.plot:
             save_figure(tuned.plot(), options.output / "run.png")
+        if isinstance(stopped, KeyboardInterrupt):
+            raise Stopped(
+                stopped,
+                f"Wrote results.json and model.pt to {options.output}, without the fresh trainings that had not ended; "
+                "go on with them by --resume.",
+            )
         return content
 
 
@@ -282,7 +294,7 @@ def _content(
             "start": tuned.start,
             "hyper": tuned.hyper,
             "advised": tuned.advised,
-            "check": None if tuned.retrained is None else tuned.retrained.told(),
+            "check": tuned.unchecked if tuned.retrained is None else tuned.retrained.told(),
             "model": values,
             "retrained": retrained,
             "warnings": list(tuned.solution.warnings),
@@ -334,7 +346,7 @@ def table(content: Mapping[str, Any], output: Path) -> str:
             lines.append(f"The trained model's {told} loss: {of['loss']:.4g}{accuracy}")
     lines += [] if content["check"] is None else [content["check"]]
     if content["retrained"] is None:
-        lines.append("What the values are worth in fresh trainings: --resume --retrain 2")
+        lines.append("Whole fresh trainings of two initialisations: --resume --retrain 2")
     else:
         of = content["retrained"]
         mean = {name: sum(values) / len(values) for name, values in of.items()}

@@ -190,8 +190,15 @@ def test_control_c_in_the_check_ends_it_at_once_and_loses_only_the_training_unde
 
     monkeypatch.setattr(retraining, "_sped", pressing)
     options = ("--steps", 60, "--retrain", 1, "--plot", "--output", tmp_path)
-    assert call(place, *options).exit_code == 130
+    stopped = call(place, *options)
+    assert stopped.exit_code == 130
+    assert "Wrote results.json and model.pt" in stopped.stderr
     assert len(calls) == 40
+    kept = results(tmp_path)
+    assert kept.pop("check").startswith("The check was stopped, so that nothing tells what")
+    assert kept.pop("retrained") is None
+    assert {"hyper", "model", "history"} < kept.keys()
+    assert kept["hyper"] == results(whole[1])["hyper"]
     assert call(place, *options, "--resume").exit_code == 0
     assert len(calls) == 40 + 2 * 30 + 2 * 60  # two of the check's three, and both that --retrain asked for
     assert results(tmp_path) == results(whole[1])
