@@ -1,4 +1,4 @@
-"""A search that takes whole hypergradients of compressed trainings: fewer steps at a higher rate, then one for real."""
+"""A search that takes hypergradients of compressed trainings: fewer steps at a higher rate, then one for real."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bilevel.search import GradientSearch
 class Evaluations:
     """`count` trainings of `steps` steps at `speed` times the rate; then one at the last proposal, as every trial is.
 
-    `slopes` takes hypergradients, which make a training cost twice its steps; `additive` are the shares of the kernel's
-    additive part. `at_once` points are asked for together. `centre` starts in the middle of the box, not where the
+    `slopes` takes hypergradients, through the last `backprop` steps: each of them costs a product more; `additive` are
+    the shares of the kernel's additive part. `at_once` points are asked for together. `centre` starts in the middle of the box, not where the
     other searches do. The search goes by the logarithm of the loss, capped.
     """
 
@@ -30,6 +30,7 @@ class Evaluations:
     steps: int = 100
     speed: float = 2.0
     slopes: bool = True
+    backprop: int = 49
     additive: tuple[float, ...] = (1.0, 0.7, 0.2)
     radius: tuple[float, float] = (0.2, 0.1)
     at_once: int = 1
@@ -38,21 +39,23 @@ class Evaluations:
     @property
     def work(self) -> int:
         """Steps and products of one evaluation, and the validation loss's gradient."""
-        return 2 * self.steps + 1 if self.slopes else self.steps
+        return self.steps + self.backprop + 1 if self.slopes else self.steps
 
 
 CAP, SLOPE_CAP = math.log(2.0), 1.5
 """Of the logarithm of the loss and of its slope per range: the landscape has plateaus and walls."""
 TENTH, TWENTIETH = "slopes, a tenth", "slopes, a twentieth"
 SETTINGS = {
-    TENTH: Evaluations(9),
-    TWENTIETH: Evaluations(4),
+    TENTH: Evaluations(12),
+    TWENTIETH: Evaluations(5),
     "no slopes": Evaluations(18, slopes=False),
     "no slopes, wider": Evaluations(18, slopes=False, radius=(0.4, 0.1)),
-    "product kernel": Evaluations(9, additive=(0.0,)),
-    "not compressed": Evaluations(4, steps=200, speed=1.0),
-    "three at once": Evaluations(9, at_once=3),
-    "random start": Evaluations(9, centre=False),
+    "whole slopes": Evaluations(9, backprop=100),
+    "whole slopes, a twentieth": Evaluations(4, backprop=100),
+    "product kernel": Evaluations(12, additive=(0.0,)),
+    "not compressed": Evaluations(6, steps=200, speed=1.0, backprop=99),
+    "three at once": Evaluations(12, at_once=3),
+    "random start": Evaluations(12, centre=False),
 }
 """By name, those after the first two ablations of the first: each spends at most what it does, a tenth of TPE's."""
 TPE_COMPRESSED = "TPE, compressed"
@@ -66,7 +69,7 @@ def quicker(problem: Problem, setting: Evaluations) -> Problem:
 
 
 def compressed(problem: Problem, values: Tensor, setting: Evaluations) -> tuple[float, Tensor | None]:
-    """The validation loss after a compressed training at values `[n]`, and its whole hypergradient in them."""
+    """The validation loss after a compressed training at values `[n]`, and its hypergradient in them."""
     fast = quicker(problem, setting).optimizer
     if not setting.slopes:
         return quicker(problem, setting).valid_loss(values), None
@@ -79,7 +82,7 @@ def compressed(problem: Problem, values: Tensor, setting: Evaluations) -> tuple[
         return problem.prepared(hyper)(weights)
 
     game = bl.Game(hyper=bl.Player(valid_loss, values), weights=bl.Player(train_loss, problem.start))
-    response = bl.Unrolled(fast, steps=setting.steps)
+    response = bl.Unrolled(fast, steps=setting.steps, backprop_steps=setting.backprop)
     weights, _ = response(game, {"hyper": hyper}, response.init(game))
     loss = valid_loss(weights)
     (slope,) = torch.autograd.grad(loss, hyper)
