@@ -63,9 +63,6 @@ def require_leaves(
             require_like(leaf, wanted, f"{who}, {place},")
 
 
-_PLAIN = frozenset((int, float, str, bool, type(None)))
-
-
 class Lent:
     """Values that an extension may read and not write to.
 
@@ -73,31 +70,38 @@ class Lent:
     """
 
     def __init__(self) -> None:
-        self._held: list[tuple[str, Tensor, int]] = []
+        self._held: list[tuple[str, list[Tensor], list[int]]] = []
 
     def out(self, what: str, value: Any) -> Any:
         """The value to hand out; `what` names it in the error."""
-        kind = type(value)
-        if kind in _PLAIN:
-            return value
-        if isinstance(value, Tensor):
-            if not value.is_inference():  # of which torch counts no writes
-                self._held.append((what, value, value._version))
-            return value
-        if kind is dict:
-            return {key: self.out(what, entry) for key, entry in value.items()}
-        if kind is list or kind is tuple:
-            return kind([self.out(what, entry) for entry in value])
-        for leaf in leaves(value):  # a container of another kind, which is not copied
-            if leaf is not value:
-                self.out(what, leaf)
-        return value
+        self.note(what, value)
+        return _apart(value)
+
+    def note(self, what: str, value: Any) -> None:
+        """Watch the tensors in a value of which nobody is handed a container."""
+        # Of those of inference mode torch counts no writes.
+        tensors = [leaf for leaf in leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        if tensors:
+            self._held.append((what, tensors, [tensor._version for tensor in tensors]))
 
     def require_untouched(self, who: str) -> None:
         """Raise `ValueError` if one of the tensors was written to since."""
-        for what, tensor, before in self._held:
-            if tensor._version != before:
+        for what, tensors, before in self._held:
+            if [tensor._version for tensor in tensors] != before:
                 raise ValueError(
                     f"{who} wrote into {what} in place; others hold that tensor. Make a new one, x = x + 1 and not "
                     "x.add_(1) or x[...] = 1, or .clone() it first."
                 )
+
+
+_CONTAINERS = (dict, list, tuple)
+
+
+def _apart(value: Any) -> Any:
+    """The same value in containers of its own; those of other kinds are not copied."""
+    kind = type(value)
+    if kind is dict:
+        return {key: _apart(entry) if type(entry) in _CONTAINERS else entry for key, entry in value.items()}
+    if kind is list or kind is tuple:
+        return kind([_apart(entry) if type(entry) in _CONTAINERS else entry for entry in value])
+    return value

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -206,11 +207,31 @@ def jacobian(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tenso
 def with_signature(function: type[Function]) -> type[Function]:
     """An autograd function whose `forward` holds its signature, which PyTorch else reads anew in each call.
 
-    That takes longer than the whole call does otherwise.
+    That takes longer than the whole call does otherwise, and so does to bind arguments that all come by place.
     """
     forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)
+    forward.__signature__ = _ByPlace(list(inspect.signature(forward).parameters.values()))
     return function
+
+
+class _ByPlace(inspect.Signature):
+    """Of a function that is given all its arguments, each by its place."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments as they came; no search for those that have names."""
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
+
+
+class _Bound:
+    """What `Function.apply` asks of bound arguments."""
+
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        """There are none."""
 
 
 class _Box:

@@ -94,34 +94,31 @@ class FastKernels:
             third=any(part in name for name in names for part in _WRONG_THIRD),
         )
 
-    @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """Run the forms with as many right derivatives as will be taken (`differentiated_twice`)."""
-        if not _TIMES.get():
-            yield
+    def replace_in(self, stack: ExitStack) -> None:
+        """Run the forms with as many right derivatives as will be taken (`differentiated_twice`), up to its end."""
+        times = _TIMES.get()
+        if not times:
             return
-        with ExitStack() as stack:
-            if self.attention:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.weight_norm:
-                stack.enter_context(Elementary(WEIGHT_NORM))
-            if self.chunked:
-                stack.enter_context(Elementary(CHUNKED))
-            if self.third and _TIMES.get() > 2:
-                stack.enter_context(Elementary(THIRD))
-            if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if self.recurrent:
-                kept = torch.backends.cudnn
-                stack.enter_context(
-                    kept.flags(
-                        enabled=False,
-                        benchmark=kept.benchmark,
-                        deterministic=kept.deterministic,
-                        allow_tf32=kept.allow_tf32,
-                    )
+        if self.attention:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if self.weight_norm:
+            stack.enter_context(Elementary(WEIGHT_NORM))
+        if self.chunked:
+            stack.enter_context(Elementary(CHUNKED))
+        if self.third and times > 2:
+            stack.enter_context(Elementary(THIRD))
+        if "torch._dynamo" in sys.modules:  # whatever was compiled: not all of it runs compiled at its first call
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if self.recurrent:
+            kept = torch.backends.cudnn
+            stack.enter_context(
+                kept.flags(
+                    enabled=False,
+                    benchmark=kept.benchmark,
+                    deterministic=kept.deterministic,
+                    allow_tf32=kept.allow_tf32,
                 )
-            yield
+            )
 
     def told(self) -> str:
         """What is run in place of what, in words; nothing where the other form costs no more."""

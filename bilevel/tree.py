@@ -96,6 +96,8 @@ def _of_shape(tensor: Tensor, shape: torch.Size) -> bool:
 
 def structure_of(tree: Variables) -> Structure:
     """The layout of a pytree."""
+    if type(tree) in _TENSORS:
+        return Structure(_ONE, (tree.shape,))
     values, spec = pytree.tree_flatten(tree)
     return Structure(spec, tuple(leaf.shape for leaf in values))
 
@@ -111,18 +113,19 @@ def leaves(tree: Variables) -> list[Any]:
 # which looks each node's kind up in a registry, took a fifth of the step.
 _TENSORS = frozenset((Tensor, nn.Parameter))
 _LEAVES = _TENSORS | frozenset((int, float, bool, str, type(None)))
+_ONE = pytree.tree_structure(0)
 
 
 def _gather(tree: Variables, found: list[Any]) -> None:
     kind = type(tree)
     if kind in _LEAVES:
         found.append(tree)
-    elif kind is dict:
-        for part in tree.values():
-            _gather(part, found)
-    elif kind is list or kind is tuple:
-        for part in tree:
-            _gather(part, found)
+    elif kind is dict or kind is list or kind is tuple:
+        for part in tree.values() if kind is dict else tree:
+            if type(part) in _LEAVES:
+                found.append(part)
+            else:
+                _gather(part, found)
     else:
         found.extend(pytree.tree_leaves(tree))
 
@@ -138,7 +141,7 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0].reshape(-1)
     if all(tensor.numel() for tensor in tensors):
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors])
     # Of a vector without entries PyTorch's derivative of `cat` is a new tensor, cut off from all others; of a column
     # it is not. A rank's part of a small tensor may be empty, and must take part in the derivatives as others do.
     return torch.cat([tensor.reshape(-1, 1) for tensor in tensors]).reshape(-1)
@@ -150,7 +153,8 @@ def cut(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
         return [vector.reshape(shapes[0])]
     sizes = [shape.numel() for shape in shapes]
     parts = (vector if all(sizes) else vector.reshape(-1, 1)).split_with_sizes(sizes)  # in columns, as `join` says
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    pairs = zip(parts, shapes, strict=True)
+    return [part if part.ndim == len(shape) == 1 else part.reshape(shape) for part, shape in pairs]
 
 
 def flatten(tree: Variables) -> Tensor:
@@ -166,9 +170,9 @@ def map_leaves(function: Callable[..., Any], tree: Variables, *others: Variables
     if kind in _LEAVES:
         return function(tree)
     if kind is dict:
-        return {key: map_leaves(function, part) for key, part in tree.items()}
+        return {k: function(part) if type(part) in _LEAVES else map_leaves(function, part) for k, part in tree.items()}
     if kind is list or kind is tuple:
-        return kind([map_leaves(function, part) for part in tree])
+        return kind([function(part) if type(part) in _LEAVES else map_leaves(function, part) for part in tree])
     return pytree.tree_map(function, tree)
 
 

@@ -72,7 +72,7 @@ def directed(rule: Dynamics, field: Field, state: State) -> tuple[dict[str, list
             that moved the players or wrote into its state.
     """
     name, lent = f"{type(rule).__name__}.directions", Lent()
-    field.noting(lambda player, point: lent.out(f"field.point[{player!r}]", point))
+    field.noting(lambda player, point: lent.note(f"field.point[{player!r}]", point))
     found, after = both(
         rule.directions(field, lent.out("a tensor of its state", state)), name, "the directions, and the next state"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.dynamics.base import Dynamics, State
 from bilevel.dynamics.field import Field, Leaves
 from bilevel.dynamics.play import OpenedStep
-from bilevel.tree import join
+from bilevel.tree import cut, join
 from bilevel.variance import VarianceReduction
 
 
@@ -99,9 +99,8 @@ class _OwnSlopes:
 
     def split(self, vector: Tensor) -> Leaves:
         """The wanted players' leaves."""
-        whole = [leaf for name in self._wanted for leaf in self._opened.leaves[name]]
-        parts = iter(torch.split(vector, [leaf.numel() for leaf in whole]))
-        return {n: [next(parts).reshape(leaf.shape) for leaf in self._opened.leaves[n]] for n in self._wanted}
+        parts = iter(cut(vector, [leaf.shape for name in self._wanted for leaf in self._opened.leaves[name]]))
+        return {name: [next(parts) for _ in self._opened.leaves[name]] for name in self._wanted}
 
     def here(self) -> Tensor:
         """On the step's batch, where it is."""

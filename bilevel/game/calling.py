@@ -106,7 +106,8 @@ def _called(
     lending = lent(parts.players, current, arguments, runs.strangers, alone=parts.modular or bool(runs.kernels))
     watched = _watched(parts, player, seen, current)
     hooks = _hooks(parts, player, given, runs)
-    with lending as advanced, runs.kernels.replaced(), saving, hooks, _unhooked(), ExitStack() as stack:
+    with lending as advanced, saving, hooks, _unhooked(), ExitStack() as stack:
+        runs.kernels.replace_in(stack)
         for module, forwards in watched:
             stack.enter_context(replaced(module, forwards))
         try:

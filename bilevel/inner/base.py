@@ -221,7 +221,7 @@ def minimised(
         )
     given, kept = lent.out("the leaves y to start from", y), lent.out("the memory that it was given", memory)
     for player, variables in problem.others.items():
-        lent.out(f"the variables of player {player!r}", variables)
+        lent.note(f"the variables of player {player!r}", variables)
     found = solver.minimise(problem, given, kept, steps=steps, threshold=threshold)
     lent.require_untouched(name)
     ends, after = both(found, name, "the leaves of y where it ended, and what to remember, or None")

@@ -247,9 +247,9 @@ class LinearSolver(ABC):
     def _iterated(self, system: LinearSystem) -> Candidate:
         """What `iterate` returns, held to its contract; measured here where it was not."""
         name, lent = f"{type(self).__name__}.iterate", Lent()
-        lent.out("system.rhs", system.rhs)
-        lent.out("system.initial", system.initial)
-        lent.out("system.memory", system.memory)
+        lent.note("system.rhs", system.rhs)
+        lent.note("system.initial", system.initial)
+        lent.note("system.memory", system.memory)
         found = self.iterate(system)
         if not isinstance(found, Candidate):
             raise TypeError(

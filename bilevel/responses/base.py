@@ -161,13 +161,13 @@ def answered(
     given = others
     if not transforms_active():
         if isinstance(others, Others):
-            given = others.noting(lambda other, found: lent.out(f"the variables of player {other!r}", found))
+            given = others.noting(lambda other, found: lent.note(f"the variables of player {other!r}", found))
         else:
             for other, variables in others.items():
-                lent.out(f"the variables of player {other!r}", variables)
+                lent.note(f"the variables of player {other!r}", variables)
         if not response.in_place:
             for key, entry in state.items():
-                lent.out(f"state[{key!r}]", entry)
+                lent.note(f"state[{key!r}]", entry)
     answer, after = both(response(game, given, state, batch), told, "the variables in answer, and the next state")
     lent.require_untouched(told)
     require_answer(game, name, answer, told)

@@ -207,8 +207,8 @@ class SingleLoop(Response):
             return state
         before, cotangent = state["adjoint"], loop.cotangent
         direction = loop.product + cotangent
-        _require_finite(loop.name, direction, "the direction of its adjoint")
-        size, left = (float(torch.linalg.vector_norm(vector)) for vector in (cotangent, direction))
+        left = _finite_norm(loop.name, direction, "the direction of its adjoint")
+        size = float(torch.linalg.vector_norm(cotangent))
         residual = left / size if size > 0.0 else (0.0 if left == 0.0 else math.inf)
         count = before["count"] + 1
         share = 1.0 / min(count, _LONG)
@@ -244,7 +244,7 @@ class SingleLoop(Response):
             parts = mean.split(whole)
         if not transforms_active():
             for part in parts:
-                _require_finite(follower.name, part.reshape(-1), "a direction of its single loop")
+                _finite_norm(follower.name, part, "a direction of its single loop")
         own, product, *mixed = parts
         follower.buffers = mean.buffers
         return _Directions(own, product, mixed, mean.loss, mean.evaluations), memory
@@ -374,12 +374,14 @@ def _stepped(
     return join(moved), memory
 
 
-def _require_finite(name: str, vector: Tensor, what: str) -> None:
-    if not math.isfinite(float(torch.linalg.vector_norm(vector))):
+def _finite_norm(name: str, vector: Tensor, what: str) -> float:
+    norm = float(torch.linalg.vector_norm(vector))
+    if not math.isfinite(norm):
         raise NonFiniteError(
             f"Player {name!r}: {what} became NaN or infinite. Lower the learning rates of optimizer= and adjoint=; "
             "a step size must be below 2 over the largest curvature of any batch."
         )
+    return norm
 
 
 class _Loop(BackwardPass):
