@@ -21,9 +21,9 @@ from bilevel.search import GradientSearch
 class Evaluations:
     """`count` trainings of `steps` steps at `speed` times the rate; then one at the last proposal, as every trial is.
 
-    `slopes` takes hypergradients, through the last `backprop` steps: each of them costs a product more; `additive` are
-    the shares of the kernel's additive part. `at_once` points are asked for together. `centre` starts in the middle of the box, not where the
-    other searches do. The search goes by the logarithm of the loss, capped.
+    `slopes` takes hypergradients, through the last `backprop` steps: each of them costs a product more. `additive` are
+    the shares of the kernel's additive part. `at_once` points are asked for together. `centre` starts in the middle of
+    the box, not where the other searches do. The search goes by the logarithm of the loss, capped.
     """
 
     count: int
