@@ -44,6 +44,9 @@ _SECOND = (
 )
 _LARGEST = 0.1  # of the gradient's norm at the start: beyond, a nudge is a move
 _GROWTH = 10.0  # at most so much another nudge from one call to the next
+_CHECK = 0.1  # of the displacement: where the nudge is checked
+_SPOILT = 1e-2  # at least so much error of the nudge's own is worth another solve, or a word
+_AGAIN = 6  # further nudges in one call, each a tenth of the last
 
 
 @final
@@ -63,15 +66,20 @@ class Nudged(Response):
     be differentiated are as good as any. The last batch, the buffers and the random numbers are held through both
     solves, and so is what is left of the gradient at the answer: only the solves' own convergence counts.
 
-    Costs up to `steps` + 1 gradients, and in backward up to 2 (`steps` + 2) + 1; the memory of one plain step.
+    At a tenth of the displacement two more gradients measure what the nudge itself spoils: how far the displacement is
+    from the solution of the equation that it stands for, and the difference from itself. Left to choose its nudge,
+    it solves again with a tenth of it, up to six times, where that is above `tolerance` and 1 %, or not finite.
+
+    Costs up to `steps` + 1 gradients, and in backward up to 2 (`steps` + 3) + 1, each time that it solves; the memory
+    of one plain step.
 
     Args:
         optimizer: What finds the optimum, and the nudged ones: a callable from tensors to any torch.optim optimiser,
             or an inner solver, `TorchOptimizer(...)` or `Scipy("L-BFGS-B")`.
         steps: At most so many steps for each of the three solves.
         nudge: The tilt \(\nu |c|\), relative to the gradient's norm at the start of the game. None: such that the
-            measured shares of the error balance: what the solves leave and rounding, which fall with it, and the
-            nudge's own, which grows.
+            measured shares of the error balance: rounding, and what the solves leave above `tolerance`, which fall with
+            it, and the nudge's own, which grows.
         two_sided: Whether both sides are solved for.
         tolerance: Where a solve stops: |gradient| relative to its value at the start of the game, and of a nudged
             solve relative to the nudge. None asks for no accuracy.
@@ -255,7 +263,7 @@ class _Shares:
     Args:
         size: the nudge, relative to the gradient's norm at the start of the game.
         unsettled: |gradient| that the nudged solves left, relative to the nudge.
-        truncation: an estimate of the nudge's own share: the square of how far its sides are apart; NaN of one.
+        truncation: the nudge's own share, measured at a tenth of the displacement.
         rounding: that of the differences of slopes and of positions.
     """
 
@@ -269,17 +277,27 @@ class _Shares:
         """All of them."""
         return self.unsettled + self.truncation + self.rounding
 
-    def balanced(self, eps: float) -> float:
-        """The nudge at which what falls with it would be twice what grows with its square.
+    def balanced(self, asked: float, order: int, eps: float) -> float:
+        """The nudge t at which c / t + a t^order, what falls with it and what grows, is least: c / t = order a t^order.
 
-        c / t + a t^2 is least where c / t = 2 a t^2. With one side a is not known, and the nudge stays.
+        Solves that stop where they were asked to leave the same share of any nudge.
         """
-        if math.isnan(self.truncation):
-            return self.size
-        growing = max(self.truncation, eps)
-        factor = ((self.unsettled + self.rounding) / (2.0 * growing)) ** (1.0 / 3.0)
-        least = eps ** (1.0 / 3.0) / _GROWTH
-        return float(min(max(self.size * min(max(factor, 1.0 / _GROWTH), _GROWTH), least), _LARGEST))
+        falling = self.rounding + (self.unsettled if self.unsettled > asked else 0.0)
+        factor = (falling / (order * max(self.truncation, eps))) ** (1.0 / (1.0 + order))
+        return float(min(max(self.size * min(max(factor, 1.0 / _GROWTH), _GROWTH), _least(eps)), _LARGEST))
+
+
+def _least(eps: float) -> float:
+    return math.pow(eps, 2.0 / 3.0)  # there what is checked a tenth of the way is rounded by some 10 eps^(1/3)
+
+
+@dataclass(frozen=True)
+class _Nudge:
+    """What one nudge found: c' dy/dx in each wanted leaf, dy along the nudge per unit of it `[n]`, and its error."""
+
+    slopes: tuple[Tensor, ...]
+    displacement: Tensor
+    shares: _Shares
 
 
 class _Settled(BackwardPass):
@@ -352,38 +370,85 @@ class _Settled(BackwardPass):
             return tuple(torch.zeros_like(xs[index]) for index in wanted)
         eps = float(torch.finfo(y.dtype).eps)
         here, middle = self.slopes(y, xs, wanted)
-        share = self._share(eps)
-        force = share * self.reference
-        tilt = cotangent / size * force
-        signs = (1.0, -1.0) if response.two_sided else (1.0,)
-        ends, sides, left = [], [], 0.0
-        for sign in signs:
-            tilted = _Tilted(self, xs, y, sign * tilt - here)
-            start = self._start(tilted, y, sign * force, force)
-            left_at = (response.tolerance or 0.0) * force
+        unit, share, given = cotangent / size, self._share(eps), response.nudge is not None
+        best: _Nudge | None = None
+        for tries in range(_AGAIN + 1):
+            last = given or tries == _AGAIN or share / _GROWTH < _least(eps)
             try:
-                found, _ = minimised(
-                    response._solver,
-                    tilted,
-                    self.form.split(start),
-                    self.memory,
-                    steps=response.steps,
-                    threshold=left_at,
-                )
-                self._follower.require_finite(found, _ADVICE)
+                trial = self._tried(share, unit, y, xs, wanted, (here, middle), eps)
             except NonFiniteError as error:
+                if not last:
+                    share /= _GROWTH
+                    continue
+                if best is not None:
+                    break
                 raise NonFiniteError(
                     f"{error} It was in a nudged solve, with nudge={share:.3g}: a smaller nudge= stays nearer to the "
                     "optimum."
                 ) from error
+            worse = best is not None and not trial.shares.total < best.shares.total
+            best = best if worse else trial
+            # The first call knows no nudge yet, and looks down to the least; a later one while it gets better.
+            if last or not self._spoilt(trial.shares) or (worse and not math.isnan(self.before["size"])):
+                break
+            share /= _GROWTH
+        assert best is not None
+        self._learn(best, share, eps)
+        return tuple(size * slope for slope in best.slopes)
+
+    def _tried(
+        self,
+        share: float,
+        unit: Tensor,
+        y: Tensor,
+        xs: Sequence[Tensor],
+        wanted: Sequence[int],
+        at: tuple[Tensor, list[Tensor]],
+        eps: float,
+    ) -> _Nudge:
+        """What a nudge of that share finds along a unit cotangent; `at`: the gradients at y."""
+        response, (here, middle) = self.response, at
+        force = share * self.reference
+        ends, sides, left = [], [], 0.0
+        signs = (1.0, -1.0) if response.two_sided else (1.0,)
+        for sign in signs:
+            tilted = _Tilted(self, xs, y, sign * force * unit - here)
+            start = self._start(tilted, y, sign * force, force)
+            left_at = (response.tolerance or 0.0) * force
+            found, _ = minimised(
+                response._solver,
+                tilted,
+                self.form.split(start),
+                self.memory,
+                steps=response.steps,
+                threshold=left_at,
+            )
+            self._follower.require_finite(found, _ADVICE)
             end = join(found)
             own, mixed = self.slopes(end, xs, wanted)
             left = max(left, float(torch.linalg.vector_norm(own + tilted.tilt)) / force)
             ends.append(end)
             sides.append(mixed)
-        self._learn(share, left, y, force, ends, middle, sides, eps)
-        first, last = sides[0], (sides[1] if response.two_sided else middle)
-        return tuple((a - b) * (size / (len(signs) * force)) for a, b in zip(first, last, strict=True))
+        if not response.two_sided:
+            ends, sides = [*ends, y], [*sides, middle]
+        width = len(signs) * force
+        displacement = (ends[0] - ends[1]) / width
+        slopes = tuple((a - b) / width for a, b in zip(*sides, strict=True))
+        norm = torch.linalg.vector_norm
+        change, moved = float(norm(join(slopes))) * width, float(norm(displacement)) * width
+        rounding = eps * float(norm(join(middle))) / change if change > 0.0 else 0.0
+        rounding += eps * float(norm(y)) / moved if moved > 0.0 else 0.0
+        # The same differences over a tenth of the way, where the nudge's own error is a tenth or less, and rounding
+        # ten times as much.
+        near = [self.slopes(y + sign * _CHECK * force * displacement, xs, wanted) for sign in signs]
+        (up, up_mixed), (down, down_mixed) = (*near, at)[:2]
+        noise = 2.0 * (rounding + eps / share) / _CHECK
+        off = float(norm((up - down) / (_CHECK * width) + unit)) - left
+        apart = float(norm((join(up_mixed) - join(down_mixed)) / _CHECK - join(slopes) * width))
+        apart = apart / change if change > 0.0 else 0.0
+        seen = 1.0 - _CHECK ** len(signs)  # the rest is the error of the check itself
+        truncation = (max(off - noise, 0.0) + max(apart - noise, 0.0)) / seen
+        return _Nudge(slopes, displacement, _Shares(share, left, truncation, rounding))
 
     def _share(self, eps: float) -> float:
         """The nudge relative to the reference: as it was set, as the last call balanced it, or a first guess."""
@@ -406,36 +471,22 @@ class _Settled(BackwardPass):
         _, slopes = tilted.gradients(self.form.split(guess))
         return guess if float(torch.linalg.vector_norm(join(slopes))) < force else y
 
-    def _learn(
-        self,
-        share: float,
-        left: float,
-        y: Tensor,
-        force: float,
-        ends: list[Tensor],
-        middle: list[Tensor],
-        sides: list[list[Tensor]],
-        eps: float,
-    ) -> None:
+    def _learn(self, found: _Nudge, least: float, eps: float) -> None:
         """Remember the displacement, and the shares of the error; warn of them."""
-        two = len(ends) == 2
-        apart = ends[0] - (ends[1] if two else y)
-        at, first, last = join(middle), join(sides[0]), join(sides[1] if two else middle)
-        norm = torch.linalg.vector_norm
-        change = float(norm(first - last))
-        # What the two sides say differs by the second-order term, whose square is of the order of the third-order one.
-        bent = float(norm(first - 2.0 * at + last)) / change if change > 0.0 else 0.0  # half of it, relative
-        moved = float(norm(apart))
-        rounding = eps * float(norm(at)) / change if change > 0.0 else 0.0
-        rounding += eps * float(norm(y)) / moved if moved > 0.0 else 0.0
-        shares = _Shares(share, left, 4.0 * bent**2 if two else math.nan, rounding)
-        self.displacement = apart / (len(ends) * force)
-        response = self.response
-        self.shares = shares if response.nudge is not None else replace(shares, size=shares.balanced(eps))
-        self._tell_of(shares)
+        response, shares = self.response, found.shares
+        self.displacement, self.shares = found.displacement, shares
+        if response.nudge is None:
+            asked, order = response.tolerance or 0.0, 2 if response.two_sided else 1
+            self.shares = replace(shares, size=shares.balanced(asked, order, eps))
+        self._tell_of(shares, least)
 
-    def _tell_of(self, shares: _Shares) -> None:
-        """Warn of solves that stopped short, or of a nudge that spoils what they found."""
+    def _spoilt(self, shares: _Shares) -> bool:
+        """Whether the nudge itself is the error that matters."""
+        others = max(shares.rounding, shares.unsettled)
+        return shares.truncation > max(self.response.tolerance or 0.0, _SPOILT, others)
+
+    def _tell_of(self, shares: _Shares, least: float) -> None:
+        """Warn of solves that stopped short, or of a nudge that spoils what they found; `least`: the last one tried."""
         response, left = self.response, shares.unsettled
         asked = math.inf if response.tolerance is None else response.tolerance
         # What solves cannot get below because of rounding is no matter of steps.
@@ -453,12 +504,19 @@ class _Settled(BackwardPass):
             return
         elif shares.rounding > max(asked, shares.truncation):
             wrong, cause, error, remedy = "small", "rounding", shares.rounding, "Raise"
-        elif shares.truncation > max(asked, 1e-2) and asked < math.inf:
+        elif self._spoilt(shares) and asked < math.inf:
             wrong, cause, error, remedy = "large", "it", shares.truncation, "Lower"
         else:
             return
-        balanced = "The next call's is balanced by what this one measured, where its state comes from after_backward."
-        way_out = f"{remedy} nudge=, or leave it out to have it balanced." if response.nudge is not None else balanced
+        if response.nudge is not None:
+            way_out = f"{remedy} nudge=, or leave it out to have it balanced."
+        elif wrong == "large" and least < shares.size:
+            way_out = (
+                f"Smaller ones, down to {least:.3g}, were no better: the answer may be a saddle point, or near a kink. "
+                "Start it elsewhere, give tolerance= a smaller value, or use Implicit."
+            )
+        else:
+            way_out = "The next call's is balanced by what this one measured, where its state is from after_backward."
         response._tell(
             LinearNonConvergenceWarning,
             f"Nudged: a nudge of {shares.size:.3g} is too {wrong} for player {self.name!r}: {cause} alone makes an "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -76,20 +76,36 @@ def output_folder(
     """
     if resume:
         _require_begun(output, command)
+    fresh = [path for path in (output, *output.parents) if not path.exists()]
+    earlier = _begun(output)
     writable_folder(output, "--output")
-    with _alone_in(output):
-        try:
-            begun = _begun(output)
-            if command not in begun:
-                write_whole(output / _BEGUN, "".join(f"{name}\n" for name in (*begun, command)).encode())
-        except OSError as error:
-            raise UsageError(f"--output {output}: {error.strerror or error}.") from error
-        try:
-            yield
-        except Stopped:
-            raise  # it says more
-        except KeyboardInterrupt as pressed:
-            raise Stopped(pressed, f"The same command with --resume goes on from {goes_on_from}.") from None
+    try:
+        with _alone_in(output):
+            try:
+                begun = _begun(output)
+                if command not in begun:
+                    write_whole(output / _BEGUN, "".join(f"{name}\n" for name in (*begun, command)).encode())
+            except OSError as error:
+                raise UsageError(f"--output {output}: {error.strerror or error}.") from error
+            try:
+                yield
+            except Stopped:
+                raise  # it says more
+            except KeyboardInterrupt as pressed:
+                raise Stopped(pressed, f"The same command with --resume goes on from {goes_on_from}.") from None
+    except (UsageError, DataError, MissingExtraError):
+        if not earlier:
+            _undo(output, fresh)
+        raise
+
+
+def _undo(output: Path, fresh: Sequence[Path]) -> None:
+    """After bad input nothing is written: take the hidden file and the `fresh` folders away, unless they hold more."""
+    with suppress(OSError):
+        if [path.name for path in output.iterdir()] == [_BEGUN]:
+            (output / _BEGUN).unlink()
+        for path in fresh:
+            path.rmdir()
 
 
 def writable_folder(path: Path, option: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -66,11 +67,8 @@ def test_the_error_falls_with_a_power_of_the_nudge(exact, two_sided, order):
     errors = [off(slope, exact) for slope, *_ in found]
     for larger, smaller in zip(errors, errors[1:], strict=False):
         assert math.log10(larger / smaller) == pytest.approx(order, abs=0.1)
-    if two_sided:  # it tells of no less than there is, and of no other order
-        for error, (*_, report) in zip(errors, found, strict=True):
-            assert error <= report.error <= 1e3 * error
-    else:  # nothing can tell
-        assert all(math.isnan(report.error) for *_, report in found)
+    for error, (*_, report) in zip(errors, found, strict=True):  # it tells of no less than there is, and of that order
+        assert error <= report.error <= 1e2 * error
 
 
 @pytest.mark.parametrize("optimizer", [SGD, LBFGS], ids=["SGD", "LBFGS"])
@@ -82,6 +80,45 @@ def test_left_alone_it_finds_its_nudge(exact, optimizer):
     assert off(slope, exact) <= 1e-7
     assert report.error <= 2e-8
     assert report.products == 0
+
+
+def well(x, y):
+    """Wells at -.1 and .1; 1 % of the slope at the start, 2700 at y = 3, is far more than what holds y in one."""
+    return 25.0 * (y.square() - 0.01).square().sum() + 1e-3 * (x * y).sum()
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_a_first_nudge_that_leaves_the_valley_is_replaced_by_a_smaller_one(two_sided):
+    start, x = torch.full((2,), 3.0, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    game = bl.Game(x=bl.Player(lead, x), y=bl.Player(well, start))
+    response = bl.Nudged(LBFGS, steps=3, two_sided=two_sided, tolerance=1e-9)
+    y, state = response(game, {"x": x.requires_grad_()}, response.init(game))
+    (slope,) = torch.autograd.grad(lead(y), x)
+    curvature = 300.0 * y.detach().square() - 1.0
+    exact = -1e-3 * 2.0 * (y.detach() - 1.0) / curvature
+    state = response.after_backward(state, y)
+    # It accepts a nudge whose error it measures below 1 %. What it tells is right to its own order: 1 % of itself.
+    told = response.report(state).error
+    assert off(slope, exact) <= 1.01 * told
+    assert told <= 1e-2
+    # At the first guess the error is of the answer's own size, and told.
+    with pytest.warns(NonConvergenceWarning, match="Nudged"):
+        guessed, *_ = hypergradient(replace(response, nudge=1e-2), game)
+    assert off(guessed, exact) > 0.5
+
+
+def test_the_nudge_does_not_grow_out_of_the_valley():
+    """A double well with a follower that settles exactly: nothing makes a larger nudge better than the measured one."""
+    x, y = torch.full((1,), 0.1, dtype=torch.float64), torch.full((1,), 0.8, dtype=torch.float64)
+    game = bl.Game(
+        x=bl.Player(lead, x),
+        y=bl.Player(lambda x, y: ((y.square() - 1.0).square() / 4.0 + x * y).sum(), y),
+    )
+    exact, *_ = hypergradient(bl.Implicit(LBFGS, steps=3, tolerance=1e-12), game)
+    for calls in (1, 4, 8):
+        slope, state, _ = hypergradient(bl.Nudged(LBFGS, steps=3), game, calls=calls)
+        assert off(slope, exact) <= 1e-2
+        assert state["nudge"]["size"] <= 1e-2
 
 
 def test_in_float32_it_is_as_good_as_differences_can_be(exact):

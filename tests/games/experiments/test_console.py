@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bilevel import BilevelError
 from games import stopping
 from games.cli import app
+from games.errors import DataError
 from games.experiments.console import Stopped, UsageError, errors_in_one_line, interrupt_after_step, output_folder
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and locks")
@@ -31,6 +32,16 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
     (tmp_path / "runs" / ".lock").touch()  # of a process that was killed
     with output_folder(tmp_path / "runs", "gan"):
         pass
+
+
+def test_after_bad_input_nothing_is_written(tmp_path):
+    with pytest.raises(DataError, match="no digits"), output_folder(tmp_path / "new" / "runs", "meta"):
+        raise DataError("no digits")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError), output_folder(tmp_path / "new", "meta"):
+        (tmp_path / "new" / "part.json").touch()
+        raise DataError("no digits")
+    assert (tmp_path / "new" / ".bilevel").exists()  # what is finished can be gone on from
 
 
 RESUMING = {
