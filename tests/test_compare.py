@@ -233,6 +233,7 @@ def test_peak_bytes_are_counted():
     assert peak_bytes(work, CPU) == 1600
 
 
+@pytest.mark.slow
 def test_memory_of_unrolling_grows_with_its_steps_and_that_of_implicit_does_not():
     def memory(response):
         setting = Setting("known", KNOWN.game(), KNOWN, "y", 0)

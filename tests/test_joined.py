@@ -151,6 +151,7 @@ def test_members_with_modules_and_data_of_their_own():
     assert drawn == {"b": one, "c": 3 * one} and game.draw("pair", later)[0]["b"] == 2 * one
 
 
+@pytest.mark.slow
 def test_three_levels_with_a_pair_in_the_last():
     """A leader, a follower, and two who settle below both: against elimination by hand."""
     game, costs, demand = oligopoly(3)

@@ -159,6 +159,7 @@ def test_the_rules_are_those_matrices(size):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [bl.dynamics.FollowTheRidge(), bl.dynamics.TotalGradient()], ids=["ridge", "total"])
 def test_the_traps(rule):
     sgd = partial(optim.SGD, lr=0.05)

@@ -195,6 +195,7 @@ def test_runs_resume_bit_for_bit(method, tmp_path):
     assert len(whole.history) == 11
 
 
+@pytest.mark.slow
 def test_the_sides_see_the_same_batches():
     """What is common to both sides' noise cancels: the leader's step is as quiet as without data."""
     optimizers = {"x": partial(SGD, lr=0.1)}

@@ -60,7 +60,9 @@ def test_with_one_for_the_others_it_ends_at_stackelberg(name):
     assert float(market.profits(wanted)[0]) >= float(market.profits(market.nash())[0]) - 1e-12
 
 
-@pytest.mark.parametrize("leaders", [1, 2, 3])
+@pytest.mark.parametrize(
+    "leaders", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_any_number_on_either_side(leaders):
     market = MARKETS["Cournot of 4"]
     game, rest = market.game(), names(4)[leaders:]

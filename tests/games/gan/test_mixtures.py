@@ -259,6 +259,7 @@ def test_the_judge_ranks_real_blurred_and_noise():
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_runs_draws_and_resumes(tmp_path):
     arguments = ["gan", "ring", "--seeds", "1", "--evaluations", "60", "--method", "alternating", "--method", "learned"]
     arguments += ["--output", str(tmp_path), "--jobs", "1"]
