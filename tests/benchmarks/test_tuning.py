@@ -46,7 +46,7 @@ def test_nothing_leaves_its_box():
 @pytest.mark.slow
 def test_an_evaluation_has_the_slope_of_its_compressed_training():
     problem = replace(ten(0, dtype=torch.float64), optimizer=partial(torch.optim.SGD, lr=0.02))
-    setting = Evaluations(3, steps=4, speed=3.0)
+    setting = Evaluations(3, steps=4, speed=3.0, backprop=4)
     values = 0.5 * (problem.low + problem.high)
     loss, slope = compressed(problem, values, setting)
     fast = quicker(problem, setting)
@@ -60,9 +60,9 @@ def test_an_evaluation_has_the_slope_of_its_compressed_training():
 @pytest.mark.slow
 def test_the_search_by_slopes_counts_its_steps_and_stays_in_the_box():
     problem = ten(0)
-    curve, values, losses = evaluated(problem, started(problem, 0), Evaluations(2, steps=3, speed=2.0), 0)
-    # Twice 3 steps and a gradient of the validation loss, twice; and the real training.
-    assert curve[-1][0] == 2 * 7 + 200
+    curve, values, losses = evaluated(problem, started(problem, 0), Evaluations(2, steps=3, speed=2.0, backprop=2), 0)
+    # 3 steps, a product for each of the last 2, and a gradient of the validation loss, twice; and the real training.
+    assert curve[-1][0] == 2 * 6 + 200
     assert curve[-1][2] == problem.valid_loss(values)
     assert len(losses) == 2
     assert bool(((values >= problem.low) & (values <= problem.high)).all())
