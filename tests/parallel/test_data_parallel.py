@@ -22,9 +22,8 @@ def test_two_ranks_answer_as_one_process(played):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_response_and_solver_answers_as_in_one_process(played, size):
-    assert len(check(played("answers", size, limit=240.0))) > 20
+def test_every_response_and_solver_answers_as_in_one_process(played):
+    assert len(check(played("answers", 4, limit=240.0))) > 20
 
 
 @pytest.mark.slow
