@@ -109,8 +109,12 @@ def assert_same(found, wanted):
 
 # A run that is stopped ------------------------------------------------------------------------------------------------
 
+FAST = ("unrolled", "implicit")
 
-@pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES)
+
+@pytest.mark.parametrize(
+    "response", [pytest.param(r, id=n, marks=() if n in FAST else pytest.mark.slow) for n, r in RESPONSES.items()]
+)
 def test_a_run_that_was_stopped_anywhere_ends_where_it_would_have_ended(response, tmp_path):
     interrupts = Interrupts()
 

@@ -750,7 +750,7 @@ def test_solve_leaves_no_workers():
     assert not children(others)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_with_workers_resumes_bit_for_bit(persistent, tmp_path):
     def make():
         loader = DataLoader(Augmented(), batch_size=2, shuffle=True, num_workers=2, persistent_workers=persistent)

@@ -50,7 +50,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(network, id=name, marks=() if name == "linear" else pytest.mark.slow)
+        for name, network in NETWORKS.items()
+    ],
+)
 def test_a_quadratic_game_is_learned(network):
     # A rate that falls: at a constant one Adam bursts now and then, and when is a matter of rounding.
     response = bl.Hypernetwork(
