@@ -121,7 +121,8 @@ def _by_ray(work: Sequence[Callable[[], Kind]], at_once: int | None) -> Iterator
 
     do = ray.remote(num_cpus=1, max_retries=_RETRIES)(_done)
     # No core waits for the next piece, and those that nobody can do yet are not kept by the cluster.
-    limit = at_once or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    resources: Any = ray.cluster_resources  # has no types
+    limit = at_once or 2 * max(1, int(resources().get("CPU", 1)))
     todo, running = iter(enumerate(work)), set()
     try:
         for index, one in todo:
