@@ -448,6 +448,7 @@ class _Settled(BackwardPass):
         apart = apart / change if change > 0.0 else 0.0
         seen = 1.0 - _CHECK ** len(signs)  # the rest is the error of the check itself
         truncation = (max(off - noise, 0.0) + max(apart - noise, 0.0)) / seen
+        truncation = math.inf if math.isnan(truncation) else truncation  # what cannot be checked is not passed
         return _Nudge(slopes, displacement, _Shares(share, left, truncation, rounding))
 
     def _share(self, eps: float) -> float:

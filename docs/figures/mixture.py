@@ -33,10 +33,11 @@ def seeds() -> list[list[str]]:
     """Medians over all seeds, with the least and the most; a row a mixture."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json"))]
     table = [["mixture", "noise in the end", "noise < 1 % after, steps", "test loss", "gap to the oracle closed"]]
-    for each in zip(*(rows_of(one) for one in found), strict=True):
+    rows = [rows_of(one) for one in found]
+    losses = [[row.loss for row in one] for one in rows]
+    for each in zip(*rows, strict=True):
         noise = [sum(s for s, noisy in zip(row.shares, found[0]["noise"], strict=True) if noisy) for row in each]
         after = [row.below for row in each if row.below is not None]
-        losses = [[row.loss for row in rows_of(one)] for one in found]
         closed = [
             (uniform - row.loss) / (uniform - best) for row, (*_, uniform, best) in zip(each, losses, strict=True)
         ]

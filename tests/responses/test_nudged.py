@@ -121,6 +121,21 @@ def test_the_nudge_does_not_grow_out_of_the_valley():
         assert state["nudge"]["size"] <= 1e-2
 
 
+def test_a_nudge_that_cannot_be_checked_is_told():
+    """The nudged solves step over a hole in the loss, and the check of a nudge of .01 falls into it."""
+
+    def holed(x, y):
+        apart = (y - x).detach().abs()
+        hole = torch.where((apart > 5e-4) & (apart < 2e-3), math.nan, 0.0)
+        return 0.5 * (y - x).square().sum() + (hole * y).sum()
+
+    one = torch.ones(1, dtype=torch.float64)
+    game = bl.Game(x=bl.Player(lead, 0.0 * one), y=bl.Player(holed, one))
+    step = partial(torch.optim.SGD, lr=1.0)
+    with pytest.warns(NonConvergenceWarning, match="it alone makes an error of about inf"):
+        hypergradient(bl.Nudged(step, steps=1, nudge=1e-2), game)
+
+
 def test_in_float32_it_is_as_good_as_differences_can_be(exact):
     slope, *_ = hypergradient(bl.Nudged(SGD, steps=200, tolerance=1e-4), game_of(dtype=torch.float32), calls=3)
     assert off(slope.double(), exact) <= 1e-3  # eps^(2/3) is 2e-5
